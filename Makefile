@@ -1,0 +1,37 @@
+# `make demo` and `make test` need Python >= 3.11 and a package index, nothing else: they make .venv themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -q
+
+.PHONY: demo test test-slow parity lint clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# PyTorch is wanted by the parity tests alone; the pin keeps a CPU build where one is offered
+$(VENV)/parity: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/fmda demo
+
+test: $(VENV)/installed
+	$(PYTEST) -m 'not slow and not parity'
+
+parity: $(VENV)/parity
+	$(PYTEST) -m 'parity'
+
+test-slow: $(VENV)/installed
+	$(PYTEST) -m 'slow and not parity'
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check fmda tests benchmarks
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

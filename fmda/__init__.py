@@ -1,0 +1,27 @@
+"""fmda: foundation models for domain adaptation of semantic segmentation, in JAX.
+
+The public names load on first use, so that `import fmda` costs nothing and does not import jax.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "UserError": "fmda.errors",
+    "load_clip": "fmda.weights.clip",
+    "open_dataset": "fmda.data",
+    "Segmenter": "fmda.evaluate",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'fmda' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,309 @@
+"""The command line: verbs and argument parsing only. A method is imported when its verb runs.
+
+Results go to stdout, logs and progress to stderr. A fault that the user can mend is one line on stderr and exit code 2.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fmda.errors import UserError, did_you_mean
+
+Positional = tyro.conf.Positional
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")]
+Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def demo(work_dir: Path = Path("runs/demo"), overrides: Positional[Overrides] = ()) -> None:
+    """Run the whole system on the embedded default: draw streets, rank templates, segment, report.
+
+    About ten minutes on two CPU cores. Ends with the path of an HTML report.
+
+    Args:
+        work_dir: the run folder; run again to continue an interrupted demo.
+        overrides: values to change, as key.sub=value.
+    """
+    from fmda.methods.kinds import open_run
+
+    recipe = Path(__file__).parent / "assets" / "demo.yaml"
+    folders = open_run(recipe, [f"work_dir={work_dir}", *overrides]).execute(_say)
+    print(folders["report"] / "report.html")
+
+
+def run(config: Positional[Path], overrides: Positional[Overrides] = (), processes: Flag = False) -> None:
+    """Run a configuration: its stages in order; finished ones are skipped, interrupted ones resume.
+
+    Args:
+        config: a YAML file of `configs/`.
+        overrides: values to change, as key.sub=value; work_dir= names the run folder.
+        processes: join the other processes of this run (coordinator from the cluster or FMDA_COORDINATOR,
+            FMDA_PROCESSES, FMDA_PROCESS) before starting.
+    """
+    from fmda.methods.kinds import open_run
+
+    if processes:
+        from fmda.mesh import start_processes
+
+        start_processes()
+    job = open_run(config, overrides)
+    job.execute(_say)
+    print(job.work_dir)
+
+
+def plan(config: Positional[Path], overrides: Positional[Overrides] = (), as_json: Json = False) -> None:
+    """Show what a run would do: resolved values, stages, parameters, FLOPs and bytes. Touches nothing.
+
+    Args:
+        config: a YAML file of `configs/`.
+        overrides: values to change, as key.sub=value.
+        as_json: print one JSON object.
+    """
+    from fmda.config import to_dict, to_yaml
+    from fmda.methods.kinds import open_run
+
+    job = open_run(config, overrides)
+    found = job.plan()
+    if as_json:
+        print(json.dumps({"kind": job.kind, "config": to_dict(job.config), "plan": to_dict(found)}, indent=1))
+    else:
+        print(f"kind: {job.kind}\n{to_yaml(job.config)}\n{found.text()}")
+
+
+def predict(
+    model: Positional[Path],
+    images: Positional[tuple[Path, ...]],
+    out: Path = Path("predictions"),
+    as_json: Json = False,
+) -> None:
+    """Segment images with a trained run: writes a label map and an overlay for each.
+
+    Args:
+        model: a run folder.
+        images: image files or folders of images.
+        out: where to write `<name>.png` and `<name>_overlay.jpg`; existing files are not replaced.
+        as_json: print one JSON object per image.
+    """
+    from fmda.evaluate import Segmenter
+    from fmda.evaluate.predict import predict_files
+
+    for record in predict_files(Segmenter.load(model), images, out):
+        print(json.dumps(record) if as_json else record["labels"])
+
+
+def evaluate(
+    model: Positional[Path],
+    dataset: Positional[str],
+    root: Path | None = None,
+    split: str = "val",
+    class_map: str | None = None,
+    out: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Score a run on a labelled data set: IoU by class, mIoU, figures.
+
+    Args:
+        model: a run folder.
+        dataset: a known data set (`fmda data list`).
+        root: its folder; default: where `fmda data list` looks for it.
+        split: which part.
+        class_map: a known map or YAML file between the model's classes and the data set's.
+        out: where scores, table and figures go; default: `<model>/evaluate-<dataset>-<split>`.
+        as_json: print one JSON object instead of the table.
+    """
+    from fmda.data import open_dataset
+    from fmda.evaluate import Segmenter, evaluate_dataset
+
+    examples = open_dataset(dataset, root, split)
+    out = out or model / f"evaluate-{dataset}-{split}"
+    scores = evaluate_dataset(Segmenter.load(model), examples, class_map=class_map, out=out)
+    print(json.dumps(scores.to_json()) if as_json else scores.table())
+
+
+def data_list(as_json: Json = False) -> None:
+    """List the known data sets: classes, splits, expected layout.
+
+    Args:
+        as_json: print one JSON object.
+    """
+    from fmda.data import known_datasets
+
+    rows = known_datasets()
+    if as_json:
+        print(json.dumps(rows, indent=1, default=str))
+        return
+    for row in rows:
+        print(f"{row['name']:<18}{row['classes']:>4} classes  splits {', '.join(row['splits'])}")
+        print(f"{'':<18}{row['layout']}")
+
+
+def data_check(
+    dataset: Positional[str], root: Path | None = None, split: str = "val", as_json: Json = False
+) -> None:
+    """Examine a data set before a run: pairs, files, sizes, label values; counts pixels by class.
+
+    Exit code 2 when anything is wrong.
+
+    Args:
+        dataset: a known data set, or `folder`.
+        root: its folder.
+        split: which part.
+        as_json: print one JSON object.
+    """
+    from fmda.data import open_dataset
+    from fmda.data.check import check
+
+    report = check(open_dataset(dataset, root, split))
+    print(json.dumps(report.to_json()) if as_json else report.text())
+    if report.faults:
+        raise UserError(f"{dataset}: {len(report.faults)} faults, listed above; mend or remove those files")
+
+
+def data_render(out: Positional[Path], overrides: Positional[Overrides] = ()) -> None:
+    """Draw street-world data sets, one folder per domain, with labels, instances, captions, a contact sheet.
+
+    Args:
+        out: the folder to fill; run again to continue.
+        overrides: values to change, as key=value, e.g. domains='{night: 100}' height=256 width=512 seed=3.
+    """
+    from fmda.config import from_dict, override
+    from fmda.methods.render import Config, write_world
+
+    config = from_dict(Config, override({}, overrides), "fmda data render")
+    write_world(config, out)
+    print(out / "contact-sheet.png")
+
+
+def models_list(as_json: Json = False) -> None:
+    """List the known networks: parameters, licence, where weights come from.
+
+    Args:
+        as_json: print one JSON object.
+    """
+    from fmda.models.catalog import CATALOG
+
+    for name, entry in CATALOG.items():
+        if as_json:
+            print(json.dumps({"name": name, "parameters": entry.parameters, "licence": entry.licence}))
+        else:
+            print(f"{name:<28}{entry.parameters:>14,}  {entry.licence}")
+
+
+def models_check(source: Positional[str], as_json: Json = False) -> None:
+    """Load a checkpoint and verify every array: names, shapes, numbers, count.
+
+    Args:
+        source: a folder, an embedded model or a hub id.
+        as_json: print one JSON object.
+    """
+    from fmda.weights.check import verify
+
+    report = verify(source)
+    print(json.dumps(report.to_json()) if as_json else report.text())
+
+
+def convert(
+    source: Positional[str],
+    out: Positional[Path],
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Rewrite a CLIP checkpoint (Flax msgpack, safetensors, OpenCLIP names) as Hugging Face safetensors.
+
+    Args:
+        source: a folder, an embedded model or a hub id.
+        out: a new folder.
+        dtype: storage type.
+    """
+    from fmda.weights.clip import convert_clip
+
+    print(convert_clip(source, out, dtype))
+
+
+def bench(
+    name: Positional[str] = "", out: Path | None = None, arguments: Positional[tuple[str, ...]] = ()
+) -> None:
+    """Run a benchmark of `benchmarks/` by name; without a name, list them. Needs a checkout.
+
+    Args:
+        name: a benchmark.
+        out: where to write the JSON; default: stdout alone.
+        arguments: passed on to the benchmark.
+    """
+    folder = Path(__file__).parent.parent / "benchmarks"
+    known = sorted(p.stem for p in folder.glob("*.py"))
+    if not name:
+        print("\n".join(known))
+        return
+    if name not in known:
+        raise UserError(f"benchmark '{name}' is unknown{did_you_mean(name, known)}")
+    command = [sys.executable, str(folder / f"{name}.py"), *arguments, *(["--out", str(out)] if out else [])]
+    os.execv(sys.executable, command)
+
+
+def report(runs: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
+    """Write one HTML page, readable without network, over one or several run folders.
+
+    Args:
+        runs: run folders; the first is the one the others are compared with.
+        out: the page.
+    """
+    from fmda.evaluate.report import report as write_report
+
+    print(write_report(list(runs), out))
+
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "run": run,
+    "plan": plan,
+    "predict": predict,
+    "evaluate": evaluate,
+    "data list": data_list,
+    "data check": data_check,
+    "data render": data_render,
+    "models list": models_list,
+    "models check": models_check,
+    "convert": convert,
+    "bench": bench,
+    "report": report,
+}
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Returns the arguments with a two-word verb such as `data check` as one."""
+    two = " ".join(arguments[:2])
+    return [two, *arguments[2:]] if two in VERBS else arguments
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one verb; exits with 2 and one line for a fault that the user can mend, 130 when interrupted."""
+    try:
+        app = tyro.extras.SubcommandApp()
+        for name, verb in VERBS.items():
+            app.command(verb, name=name)
+        app.cli(
+            prog="fmda",
+            args=_joined(sys.argv[1:] if arguments is None else arguments),
+            description="Foundation models for domain adaptation, in JAX.",
+        )
+    except UserError as fault:
+        print(f"fmda: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as fault:
+        where = f"{fault.filename}: " if fault.filename else ""
+        print(
+            f"fmda: {where}{fault.strerror or fault}; mend it and run the same command again", file=sys.stderr
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fmda: interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)

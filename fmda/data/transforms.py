@@ -1,0 +1,205 @@
+"""Changes to a training example, in NumPy: each is a small picklable object called with (example, generator).
+
+Images stay uint8; they are normalised on the device with the constants below. Labels are never interpolated.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from fmda.data.classes import IGNORE
+from fmda.data.dataset import Example
+from fmda.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Step = Callable[[Example, np.random.Generator], Example]
+
+
+@dataclass(frozen=True)
+class Compose:
+    """Several steps, one after the other, drawing from one generator."""
+
+    steps: tuple[Step, ...]
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Returns the example after all steps."""
+        for step in self.steps:
+            example = step(example, rng)
+        return example
+
+
+def fit_size(height: int, width: int, long_max: int, short_max: int) -> tuple[int, int]:
+    """Returns (height, width) scaled, ratio kept, to the largest size with long side <= long_max and short side
+    <= short_max; rounded by floor(x + 0.5), as mmcv and the FLOSS hosts do."""
+    scale = min(long_max / max(height, width), short_max / min(height, width))
+    return max(1, math.floor(height * scale + 0.5)), max(1, math.floor(width * scale + 0.5))
+
+
+def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the image at (height, width) by OpenCV's fixed-point bilinear on uint8, without antialiasing."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR))
+
+
+def resize_labels(labels: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
+    """Returns the label map at (height, width), each pixel that of the nearest original pixel centre."""
+    height, width = labels.shape
+    rows = ((np.arange(size[0]) + 0.5) * height / size[0]).astype(np.int64)
+    columns = ((np.arange(size[1]) + 0.5) * width / size[1]).astype(np.int64)
+    return labels[np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)[None]]
+
+
+def resized(example: Example, size: tuple[int, int]) -> Example:
+    """Returns the example with image and labels at (height, width)."""
+    labels = None if example.labels is None else resize_labels(example.labels, size)
+    return replace(example, image=resize_image(example.image, size), labels=labels)
+
+
+@dataclass(frozen=True)
+class ResizeKeepRatio:
+    """Resizes to fit (long_max, short_max), times a factor drawn uniformly from `scale`."""
+
+    long_max: int
+    short_max: int
+    scale: tuple[float, float] = (1.0, 1.0)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Returns the resized example."""
+        low, high = self.scale
+        factor = low if low == high else rng.uniform(low, high)
+        height, width = example.image.shape[:2]
+        bounds = (round(self.long_max * factor), round(self.short_max * factor))
+        return resized(example, fit_size(height, width, *bounds))
+
+
+@dataclass(frozen=True)
+class ResizeShorter:
+    """Resizes, ratio kept, until the shorter side is `side` pixels."""
+
+    side: int
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Returns the resized example."""
+        height, width = example.image.shape[:2]
+        return resized(example, fit_size(height, width, max(height, width) * self.side, self.side))
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Cuts a window of (height, width) at a uniform place; smaller pictures are padded first (0, labels 255).
+
+    With `max_class_ratio` below 1 the place is drawn again, up to `tries` times, until at least two classes occur and
+    none covers more than that share of the labelled pixels (0.75 in DACS and DAFormer); the last draw is kept.
+    """
+
+    size: tuple[int, int]
+    max_class_ratio: float = 1.0
+    tries: int = 10
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Returns the crop."""
+        example = pad(example, self.size)
+        height, width = example.image.shape[:2]
+        for _ in range(self.tries):
+            top = int(rng.integers(height - self.size[0] + 1))
+            left = int(rng.integers(width - self.size[1] + 1))
+            box = (slice(top, top + self.size[0]), slice(left, left + self.size[1]))
+            if example.labels is None or self.max_class_ratio >= 1 or self._varied(example.labels[box]):
+                break
+        labels = None if example.labels is None else example.labels[box]
+        return replace(example, image=example.image[box], labels=labels)
+
+    def _varied(self, labels: UInt8[np.ndarray, "h w"]) -> bool:
+        counts = np.bincount(labels.ravel(), minlength=256)[:IGNORE]
+        counts = counts[counts > 0]
+        return len(counts) > 1 and bool(counts.max() <= self.max_class_ratio * counts.sum())
+
+
+def pad(example: Example, size: tuple[int, int]) -> Example:
+    """Returns the example padded on the right and below to at least (height, width): 0 in images, 255 in labels."""
+    height, width = example.image.shape[:2]
+    below, right = max(0, size[0] - height), max(0, size[1] - width)
+    if not below and not right:
+        return example
+    image = np.pad(example.image, ((0, below), (0, right), (0, 0)))
+    labels = example.labels
+    if labels is not None:
+        labels = np.pad(labels, ((0, below), (0, right)), constant_values=IGNORE)
+    return replace(example, image=image, labels=labels)
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Mirrors left and right with probability `p`."""
+
+    p: float = 0.5
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Returns the example, perhaps mirrored."""
+        if rng.random() >= self.p:
+            return example
+        labels = None if example.labels is None else np.ascontiguousarray(example.labels[:, ::-1])
+        return replace(example, image=np.ascontiguousarray(example.image[:, ::-1]), labels=labels)
+
+
+@dataclass(frozen=True)
+class ColourJitter:
+    """With probability `p` changes brightness, contrast, saturation and hue, in random order.
+
+    On RGB in [0, 1]: brightness adds U(-b, b), contrast multiplies by U(1-c, 1+c) (not about the mean), saturation
+    scales S of HSV by U(1-s, 1+s), hue turns by U(-h, h) of a full turn (the jitter of DACS and DAFormer). Each of
+    the first three is clipped to [0, 1]. The defaults are DAFormer's.
+    """
+
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    hue: float = 0.2
+    p: float = 0.8
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Returns the example with changed colours; labels are untouched."""
+        if rng.random() >= self.p:
+            return example
+        values = example.image.astype(np.float32) / 255
+        for step in rng.permutation(4):
+            if step == 0:
+                values = np.clip(values + np.float32(rng.uniform(-self.brightness, self.brightness)), 0, 1)
+            elif step == 1:
+                values = np.clip(values * np.float32(rng.uniform(1 - self.contrast, 1 + self.contrast)), 0, 1)
+            else:
+                hsv = cv2.cvtColor(values, cv2.COLOR_RGB2HSV)
+                if step == 2:
+                    factor = rng.uniform(1 - self.saturation, 1 + self.saturation)
+                    hsv[..., 1] = np.clip(hsv[..., 1] * factor, 0, 1)
+                else:
+                    hsv[..., 0] = (hsv[..., 0] + 360 * rng.uniform(-self.hue, self.hue)) % 360
+                values = np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+        return replace(example, image=np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8))
+
+
+def training_transform(
+    crop: tuple[int, int],
+    *,
+    resize: tuple[int, int] | None = None,
+    scale: tuple[float, float] = (1.0, 1.0),
+    max_class_ratio: float = 0.75,
+    flip: float = 0.5,
+    jitter: float = 0.0,
+) -> Compose:
+    """Returns the usual chain: resize to fit (long, short) times a random scale, crop, flip, jitter with probability
+    `jitter`. Raises UserError for a crop without area."""
+    if min(crop) < 1:
+        raise UserError(f"crop {list(crop)}: needs a height and a width of at least 1")
+    steps: list[Step] = [] if resize is None else [ResizeKeepRatio(max(resize), min(resize), scale)]
+    steps += [RandomCrop(crop, max_class_ratio), RandomFlip(flip)]
+    return Compose((*steps, *([ColourJitter(p=jitter)] if jitter else [])))

@@ -1,0 +1,129 @@
+"""Charts of the report as inline SVG, and pictures as data addresses. Equal input gives equal bytes."""
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+INK, PALE = "#1f2933", "#d9dee4"
+LINES = ("#2563a8", "#c2541b", "#2e7d4f", "#8a3ffc", "#a8871f", "#0e7c86")
+WIDEST = 1600
+HEAT_CLASSES = 40
+
+
+def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], title: str, mark: str) -> str:
+    """Returns an inline SVG of value over step.
+
+    Args:
+        lines: (label, steps, values) each; labels are shown when there are several lines.
+        title: the metric's name.
+        mark: a word that is unique in the page; prefixes all ids of the SVG.
+    """
+    from matplotlib.figure import Figure  # needs no display and no pyplot state
+
+    # text stays text: small, selectable, in the page's own font; a fixed salt keeps ids equal
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": mark, "font.size": 9}):
+        figure = Figure(figsize=(4.2, 2.3))
+        axes = figure.add_subplot()
+        for index, (label, steps, values) in enumerate(lines):
+            dots = "." if len(steps) < 40 else None
+            axes.plot(steps, values, color=LINES[index % len(LINES)], linewidth=1.4, marker=dots, label=label)
+        every = np.concatenate([np.asarray(values, float) for _, _, values in lines])
+        if every.min(initial=1) > 0 and every.max(initial=1) > 50 * every.min(initial=1):
+            axes.set_yscale("log")
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("step", color=INK)
+        axes.grid(color=PALE, linewidth=0.6)
+        axes.tick_params(colors=INK, length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        figure.tight_layout(pad=0.4)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return _inline(file.getvalue(), title, mark)
+
+
+def _inline(svg: str, title: str, mark: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'id="([^"]+)"', rf'id="{mark}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{mark}-\1)", svg)
+    svg = re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{mark}-\1"', svg)
+    # the width comes from the page
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    # an SVG inside HTML inherits letters from the page
+    return re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", svg)
+
+
+def heat_map(confusion: Int[np.ndarray, "K C"], names: Sequence[str]) -> str:
+    """Returns an inline SVG of a confusion matrix, each row as shares of the truth's pixels.
+
+    A pointer held over a cell shows its numbers. Above 40 classes only the classes with the most pixels are drawn.
+    """
+    order = np.arange(len(names))
+    if len(names) > HEAT_CLASSES:
+        order = np.sort(np.argsort(-confusion.sum(1), kind="stable")[:HEAT_CLASSES])
+    share = confusion[:, : len(names)] / np.maximum(confusion.sum(1, keepdims=True), 1)
+    cell, left = 22, 10 + 6.4 * max(len(names[k]) for k in order)
+    top = left * 0.8 + 6
+    size = cell * len(order)
+    parts = [f'<svg role="img" aria-label="confusion" width="{left + size + 60:.0f}" height="{top + size + 4:.0f}">']
+    for row, truth in enumerate(order):
+        y = top + row * cell
+        parts.append(f'<text x="{left - 5:.0f}" y="{y + 15:.0f}" text-anchor="end">{escape(names[truth])}</text>')
+        x = left + row * cell + 14
+        parts.append(f'<text transform="translate({x:.0f},{top - 5:.0f}) rotate(-50)">{escape(names[truth])}</text>')
+        for column, guess in enumerate(order):
+            value = float(share[truth, guess])
+            label = f"{names[truth]} seen as {names[guess]}: {100 * value:.1f} %"
+            parts.append(
+                f'<rect x="{left + column * cell:.0f}" y="{y:.0f}" width="{cell - 1}" height="{cell - 1}" '
+                f'fill="{_heat(value, truth == guess)}"><title>{escape(label)}</title></rect>'
+            )
+            if value >= 0.005:
+                colour = "#fff" if value > 0.55 else INK
+                parts.append(
+                    f'<text class="n" x="{left + column * cell + 10.5:.1f}" y="{y + 14:.0f}" fill="{colour}">'
+                    f"{100 * value:.0f}</text>"
+                )
+    return "".join([*parts, "</svg>"])
+
+
+def _heat(value: float, right: bool) -> str:
+    """Returns white to green on the diagonal, white to red elsewhere; the root makes small shares visible."""
+    end = np.array([24, 107, 74] if right else [176, 36, 42])
+    start = np.array([244, 246, 248])
+    colour = start + (end - start) * np.sqrt(np.clip(value, 0, 1))
+    return "#" + "".join(f"{round(float(v)):02x}" for v in colour)
+
+
+def picture_address(path: Path, widest: int = WIDEST) -> str:
+    """Returns a picture file as a data address: SVG as it is, others as the smaller of PNG and JPEG."""
+    data = path.read_bytes()
+    if path.suffix.lower() == ".svg":
+        return _address("image/svg+xml", data)
+    with Image.open(io.BytesIO(data)) as picture:
+        kept = picture.format in ("PNG", "JPEG") and picture.width <= widest
+        kind = "image/jpeg" if picture.format == "JPEG" else "image/png"
+        flat = picture.convert("RGB")
+    if flat.width > widest:
+        flat = flat.resize((widest, round(flat.height * widest / flat.width)), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    flat.save(file, "JPEG", quality=86, subsampling=0)
+    small = file.getvalue()
+    return _address(kind, data) if kept and len(data) <= len(small) else _address("image/jpeg", small)
+
+
+def _address(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,257 @@
+"""Confusion matrices as mergeable sums, and the scores read off them.
+
+A matrix counts pixels: row = truth, column = prediction. Matrices of images, batches, processes and runs are added;
+scores are computed once, from the sum. A mean of per-image scores is a different number and is never used for a set.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fmda.errors import UserError
+
+IGNORE = 255
+
+
+def confusion_matrix(
+    labels: Int[np.ndarray, "..."],
+    predictions: Int[np.ndarray, "..."],
+    classes: int,
+    ignore: int = IGNORE,
+    *,
+    void: bool = False,
+) -> Int[np.ndarray, "K C"]:
+    """Returns the pixel counts int64[K, K] of (truth, prediction) for one label map or a stack of them.
+
+    Pixels whose label is `ignore` are dropped. So are pixels predicted as `ignore`, unless `void` is set: then a last
+    column (int64[K, K + 1]) counts labelled pixels that were given no class, which are misses and no false alarms.
+
+    Args:
+        labels: integers of any shape, each 0..classes-1 or `ignore`.
+        predictions: the same shape and range.
+        classes: K, 1..255.
+        ignore: the value that means "no class"; outside 0..classes-1.
+        void: add the column of unassigned predictions.
+
+    Raises:
+        UserError: shapes differ, or a value is neither a class nor `ignore`.
+    """
+    if not 1 <= classes <= 255 or not classes <= ignore <= 255:
+        raise UserError(f"classes: {classes} with ignore value {ignore} do not fit; use 1..255 and ignore >= classes")
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.shape != predictions.shape:
+        raise UserError(f"labels have shape {labels.shape} but predictions {predictions.shape}; score at label size")
+    truth = _as_uint8(labels, "label", classes, ignore).ravel()
+    guess = _as_uint8(predictions, "prediction", classes, ignore).ravel()
+    # One histogram over all 256 x 256 pairs needs no mask, and stray values show up in it for free.
+    counts = np.bincount(truth.astype(np.uint16) * np.uint16(256) + guess, minlength=65536).reshape(256, 256)
+    _check_range(counts.sum(1), "label", classes, ignore)
+    _check_range(counts.sum(0), "prediction", classes, ignore)
+    matrix = counts[:classes, :classes]
+    if void:
+        matrix = np.concatenate([matrix, counts[:classes, ignore, None]], axis=1)
+    return matrix.astype(np.int64)
+
+
+def batch_confusion(
+    labels: Int[Array, "..."],
+    predictions: Int[Array, "..."],
+    classes: int,
+    ignore: int = IGNORE,
+    *,
+    void: bool = False,
+) -> Int[Array, "K C"]:
+    """Returns int32[K, K] (or [K, K + 1] with `void`) counts of one batch, inside jit; see `confusion_matrix`.
+
+    Values outside the classes cannot raise on a device: they are dropped like `ignore`. A batch must hold fewer than
+    2^31 pixels; add batches up on the host in int64.
+    """
+    truth, guess = labels.astype(jnp.int32).ravel(), predictions.astype(jnp.int32).ravel()
+    columns = classes + int(void)
+    if void:
+        guess = jnp.where(guess == ignore, classes, guess)
+    valid = (truth >= 0) & (truth < classes) & (guess >= 0) & (guess < columns)
+    pair = jnp.where(valid, truth * columns + guess, classes * columns)
+    counts = jnp.bincount(pair, length=classes * columns + 1)[:-1]
+    return counts.astype(jnp.int32).reshape(classes, columns)
+
+
+def _as_uint8(values: np.ndarray, what: str, classes: int, ignore: int) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind not in "iub":
+        raise UserError(f"{what}s have type {values.dtype}; give integers 0..{classes - 1} or {ignore}")
+    if values.size:
+        for value in (int(values.min()), int(values.max())):
+            if not 0 <= value <= 255:
+                raise UserError(_stray(what, value, classes, ignore))
+    return values.astype(np.uint8)
+
+
+def _check_range(counts: np.ndarray, what: str, classes: int, ignore: int) -> None:
+    strays = np.flatnonzero(counts[classes:]) + classes
+    strays = strays[strays != ignore]
+    if strays.size:
+        raise UserError(_stray(what, int(strays[0]), classes, ignore))
+
+
+def _stray(what: str, value: int, classes: int, ignore: int) -> str:
+    return f"{what} value {value} is outside 0..{classes - 1} and not {ignore} (ignored); check the class list or map"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of one set of pixels, all derived from counts that can be added.
+
+    Attributes:
+        names: K class names.
+        confusion: int64[K, K], row = truth, column = prediction.
+        void: int64[K], labelled pixels that were given no class (misses).
+    """
+
+    names: tuple[str, ...]
+    confusion: Int[np.ndarray, "K K"]
+    void: Int[np.ndarray, " K"] | None = None
+
+    def __post_init__(self) -> None:
+        names, confusion = tuple(self.names), np.asarray(self.confusion, np.int64)
+        if confusion.shape != (len(names), len(names)):
+            raise UserError(f"confusion has shape {confusion.shape} but there are {len(names)} class names")
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "confusion", confusion)
+        object.__setattr__(self, "void", np.asarray(self._void, np.int64))
+
+    @classmethod
+    def from_confusion(cls, matrix: Int[np.ndarray, "K C"], names: Sequence[str]) -> "Scores":
+        """Returns the scores of a [K, K] matrix, or of [K, K + 1] with a last column of unassigned pixels."""
+        matrix = np.asarray(matrix)
+        size = len(names)
+        if matrix.ndim == 2 and matrix.shape == (size, size + 1):
+            return cls(tuple(names), matrix[:, :size], matrix[:, size])
+        return cls(tuple(names), matrix)
+
+    @classmethod
+    def empty(cls, names: Sequence[str]) -> "Scores":
+        """Returns scores of no pixel at all, the neutral element of `merge`."""
+        return cls(tuple(names), np.zeros((len(names), len(names)), np.int64))
+
+    def merge(self, other: "Scores") -> "Scores":
+        """Returns the scores of both pixel sets together; the class names must be equal."""
+        if self.names != other.names:
+            raise UserError("scores of different class lists cannot be merged; map both to one list first")
+        return Scores(self.names, self.confusion + other.confusion, self._void + other._void)
+
+    __add__ = merge
+
+    def __eq__(self, other: object) -> bool:
+        """Returns whether names and all counts are equal."""
+        if not isinstance(other, Scores):
+            return NotImplemented
+        same = np.array_equal(self.confusion, other.confusion) and np.array_equal(self._void, other._void)
+        return self.names == other.names and same
+
+    @property
+    def _void(self) -> Int[np.ndarray, " K"]:
+        return np.zeros(len(self.names), np.int64) if self.void is None else self.void
+
+    @property
+    def pixels(self) -> Int[np.ndarray, " K"]:
+        """Labelled pixels of each class."""
+        return self.confusion.sum(1) + self._void
+
+    @property
+    def iou(self) -> Float[np.ndarray, " K"]:
+        """Intersection over union of each class, 0..1; nan for a class neither labelled nor predicted."""
+        return _ratio(np.diagonal(self.confusion), self.pixels + self.confusion.sum(0) - np.diagonal(self.confusion))
+
+    @property
+    def class_accuracy(self) -> Float[np.ndarray, " K"]:
+        """Share of each class's labelled pixels that were found (recall), 0..1; nan for an unlabelled class."""
+        return _ratio(np.diagonal(self.confusion), self.pixels)
+
+    @property
+    def precision(self) -> Float[np.ndarray, " K"]:
+        """Share of each class's predicted pixels that are right, 0..1; nan for a class never predicted."""
+        return _ratio(np.diagonal(self.confusion), self.confusion.sum(0))
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur in labels or predictions, 0..1; nan when none does."""
+        return _mean(self.iou)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean of `class_accuracy` over the labelled classes, 0..1."""
+        return _mean(self.class_accuracy)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of labelled pixels that are right, 0..1; nan for no pixel."""
+        return float(_ratio(np.trace(self.confusion)[None], self.pixels.sum()[None])[0])
+
+    @property
+    def frequency_weighted_iou(self) -> float:
+        """IoU weighted by each class's share of the labelled pixels, 0..1; nan for no pixel."""
+        total = self.pixels.sum()
+        return float(np.nansum(self.iou * (self.pixels / total))) if total else float("nan")
+
+    def table(self) -> str:
+        """Returns a plain text table in percent: one line a class, then the four summary scores."""
+        width = max([len(name) for name in self.names] + [len("frequency weighted IoU")])
+        total = max(int(self.pixels.sum()), 1)
+        lines = [f"{'class':<{width}}  {'IoU':>6}  {'recall':>6}  {'precision':>9}  {'% pixels':>8}"]
+        rows = zip(self.names, self.iou, self.class_accuracy, self.precision, self.pixels / total, strict=True)
+        for name, iou, recall, precision, share in rows:
+            cells = f"{_percent(iou):>6}  {_percent(recall):>6}  {_percent(precision):>9}  {_percent(share):>8}"
+            lines.append(f"{name:<{width}}  {cells}")
+        lines.append("-" * len(lines[0]))
+        summary = {
+            "mIoU": self.miou,
+            "pixel accuracy": self.accuracy,
+            "mean class accuracy": self.mean_accuracy,
+            "frequency weighted IoU": self.frequency_weighted_iou,
+        }
+        lines += [f"{name:<{width}}  {_percent(value):>6}" for name, value in summary.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict:
+        """Returns plain data: the summary scores for readers, names and counts to restore from. nan becomes None."""
+        return {
+            "miou": _plain(self.miou),
+            "accuracy": _plain(self.accuracy),
+            "mean_accuracy": _plain(self.mean_accuracy),
+            "frequency_weighted_iou": _plain(self.frequency_weighted_iou),
+            "iou": {name: _plain(value) for name, value in zip(self.names, self.iou, strict=True)},
+            "names": list(self.names),
+            "confusion": self.confusion.tolist(),
+            "void": self._void.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict, where: str = "scores") -> "Scores":
+        """Returns the scores whose `to_json` is given; raises a UserError naming `where` when counts are missing."""
+        try:
+            names, void = tuple(data["names"]), data.get("void")
+            return cls(names, np.array(data["confusion"], np.int64).reshape(len(names), -1), void)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{where}: holds no confusion counts ({error}); evaluate again") from None
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+
+
+def _mean(values: np.ndarray) -> float:
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if present.size else float("nan")
+
+
+def _plain(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _percent(value: float) -> str:
+    return "-" if np.isnan(value) else f"{100 * value:.2f}"

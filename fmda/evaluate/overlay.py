@@ -1,0 +1,180 @@
+"""Label maps made visible: colours, overlays, legends and comparison rows. Plain uint8 arrays in and out."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from fmda.errors import UserError
+
+WHITE = 255
+CORRECT = (222, 226, 230)
+WRONG = (214, 40, 57)
+VOID = (255, 255, 255)
+
+
+class Palette(Protocol):
+    """What a class list must offer to be drawn."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """K class names."""
+
+    @property
+    def palette(self) -> UInt8[np.ndarray, "K 3"]:
+        """RGB colour of each class."""
+
+
+def colours(labels: Int[np.ndarray, "H W"], classes: Palette) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the label map in the palette's colours; values that are no class are black."""
+    return colour_table(classes)[np.asarray(labels, np.uint8)]
+
+
+def colour_table(classes: Palette) -> UInt8[np.ndarray, "256 3"]:
+    """Returns the palette filled up with black to 256 rows."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(classes.names)] = np.asarray(classes.palette, np.uint8)
+    return table
+
+
+def overlay(
+    image: UInt8[np.ndarray, "H W 3"], labels: Int[np.ndarray, "H W"], classes: Palette, alpha: float = 0.55
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the image with class colours laid over it and thin dark lines between regions.
+
+    Args:
+        image: the photograph.
+        labels: class of each pixel; pixels of no class (255) show the photograph.
+        classes: names and palette.
+        alpha: weight of the colours, 0..1.
+    """
+    labels = np.asarray(labels)
+    if image.shape[:2] != labels.shape:
+        raise UserError(f"image is {_size(image)} but its label map {_size(labels)}; give the image that was labelled")
+    named = labels < len(classes.names)
+    mixed = image + alpha * (colours(labels, classes).astype(np.float32) - image)
+    result = np.where(named[..., None], mixed, image)
+    result[_borders(labels)] *= 0.6
+    return np.clip(np.rint(result), 0, 255).astype(np.uint8)
+
+
+def legend(
+    classes: Palette, width: int, present: Sequence[int] | None = None, *, size: int = 14
+) -> UInt8[np.ndarray, "h W 3"]:
+    """Returns a white strip `width` pixels wide with a colour swatch and the name of each class, in rows.
+
+    Args:
+        classes: names and palette.
+        width: of the strip, in pixels.
+        present: class indices to show; default all.
+        size: of the letters, in pixels.
+    """
+    font = ImageFont.load_default(size)
+    shown = list(range(len(classes.names)) if present is None else present)
+    gap, row = size // 2, round(size * 1.6)
+    places: list[tuple[int, int, int]] = []
+    x, y = gap, gap
+    for index in shown:
+        advance = size + gap + round(font.getlength(classes.names[index])) + 2 * gap
+        if x > gap and x + advance > width:
+            x, y = gap, y + row
+        places.append((index, x, y))
+        x += advance
+    strip = Image.new("RGB", (width, y + row + gap // 2), (WHITE,) * 3)
+    draw = ImageDraw.Draw(strip)
+    for index, left, top in places:
+        colour = tuple(int(v) for v in classes.palette[index])
+        draw.rectangle((left, top, left + size, top + size), fill=colour, outline=(90, 90, 90))
+        draw.text((left + size + gap, top + size // 2), classes.names[index], (30, 30, 30), font, anchor="lm")
+    return np.asarray(strip)
+
+
+def error_map(
+    labels: Int[np.ndarray, "H W"], predictions: Int[np.ndarray, "H W"], classes: Palette
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns grey where right, red where wrong, white where the truth has no class."""
+    result = np.empty((*np.shape(labels), 3), np.uint8)
+    result[:] = CORRECT
+    result[labels != predictions] = WRONG
+    result[np.asarray(labels) >= len(classes.names)] = VOID
+    return result
+
+
+def comparison(
+    image: UInt8[np.ndarray, "H W 3"],
+    labels: Int[np.ndarray, "H W"] | None,
+    predictions: Sequence[Int[np.ndarray, "H W"]],
+    classes: Palette,
+    *,
+    titles: Sequence[str] = (),
+    width: int = 320,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns one row: image | truth | each prediction and its errors, every tile `width` pixels wide.
+
+    Args:
+        image: the photograph.
+        labels: truth, or None when there is none (then no error tiles either).
+        predictions: one or several label maps of the same size.
+        classes: names and palette.
+        titles: a heading for each prediction.
+        width: of a tile, in pixels.
+    """
+    tiles = [("image", image)]
+    if labels is not None:
+        tiles.append(("truth", colours(labels, classes)))
+    for index, prediction in enumerate(predictions):
+        title = titles[index] if index < len(titles) else "prediction"
+        tiles.append((title, colours(prediction, classes)))
+        if labels is not None:
+            tiles.append(
+                (
+                    f"errors of {title}" if len(predictions) > 1 else "errors",
+                    error_map(labels, prediction, classes),
+                )
+            )
+    return beside([_titled(shrink(tile, width), title) for title, tile in tiles])
+
+
+def beside(tiles: Sequence[UInt8[np.ndarray, "h w 3"]], gap: int = 4) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the tiles in one row on white, aligned at the top."""
+    height = max(tile.shape[0] for tile in tiles)
+    width = sum(tile.shape[1] for tile in tiles) + gap * (len(tiles) - 1)
+    row = np.full((height, width, 3), WHITE, np.uint8)
+    x = 0
+    for tile in tiles:
+        row[: tile.shape[0], x : x + tile.shape[1]] = tile
+        x += tile.shape[1] + gap
+    return row
+
+
+def stack(rows: Sequence[UInt8[np.ndarray, "h w 3"]], gap: int = 6) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the rows below each other on white, aligned at the left."""
+    turned = beside([row.swapaxes(0, 1) for row in rows], gap)
+    return np.ascontiguousarray(turned.swapaxes(0, 1))
+
+
+def shrink(image: UInt8[np.ndarray, "H W 3"], width: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the picture at most `width` pixels wide, ratio kept, averaged over areas."""
+    if image.shape[1] <= width:
+        return image
+    height = max(1, round(image.shape[0] * width / image.shape[1]))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
+
+
+def _titled(tile: np.ndarray, title: str, size: int = 12) -> np.ndarray:
+    band = Image.new("RGB", (tile.shape[1], size + 6), (WHITE,) * 3)
+    ImageDraw.Draw(band).text((1, (size + 6) // 2), title, (70, 70, 70), ImageFont.load_default(size), anchor="lm")
+    return np.concatenate([np.asarray(band), tile])
+
+
+def _borders(labels: np.ndarray) -> Bool[np.ndarray, "H W"]:
+    edge = np.zeros(labels.shape, bool)
+    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    edge[1:] |= labels[1:] != labels[:-1]
+    return edge
+
+
+def _size(array: np.ndarray) -> str:
+    return f"{array.shape[1]}x{array.shape[0]}"

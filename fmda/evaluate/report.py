@@ -1,0 +1,253 @@
+"""The HTML report over one or several runs: one file, no network, no script; equal input gives equal bytes."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from fmda.errors import UserError
+from fmda.evaluate.charts import curves, heat_map, picture_address
+from fmda.evaluate.runs import Evaluation, Run, read_run
+from fmda.evaluate.sections import Cell, Section, Table
+
+TEMPLATE = "report.html.jinja"
+MOST_CHARTS = 12
+MOST_FIGURES = 24
+CONFUSIONS = 8
+RATES = {
+    "time/examples_per_second": "images/s",
+    "time/mfu": "MFU",
+    "time/data_wait": "share of time waiting for data",
+    "time/device_memory": "device memory, bytes",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Evaluations of the same data set and class list, side by side; differences are to the first."""
+
+    title: str
+    names: tuple[str, ...]
+    members: tuple[Evaluation, ...]
+    labels: tuple[str, ...]
+
+
+def report(
+    runs: Sequence[str | Path], out: str | Path, *, title: str = "fmda report", command: str | None = None
+) -> Path:
+    """Writes one self-contained HTML page over run folders and returns its path.
+
+    The page shows what ran, scores by class with differences to the first run, confusions, examples, curves, what
+    methods added through `sections.json`, and throughput. Whatever a run lacks is left out.
+
+    Args:
+        runs: run folders; the first is what the others are compared with.
+        out: the page; its folder is made if missing.
+        title: heading of the page.
+        command: the command that made the runs, where they did not record it.
+
+    Raises:
+        UserError: no run given, a folder without a run, or a damaged file in it. Nothing is written then.
+    """
+    if not runs:
+        raise UserError("report: no run given; name at least one run folder")
+    found = [read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)]
+    page = _page(found, title, command)
+    out = Path(out)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another place with --out") from None
+    return out
+
+
+def _names(runs: Sequence[str | Path]) -> list[str]:
+    """Returns short names for run folders, longer where the last part is not unique."""
+    paths = [Path(r).resolve() for r in runs]
+    for parts in range(1, 5):
+        names = ["/".join(p.parts[-parts:]) for p in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{p.name} ({k})" for k, p in enumerate(paths, 1)]
+
+
+def _page(runs: list[Run], title: str, command: str | None) -> str:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"percent": percent, "points": points, "cell": cell, "hexcolour": hexcolour}
+    groups = groups_of([e for run in runs for e in run.evaluations])
+    several = len(runs) > 1
+    return environment.get_template(TEMPLATE).render(
+        title=title,
+        command=command,
+        runs=runs,
+        several=several,
+        groups=groups,
+        score_tables=[_score_table(group) for group in groups],
+        confusions=[[_confusion(e) for e in group.members] for group in groups],
+        examples=[[_examples(e) for e in group.members] for group in groups],
+        charts=_charts(runs),
+        sections=[_shown(run, place, s, several) for run in runs for place, s in run.sections],
+        figures=[_figure(run, path) for run in runs for path in run.figures[:MOST_FIGURES]],
+        throughput=_throughput(runs),
+    )
+
+
+def groups_of(evaluations: Iterable[Evaluation]) -> list[Group]:
+    """Returns evaluations gathered by data set, split and class list, in order of first appearance."""
+    gathered: dict[tuple, list[Evaluation]] = {}
+    for e in evaluations:
+        gathered.setdefault((e.dataset, e.split, e.images, e.scores.names), []).append(e)
+    groups = []
+    for (dataset, split, images, names), members in gathered.items():
+        count = f"{images} image{'s' * (images != 1)}" if images is not None else ""
+        heading = ", ".join(part for part in (f"{dataset} {split}".strip(), count) if part)
+        groups.append(Group(heading or "scores", names, tuple(members), _labels(members)))
+    return groups
+
+
+def _labels(members: Sequence[Evaluation]) -> tuple[str, ...]:
+    """Returns what tells the members apart: the model, else run and model, else run and folder."""
+    for parts in (
+        [e.model for e in members],
+        [f"{e.run}: {e.model}" for e in members],
+        [f"{e.model} ({e.where or e.run})" for e in members],
+    ):
+        if len(set(parts)) == len(parts):
+            return tuple(parts)
+    return tuple(f"{e.run}/{e.where}" for e in members)
+
+
+def _score_table(group: Group) -> dict[str, Any]:
+    first = group.members[0].scores
+    pixels = first.pixels / max(int(first.pixels.sum()), 1)
+    ious = np.stack([e.scores.iou for e in group.members])
+    rows = [
+        {
+            "name": name,
+            "colour": group.members[0].palette[k],
+            "pixels": float(pixels[k]),
+            "ious": [float(v) for v in ious[:, k]],
+            "best": int(np.nanargmax(ious[:, k])) if len(ious) > 1 and not np.isnan(ious[:, k]).all() else -1,
+        }
+        for k, name in enumerate(group.names)
+    ]
+    summary = {
+        "mIoU": [e.scores.miou for e in group.members],
+        "pixel accuracy": [e.scores.accuracy for e in group.members],
+        "mean class accuracy": [e.scores.mean_accuracy for e in group.members],
+        "frequency weighted IoU": [e.scores.frequency_weighted_iou for e in group.members],
+    }
+    return {"rows": rows, "summary": summary}
+
+
+def _confusion(evaluation: Evaluation) -> dict[str, Any]:
+    scores = evaluation.scores
+    full = np.concatenate([scores.confusion, scores.pixels[:, None] - scores.confusion.sum(1, keepdims=True)], 1)
+    wrong = full.copy()
+    np.fill_diagonal(wrong, 0)
+    share = wrong / np.maximum(full.sum(1, keepdims=True), 1)
+    largest = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
+    names = (*scores.names, "no class")
+    pairs = [divmod(int(flat), len(names)) for flat in largest]
+    return {
+        "svg": Markup(heat_map(full, scores.names)),
+        "pairs": [
+            (names[t], names[g], float(wrong[t, g] / max(full.sum(), 1)), float(share[t, g]))
+            for t, g in pairs
+            if wrong[t, g]
+        ],
+    }
+
+
+def _examples(evaluation: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": str(e.get("kind", "example")),
+            "name": str(e.get("name", "")),
+            "miou": e.get("miou"),
+            "address": picture_address(e["figure"]),
+        }
+        for e in evaluation.examples
+    ]
+
+
+def _charts(runs: Sequence[Run]) -> list[Markup]:
+    """Returns one chart per metric, losses first, the lines of all runs in it."""
+    lines: dict[str, list[tuple[str, list[float], list[float]]]] = {}
+    for run in runs:
+        for where, rows in run.metrics.items():
+            label = "/".join(part for part in (run.name if len(runs) > 1 else "", where) if part) or run.name
+            for key in dict.fromkeys(k for row in rows for k in row):
+                points = [(row["step"], row[key]) for row in rows if key in row and np.isfinite(row[key])]
+                if key != "step" and len(points) > 1 and not key.startswith("time/"):
+                    lines.setdefault(key, []).append((label, [p[0] for p in points], [p[1] for p in points]))
+    order = sorted(lines, key=lambda key: (0 if "loss" in key else 1, 0 if key == "loss" else 1))
+    return [Markup(curves(lines[key], key, f"c{k}")) for k, key in enumerate(order[:MOST_CHARTS])]
+
+
+def _shown(run: Run, place: Path, section: Section, several: bool) -> dict[str, Any]:
+    return {
+        "title": section.title,
+        "run": run.name if several else "",
+        "paragraphs": [p.strip() for p in section.text.split("\n\n") if p.strip()],
+        "table": section.table,
+        "address": picture_address(place / section.image) if section.image else None,
+    }
+
+
+def _figure(run: Run, path: Path) -> dict[str, str]:
+    where = path.relative_to(run.folder).with_suffix("").as_posix().replace("figures/", "")
+    return {"name": f"{run.name}: {where}", "address": picture_address(path)}
+
+
+def _throughput(runs: Sequence[Run]) -> Table | None:
+    rows: list[tuple[Cell, ...]] = []
+    for run in runs:
+        for where, metrics in run.metrics.items():
+            for key, what in RATES.items():
+                values = [row[key] for row in metrics if key in row]
+                if values:
+                    rows.append((run.name, where or "-", what, float(np.median(values))))
+        for where, timing in run.timings:
+            if "images_per_second" in timing:
+                rows.append((run.name, where or "-", "images/s", timing["images_per_second"]))
+        rows += [(run.name, s.where or "-", "seconds", s.seconds) for s in run.stages if s.seconds is not None]
+    return Table(("run", "stage", "what", "value"), tuple(rows)) if rows else None
+
+
+def percent(value: float | None) -> str:
+    """Returns a share as percent with two digits, "–" for nan or None."""
+    return "–" if value is None or np.isnan(value) else f"{100 * value:.2f}"
+
+
+def points(value: float, reference: float) -> str:
+    """Returns a difference of shares in signed percentage points, "" where either is nan."""
+    difference = 100 * (value - reference)
+    return "" if np.isnan(difference) else f"{difference:+.2f}".replace("-", "−")
+
+
+def cell(value: Cell) -> str:
+    """Returns a table cell: integers with thin groups, other numbers with four figures, None and nan as a dash."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return "–"
+    if isinstance(value, bool) or isinstance(value, str):
+        return str(value)
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}".replace(",", "\u2009")
+    return f"{value:.4g}"
+
+
+def hexcolour(colour: Sequence[int]) -> str:
+    """Returns "#rrggbb"."""
+    return "#" + "".join(f"{int(v):02x}" for v in colour)

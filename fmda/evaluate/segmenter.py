@@ -1,0 +1,162 @@
+"""One predictor around any forward function, and what it returns."""
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from fmda.data import ClassList, read_image
+from fmda.errors import UserError
+from fmda.evaluate.images import as_rgb, image_files
+from fmda.evaluate.overlay import colour_table, colours, legend, overlay, stack
+
+Labels = UInt8[np.ndarray, "H W"]
+Forward = Callable[[UInt8[np.ndarray, "H W 3"]], tuple[Labels, Float[np.ndarray, "H W K"] | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What a segmenter says about one image.
+
+    Attributes:
+        labels: uint8[H, W], class index of each pixel at the image's own size; 255 = none.
+        scores: float32[H, W] confidence of the chosen class or [H, W, K] of all, or None where not kept.
+        classes: names and palette.
+        image: the photograph, uint8[H, W, 3], or None.
+        name: the image's file name without suffix, or "".
+    """
+
+    labels: Labels
+    scores: Float[np.ndarray, "H W ..."] | None
+    classes: ClassList
+    image: UInt8[np.ndarray, "H W 3"] | None = None
+    name: str = ""
+
+    def overlay(self, image: UInt8[np.ndarray, "H W 3"] | None = None, alpha: float = 0.55) -> np.ndarray:
+        """Returns uint8[H, W, 3]: class colours over `image` (default: the one predicted), or alone without one."""
+        image = self.image if image is None else as_rgb(image)
+        return colours(self.labels, self.classes) if image is None else overlay(image, self.labels, self.classes, alpha)
+
+    def save(self, path: str | Path) -> tuple[Path, Path]:
+        """Writes the label map as a palette PNG at `path` and the overlay beside it; returns both paths.
+
+        The overlay is `<stem>_overlay.jpg`, with a legend of the classes that occur. A path without suffix gets
+        `.png`; folders are made.
+        """
+        path = Path(path)
+        path = path if path.suffix.lower() == ".png" else path.with_name(path.name + ".png")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_labels(self.labels, path, self.classes)
+            picture = self.overlay()
+            present = [k for k in np.unique(self.labels) if k < len(self.classes.names)]
+            beside = overlay_path(path)
+            size = max(12, picture.shape[1] // 60)
+            strip = legend(self.classes, picture.shape[1], present, size=size)
+            Image.fromarray(stack([picture, strip], 0)).save(beside, quality=92)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
+        return path, beside
+
+
+class Segmenter:
+    """A segmentation model ready to use: image in, `Segmentation` out.
+
+    Args:
+        forward: uint8[H, W, 3] -> (uint8[H, W] labels at the same size, scores or None).
+        classes: what the labels mean.
+        name: for reports.
+    """
+
+    def __init__(self, forward: Forward, classes: ClassList, name: str = "model") -> None:
+        self.forward, self.classes, self.name = forward, classes, name
+
+    @classmethod
+    def load(cls, run_folder: str | Path, *, packages: Sequence[str] = ("fmda",)) -> "Segmenter":
+        """Returns the segmenter of a finished run, whatever method made it.
+
+        The folder (or exactly one folder below it) holds `model.json` with {"loader": "module:function"}; the function
+        gets that folder and returns the segmenter. Only modules of `packages` are imported.
+
+        Raises:
+            UserError: no run, an unfinished one, or a loader that does not exist.
+        """
+        folder = _model_folder(Path(run_folder))
+        path = folder / "model.json"
+        try:
+            loader = str(json.loads(path.read_text(encoding="utf-8"))["loader"])
+            module_name, function_name = loader.split(":")
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path}: needs {{"loader": "module:function"}}; run the method again') from None
+        if module_name.split(".")[0] not in packages:
+            allowed = ", ".join(packages)
+            raise UserError(f"{path}: loader '{loader}' is not of {allowed}; name its package with packages=")
+        try:
+            load = getattr(importlib.import_module(module_name), function_name)
+        except (ModuleNotFoundError, AttributeError):
+            raise UserError(f"{path}: loader '{loader}' does not exist; was it made by another version?") from None
+        return load(folder)
+
+    @overload
+    def predict(self, source: str | Path | np.ndarray) -> Segmentation: ...
+
+    @overload
+    def predict(self, source: Sequence[str | Path | np.ndarray]) -> list[Segmentation]: ...
+
+    def predict(self, source):
+        """Returns the segmentation of an image, or a list of them for a list or a folder of images.
+
+        Args:
+            source: a file, a uint8 array [H, W, 3] (grey and opaque alpha are understood), a folder, or a list.
+
+        Raises:
+            UserError: a source is missing, unreadable or not an 8-bit image.
+        """
+        if isinstance(source, str | Path):
+            if Path(source).is_dir():
+                return [self.predict(file) for file in image_files([source])]
+            return self._segment(read_image(source), Path(source).stem)
+        if isinstance(source, list | tuple):
+            return [self.predict(one) for one in source]
+        return self._segment(as_rgb(source), "")
+
+    __call__ = predict
+
+    def _segment(self, image: np.ndarray, name: str) -> Segmentation:
+        labels, scores = self.forward(image)
+        labels = np.asarray(labels).astype(np.uint8, copy=False)
+        if labels.shape != image.shape[:2]:
+            raise ValueError(f"{self.name}: forward gave labels {labels.shape} for an image {image.shape[:2]}")
+        return Segmentation(labels, None if scores is None else np.asarray(scores), self.classes, image, name)
+
+
+def write_labels(labels: Labels, path: Path, classes: ClassList) -> None:
+    """Writes a label map as an 8-bit palette PNG: pixel values are class indices, colours the palette's."""
+    picture = Image.fromarray(np.asarray(labels, np.uint8))
+    picture.putpalette(colour_table(classes).tobytes())
+    picture.save(path, optimize=False)
+
+
+def overlay_path(path: Path) -> Path:
+    """Returns where the overlay of the label map `path` goes."""
+    return path.with_name(f"{path.stem}_overlay.jpg")
+
+
+def _model_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder; give the work_dir of a finished run")
+    if (folder / "model.json").is_file():
+        return folder
+    below = sorted(p.parent for p in (*folder.glob("*/model.json"), *folder.glob("*/*/model.json")))
+    if len(below) == 1:
+        return below[0]
+    if below:
+        names = ", ".join(str(p.relative_to(folder)) for p in below)
+        raise UserError(f"{folder}: holds several models ({names}); name one of these folders")
+    raise UserError(f"{folder}: holds no model.json; give the folder of a finished run")

@@ -1,0 +1,218 @@
+"""Where arrays live: the device mesh, rules that place parameters, batch placement, several processes.
+
+A mesh has two axes. `data` holds copies of the parameters, `fsdp` cuts them into pieces; the batch is split over both.
+The axes are of the Auto kind: the compiler places everything between the inputs and the outputs of a step.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fmda import trees
+from fmda.errors import UserError, did_you_mean
+
+BATCH = P(("data", "fsdp"))
+
+
+@dataclass(frozen=True)
+class LargestAxis:
+    """The tactic that cuts the largest dimension divisible by a mesh axis, the last one among equals.
+
+    Leaves of fewer than `min_size` scalars, and leaves in which no dimension divides, are replicated: cutting them
+    would cost a message and save nothing.
+    """
+
+    axis: str = "fsdp"
+    min_size: int = 4096
+
+    def spec(self, shape: tuple[int, ...], mesh: Mesh) -> P:
+        """Returns the partition spec of a leaf of this shape."""
+        parts = mesh.shape[self.axis]
+        fitting = [dim for dim, length in enumerate(shape) if length % parts == 0]
+        if parts == 1 or math.prod(shape) < self.min_size or not fitting:
+            return P()
+        largest = max(fitting, key=lambda dim: (shape[dim], dim))
+        return P(*[self.axis if dim == largest else None for dim in range(largest + 1)])
+
+
+LARGEST_AXIS = LargestAxis()
+
+Rule = tuple[str, P | LargestAxis]
+REPLICATED_RULES: tuple[Rule, ...] = (("*", P()),)
+FSDP_RULES: tuple[Rule, ...] = (("*", LARGEST_AXIS),)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh with axes `data` and `fsdp` (both Auto) over `devices`, by default all of every process.
+
+    One of the two sizes may be -1: whatever the other leaves over. Raises UserError when the sizes do not make up the
+    number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    for name, size in (("data", data), ("fsdp", fsdp)):
+        if size == 0 or size < -1:
+            raise UserError(f"mesh.{name}: {size} is no size; give a positive number, or -1 for the rest")
+    if data == -1 and fsdp == -1:
+        raise UserError("mesh: data and fsdp are both -1; only one of them can take the rest")
+    known = fsdp if data == -1 else data
+    if -1 in (data, fsdp):
+        if len(devices) % known:
+            name = "fsdp" if data == -1 else "data"
+            raise UserError(
+                f"mesh.{name}: {known} does not divide the {len(devices)} devices; choose a divisor of {len(devices)}"
+            )
+        rest = len(devices) // known
+        data, fsdp = (rest, fsdp) if data == -1 else (data, rest)
+    if data * fsdp != len(devices):
+        raise UserError(
+            f"mesh: data={data} times fsdp={fsdp} is {data * fsdp}, but there are {len(devices)} devices; "
+            "set one of them to -1"
+        )
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that splits the first dimension over all devices."""
+    return NamedSharding(mesh, BATCH)
+
+
+def place(shapes: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """Returns the tree of NamedShardings that the rules give to a tree of arrays or `ShapeDtypeStruct`s.
+
+    A rule is (glob, partition spec or tactic). The glob is held against the slash path of a leaf and against every
+    ending of that path that begins at a slash, so that one rule for `up/kernel` also places the optimizer's moments
+    (`opt/0/mu/up/kernel`) and the average (`ema/up/kernel`). The first rule that matches wins; a last rule for "*"
+    takes the rest, and matches everything.
+
+    Raises UserError that names the rule for a rule no leaf matches, a spec with an unknown axis, a spec longer than the
+    leaf's shape, or a dimension that does not divide; and one that names the leaf for a leaf without a rule.
+    """
+    for pattern, tactic in rules:
+        if isinstance(tactic, P):
+            _check_axes(pattern, tactic, mesh)
+    used: set[int] = set()
+
+    def sharding(path: str, leaf: Any) -> NamedSharding:
+        hits = [number for number, (pattern, _) in enumerate(rules) if _covers(path, pattern)]
+        if not hits:
+            raise UserError(f"sharding: no rule matches '{path}'; end the rules with one for '*'")
+        used.update(hits)
+        pattern, tactic = rules[hits[0]]
+        if isinstance(tactic, LargestAxis):
+            return NamedSharding(mesh, tactic.spec(leaf.shape, mesh))
+        _check_shape(pattern, tactic, path, leaf.shape, mesh)
+        return NamedSharding(mesh, tactic)
+
+    result = map_with_paths(sharding, shapes)
+    for number, (pattern, _) in enumerate(rules):
+        if number not in used:
+            raise UserError(f"sharding rule '{pattern}': matches no leaf; correct it or take it out")
+    return result
+
+
+def map_with_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Returns the tree with `function(path, leaf)` in place of each leaf; paths as in `trees.leaf_paths`."""
+    results = [function(path, leaf) for path, leaf in trees.leaf_paths(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), results)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Returns the host batch as arrays split over all devices.
+
+    `batch` is a tree of arrays [B, ...] that holds this process's part; with several processes the result is the global
+    batch, in process order. Scalars are replicated. Raises UserError when B does not divide.
+    """
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    local_devices = mesh.local_mesh.size
+
+    def put(path: str, leaf: Any) -> jax.Array:
+        if not isinstance(leaf, jax.Array):
+            leaf = np.asarray(leaf)
+        if leaf.ndim == 0:
+            return jax.device_put(leaf, whole)
+        if leaf.shape[0] % local_devices:
+            raise UserError(
+                f"batch '{path}': {leaf.shape[0]} examples do not divide over {local_devices} devices; "
+                f"choose a batch size that is a multiple of {mesh.size}"
+            )
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, split)
+        return jax.make_array_from_process_local_data(split, np.asarray(leaf))
+
+    return map_with_paths(put, batch)
+
+
+def start_processes(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins this process to the others of the run; does nothing for a run of one process, or when called again.
+
+    Call it before anything touches a device. What is not given comes from the environment: FMDA_COORDINATOR
+    (host:port of process 0), FMDA_PROCESSES (how many) and FMDA_PROCESS (this one's number). On a cluster that jax
+    knows (Slurm, Open MPI, Cloud TPU, Kubernetes), set FMDA_COORDINATOR=auto alone. Raises UserError for an incomplete
+    or impossible set of values.
+    """
+    coordinator = coordinator or os.environ.get("FMDA_COORDINATOR")
+    processes = processes if processes is not None else _number("FMDA_PROCESSES")
+    process = process if process is not None else _number("FMDA_PROCESS")
+    if jax.distributed.is_initialized() or (coordinator is None and processes in (None, 1)):
+        return
+    if coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    values = {"FMDA_COORDINATOR": coordinator, "FMDA_PROCESSES": processes, "FMDA_PROCESS": process}
+    missing = [name for name, value in values.items() if value is None]
+    if coordinator is None or processes is None or process is None:
+        raise UserError(f"{missing[0]}: not set; several processes need all of {', '.join(values)}")
+    if not 0 <= process < processes:
+        raise UserError(f"FMDA_PROCESS: {process} is not below FMDA_PROCESSES={processes}; count from 0")
+    jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"{variable}: '{text}' is no number; give a count such as 2")
+    return int(text)
+
+
+def _covers(path: str, pattern: str) -> bool:
+    """Returns whether the glob matches the path, or an ending of it that begins at a slash."""
+    return trees.matches(path, pattern) or trees.matches(path, "*/" + pattern)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that one entry of a partition spec names."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _check_axes(pattern: str, spec: P, mesh: Mesh) -> None:
+    for axis in (axis for entry in spec for axis in _axes(entry)):
+        if axis not in mesh.shape:
+            raise UserError(f"sharding rule '{pattern}': no mesh axis '{axis}'{did_you_mean(axis, mesh.shape)}")
+
+
+def _check_shape(pattern: str, spec: P, path: str, shape: tuple[int, ...], mesh: Mesh) -> None:
+    if len(spec) > len(shape):
+        raise UserError(f"sharding rule '{pattern}': '{path}' {shape} has fewer dimensions than {spec}")
+    for dim, entry in enumerate(spec):
+        parts = math.prod(mesh.shape[axis] for axis in _axes(entry))
+        if shape[dim] % parts:
+            raise UserError(
+                f"sharding rule '{pattern}': dimension {dim} of '{path}' {shape} does not divide into {parts}; "
+                "change the mesh or the rule"
+            )

@@ -1,0 +1,1 @@
+"""The systems: one folder or file per method, each readable as the method section of its paper."""

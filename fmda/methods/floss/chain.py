@@ -1,0 +1,230 @@
+"""From patch maps to pixels: windows, their average and the resizes, written once for every mode.
+
+Each step is bilinear or an average, so it acts on rows and columns apart. `Axis` holds one side of an image; its
+chain is either one matrix (patches of all windows -> pixels) or a list of taps (two neighbours and a fraction).
+Arrays: h, w patches of one window; N windows in row-major order; H, W pixels; K classes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fmda.evaluate.windows import resized_size, window_starts
+
+Resolution = Literal["original", "network", "patch"]
+
+
+class Taps(NamedTuple):
+    """Linear interpolation along one side: value[i] = x[low[i]] + fraction[i] * (x[high[i]] - x[low[i]])."""
+
+    low: Int[Array, " n"]
+    high: Int[Array, " n"]
+    fraction: Float[Array, " n"]
+
+    def padded(self, length: int) -> "Taps":
+        """Returns the taps with the last one repeated up to `length`."""
+        extra = length - len(self.low)
+        return Taps(*(np.pad(a, (0, extra), mode="edge") for a in self))
+
+
+def linear_taps(n_in: int, n_out: int, kept: int | None = None) -> Taps:
+    """Returns the taps that stretch n_in samples over n_out, half-pixel centres, clamped at the edges.
+
+    Args:
+        kept: number of leading outputs to return (a padded window is cut back to its own length); default all.
+    """
+    centre = (np.arange(n_out if kept is None else kept) + 0.5) * (n_in / n_out) - 0.5
+    floor = np.floor(centre)
+    low = np.clip(floor, 0, n_in - 1).astype(np.int32)
+    high = np.clip(floor + 1, 0, n_in - 1).astype(np.int32)
+    return Taps(low, high, (centre - floor).astype(np.float32))
+
+
+def taps_matrix(taps: Taps, n_in: int) -> Float[np.ndarray, "n_out n_in"]:
+    """Returns the taps as a dense matrix."""
+    matrix = np.zeros((len(taps.low), n_in), np.float32)
+    rows = np.arange(len(taps.low))
+    np.add.at(matrix, (rows, taps.low), 1 - taps.fraction)
+    np.add.at(matrix, (rows, taps.high), taps.fraction)
+    return matrix
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One side of an image on its way through the chain, in pixels and patches.
+
+    Attributes:
+        original: side of the photograph.
+        network: side after the host's resize.
+        window: side of a window, the crop or less.
+        starts: first network pixel of each window.
+        patches: patches along one window.
+        covered: window pixels the patches stand for; more than `window` where a window is padded to whole patches.
+    """
+
+    original: int
+    network: int
+    window: int
+    starts: tuple[int, ...]
+    patches: int
+    covered: int
+
+    @property
+    def window_taps(self) -> Taps:
+        """Patches of one window -> its pixels."""
+        return linear_taps(self.patches, self.covered, self.window)
+
+    @property
+    def resize_taps(self) -> Taps:
+        """Network pixels -> original pixels."""
+        return linear_taps(self.network, self.original)
+
+    @property
+    def coverage(self) -> Float[np.ndarray, " network"]:
+        """Number of windows over each network pixel."""
+        counts = np.zeros(self.network, np.float32)
+        for start in self.starts:
+            counts[start : start + self.window] += 1
+        return counts
+
+    def matrix(self, to: Resolution = "original") -> Float[np.ndarray, "n_out n_in"]:
+        """Returns the chain of this side as one matrix over the patches of all windows side by side.
+
+        "network" stops before the last resize; "patch" is the identity (patches of overlapping windows stay apart).
+        """
+        n = len(self.starts) * self.patches
+        if to == "patch":
+            return np.eye(n, dtype=np.float32)
+        inside = taps_matrix(self.window_taps, self.patches)
+        whole = np.zeros((self.network, n), np.float32)
+        for i, start in enumerate(self.starts):
+            whole[start : start + self.window, i * self.patches : (i + 1) * self.patches] += inside
+        whole /= self.coverage[:, None]
+        return whole if to == "network" else taps_matrix(self.resize_taps, self.network) @ whole
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Both sides of one image; all that a chain needs to know of it."""
+
+    rows: Axis
+    columns: Axis
+
+    @property
+    def network(self) -> tuple[int, int]:
+        """(height, width) the host sees."""
+        return self.rows.network, self.columns.network
+
+    @property
+    def original(self) -> tuple[int, int]:
+        """(height, width) of the photograph."""
+        return self.rows.original, self.columns.original
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Windows down and across."""
+        return len(self.rows.starts), len(self.columns.starts)
+
+    def corners(self) -> Int[np.ndarray, "N 2"]:
+        """First (row, column) of each window, row-major."""
+        pairs = [(y, x) for y in self.rows.starts for x in self.columns.starts]
+        return np.asarray(pairs, np.int32)
+
+
+def geometry(
+    size: tuple[int, int],
+    *,
+    long_max: int,
+    short_max: int,
+    crop: int,
+    stride: int,
+    patch: int,
+    remainder: Literal["pad", "drop"] = "drop",
+) -> Geometry:
+    """Returns the geometry of an image of `size` (height, width).
+
+    Args:
+        long_max, short_max: limits of the resize that keeps the ratio.
+        crop, stride: windows, in network pixels; crop 0 takes the whole image as the one window.
+        patch: patch side of the vision tower.
+        remainder: what happens to a window that is no whole number of patches: "pad" adds zeros at its end, "drop"
+            leaves the rest out and stretches the score map over the window.
+    """
+
+    def axis(original: int, network: int) -> Axis:
+        starts = tuple(window_starts(network, crop, stride)) if crop else (0,)
+        window = min(crop, network) if crop else network
+        patches = -(-window // patch) if remainder == "pad" else max(window // patch, 1)
+        covered = patches * patch if remainder == "pad" else window
+        return Axis(original, network, window, starts, patches, covered)
+
+    height, width = resized_size(*size, long_max, short_max)
+    return Geometry(axis(size[0], height), axis(size[1], width))
+
+
+def windows(image: Float[Array, "H W C"], where: Geometry) -> Float[np.ndarray, "N h w C"]:
+    """Returns the windows cut from an image of network size."""
+    h, w = where.rows.window, where.columns.window
+    return np.stack([image[y : y + h, x : x + w] for y, x in where.corners()])
+
+
+def side_by_side(maps: Float[Array, "N h w *k"], grid: tuple[int, int]) -> Float[Array, "Nh Nw *k"]:
+    """Returns the windows' patch maps joined into one array, windows row-major as in the image."""
+    down, across = grid
+    h, w = maps.shape[1:3]
+    tiles = maps.reshape(down, across, h, w, *maps.shape[3:])
+    return jnp.moveaxis(tiles, 2, 1).reshape(down * h, across * w, *maps.shape[3:])
+
+
+def merge_queries(x: Float[Array, "*n Q"], classes: tuple[int, ...]) -> Float[Array, "*n K"]:
+    """Returns class scores: the largest score among the queries (synonyms) of each class.
+
+    Args:
+        classes: class of each query, non-decreasing, every class present.
+    """
+    if classes == tuple(range(len(classes))):
+        return x
+    starts = [i for i, c in enumerate(classes) if i == 0 or classes[i - 1] != c]
+    ends = [*starts[1:], len(classes)]
+    return jnp.stack([x[..., a:b].max(-1) for a, b in zip(starts, ends, strict=True)], axis=-1)
+
+
+def in_bands(
+    function, length: int, rows: int, *arrays: Array
+) -> tuple[Array, ...] | Array:  # type: ignore[type-arg]
+    """Returns `function` applied to bands of `rows` rows of `arrays` and joined, so that only one band is alive.
+
+    `length` (the first axis of each array) must be a multiple of `rows`.
+    """
+    bands = [a.reshape(length // rows, rows, *a.shape[1:]) for a in arrays]
+    out = jax.lax.map(lambda band: function(*band), tuple(bands))
+    return jax.tree.map(lambda y: y.reshape(length, *y.shape[2:]), out)
+
+
+def lerp(low: Float[Array, "..."], high: Float[Array, "..."], fraction: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns low + fraction * (high - low).
+
+    Every interpolation goes through this form: it has one possible rounding order, so that two programs that compute
+    the same value agree to the last bit, and equal neighbours give exactly their value.
+    """
+    return low + fraction * (high - low)
+
+
+def interpolate(x: Float[Array, "h w K"], rows: Taps, columns: Taps) -> Float[Array, "H W K"]:
+    """Returns a map stretched over pixels: rows first, then columns."""
+    tall = lerp(x[rows.low], x[rows.high], jnp.asarray(rows.fraction)[:, None, None])
+    return lerp(tall[:, columns.low], tall[:, columns.high], jnp.asarray(columns.fraction)[None, :, None])
+
+
+def bucket(n: int, step: int = 64) -> int:
+    """Returns n rounded up to a multiple of `step`: a few shapes compile instead of one per image size."""
+    return -(-n // step) * step
+
+
+def zero_padded(x: np.ndarray, length: int) -> np.ndarray:
+    """Returns x with zeros added along the first axis up to `length`."""
+    return np.pad(x, [(0, length - x.shape[0])] + [(0, 0)] * (x.ndim - 1))

@@ -1,0 +1,174 @@
+"""Label-free criteria for templates: what a tally says about how well a template segments a class.
+
+Each criterion is a risk [M, K]: the lower, the more trusted. All read the same sums (`tally.Tally`), gathered in one
+pass, so adding one costs no further pass. How well they order templates is measured against true labels by rank
+correlation, which is scoring and enters no selection.
+
+The paper ranks by entropy. Confidence and margin are its nearest relatives in the literature on estimating accuracy
+without labels (Hendrycks and Gimpel 2017; Guillory et al. 2021); consensus follows disagreement-based estimates (Jiang
+et al. 2022), flip consistency under augmentation (Deng et al. 2021).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+
+from fmda.errors import UserError, did_you_mean
+from fmda.methods.floss.tally import Tally
+
+Risk = Float[np.ndarray, "M K"]
+
+PRIOR_SHARE = 0.1
+"""Shrinkage: a (template, class) pair with this per cent of all pixels counts half, and its template's mean half."""
+
+
+def entropy(tally: Tally) -> Risk:
+    """Returns the mean entropy of the pixels given to the class (the paper's), in nats."""
+    return tally.mean("entropy")
+
+
+def confidence(tally: Tally) -> Risk:
+    """Returns one minus the mean largest probability."""
+    return 1 - tally.mean("confidence")
+
+
+def margin(tally: Tally) -> Risk:
+    """Returns one minus the mean lead of the largest probability over the second."""
+    return 1 - tally.mean("margin")
+
+
+def smoothness(tally: Tally) -> Risk:
+    """Returns the share of the class's pixels whose right-hand neighbour has another label: ragged regions."""
+    return 1 - tally.mean("smooth")
+
+
+def shrunk_entropy(tally: Tally) -> Risk:
+    """Returns entropy drawn towards the template's mean where the class is rarely predicted."""
+    return shrunk(tally.mean("entropy"), tally.share)
+
+
+def consensus(tally: Tally) -> Risk:
+    """Returns one minus the IoU between the template's regions of the class and the ordinary classifier's."""
+    both = tally.sums["consensus"]
+    union = tally.sums["count"] + tally.ordinary[None] - both
+    return 1 - np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+
+
+def flip(tally: Tally) -> Risk:
+    """Returns one minus the IoU between the class's regions in an image and in its mirror image, turned back.
+
+    Raises UserError where the pass did not look at mirrored images.
+    """
+    if not tally.mirrored.any():
+        raise UserError("criterion 'flip': the ranking saw no mirrored images; set ranking.flip=true")
+    both = tally.sums["flip"]
+    union = tally.sums["count"] + tally.mirrored - both
+    return 1 - np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+
+
+def entropy_consensus(tally: Tally) -> Risk:
+    """Returns the mean of two ranks: by entropy, and by agreement with the ordinary classifier.
+
+    Entropy alone may prefer a template that is sure and wrong; agreement alone one that changes nothing.
+    """
+    empty = tally.sums["count"] == 0
+    ranks = [np.where(empty, np.inf, risk(tally)).argsort(0, kind="stable").argsort(0) for risk in (entropy, consensus)]
+    return (ranks[0] + ranks[1]) / 2.0
+
+
+CRITERIA: dict[str, Callable[[Tally], Risk]] = {
+    "entropy": entropy,
+    "confidence": confidence,
+    "margin": margin,
+    "smoothness": smoothness,
+    "shrunk-entropy": shrunk_entropy,
+    "consensus": consensus,
+    "flip": flip,
+    "entropy-consensus": entropy_consensus,
+}
+
+
+def risk(name: str, tally: Tally) -> Risk:
+    """Returns the risks by a criterion's name. Raises UserError for an unknown one."""
+    if name not in CRITERIA:
+        raise UserError(f"criterion '{name}' is unknown{did_you_mean(name, CRITERIA)}")
+    return CRITERIA[name](tally)
+
+
+def shrunk(risks: Risk, share: Float[np.ndarray, "M K"], prior: float = PRIOR_SHARE) -> Risk:
+    """Returns risks drawn towards each template's own mean, weighted by share / (share + prior), both in per cent."""
+    total = share.sum(1, keepdims=True)
+    mean = (risks * share).sum(1, keepdims=True) / np.maximum(total, 1e-12)
+    weight = share / (share + prior)
+    return weight * risks + (1 - weight) * mean
+
+
+def true_iou(tally: Tally) -> Float[np.ndarray, "M K"]:
+    """Returns the IoU of each template's single classifier for each class, NaN where class and template are absent.
+
+    For scoring alone. Raises UserError where the pass saw no labels.
+    """
+    if not tally.truth.any():
+        raise UserError("criteria: the images have no labels; compare criteria on a labelled split")
+    hits = tally.sums["hits"]
+    union = tally.sums["labelled"] + tally.truth[None] - hits
+    return np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
+
+
+def rank_correlation(risks: Risk, iou: Float[np.ndarray, "M K"], count: Float[np.ndarray, "M K"]) -> np.ndarray:
+    """Returns, per class, Spearman's correlation over templates of (minus risk) with IoU; 1 is a perfect order.
+
+    Templates that never predict the class are left out; NaN where fewer than three are left, or nothing varies.
+    """
+    found = np.full(risks.shape[1], np.nan)
+    for k in range(risks.shape[1]):
+        used = (count[:, k] > 0) & np.isfinite(iou[:, k])
+        if used.sum() < 3:
+            continue
+        a, b = _ranks(-risks[used, k]), _ranks(iou[used, k])
+        spread = a.std() * b.std()
+        if spread > 0:
+            found[k] = ((a - a.mean()) * (b - b.mean())).mean() / spread
+    return found
+
+
+def _ranks(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Returns ranks from 0, equal values sharing the mean of theirs."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    ends = counts.cumsum()
+    return (ends - (counts + 1) / 2)[inverse]
+
+
+def comparison(tally: Tally, n: int) -> list[dict[str, float | str]]:
+    """Returns one row a criterion: how it orders templates against their true IoU, best first.
+
+    Columns: `correlation` (mean over classes), `classes_right` (share of classes with a positive one), `chosen_iou`
+    (mean class IoU, per cent, of the n templates it chooses, each alone), beside `any_iou` (all templates) and
+    `best_iou` (the n best by IoU).
+    """
+    iou, count = true_iou(tally), tally.sums["count"]
+    present = tally.truth > 0
+    table: list[dict[str, float | str]] = []
+    for name, criterion in CRITERIA.items():
+        if name == "flip" and not tally.mirrored.any():
+            continue
+        risks = np.where(count > 0, criterion(tally), np.inf)
+        correlation = rank_correlation(criterion(tally), iou, count)[present]
+        first = risks.argsort(0, kind="stable")[:n]
+        known = correlation[np.isfinite(correlation)]
+        table.append(
+            {
+                "criterion": name,
+                "correlation": float(known.mean()) if len(known) else float("nan"),
+                "classes_right": float((known > 0).mean()) if len(known) else float("nan"),
+                "chosen_iou": _mean_iou(np.take_along_axis(iou, first, 0), present),
+                "any_iou": _mean_iou(iou, present),
+                "best_iou": _mean_iou(-np.sort(-np.nan_to_num(iou), 0)[:n], present),
+            }
+        )
+    return sorted(table, key=lambda row: -np.nan_to_num(float(row["correlation"]), nan=-2.0))
+
+
+def _mean_iou(iou: Float[np.ndarray, "n K"], present: np.ndarray) -> float:
+    return float(100 * np.nan_to_num(iou[:, present]).mean())

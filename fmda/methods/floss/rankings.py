@@ -1,0 +1,139 @@
+"""Ranking files: the published JSON form, and one key more that says what the ranking was made from.
+
+    {"model": "maskclip", "dataset": "cityscapes", "split": "train",
+     "classes": {"road": {"entropy_ranking": [
+        {"template_id": 66, "entropy": 1.012, "pixel_percentage": 23.98, "rank": 1}, ...]}},
+     "meta": {...}}
+
+Published files have no `meta`. There, a template that never predicts a class has entropy 0; it is ranked last here.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from fmda.data import ClassList
+from fmda.errors import UserError
+from fmda.methods.floss.selection import order
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How much each template is trusted for each class.
+
+    Attributes:
+        host, dataset, split: what was ranked.
+        classes: K class names.
+        risks: [M, K], lower is better; entropy in nats unless `meta` names another criterion.
+        share: [M, K], per cent of all pixels that the template gives to the class.
+        meta: provenance, {} for published files: criterion, weights, templates (SHA-256), names, resolution, images,
+            pixels.
+    """
+
+    host: str
+    dataset: str
+    split: str
+    classes: tuple[str, ...]
+    risks: Float[np.ndarray, "M K"]
+    share: Float[np.ndarray, "M K"]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Writes the file whole or not at all."""
+        ranked = order(self.risks, self.share)
+        classes = {
+            name: {
+                "entropy_ranking": [
+                    {
+                        "template_id": int(m),
+                        "entropy": float(self.risks[m, k]),
+                        "pixel_percentage": float(self.share[m, k]),
+                        "rank": place,
+                    }
+                    for place, m in enumerate(ranked[:, k], 1)
+                ]
+            }
+            for k, name in enumerate(self.classes)
+        }
+        head = {"model": self.host, "dataset": self.dataset, "split": self.split}
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps({**head, "classes": classes, "meta": self.meta}, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+    def for_classes(self, classes: ClassList, where: str = "ranking") -> "Ranking":
+        """Returns the ranking with its columns in the order of a class list.
+
+        Names are matched as written, then as synonyms of the list's classes. Rankings thus carry over to another data
+        set with the same classes. Raises UserError for a class without a ranking.
+        """
+        places = {name: k for k, name in enumerate(self.classes)}
+        for name, k in list(places.items()):
+            if name not in classes.names:
+                try:
+                    places.setdefault(classes.names[classes.index(name)], k)
+                except UserError:
+                    continue
+        missing = [name for name in classes.names if name not in places]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise UserError(
+                f"{where}: ranks other classes ({', '.join(self.classes[:3])}, ...): nothing for "
+                f"{', '.join(missing[:3])}{more}; rank these classes, or name their file"
+            )
+        columns = [places[name] for name in classes.names]
+        return replace(self, classes=classes.names, risks=self.risks[:, columns], share=self.share[:, columns])
+
+
+def read_ranking(path: str | Path, templates: int = 80) -> Ranking:
+    """Returns the ranking in a file of either form.
+
+    Raises UserError, naming file and class, for a missing or broken file, a class whose templates are not
+    0..templates-1 each once, and values that are no numbers or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such ranking file; name one with ranking_file=, or leave it out to rank images")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError) as fault:
+        raise UserError(f"{path}: not JSON ({fault}); take the file as it was published or written") from None
+    except KeyError as fault:
+        raise UserError(f"{path}: class {fault} stands twice; keep one of them") from None
+    try:
+        classes = content["classes"]
+        head = [str(content[key]) for key in ("model", "dataset", "split")]
+        lists = {str(name): entry["entropy_ranking"] for name, entry in classes.items()}
+    except (KeyError, TypeError, AttributeError) as fault:
+        raise UserError(f"{path}: no ranking file: {fault} is missing; see the form of published ones") from None
+    if not lists:
+        raise UserError(f"{path}: ranks no class; name another file")
+    risks, share = np.zeros((templates, len(lists))), np.zeros((templates, len(lists)))
+    for k, (name, rows) in enumerate(lists.items()):
+        try:
+            ids = [int(row["template_id"]) for row in rows]
+            values = np.asarray([[row["entropy"], row["pixel_percentage"]] for row in rows], np.float64)
+        except (KeyError, TypeError, ValueError) as fault:
+            raise UserError(f"{path}: class '{name}': {fault} is missing or no number; mend that entry") from None
+        if sorted(ids) != list(range(templates)):
+            raise UserError(
+                f"{path}: class '{name}' ranks {len(set(ids))} different templates of ids {min(ids, default=0)} to "
+                f"{max(ids, default=0)}, not 0 to {templates - 1} once each; it belongs to other templates"
+            )
+        if not np.isfinite(values).all() or (values[:, 1] < 0).any() or (values[:, 1] > 100).any():
+            raise UserError(f"{path}: class '{name}' has a value out of range; mend that entry")
+        risks[ids, k], share[ids, k] = values.T
+    return Ranking(*head, tuple(lists), risks, share, dict(content.get("meta") or {}))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise KeyError(key)
+        found[key] = value
+    return found

@@ -1,0 +1,90 @@
+"""Which templates make up the expert of each class, and how many of them, without labels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fmda.errors import UserError
+from fmda.methods.floss.criteria import shrunk
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What a template must fulfil besides a low risk. The defaults are the paper's: nothing but being predicted.
+
+    Attributes:
+        min_share: per cent of all pixels a template must give to the class to be eligible for it.
+        shrink: per cent of all pixels at which a risk counts half and its template's mean risk half; 0 = off.
+    """
+
+    min_share: float = 0.0
+    shrink: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a negative share."""
+        if self.min_share < 0 or self.shrink < 0:
+            raise UserError("guards: min_share and shrink are per cent of pixels; give 0 or more")
+
+
+def order(
+    risks: Float[np.ndarray, "M K"], share: Float[np.ndarray, "M K"], guards: Guards = Guards()
+) -> Int[np.ndarray, "M K"]:
+    """Returns template ids per class, most trusted first; the lower id first on ties.
+
+    Templates that never predict a class come last there, those below the guard's share just before them.
+    """
+    if guards.shrink:
+        risks = shrunk(risks, share, guards.shrink)
+    grade = np.where(share <= 0, 2, np.where(share < guards.min_share, 1, 0))
+    ids = np.broadcast_to(np.arange(len(risks))[:, None], risks.shape)
+    return np.lexsort((ids, risks, grade), axis=0).astype(np.int32)
+
+
+def select(
+    risks: Float[np.ndarray, "M K"],
+    share: Float[np.ndarray, "M K"],
+    n: int = 4,
+    guards: Guards = Guards(),
+) -> tuple[tuple[int, ...], ...]:
+    """Returns the ids of the n most trusted templates of each class; fewer where fewer are eligible.
+
+    A class that no template predicts gets none, and its expert is the ordinary classifier.
+    """
+    if not 1 <= n <= len(risks):
+        raise UserError(f"n: {n} templates an expert, but there are {len(risks)}; choose 1 to {len(risks)}")
+    ranked = order(risks, share, guards)
+    eligible = ((share > 0) & (share >= guards.min_share)).sum(0)
+    return tuple(tuple(int(i) for i in ranked[: min(n, eligible[k]), k]) for k in range(risks.shape[1]))
+
+
+def flip_consistency(counts: Int[np.ndarray, "I K 3"]) -> float:
+    """Returns how alike an image and its mirror image are labelled: mean over classes of an IoU, in [0, 1].
+
+    Args:
+        counts: per image and class the pixels in (both, the one, the other turned back); `predict.agreement`.
+    """
+    both, first, second = np.moveaxis(counts.sum(0), -1, 0)
+    union = first + second - both
+    present = union > 0
+    return float((both[present] / union[present]).mean()) if present.any() else 0.0
+
+
+def choose_n(consistency: Mapping[int, float], slack: float = 0.005) -> int:
+    """Returns how many templates an expert should have, without labels.
+
+    The rule: a segmenter that is right about an image is right about its mirror image, so among the candidates take the
+    one whose *fused* labels change least when the image is mirrored (IoU averaged over classes, so that a collapse onto
+    few classes does not pay). A single template is noisier and a mean of all is no expert any more; the paper's own
+    trade-off shows in this number. Candidates within `slack` of the best count as equal, and the smallest is taken.
+    """
+    if not consistency:
+        raise UserError("n: no candidates to choose from")
+    best = max(consistency.values())
+    return min(n for n, value in consistency.items() if value >= best - slack)
+
+
+def overlap(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> float:
+    """Returns the mean number of templates that two selections share in a class."""
+    return float(np.mean([len(set(a) & set(b)) for a, b in zip(first, second, strict=True)]))

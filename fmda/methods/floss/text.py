@@ -1,0 +1,179 @@
+"""The text side: every class name in every template, encoded once, and the classifiers made of that table.
+
+M templates, Q queries (names; more than one a class where it has synonyms), K classes, D the joint width.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from safetensors.numpy import load_file, save_file
+
+from fmda.data import check_templates
+from fmda.errors import UserError
+from fmda.progress import track
+
+BATCH = 256
+
+
+class TextEncoder(Protocol):
+    """What is needed of a loaded CLIP."""
+
+    fingerprint: str
+
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B T"]:
+        """Returns token ids, right padded, the context cut to the longest text."""
+
+    def encode_text(self, ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
+        """Returns projected embeddings."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The names that are put into the templates, and the class each belongs to.
+
+    Attributes:
+        names: Q names.
+        classes: class of each name, non-decreasing from 0; every class has at least one.
+    """
+
+    names: tuple[str, ...]
+    classes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[str]]) -> "Queries":
+        """Returns the queries of per-class synonym lists."""
+        pairs = [(name, k) for k, names in enumerate(prompts) for name in names]
+        return cls(tuple(n for n, _ in pairs), tuple(k for _, k in pairs))
+
+
+def template_hash(templates: Sequence[str]) -> str:
+    """Returns the SHA-256 of the templates joined by line ends, UTF-8."""
+    return hashlib.sha256("\n".join(templates).encode()).hexdigest()
+
+
+def text_embeddings(
+    clip: TextEncoder, queries: Queries, templates: Sequence[str], *, cache: Path | None = None
+) -> Float[np.ndarray, "M Q D"]:
+    """Returns the unit-length embedding of each name in each template, float32.
+
+    Equal prompts are encoded once. The table is kept on disk under a key made of weights, names and templates.
+
+    Args:
+        cache: folder of such tables; default `cache_folder()`. One that cannot be written is not used.
+
+    Raises UserError for a template without exactly one slot or a repeated one.
+    """
+    check_templates(tuple(templates))
+    prompts = [template.format(name) for template in templates for name in queries.names]
+    key = hashlib.sha256("\n".join([clip.fingerprint, *prompts]).encode()).hexdigest()[:24]
+    path = (cache_folder() if cache is None else cache) / f"{key}.safetensors"
+    found = _read(path)
+    if found is None:
+        unique = list(dict.fromkeys(prompts))
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        vectors = _encode(clip, unique)
+        found = vectors[[place[p] for p in prompts]].reshape(len(templates), len(queries.names), -1)
+        _write(path, found)
+    return found
+
+
+def _encode(clip: TextEncoder, prompts: list[str]) -> Float[np.ndarray, "N D"]:
+    ids = np.asarray(clip.tokenize(prompts))
+    # whole batches only, so that the text tower compiles once
+    size = min(BATCH, len(ids))
+    filled = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % size, axis=0)])
+    starts = range(0, len(filled), size)
+    parts = [
+        np.asarray(clip.encode_text(filled[i : i + size]), np.float32)
+        for i in track(starts, "encode prompts", unit="batches")
+    ]
+    vectors = np.concatenate(parts)[: len(ids)]
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def cache_folder() -> Path:
+    """Returns where tables are kept between runs: `text` under FMDA_CACHE, else under the user's cache folder."""
+    named = os.environ.get("FMDA_CACHE")
+    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmda"
+    return base / "text"
+
+
+def _read(path: Path) -> Float[np.ndarray, "M Q D"] | None:
+    try:
+        return load_file(str(path))["embeddings"] if path.is_file() else None
+    except Exception:  # a damaged table is made anew
+        return None
+
+
+def _write(path: Path, table: Float[np.ndarray, "M Q D"]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"embeddings": np.ascontiguousarray(table)}, str(part))
+        os.replace(part, path)
+    except Exception:  # no room or no right to write: the table is only kept to save time
+        part.unlink(missing_ok=True)
+
+
+def default_classifier(table: Float[np.ndarray, "M Q D"], *, renormalise: bool = True) -> Float[np.ndarray, "Q D"]:
+    """Returns the mean over templates for each name; at unit length again, as every host uses it alone."""
+    mean = table.mean(0, dtype=np.float32)
+    return _unit(mean) if renormalise else mean
+
+
+def expert_weights(
+    chosen: Sequence[Sequence[int]], classes: Sequence[int], templates: int
+) -> Float[np.ndarray, "E M"]:
+    """Returns, for each query's expert, the share of each template in its mean; the last row takes all alike.
+
+    Args:
+        chosen: template ids per class; a class with none takes all templates.
+        classes: class of each query.
+    """
+    weights = np.zeros((len(classes) + 1, templates), np.float32)
+    for row, k in enumerate(classes):
+        ids = list(chosen[k]) or list(range(templates))
+        weights[row, ids] = 1 / len(ids)
+    weights[-1] = 1 / templates
+    return weights
+
+
+def expert_classifiers(
+    table: Float[np.ndarray, "M Q D"],
+    chosen: Sequence[Sequence[int]],
+    classes: Sequence[int],
+    *,
+    renormalise: bool,
+) -> Float[np.ndarray, "E Q D"]:
+    """Returns Q experts and, last, the ordinary classifier; each a complete classifier over all names.
+
+    Expert e applies the templates chosen for the class of query e to every name. Without `renormalise` a row's length
+    stays below one, as MaskCLIP and CLIP-DINOiser have it in fusion.
+    """
+    if len(chosen) != max(classes) + 1:
+        raise UserError(f"experts for {len(chosen)} classes, but there are {max(classes) + 1}; rank these classes")
+    weights = expert_weights(chosen, classes, len(table))
+    flat = weights @ table.reshape(len(table), -1)
+    experts = flat.reshape(len(weights), *table.shape[1:])
+    return _unit(experts) if renormalise else experts
+
+
+def cosines(
+    features: Float[Array, "*n D"], classifier: Float[Array, "*m D"]
+) -> Float[Array, "*m_then_n"]:
+    """Returns features . classifier for all pairs, the features' axes first, at full float32 precision.
+
+    Temperatures are low: an error of 1e-3 here is one of 0.1 in the logits.
+    """
+    return jnp.tensordot(features, classifier, axes=(-1, -1), precision="highest")
+
+
+def _unit(x: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

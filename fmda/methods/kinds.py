@@ -1,0 +1,126 @@
+"""The kinds of run: what `kind:` in a configuration may say, and how a configuration becomes stages.
+
+The module of a kind offers three names: `Config` (a frozen dataclass), `stages(config) -> list[Stage]` and
+`plan(config) -> Plan`. The kind `pipeline` runs several such configurations one after another in one folder; text
+`@name/...` in a later one means the folder of the earlier run `name`.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmda.config import from_dict, merge, override, read_yaml
+from fmda.errors import UserError, did_you_mean
+from fmda.methods.pipeline import Plan, Stage, run_stages
+
+KINDS: dict[str, tuple[str, str]] = {
+    "world": ("fmda.methods.render", "draw data sets of the street world"),
+    "floss": ("fmda.methods.floss.run", "rank templates without labels, fuse class experts, score"),
+    "clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),
+    "dino": ("fmda.methods.pretrain.dino", "train a self-supervised vision transformer"),
+    "dinoiser": ("fmda.methods.pretrain.dinoiser", "train the two CLIP-DINOiser heads"),
+    "report": ("fmda.methods.report", "write one HTML page over several runs"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A resolved configuration: its kind, its values and the functions of its method."""
+
+    kind: str
+    config: Any
+    stages: Callable[[], list[Stage]]
+    plan: Callable[[], Plan]
+    work_dir: Path
+
+    def execute(self, say: Callable[[str], None]) -> dict[str, Path]:
+        """Returns the stages' folders after running what is not finished yet."""
+        return run_stages(self.stages(), self.work_dir, {"kind": self.kind, "config": self.config}, say)
+
+
+def open_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+    """Returns the run that a configuration file describes; reads YAML only, touches nothing.
+
+    `work_dir` defaults to `runs/<file name>`. Raises UserError for an unknown kind, key or value.
+    """
+    values = override(read_yaml(path), overrides)
+    work_dir = Path(str(values.pop("work_dir", Path("runs") / Path(path).stem)))
+    return _run(values, str(path), work_dir, Path(path).parent)
+
+
+def _run(values: Mapping[str, Any], where: str, work_dir: Path, here: Path) -> Run:
+    values = dict(values)
+    kind = str(values.pop("kind", None))
+    if kind == "pipeline":
+        return _pipeline(values, where, work_dir, here)
+    if kind not in KINDS:
+        raise UserError(f"{where}: kind '{kind}' is unknown{did_you_mean(kind, [*KINDS, 'pipeline'])}")
+    module = importlib.import_module(KINDS[kind][0])
+    config = from_dict(module.Config, values, where)
+    return Run(kind, config, lambda: module.stages(config), lambda: module.plan(config), work_dir)
+
+
+def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) -> Run:
+    runs = values.pop("runs", None)
+    if values or not isinstance(runs, Mapping) or not runs:
+        extra = f"unknown key '{next(iter(values))}'" if values else "the key 'runs' is missing"
+        raise UserError(f"{where}: {extra}; a pipeline reads `runs: {{name: {{kind: ..., ...}}}}`")
+    configs: dict[str, dict[str, Any]] = {}
+    for name, inner in runs.items():
+        if not isinstance(inner, Mapping):
+            raise UserError(f"{where}: runs.{name}: expected a group of keys; mend the value")
+        inner = dict(inner)
+        base = inner.pop("base", None)
+        configs[name] = merge(read_yaml(here / base), inner) if base else inner
+        # a typing error anywhere is found before the first stage runs
+        _run(configs[name], f"{where}: runs.{name}", work_dir / name, here)
+
+    def stage(name: str, inner: dict[str, Any]) -> Stage:
+        inputs = tuple(sorted(_references(inner, where, name, list(configs))))
+
+        def run(folder: Path, done: dict[str, Path]) -> None:
+            resolved = _resolve(inner, {k: str(v) for k, v in done.items()})
+            _run(resolved, f"{where}: runs.{name}", folder, here).execute(
+                lambda line: print(f"  {name} {line}")
+            )
+
+        return Stage(name, run, inner, inputs)
+
+    def plan() -> Plan:
+        plans = [(n, _run(c, f"{where}: runs.{n}", work_dir / n, here)) for n, c in configs.items()]
+        return Plan(
+            stages=tuple((f"{n}/{s.name}", KINDS[r.kind][1]) for n, r in plans for s in r.stages()),
+            parameters=tuple((f"{n}: {k}", v) for n, r in plans for k, v in r.plan().parameters),
+            flops=tuple((f"{n}: {k}", v) for n, r in plans for k, v in r.plan().flops),
+        )
+
+    return Run("pipeline", configs, lambda: [stage(n, c) for n, c in configs.items()], plan, work_dir)
+
+
+def _references(value: Any, where: str, name: str, order: list[str]) -> set[str]:
+    if isinstance(value, Mapping):
+        return set().union(*(_references(v, where, name, order) for v in value.values()), set())
+    if isinstance(value, list | tuple):
+        return set().union(*(_references(v, where, name, order) for v in value), set())
+    if isinstance(value, str) and value.startswith("@"):
+        target = value[1:].split("/")[0]
+        earlier = order[: order.index(name)]
+        if target not in earlier:
+            raise UserError(
+                f"{where}: runs.{name}: '{value}' names no earlier run{did_you_mean(target, earlier)}"
+            )
+        return {target}
+    return set()
+
+
+def _resolve(value: Any, folders: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _resolve(v, folders) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_resolve(v, folders) for v in value]
+    if isinstance(value, str) and value.startswith("@"):
+        target, _, rest = value[1:].partition("/")
+        return str(Path(folders[target]) / rest) if rest else folders[target]
+    return value

@@ -1,0 +1,194 @@
+"""Runs of several stages in one work folder: finished stages are skipped, interrupted ones resume.
+
+A stage is a function that fills its own folder `work/<name>/`. When it returns, `stage.json` records the
+fingerprint of its configuration and of everything it read, and what it reported. A later run with the same
+fingerprint skips the stage; a different fingerprint is refused, never overwritten. A stage that was interrupted is
+called again in the same folder and continues from what it finds there.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fmda.config import differences, fingerprint, to_dict, to_yaml
+from fmda.errors import UserError
+
+RunStage = Callable[[Path, dict[str, Path]], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        name: the stage's folder under the work folder.
+        run: called with (its folder, folders of all earlier stages by name); returns plain values to record.
+        config: everything that determines the result, as dataclass or plain values; hashed.
+        inputs: names of earlier stages it reads. Their fingerprints enter this stage's own.
+        always: run even when finished (cheap stages such as a report).
+    """
+
+    name: str
+    run: RunStage
+    config: Any = None
+    inputs: tuple[str, ...] = ()
+    always: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, found without touching anything.
+
+    Attributes:
+        stages: (name, what it does) in order.
+        parameters: (component, count).
+        flops: (operation, FLOPs per image).
+        memory: (what, bytes per device).
+        notes: further lines.
+    """
+
+    stages: tuple[tuple[str, str], ...] = ()
+    parameters: tuple[tuple[str, int], ...] = ()
+    flops: tuple[tuple[str, float], ...] = ()
+    memory: tuple[tuple[str, float], ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def text(self) -> str:
+        """Returns the plan as aligned lines for a terminal."""
+        groups = [
+            ("stages", [(n, w) for n, w in self.stages]),
+            ("parameters", [(n, f"{c:,}") for n, c in self.parameters]),
+            ("FLOPs per image", [(n, f"{f / 1e9:,.2f} GFLOP") for n, f in self.flops]),
+            ("bytes per device", [(n, f"{b / 2**20:,.1f} MiB") for n, b in self.memory]),
+        ]
+        width = max((len(n) for _, rows in groups for n, _ in rows), default=0) + 2
+        lines: list[str] = []
+        for title, rows in groups:
+            if rows:
+                lines += [title, *(f"  {name:<{width}}{value}" for name, value in rows)]
+        return "\n".join([*lines, *self.notes])
+
+
+def run_stages(
+    stages: Sequence[Stage], work: Path, config: Any, say: Callable[[str], None] = print
+) -> dict[str, Path]:
+    """Returns the folder of each stage after running those that are not finished yet.
+
+    Args:
+        stages: in order; a stage may read those before it.
+        work: the run folder; made if missing. Gets `config.yaml`.
+        config: the resolved configuration of the whole run.
+        say: receives one line per stage.
+
+    Raises:
+        UserError: the folder belongs to another configuration, cannot be written, or a stage reads an unknown one.
+    """
+    _check(stages)
+    _claim(work, config)
+    done: dict[str, Path] = {}
+    marks: dict[str, str] = {}
+    for index, stage in enumerate(stages, 1):
+        folder = work / stage.name
+        marks[stage.name] = fingerprint([stage.name, to_dict(stage.config), [marks[i] for i in stage.inputs]])
+        title = f"[{index}/{len(stages)}] {stage.name}"
+        if _finished(folder, marks[stage.name]) and not stage.always:
+            say(f"{title}: finished before, skipped")
+        else:
+            say(title)
+            _execute(stage, folder, dict(done), marks[stage.name])
+        done[stage.name] = folder
+    return done
+
+
+def _check(stages: Sequence[Stage]) -> None:
+    known: set[str] = set()
+    for stage in stages:
+        if stage.name in known:
+            raise UserError(f"stage '{stage.name}' stands twice; give each stage a name of its own")
+        for name in stage.inputs:
+            if name not in known:
+                raise UserError(
+                    f"stage '{stage.name}' reads '{name}', which is no earlier stage; mend the order"
+                )
+        known.add(stage.name)
+
+
+def _claim(work: Path, config: Any) -> None:
+    """Makes the run folder and writes `config.yaml`, or checks that the folder belongs to this configuration."""
+    path = work / "config.yaml"
+    text = to_yaml(config)
+    if path.is_file():
+        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = differences(recorded, to_dict(config))
+        if changed:
+            shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+            raise UserError(
+                f"{work}: holds a run of another configuration ({shown}); choose another work_dir="
+            )
+        return
+    if work.is_dir() and any(work.iterdir()):
+        raise UserError(f"{work}: is not empty and no run of ours (no config.yaml); choose another work_dir=")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError as fault:
+        raise UserError(f"{work}: cannot be written ({fault.strerror}); choose another work_dir=") from None
+
+
+def _finished(folder: Path, mark: str) -> bool:
+    path = folder / "stage.json"
+    if not path.is_file():
+        return False
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    if recorded.get("fingerprint") != mark:
+        raise UserError(
+            f"{folder}: was made from other inputs or settings; delete it or choose another work_dir="
+        )
+    return True
+
+
+def _execute(stage: Stage, folder: Path, done: dict[str, Path], mark: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        begin = time.time()
+        outputs = stage.run(folder, done) or {}
+        record = {
+            "stage": stage.name,
+            "fingerprint": mark,
+            "seconds": round(time.time() - begin, 2),
+            "outputs": to_dict(outputs),
+            "versions": versions(),
+        }
+        write_atomic(folder / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
+    except OSError as fault:
+        # a full or read-only disk: what is on disk stays, and the same command continues from it
+        where = fault.filename or folder
+        raise UserError(
+            f"{where}: {fault.strerror or fault}; make room or mend the path, then run again"
+        ) from fault
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("fmda", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes text so that a reader sees the old file or the new one, never half of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,1 @@
+"""Trainers of the small foundation models that ship with fmda."""

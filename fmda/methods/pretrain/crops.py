@@ -1,0 +1,235 @@
+"""Crops of rendered street scenes with captions that are true of the crop. NumPy alone, for worker processes."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from fmda.errors import UserError
+from fmda.methods.pretrain.prompts import LOOKS, fitting, looks_of, needs
+from fmda.world.captions import caption, crop_facts, noun_phrase
+from fmda.world.names import CLASSES, VOID
+
+Tokenize = Callable[[Sequence[str]], np.ndarray]
+
+TAGS = (*CLASSES, *LOOKS, "untold")
+"""What a caption can state about a crop. "untold" is true of no crop: it marks captions that say more than tags hold."""
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """How crops are cut and described.
+
+    Attributes:
+        size: side of a crop after resizing, pixels.
+        side: smallest and largest side in the picture, as a share of its height; drawn log-uniformly.
+        centred: probability that a crop is centred on a pixel of a random class of the picture, so that rare classes
+            are seen.
+        spoiled: probability that the crop is blurred, pixelated, darkened, ..., and called so.
+        prompted: probability of a caption made from a prompt template; else a free sentence.
+        noise: probability that the template is drawn from all of them, true or not.
+        least: share of the crop below which a class is not part of it.
+    """
+
+    size: int = 64
+    side: tuple[float, float] = (0.2, 1.0)
+    centred: float = 0.6
+    spoiled: float = 0.25
+    prompted: float = 0.6
+    noise: float = 0.03
+    least: float = 0.02
+
+
+class Scenes:
+    """Rendered pictures of several data-set folders, as a random-access source of plain dicts."""
+
+    def __init__(self, roots: Sequence[str | Path]) -> None:
+        self.rows: list[tuple[Path, dict[str, Any]]] = []
+        for root in map(Path, roots):
+            index = root / "captions.jsonl"
+            if not index.is_file():
+                raise UserError(f"{index}: not found; draw the folder with `fmda data render` or mend the path")
+            for line in index.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self.rows.append((root, row))
+        if not self.rows:
+            raise UserError(f"{', '.join(map(str, roots))}: no pictures; draw some with `fmda data render`")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        root, row = self.rows[index]
+        name = f"{row['name']}.png"
+        return {
+            "image": _read(root / "images" / name, cv2.IMREAD_COLOR)[..., ::-1],
+            "labels": _read(root / "labels" / name, cv2.IMREAD_UNCHANGED),
+            "instances": _read(root / "instances" / name, cv2.IMREAD_UNCHANGED),
+            "facts": row["facts"],
+        }
+
+
+def _read(path: Path, mode: int) -> np.ndarray:
+    pixels = cv2.imread(str(path), mode)
+    if pixels is None:
+        raise UserError(f"{path}: missing or truncated; delete it and draw the folder again")
+    return pixels
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The transform (scene, generator) -> `count` captioned crops.
+
+    The result holds "pixels" uint8 [count, size, size, 3], "ids" int32 [count, T], and the tags "present" (true of the
+    crop) and "stated" (what the caption says), bool [count, len(TAGS)].
+    """
+
+    config: CropConfig
+    templates: tuple[str, ...]
+    tokenize: Tokenize
+    count: int
+
+    def __call__(self, scene: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        rows = [self._crop(scene, rng) for _ in range(self.count)]
+        pixels, texts, present, stated = zip(*rows, strict=True)
+        return {
+            "pixels": np.stack(pixels),
+            "ids": self.tokenize(texts),
+            "present": np.stack(present),
+            "stated": np.stack(stated),
+        }
+
+    def _crop(self, scene: dict[str, Any], rng: np.random.Generator) -> tuple:
+        config = self.config
+        labels, instances = scene["labels"], scene["instances"]
+        box = _box(labels, rng, config)
+        top, left, side = box
+        facts = crop_facts(labels, instances, scene["facts"], (top, left, top + side, left + side))
+        inside = labels[top : top + side, left : left + side]
+        pixels = scene["image"][top : top + side, left : left + side]
+        kind = cv2.INTER_AREA if side > config.size else cv2.INTER_LINEAR
+        pixels = cv2.resize(pixels, (config.size, config.size), interpolation=kind)
+        shares = np.bincount(inside.ravel(), minlength=VOID + 1)[: len(CLASSES)] / inside.size
+        if rng.random() < 0.5:
+            # the facts may say left and right, so they are mirrored with the pixels
+            pixels = pixels[:, ::-1]
+            facts = crop_facts(
+                labels[:, ::-1], instances[:, ::-1], scene["facts"],
+                (top, labels.shape[1] - left - side, top + side, labels.shape[1] - left),
+            )  # fmt: skip
+        extra: set[str] = set()
+        if rng.random() < config.spoiled:
+            pixels, extra = spoiled(pixels, rng)
+        classes = np.flatnonzero(shares >= config.least)
+        named = _named(shares, classes, rng)
+        extra |= _object_looks(shares, inside, facts, named)
+        looks = looks_of(facts["style"], facts["weather"], facts["time"], extra)
+        text, stated = self._caption(facts, named, looks, rng)
+        return np.ascontiguousarray(pixels), text, _tags([CLASSES[c] for c in classes], looks), stated
+
+    def _caption(
+        self, facts: dict[str, Any], named: list[int], looks: frozenset[str], rng: np.random.Generator
+    ) -> tuple[str, Bool[np.ndarray, " t"]]:
+        if not named or rng.random() >= self.config.prompted:
+            return caption(facts, rng), _tags([], {"untold"})
+        if rng.random() < self.config.noise:
+            template = self.templates[rng.integers(len(self.templates))]
+        else:
+            choices = fitting(self.templates, looks)
+            # a template that says something of the look is worth more than one that does not
+            weights = np.array([3.0 if needs(self.templates[i]) else 1.0 for i in choices])
+            template = self.templates[rng.choice(choices, p=weights / weights.sum())]
+        names = [CLASSES[c] for c in named]
+        stated = needs(template) & looks
+        return template.format(noun_phrase(names, rng)), _tags(names, stated)
+
+
+def _box(labels: UInt8[np.ndarray, "h w"], rng: np.random.Generator, config: CropConfig) -> tuple[int, int, int]:
+    """Returns top, left and side of a square inside the picture."""
+    height, width = labels.shape
+    low, high = np.log(config.side)
+    side = min(int(round(height * np.exp(rng.uniform(low, high)))), height, width)
+    if rng.random() < config.centred:
+        counts = np.bincount(labels.ravel(), minlength=VOID + 1)[: len(CLASSES)]
+        present = np.flatnonzero(counts)
+        if len(present):
+            places = np.flatnonzero(labels.ravel() == rng.choice(present))
+            row, column = divmod(int(rng.choice(places)), width)
+            jitter = rng.uniform(-0.3, 0.3, 2) * side
+            top, left = row + jitter[0] - side / 2, column + jitter[1] - side / 2
+            return int(np.clip(top, 0, height - side)), int(np.clip(left, 0, width - side)), side
+    return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1)), side
+
+
+def _named(shares: np.ndarray, classes: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Returns one or two classes of the crop to speak of, large ones more often."""
+    if not len(classes):
+        return []
+    weights = np.sqrt(shares[classes])
+    count = min(len(classes), 1 if rng.random() < 0.7 else 2)
+    chosen = rng.choice(classes, size=count, replace=False, p=weights / weights.sum())
+    return [int(c) for c in chosen]
+
+
+def _object_looks(shares: np.ndarray, inside: np.ndarray, facts: dict[str, Any], named: list[int]) -> set[str]:
+    """Returns what is true of the size and number of the first class spoken of."""
+    if not named:
+        return set()
+    first = named[0]
+    looks = set()
+    share = shares[first]
+    mask = inside == first
+    if share > 0.45:
+        looks |= {"close", "large"}
+    elif share > 0.2:
+        looks.add("large")
+    elif share < 0.06:
+        looks.add("small")
+    if share < 0.03:
+        looks.add("tiny")
+    if share > 0.05 and mask[[0, -1]].any() + mask[:, [0, -1]].any() == 2:
+        looks.add("cut")
+    count = facts["counts"].get(CLASSES[first], 0)
+    if count >= 3:
+        looks.add("many")
+    elif count == 1:
+        looks.add("single")
+    return looks
+
+
+def _tags(names: Sequence[str], looks: frozenset[str] | set[str]) -> Bool[np.ndarray, " t"]:
+    said = {*names, *looks}
+    return np.array([tag in said for tag in TAGS])
+
+
+def spoiled(
+    pixels: UInt8[np.ndarray, "s s 3"], rng: np.random.Generator
+) -> tuple[UInt8[np.ndarray, "s s 3"], set[str]]:
+    """Returns the crop after one random mishap, and what a person would call it."""
+    side = len(pixels)
+    pixels = np.ascontiguousarray(pixels)
+    match int(rng.integers(7)):
+        case 0:
+            return cv2.GaussianBlur(pixels, (0, 0), rng.uniform(1.2, 2.5)), {"blurry"}
+        case 1:
+            small = cv2.resize(pixels, (side // 4, side // 4), interpolation=cv2.INTER_AREA)
+            return cv2.resize(small, (side, side), interpolation=cv2.INTER_CUBIC), {"low resolution", "blurry"}
+        case 2:
+            part = int(rng.choice([4, 5, 6]))
+            small = cv2.resize(pixels, (side // part, side // part), interpolation=cv2.INTER_AREA)
+            return cv2.resize(small, (side, side), interpolation=cv2.INTER_NEAREST), {"pixelated", "low resolution"}
+        case 3:
+            _, code = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(3, 12))])
+            return cv2.imdecode(code, cv2.IMREAD_COLOR), {"jpeg"}
+        case 4:
+            grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+            return np.repeat(grey[..., None], 3, axis=-1), {"grey"}
+        case 5:
+            return (pixels * rng.uniform(0.25, 0.5)).astype(np.uint8), {"dark"}
+        case _:
+            return np.clip(pixels * rng.uniform(1.5, 2.2) + 20, 0, 255).astype(np.uint8), {"bright"}

@@ -1,0 +1,37 @@
+"""The stage that writes one HTML page over several runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmda.errors import UserError
+from fmda.methods.pipeline import Plan, Stage
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the page shows.
+
+    Attributes:
+        runs: run folders; the first is the one the others are compared with.
+    """
+
+    runs: tuple[str, ...]
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns the one stage, which writes `report.html`."""
+    if not config.runs:
+        raise UserError("report: `runs` is empty; name at least one run folder")
+
+    def write(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+        from fmda.evaluate.report import report
+
+        return {"page": str(report([Path(r) for r in config.runs], folder.parent / "report.html"))}
+
+    return [Stage("page", write, config, always=True)]
+
+
+def plan(config: Config) -> Plan:
+    """Returns the page's place in the run."""
+    return Plan(stages=(("page", f"one HTML page over {len(config.runs)} runs"),))

@@ -1,0 +1,1 @@
+"""Networks: configurations are frozen dataclasses, modules are flax.nnx, parameters are plain nested dicts."""

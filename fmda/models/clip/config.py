@@ -1,0 +1,86 @@
+"""Shapes of the CLIP towers, as frozen dataclasses."""
+
+from dataclasses import dataclass, field
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """A vision transformer (Dosovitskiy et al. 2021). `image_size` is the side its position table was trained for."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+    pre_norm: bool = True
+    """CLIP normalises the tokens before the first block; DINO and plain ViTs do not."""
+    patch_bias: bool = False
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of the position table."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """CLIP's ModifiedResNet (Radford et al. 2021, 2.4): three-convolution stem, average-pooled strides, attention pool."""
+
+    image_size: int = 224
+    layers: tuple[int, int, int, int] = (3, 4, 6, 3)
+    width: int = 64
+    heads: int = 32
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Channels of the four stage outputs, at strides 4, 8, 16, 32."""
+        return (4 * self.width, 8 * self.width, 16 * self.width, 32 * self.width)
+
+
+@dataclass(frozen=True)
+class ConvNextConfig:
+    """A ConvNeXt trunk (Liu et al. 2022) with OpenCLIP's projection MLP."""
+
+    image_size: int = 320
+    depths: tuple[int, int, int, int] = (3, 3, 27, 3)
+    channels: tuple[int, int, int, int] = (192, 384, 768, 1536)
+    head_width: int = 1536
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """CLIP's causal text transformer.
+
+    `eos_token_id` says where the sentence is read off: 2 (what old configuration files hold) means the place of the
+    largest id, any other value the first place with that id.
+    """
+
+    vocab_size: int = 49408
+    context: int = 77
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    mlp_width: int = 2048
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+    eos_token_id: int = 2
+    bos_token_id: int = 49406
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Both towers, the width of the joint space, and the normalisation of the images (RGB in [0, 1])."""
+
+    embed_dim: int = 512
+    vision: VitConfig | ResNetConfig | ConvNextConfig = field(default_factory=VitConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    image_mean: tuple[float, float, float] = OPENAI_MEAN
+    image_std: tuple[float, float, float] = OPENAI_STD

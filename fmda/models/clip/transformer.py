@@ -1,0 +1,94 @@
+"""The pre-norm residual block that CLIP's two transformers and DINO share."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from fmda.nn.activation import ACTIVATIONS
+from fmda.nn.attention import attention
+from fmda.nn.norm import layer_norm
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention. x: [B, T, width] -> [B, T, width].
+
+    `query`, `key`, `value`, `out` are plain linear layers, so that dense methods can read or replace any of them.
+    """
+
+    def __init__(self, width: int, heads: int, layers: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.heads = heads
+        inward = nnx.initializers.normal(width**-0.5)
+        # Residual branches start smaller the deeper the net is (Radford et al. 2019).
+        outward = nnx.initializers.normal(width**-0.5 * (2 * layers) ** -0.5)
+        self.query = nnx.Linear(width, width, dtype=dtype, kernel_init=inward, rngs=rngs)
+        self.key = nnx.Linear(width, width, dtype=dtype, kernel_init=inward, rngs=rngs)
+        self.value = nnx.Linear(width, width, dtype=dtype, kernel_init=inward, rngs=rngs)
+        self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=outward, rngs=rngs)
+
+    def split(self, x: Float[Array, "b t width"]) -> Float[Array, "b t heads size"]:
+        """Returns x with its last axis cut into heads."""
+        return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t width"],
+        mask: Bool[Array, "#b #heads #t #t"] | None = None,
+        *,
+        causal: bool = False,
+    ) -> Float[Array, "b t width"]:
+        """Returns the attended values, merged over heads and projected. `mask` is true where attention is allowed."""
+        query, key, value = (self.split(layer(x)) for layer in (self.query, self.key, self.value))
+        return self.out(attention(query, key, value, mask=mask, causal=causal).reshape(x.shape))
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with an activation between. x: [..., width] -> [..., width]."""
+
+    def __init__(
+        self, width: int, hidden: int, layers: int, activation: str, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.activation = activation
+        inward = nnx.initializers.normal((2 * width) ** -0.5)
+        outward = nnx.initializers.normal(width**-0.5 * (2 * layers) ** -0.5)
+        self.up = nnx.Linear(width, hidden, dtype=dtype, kernel_init=inward, rngs=rngs)
+        self.down = nnx.Linear(hidden, width, dtype=dtype, kernel_init=outward, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        """Returns down(activation(up(x)))."""
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each after a LayerNorm and added to its input. x: [B, T, width] -> [B, T, width].
+
+    `layers` is the depth of the whole net; only the initial values depend on it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        layers: int,
+        activation: str,
+        *,
+        eps: float = 1e-5,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.norm1 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, heads, layers, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(width, mlp_width, layers, activation, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t width"],
+        mask: Bool[Array, "#b #heads #t #t"] | None = None,
+        *,
+        causal: bool = False,
+    ) -> Float[Array, "b t width"]:
+        """Returns x + attention(norm1(x)), then that plus mlp(norm2(that))."""
+        x = x + self.attention(self.norm1(x), mask, causal=causal)
+        return x + self.mlp(self.norm2(x))

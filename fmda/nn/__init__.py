@@ -1,0 +1,1 @@
+"""Layers that know no model: attention, convolution, normalisation, resizing, activations."""

@@ -1,0 +1,54 @@
+"""Convolutions with torch's padding: the same count of zeros on both sides, whatever the stride."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+    kernel_init: nnx.Initializer | None = None,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """Returns a square NHWC convolution, kernel [size, size, in/groups, out], padded as `torch.nn.Conv2d(padding=)`.
+
+    "SAME" is not used: at stride 2 it pads only at the far side, torch pads both.
+    """
+    return nnx.Conv(
+        in_channels,
+        out_channels,
+        (size, size),
+        strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        feature_group_count=groups,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=kernel_init or nnx.initializers.lecun_normal(),
+        rngs=rngs,
+    )
+
+
+def depthwise_conv(
+    channels: int, size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """Returns a size-keeping convolution of each channel by itself, kernel [size, size, 1, channels], size odd."""
+    return conv(channels, channels, size, padding=size // 2, groups=channels, dtype=dtype, rngs=rngs)
+
+
+def average_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c"]:
+    """Returns means over size x size tiles; a remainder at the far side is dropped, as `torch.nn.AvgPool2d(size)`."""
+    if size == 1:
+        return x
+    b, h, w, c = x.shape
+    h, w = h // size, w // size
+    tiles = x[:, : h * size, : w * size].reshape(b, h, size, w, size, c)
+    return tiles.mean((2, 4), dtype=jnp.float32).astype(x.dtype)

@@ -1,0 +1,58 @@
+"""Normalisation layers with the conventions of PyTorch checkpoints."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def layer_norm(
+    width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+) -> nnx.LayerNorm:
+    """Returns a LayerNorm over the last axis with torch's epsilon (flax defaults to 1e-6).
+
+    The variance is the mean of squared deviations, not E[x^2] - E[x]^2: the quick form loses digits where the mean is
+    large beside the spread, as it is in CLIP's deeper blocks. Statistics are taken in float32 whatever `dtype` is.
+    """
+    return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class FrozenBatchNorm(nnx.Module):
+    """Batch normalisation by stored statistics only: a per-channel scale and shift. x: [..., width] -> [..., width].
+
+    `mean` and `var` are `nnx.BatchStat`, so that trainable parameters can be split from them.
+    """
+
+    def __init__(
+        self, width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        del rngs  # taken for the common signature; every initial value is a constant
+        self.eps = eps
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros((width,), jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones((width,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        """Returns (x - mean) / sqrt(var + eps) * scale + bias."""
+        var = self.var[...].astype(jnp.float32)
+        factor = self.scale[...].astype(jnp.float32) * lax.rsqrt(var + self.eps)
+        shift = self.bias[...].astype(jnp.float32) - self.mean[...].astype(jnp.float32) * factor
+        axes = tuple(range(x.ndim - 1))
+        y = x.astype(jnp.float32) * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)
+        return y.astype(self.dtype)
+
+
+class LayerScale(nnx.Module):
+    """A learned factor per channel (Touvron et al. 2021, CaiT, eq. 3). x: [..., width] -> [..., width]."""
+
+    def __init__(self, width: int, *, initial: float = 1e-6, dtype: DTypeLike = jnp.float32) -> None:
+        self.dtype = dtype
+        self.gamma = nnx.Param(jnp.full((width,), initial, jnp.float32))
+
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        """Returns x * gamma."""
+        gamma = self.gamma[...].astype(self.dtype)
+        return x.astype(self.dtype) * jnp.expand_dims(gamma, tuple(range(x.ndim - 1)))

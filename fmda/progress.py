@@ -1,0 +1,145 @@
+"""One line of progress on standard error: live on a terminal, a plain line every ten seconds elsewhere.
+
+Standard output is left to results. With several processes only the first one writes. Nothing here imports jax.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, TextIO, TypeVar
+
+Item = TypeVar("Item")
+
+PLAIN_SECONDS = 10.0
+LIVE_SECONDS = 0.1
+
+_open_lines: list["Line"] = []
+
+
+def process_index() -> int:
+    """Returns this process's number, 0 when it is alone. Never starts a jax backend before its time."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        return jax.process_index()
+    return int(os.environ.get("FMDA_PROCESS", "0"))
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as "m:ss" or "h:mm:ss"."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+class Line:
+    """The single live line of a running task. Use it as a context manager, or call `close`.
+
+    On a terminal the text is redrawn in place. Elsewhere it is printed when ten seconds have passed since the last
+    print, and once more at the end. Lines may nest: the inner one is shown until it closes.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._clock = clock
+        self._silent = process_index() != 0
+        self._terminal = self._stream.isatty()
+        self._text = ""
+        self._shown = ""
+        self._last = clock()
+        self._live: Any = None
+        if _open_lines:
+            _open_lines[-1]._stop_live()
+        _open_lines.append(self)
+
+    def __enter__(self) -> "Line":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, text: str) -> None:
+        """Sets the text, and shows it when it is time to."""
+        self._text = text
+        pause = LIVE_SECONDS if self._terminal and self._shown else 0.0 if self._terminal else PLAIN_SECONDS
+        if self._clock() - self._last >= pause and _open_lines[-1] is self:
+            self._show()
+
+    def note(self, text: str) -> None:
+        """Prints a line that stays, above the live one."""
+        if self._silent:
+            return
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Shows the last text if it was not shown yet, and gives the line back. A second call does nothing."""
+        if self not in _open_lines:
+            return
+        if self._text != self._shown:
+            self._show()
+        self._stop_live()
+        _open_lines.remove(self)
+
+    def _show(self) -> None:
+        self._shown, self._last = self._text, self._clock()
+        if self._silent:
+            return
+        if not self._terminal:
+            print(self._text, file=self._stream, flush=True)
+            return
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        if self._live is None:
+            # No refresh thread: data loaders fork, and a forked lock would never be released.
+            console = Console(file=self._stream)
+            self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
+            self._live.start()
+        self._live.update(Text(self._text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def track(
+    items: Iterable[Item],
+    what: str,
+    total: int | None = None,
+    unit: str = "images",
+    *,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Item]:
+    """Yields the items, and shows how many are done, how fast, and how long the rest will take.
+
+    `what` names the task ("rank camvid"). `total` defaults to `len(items)` where that exists; without it there is no
+    ETA. `stream` and `clock` (seconds) are for tests.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    start = clock()
+    done = 0
+    with Line(stream=stream, clock=clock) as line:
+        for item in items:
+            yield item
+            done += 1
+            line.update(_status(what, done, total, unit, clock() - start))
+
+
+def _status(what: str, done: int, total: int | None, unit: str, seconds: float) -> str:
+    """Returns "rank camvid: 120/500 images, 24.0 images/s, ETA 0:16"."""
+    rate = done / seconds if seconds > 0 else 0.0
+    parts = [f"{what}: {done}" + (f"/{total}" if total is not None else "") + f" {unit}"]
+    if rate:
+        parts.append(f"{rate:.1f} {unit}/s")
+    if total is not None and rate and done < total:
+        parts.append(f"ETA {duration((total - done) / rate)}")
+    elif done == total:
+        parts.append(f"in {duration(seconds)}")
+    return ", ".join(parts)

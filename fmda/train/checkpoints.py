@@ -1,0 +1,222 @@
+"""Checkpoints of a run: arrays, what they are, and the loader's position, written while training goes on.
+
+A run folder holds `checkpoints/<step>/` with the items `state` (arrays), `meta` (JSON: configuration, versions) and
+`data` (JSON: loader position). A checkpoint appears under its final name only when it is whole.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers as policies
+
+from fmda import trees
+from fmda.errors import UserError
+from fmda.train.state import TrainState
+from fmda.trees import Tree
+
+_FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata", "data/metadata")
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns what a full, read-only or missing disk raises inside the context into a UserError that names the folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as fault:
+        # The array store reports the system's error number in its own message.
+        code = re.search(r"os_error_code='(\d+)'", str(fault))
+        if not isinstance(fault, OSError) and code is None:
+            raise
+        reason = os.strerror(int(code.group(1))) if code else getattr(fault, "strerror", None) or str(fault)
+        raise UserError(
+            f"{folder}: cannot be written ({reason}); make room or mend its permissions, or choose another work_dir=, "
+            "and start again to go on from the last checkpoint"
+        ) from fault
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Drops orbax's own log lines and tracebacks inside the context: each of its faults reaches us as an exception."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; a context manager that waits for unfinished writes at its end.
+
+    Keeps the last `keep` checkpoints, and the one with the best value of the metric named `best`. What an interrupted
+    write left behind is removed on opening.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep: int = 2, best: str | None = None, best_mode: Literal["max", "min"] = "max"
+    ) -> None:
+        self.folder = folder / "checkpoints"
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+        self._tracks_best = best is not None
+
+        def goodness(metrics: Mapping[str, float]) -> float:
+            score = float(metrics.get(best or "", math.nan))
+            return -math.inf if math.isnan(score) else score if best_mode == "max" else -score
+
+        if best is not None:
+            kept.append(policies.BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=goodness if best is not None else None,
+            cleanup_tmp_directories=True,
+        )
+        with contextlib.ExitStack() as opening:
+            opening.enter_context(quiet_orbax())
+            opening.enter_context(disk_errors(self.folder))
+            self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
+            for step in list(self._manager.all_steps()):
+                if not self._whole(step):
+                    self._manager.delete(step)
+            # Stays open until the manager is closed: the filter for its background threads, and the naming of faults.
+            self._open = opening.pop_all()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # The first fault is the one to report.
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext(), self._open:
+            self._manager.close()
+
+    def _whole(self, step: int) -> bool:
+        return all((self.folder / str(step) / name).is_file() for name in _FILES)
+
+    def latest(self) -> int | None:
+        """Returns the step of the newest checkpoint, None without any."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """Returns the step of the best checkpoint by the named metric, None where no metric was saved."""
+        return self._manager.best_step() if self._tracks_best else None
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: Any,
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Copies the state off the devices and writes it in the background; `position` and `meta` are JSON values.
+
+        An earlier write is waited for. Raises UserError when that one, or this one's beginning, met a full or read-only
+        disk.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()),
+            meta=ocp.args.JsonSave(dict(meta)),
+            data=ocp.args.JsonSave({"position": position}),
+        )
+        with disk_errors(self.folder):
+            self._manager.save(step, args=items, metrics=dict(metrics) if metrics and self._tracks_best else None)
+
+    def wait(self) -> None:
+        """Returns when everything is on the disk; raises UserError when something could not be written."""
+        with disk_errors(self.folder):
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, target: TrainState) -> tuple[TrainState, Any]:
+        """Returns (state, loader position) of a step.
+
+        `target` holds `ShapeDtypeStruct`s with shardings, which need not be those that the state was saved with: it may
+        come from other devices, or another number of them. Raises UserError when a leaf is missing, superfluous or of
+        another shape, or a file cannot be read.
+        """
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target._asdict()), data=ocp.args.JsonRestore())
+        try:
+            loaded = self._manager.restore(step, args=items)
+        except Exception as fault:
+            raise UserError(
+                f"{self.folder / str(step)}: cannot be restored ({_brief(fault)}); it is damaged, or of another model: "
+                "remove it to go on from an earlier one, or choose another work_dir="
+            ) from fault
+        return TrainState(**loaded["state"]), loaded["data"]["position"]
+
+
+def read_params(folder: str | Path, which: Literal["params", "ema"] = "params", *, step: int | None = None) -> Tree:
+    """Returns the parameters, or their average, of a run folder's newest checkpoint (or of `step`), on one device.
+
+    No model is needed: shapes and dtypes come from the checkpoint. Raises UserError where there is none.
+    """
+    root = Path(folder) / "checkpoints"
+    steps = sorted(int(path.name) for path in root.glob("*") if path.name.isdecimal())
+    whole = [number for number in steps if all((root / str(number) / name).is_file() for name in _FILES)]
+    if step is None and whole:
+        step = whole[-1]
+    if step not in whole:
+        which_one = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UserError(f"{root}: holds {which_one}; train first, or name another run folder")
+    path = root.resolve() / str(step) / "state"
+    with quiet_orbax(), contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        saved = reader.metadata(path).item_metadata.tree[which]
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        target = {which: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), saved)}
+        wanted = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+        )
+        loaded = reader.restore(path, args=wanted)[which]
+    return trees.unflatten(trees.leaf_paths(loaded))
+
+
+def claim(folder: Path, config: Any) -> None:
+    """Makes the run folder and notes the configuration (JSON values) in its `train.json`.
+
+    Raises UserError, naming the keys, when the folder belongs to a run of another configuration.
+    """
+    path = folder / "train.json"
+    config = json.loads(json.dumps(config, default=str))
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _compare(path, config)
+        elif jax.process_index() == 0:
+            scratch = path.with_name("train.json.new")
+            scratch.write_text(json.dumps({"config": config}, indent=2) + "\n", encoding="utf-8")
+            os.replace(scratch, path)
+
+
+def _compare(path: Path, config: Any) -> None:
+    from fmda.config import differences
+
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is not what a run wrote; remove it, or choose another work_dir=") from None
+    changed = differences(before, config)
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise UserError(
+            f"{path.parent}: holds a run of another configuration ({', '.join(changed[:4])}{more}); "
+            "choose another work_dir=, or go back to its values"
+        )
+
+
+def _brief(fault: Exception) -> str:
+    text = " ".join(str(fault).split()) or type(fault).__name__
+    return text if len(text) <= 240 else text[:240] + "..."

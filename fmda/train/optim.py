@@ -1,0 +1,113 @@
+"""Optimizers and learning-rate schedules from a configuration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from fmda import trees
+from fmda.errors import UserError, did_you_mean
+from fmda.mesh import map_with_paths
+from fmda.trees import Tree
+
+Schedule = Callable[[Any], Float[Array, ""]]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """An optimizer, its schedule, and what single parameters are exempt from.
+
+    `no_decay` holds globs over parameter paths that take no weight decay. `multipliers` maps globs to factors on the
+    learning rate; the first glob that matches a path counts, all other parameters have the factor 1.
+    """
+
+    method: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
+    warmup_steps: int = 0
+    end_factor: float = 0.0
+    """Learning rate at the end, as a share of the highest."""
+    power: float = 0.9
+    """Exponent of the poly schedule."""
+    weight_decay: float = 0.0
+    no_decay: tuple[str, ...] = ("*/bias", "*/scale", "*norm*")
+    multipliers: dict[str, float] = field(default_factory=dict)
+    clip_norm: float | None = None
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.9
+
+
+def make_schedule(config: OptimConfig, steps: int) -> Schedule:
+    """Returns the learning rate as a function of the number of finished updates, for a run of `steps` updates.
+
+    The warm-up rises linearly and reaches the full rate with update `warmup_steps`; its first update already moves.
+    Then the rate falls to `end_factor` of the full one at the end of the run. Raises UserError for a warm-up longer
+    than the run.
+    """
+    if not 0 <= config.warmup_steps <= steps:
+        raise UserError(
+            f"optim.warmup_steps: {config.warmup_steps} does not fit into a run of {steps} steps; choose fewer"
+        )
+    span = max(1, steps - config.warmup_steps)
+
+    def schedule(count: Any) -> Float[Array, ""]:
+        done = jnp.asarray(count, jnp.float32)
+        left = 1.0 - jnp.clip((done - config.warmup_steps) / span, 0.0, 1.0)
+        shapes = {
+            "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * left),
+            "linear": left,
+            "poly": left**config.power,
+            "constant": jnp.ones_like(left),
+        }
+        decay = config.end_factor + (1.0 - config.end_factor) * shapes[config.schedule]
+        rise = jnp.minimum(1.0, (done + 1.0) / max(1, config.warmup_steps))
+        return jnp.asarray(config.learning_rate, jnp.float32) * rise * decay
+
+    return schedule
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Returns the optax chain: clip, moments, weight decay, multipliers, schedule.
+
+    AdamW decays apart from the moments (Loshchilov and Hutter, 2019); SGD adds the decay to the gradient before the
+    momentum, as its users expect. Its `init` raises UserError for a multiplier whose glob matches no parameter.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay, mask=lambda params: _decayed(params, config.no_decay))
+    if config.method == "adamw":
+        core = [optax.scale_by_adam(config.b1, config.b2, config.eps), decay]
+    else:
+        core = [decay, optax.trace(config.momentum)]
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    multiply = [_multiplied(config.multipliers)] if config.multipliers else []
+    return optax.chain(*clip, *core, *multiply, optax.scale_by_learning_rate(make_schedule(config, steps)))
+
+
+def _decayed(params: Tree, no_decay: tuple[str, ...]) -> Tree:
+    """Returns a tree of booleans: whether weight decay acts on the leaf."""
+    return map_with_paths(lambda path, _: not any(trees.matches(path, p) for p in no_decay), params)
+
+
+def _multiplied(multipliers: dict[str, float]) -> optax.GradientTransformation:
+    """Returns the stateless transformation that scales each leaf by the factor of the first glob matching its path."""
+
+    def factor(path: str) -> float:
+        return next((value for glob, value in multipliers.items() if trees.matches(path, glob)), 1.0)
+
+    def init(params: Tree) -> optax.EmptyState:
+        paths = trees.leaf_paths(params)
+        for glob in multipliers:
+            if not any(trees.matches(path, glob) for path in paths):
+                raise UserError(f"optim.multipliers: '{glob}' matches no parameter{did_you_mean(glob, paths)}")
+        return optax.EmptyState()
+
+    def update(updates: Tree, state: optax.EmptyState, params: Tree | None = None) -> tuple[Tree, optax.EmptyState]:
+        del params
+        return map_with_paths(lambda path, leaf: leaf * jnp.asarray(factor(path), leaf.dtype), updates), state
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,1 @@
+"""Checkpoints in and out: file formats, hub ids, and the tables that rename and turn arrays."""

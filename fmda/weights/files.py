@@ -1,0 +1,149 @@
+"""Arrays out of checkpoint files and into them: safetensors, single and sharded, and Flax msgpack."""
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from flax import serialization
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fmda.errors import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_CONVERT = (
+    'python -c "import torch; from safetensors.torch import save_file; '
+    "d = torch.load('{source}', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
+    "save_file({{k: v.clone().contiguous() for k, v in d.items()}}, '{target}')\""
+)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Returns {stored name: array} of a checkpoint file, in the stored dtype (bfloat16 included).
+
+    `path` is a .safetensors file, the .safetensors.index.json of a sharded one, or a Flax .msgpack; the nested names of
+    the last are joined by dots. Raises UserError for a torch pickle (with the command that converts it), for a file that
+    is missing or damaged, and for any other kind.
+    """
+    if path.suffix in PICKLES:
+        target = path.with_name(_safetensors_name(path.name))
+        raise UserError(
+            f"{path}: a torch pickle can run code when it is opened, and is not read; convert it once with: "
+            + _CONVERT.format(source=path, target=target)
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a folder that holds the checkpoint")
+    if path.name.endswith(".safetensors.index.json"):
+        return _read_sharded(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix == ".msgpack":
+        return _read_msgpack(path)
+    raise UserError(f"{path}: not a known kind of weight file; give .safetensors or .msgpack")
+
+
+def _safetensors_name(name: str) -> str:
+    """Returns the name under which a converted pickle is found again."""
+    known = {
+        "pytorch_model.bin": "model.safetensors",
+        "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+    }
+    return known.get(name, str(Path(name).with_suffix(".safetensors")))
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, "numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, struct.error, ValueError) as error:
+        raise UserError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
+
+
+def _read_sharded(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of all shards; index and shards must agree name for name."""
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict):
+        raise UserError(f"{path}: has no 'weight_map'; copy or download it again")
+    arrays: dict[str, np.ndarray] = {}
+    for shard in sorted(set(index.values())):
+        file = path.parent / shard
+        if not file.is_file():
+            raise UserError(f"{file}: shard named in {path.name} is not there; copy or download it")
+        part = _read_safetensors(file)
+        stray = sorted(name for name in part if index.get(name) != shard)
+        absent = sorted(name for name, home in index.items() if home == shard and name not in part)
+        if stray or absent:
+            raise UserError(
+                f"{file}: disagrees with {path.name}; not in the index: {', '.join(stray) or 'none'}; "
+                f"not in the shard: {', '.join(absent) or 'none'}; copy or download the whole folder again"
+            )
+        arrays.update(part)
+    return arrays
+
+
+def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+    except (msgpack.exceptions.UnpackException, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds {type(tree).__name__}, not a tree of arrays; give a Flax checkpoint")
+    flat: dict[str, np.ndarray] = {}
+
+    def visit(node: Mapping[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                visit(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = np.asarray(value)
+
+    visit(tree, "")
+    return flat
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes the arrays, in name order; the file appears whole or not at all.
+
+    Raises UserError where the disk does not take it.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # what the umask asks for; the library would leave it readable by the owner alone
+        # The marker says "torch's axis order"; transformers refuses a file without it.
+        save_file({name: arrays[name] for name in sorted(arrays)}, part, metadata={"format": "pt"})
+        part.chmod(mode)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); free the disk or choose another folder") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises UserError where it is missing, damaged, or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; copy it from where the weights come from") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not an object; copy or download it again")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as indented JSON; the file appears whole or not at all. Raises UserError as the other writer."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); free the disk or choose another folder") from None

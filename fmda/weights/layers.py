@@ -1,0 +1,52 @@
+"""Whole layers as rows: one line per layer, its leaves by the kind of layer and the layout of the file.
+
+A line is (stored layer, our layer, kind). PyTorch stores a linear layer as [out, in] under "weight"; Flax stores it as
+we do, under "kernel".
+"""
+
+from collections.abc import Iterable
+
+from fmda.weights.table import Row, row
+from fmda.weights.transforms import CONV, COPY, LINEAR, Transform
+
+Layer = tuple[str, str, str]
+Leaves = dict[str, tuple[tuple[str, str, Transform], ...]]
+
+_TORCH: Leaves = {
+    "linear": ((".weight", "/kernel", LINEAR), (".bias", "/bias", COPY)),
+    "conv": ((".weight", "/kernel", CONV), (".bias", "/bias", COPY)),
+    "norm": ((".weight", "/scale", COPY), (".bias", "/bias", COPY)),
+    "batch_norm": (
+        (".weight", "/scale", COPY),
+        (".bias", "/bias", COPY),
+        (".running_mean", "/mean", COPY),
+        (".running_var", "/var", COPY),
+    ),
+    "embedding": ((".weight", "", COPY),),
+    "array": (("", "", COPY),),
+}
+_FLAX: Leaves = {
+    "linear": ((".kernel", "/kernel", COPY), (".bias", "/bias", COPY)),
+    "conv": ((".kernel", "/kernel", COPY), (".bias", "/bias", COPY)),
+    "norm": ((".scale", "/scale", COPY), (".bias", "/bias", COPY)),
+    "embedding": ((".embedding", "", COPY),),
+    "array": (("", "", COPY),),
+}
+
+
+def torch_rows(layers: Iterable[Layer]) -> tuple[Row, ...]:
+    """Returns the rows of layers stored by PyTorch."""
+    return _rows(layers, _TORCH)
+
+
+def flax_rows(layers: Iterable[Layer]) -> tuple[Row, ...]:
+    """Returns the rows of layers stored by Flax, nested names joined by dots; the arrays already lie as ours."""
+    return _rows(layers, _FLAX)
+
+
+def _rows(layers: Iterable[Layer], layout: Leaves) -> tuple[Row, ...]:
+    return tuple(
+        row(source + suffix, target + leaf, transform)
+        for source, target, kind in layers
+        for suffix, leaf, transform in layout[kind]
+    )

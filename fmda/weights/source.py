@@ -1,0 +1,121 @@
+"""Where a checkpoint is: a folder, a model that comes with the package, or a repository on the Hugging Face hub."""
+
+import os
+import re
+from pathlib import Path
+
+import httpx
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+import fmda
+from fmda.errors import UserError, did_you_mean
+from fmda.weights.files import PICKLES
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "flax_model.msgpack",
+)
+"""Names under which weights are looked for, best first."""
+
+_SMALL_FILES = ("*.json", "*.txt", "*.model")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def assets_folder() -> Path:
+    """Returns the folder of the models that come with the package."""
+    return Path(fmda.__file__).parent / "assets"
+
+
+def asset_names() -> tuple[str, ...]:
+    """Returns the names of the models that come with the package."""
+    root = assets_folder()
+    return tuple(sorted(p.name for p in root.iterdir() if p.is_dir())) if root.is_dir() else ()
+
+
+def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Returns the folder that holds the checkpoint, downloaded first if it has to be.
+
+    `source` is an existing folder, else the name of a model that comes with the package, else a hub id "owner/name" at
+    `revision` (branch, tag or commit). With HF_HUB_OFFLINE=1 only the hub's local cache is used.
+    Raises UserError where none of these leads to a folder.
+    """
+    name = os.fspath(source)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UserError(f"{name}: is a file; give the folder that holds weights, configuration and tokenizer")
+    if name in asset_names():
+        return assets_folder() / name
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise UserError(
+            f"{name}: no such folder, and no model of the package has that name"
+            f"{did_you_mean(name, asset_names())}; give a folder or a hub id owner/name"
+        )
+    return _download(name, revision)
+
+
+def weight_file(folder: Path) -> Path:
+    """Returns the file that holds the weights. Raises UserError where there is none, or only a torch pickle."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        return pickles[0]  # reading it raises the error that says how to convert it
+    raise UserError(f"{folder}: holds no weights; one of {', '.join(WEIGHT_FILES)} is needed")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Returns the local snapshot of a hub repository; of several weight files only the best one is fetched."""
+    at = name if revision is None else f"{name} at {revision}"
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        files = HfApi().list_repo_files(name, revision=revision)
+        wanted = [*_SMALL_FILES, *_weights_wanted(files, at)]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise UserError(
+            f"{at}: no such folder, not in the local hub cache, and the hub is switched off (HF_HUB_OFFLINE) or out of "
+            "reach; check the path, or unset HF_HUB_OFFLINE once to download it"
+        ) from None
+    except GatedRepoError:
+        raise UserError(f"{at}: access must be asked for on the hub; do so, then run 'hf auth login'") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{at}: no such repository on the hub, nor a folder{did_you_mean(name, asset_names())}; check the name"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{at}: the repository has no such revision; give a branch, tag or commit") from None
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        raise UserError(
+            f"{at}: the hub cannot be reached ({type(error).__name__}); try again, or give a folder"
+        ) from None
+
+
+def _weights_wanted(files: list[str], at: str) -> list[str]:
+    """Returns the patterns of the best weight file among a repository's files, with all its shards."""
+    for name in WEIGHT_FILES:
+        if name in files:
+            shards = ["model-*-of-*.safetensors"] if name.endswith(".index.json") else []
+            return [name, *shards]
+    # A pickle is not fetched: the error that names it needs no more than an empty place.
+    pickles = [file for file in files if Path(file).suffix in PICKLES]
+    if pickles:
+        raise UserError(
+            f"{at}: holds its weights only as a torch pickle ({pickles[0]}), which is not read; "
+            "download it and convert it to model.safetensors with safetensors.torch.save_file, then give the folder"
+        )
+    raise UserError(f"{at}: the repository holds none of {', '.join(WEIGHT_FILES)}; give another one")

@@ -1,0 +1,182 @@
+"""The table engine: stored names and arrays -> our parameter tree, and back.
+
+A table is a tuple of rows (stored name, path or paths of our leaves, transform). `{i}`, `{j}` stand for a number and
+carry it across, so that a row reads the same in both directions. The engine demands that every stored name matches
+exactly one row, that every leaf is filled, and that shapes agree, and reports all faults in one error.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fmda import trees
+from fmda.errors import UserError
+from fmda.weights.transforms import COPY, Transform
+
+Arrays = Mapping[str, np.ndarray]
+_SLOT = re.compile(r"\{(\w)\}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. `targets` is empty for names that are known and not wanted, which need not be there."""
+
+    source: str
+    targets: tuple[str, ...]
+    transform: Transform = COPY
+
+
+def row(source: str, targets: str | tuple[str, ...], transform: Transform = COPY) -> Row:
+    """Returns a row; a single path may be given as a string."""
+    return Row(source, (targets,) if isinstance(targets, str) else targets, transform)
+
+
+def drop(source: str) -> Row:
+    """Returns a row that knows a stored name and discards it."""
+    return Row(source, ())
+
+
+@dataclass
+class Faults:
+    """Everything that keeps a checkpoint from fitting a model, by kind."""
+
+    missing: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
+    ambiguous: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Returns whether there is any fault."""
+        return bool(self.missing or self.surplus or self.ambiguous or self.shapes)
+
+    def __str__(self) -> str:
+        """Returns one line that lists every fault."""
+        kinds = {
+            "missing": self.missing,
+            "not known to the model": self.surplus,
+            "matched by several rows": self.ambiguous,
+            "of the wrong shape": self.shapes,
+        }
+        return "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+
+
+class Table:
+    """Rows compiled for use in both directions."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = tuple(rows)
+        self._by_source = _Index([(row.source, row) for row in self.rows])
+        self._by_target = _Index([(target, row) for row in self.rows for target in row.targets])
+
+    def read(self, arrays: Arrays, shapes: Mapping[Any, Any], where: str) -> trees.Tree:
+        """Returns the tree of NumPy arrays that fills every leaf of `shapes` (anything with `.shape`), dtypes as stored.
+
+        `where` names the checkpoint in the error. Raises UserError that lists every missing, surplus, ambiguous and
+        misshapen name.
+        """
+        flat, faults = self.match(arrays, shapes)
+        if faults:
+            raise UserError(
+                f"{where}: does not fit the configuration beside it; {faults}; "
+                "take weights and configuration from the same source"
+            )
+        return trees.unflatten({path: flat[path] for path in trees.flatten(shapes)})
+
+    def match(self, arrays: Arrays, shapes: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], Faults]:
+        """Returns ({path: array} for all that fits, the faults)."""
+        wanted = trees.flatten(shapes)
+        found: dict[str, np.ndarray] = {}
+        claimed: set[str] = set()
+        faults = Faults()
+        for name, array in arrays.items():
+            matches = self._by_source.find(name)
+            if len(matches) > 1:
+                faults.ambiguous.append(name)
+            if len(matches) != 1:
+                faults.surplus += [name] if not matches else []
+                continue
+            row, numbers = matches[0]
+            targets = [_fill(target, numbers) for target in row.targets]
+            if targets and not all(target in wanted for target in targets):
+                faults.surplus.append(name)
+                continue
+            claimed.update(targets)
+            if any(target in found for target in targets):
+                faults.ambiguous.append(name)
+                continue
+            if targets:
+                self._take(name, array, row, targets, wanted, found, faults)
+        # Several leaves may come from one stored array: each missing name is listed once.
+        unfilled = [path for path in wanted if path not in claimed]
+        faults.missing = list(dict.fromkeys(self._source_name(path) for path in unfilled))
+        return found, faults
+
+    def write(self, tree: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+        """Returns {stored name: array} of a parameter tree, the inverse of `read`.
+
+        Raises ValueError for a leaf that no row, or more than one row, writes.
+        """
+        flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(tree).items()}
+        arrays: dict[str, np.ndarray] = {}
+        for path in flat:
+            matches = self._by_target.find(path)
+            if len(matches) != 1:
+                raise ValueError(f"leaf '{path}' is written by {len(matches)} rows, not one")
+            row, numbers = matches[0]
+            name = _fill(row.source, numbers)
+            if name not in arrays:
+                parts = tuple(flat[_fill(target, numbers)] for target in row.targets)
+                arrays[name] = np.array(row.transform.inverse(parts), order="C")
+        return arrays
+
+    def _take(
+        self,
+        name: str,
+        array: np.ndarray,
+        row: Row,
+        targets: list[str],
+        wanted: Mapping[str, Any],
+        found: dict[str, np.ndarray],
+        faults: Faults,
+    ) -> None:
+        """Puts the parts of one stored array into `found`, or its shape into `faults`."""
+        blanks = tuple(np.broadcast_to(np.float32(0), wanted[target].shape) for target in targets)
+        expected = row.transform.inverse(blanks).shape
+        if tuple(array.shape) != expected:
+            faults.shapes.append(f"{name} is {list(array.shape)} but should be {list(expected)}")
+            return
+        found.update(zip(targets, row.transform.forward(array), strict=True))
+
+    def _source_name(self, path: str) -> str:
+        """Returns the stored name from which the leaf at `path` should have come."""
+        matches = self._by_target.find(path)
+        if not matches:
+            return f"(no row for {path})"
+        row, numbers = matches[0]
+        return _fill(row.source, numbers)
+
+
+class _Index:
+    """Finds the rows that a name belongs to."""
+
+    def __init__(self, entries: list[tuple[str, Row]]) -> None:
+        self._entries = [(re.compile(_regex(pattern)), row) for pattern, row in entries]
+
+    def find(self, name: str) -> list[tuple[Row, dict[str, str]]]:
+        """Returns [(row, {slot: digits})] of all rows whose pattern is `name` with its slots filled."""
+        matches = ((expression.fullmatch(name), row) for expression, row in self._entries)
+        return [(row, match.groupdict()) for match, row in matches if match is not None]
+
+
+def _regex(pattern: str) -> str:
+    """Returns the regular expression of a pattern: slots become named groups of digits, the rest is literal."""
+    literals = _SLOT.split(pattern)
+    return "".join(f"(?P<{part}>[0-9]+)" if k % 2 else re.escape(part) for k, part in enumerate(literals))
+
+
+def _fill(pattern: str, numbers: Mapping[str, str]) -> str:
+    """Returns the pattern with each slot replaced by its digits."""
+    return _SLOT.sub(lambda match: numbers[match.group(1)], pattern)

@@ -1,0 +1,85 @@
+"""Prompts to ids, by the tokenizer files that lie beside the weights."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from fmda.errors import UserError
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class Tokenizer:
+    """The byte-pair encoder of one checkpoint. `ids` are right padded with zeros; ids after the end change nothing."""
+
+    def __init__(self, folder: Path, eos_token_id: int, vocab_size: int) -> None:
+        self.folder = folder
+        self._inner = _load(folder)
+        if self._inner.eos_token_id is None:
+            raise UserError(f"{folder}: its tokenizer has no end token; copy the tokenizer files of the model")
+        if len(self._inner) > vocab_size:
+            raise UserError(
+                f"{folder}: its tokenizer has {len(self._inner)} tokens, the model {vocab_size}; "
+                "take both from the same source"
+            )
+        if eos_token_id not in (2, self._inner.eos_token_id):
+            raise UserError(
+                f"{folder}: its tokenizer ends sentences with id {self._inner.eos_token_id}, "
+                f"the model reads them off at {eos_token_id}; take both from the same source"
+            )
+
+    def __call__(self, texts: Sequence[str], limit: int, context: int | None = None) -> Int[np.ndarray, "b t"]:
+        """Returns int32 ids [B, T]; T is `context`, or by default what the longest text needs, at most `limit`.
+
+        Longer texts are cut so that the end token stays. Raises UserError where `context` is not in 2..limit.
+        """
+        if context is not None and not 2 <= context <= limit:
+            raise UserError(f"context: {context} is not in 2..{limit}, the positions that the model has")
+        length = limit if context is None else context
+        rows = self._inner(list(texts), truncation=True, max_length=length, padding=False)["input_ids"]
+        width = context or max((len(row) for row in rows), default=2)
+        ids = np.zeros((len(rows), width), np.int32)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+        return ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids the encoder can produce."""
+        return len(self._inner)
+
+    def files(self) -> list[Path]:
+        """Returns the tokenizer's files, for copying them beside exported weights."""
+        return [self.folder / name for name in FILES if (self.folder / name).is_file()]
+
+
+def _load(folder: Path) -> Any:
+    """Returns the transformers tokenizer in a folder, read from its files alone."""
+    whole = (folder / "tokenizer.json").is_file()
+    parts = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if not (whole or parts):
+        raise UserError(
+            f"{folder}: holds no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, from where "
+            "the weights come from"
+        )
+    # transformers advises about missing torch on import; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise UserError(
+            f"{folder}: its tokenizer files cannot be read ({error}); copy or download them again"
+        ) from None

@@ -1,0 +1,143 @@
+"""The loader: order, resume, shares of processes, workers."""
+
+import itertools
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from fmda.data import Example, FileFault, open_dataset
+from fmda.data.loader import Batches, batches, stack
+from fmda.data.transforms import ColourJitter, training_transform
+from fmda.errors import UserError
+
+SOURCE = [Example(np.full((4, 6, 3), i, np.uint8), np.full((4, 6), i, np.uint8), str(i)) for i in range(10)]
+
+
+def drawn(loader: Iterator[dict], count: int | None = None) -> list[list[int]]:
+    """Returns the example numbers of the next batches."""
+    return [batch["labels"][:, 0, 0].tolist() for batch in itertools.islice(loader, count)]
+
+
+def add_noise(example: Example, rng: np.random.Generator) -> dict:
+    return {"labels": example.labels, "noise": rng.normal(size=3)}
+
+
+def test_a_batch_holds_uint8_images_and_labels() -> None:
+    batch = next(batches(SOURCE, None, 4, seed=0, shuffle=False))
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+        "image": ((4, 4, 6, 3), "uint8"),
+        "labels": ((4, 4, 6), "uint8"),
+    }
+
+
+def test_without_shuffle_the_order_is_the_sources_and_goes_on() -> None:
+    assert drawn(batches(SOURCE, None, 4, seed=0, shuffle=False), 3) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+
+
+def test_each_epoch_is_another_permutation() -> None:
+    found = list(itertools.chain(*drawn(batches(SOURCE, None, 5, seed=7), 6)))
+    epochs = [found[i : i + 10] for i in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(10))
+
+
+def test_seed_decides_the_order() -> None:
+    first, again, other = (drawn(batches(SOURCE, None, 5, seed=s), 4) for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_an_end_after_whole_batches() -> None:
+    assert len(drawn(batches(SOURCE, None, 4, seed=0, epochs=2))) == 5
+    assert len(drawn(batches(SOURCE, None, 4, seed=0, epochs=1))) == 2
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 7])
+def test_resume_in_the_middle_of_an_epoch_is_exact(stop: int) -> None:
+    whole = [next_batch for next_batch in itertools.islice(batches(SOURCE, add_noise, 3, seed=5), 12)]
+    with batches(SOURCE, add_noise, 3, seed=5) as first:
+        for _ in range(stop):
+            next(first)
+        state = json.loads(json.dumps(first.get_state()))
+    resumed = batches(SOURCE, add_noise, 3, seed=5)
+    resumed.set_state(state)
+    rest = list(itertools.islice(resumed, 12 - stop))
+    for expected, found in zip(whole[stop:], rest, strict=True):
+        np.testing.assert_array_equal(expected["labels"], found["labels"])
+        np.testing.assert_array_equal(expected["noise"], found["noise"])
+    assert resumed.get_state()["batches"] == 12
+
+
+def test_a_state_can_be_set_back_on_a_running_loader() -> None:
+    loader = batches(SOURCE, None, 3, seed=5)
+    start = loader.get_state()
+    first = drawn(loader, 4)
+    loader.set_state(start)
+    assert drawn(loader, 4) == first
+
+
+def test_state_of_other_data_is_refused() -> None:
+    state = batches(SOURCE, None, 3, seed=5).get_state()
+    with pytest.raises(UserError, match="batch_size is 3 there but 4 here"):
+        batches(SOURCE, None, 4, seed=5).set_state(state)
+
+
+def test_processes_share_what_one_process_gets() -> None:
+    alone = drawn(batches(SOURCE, None, 4, seed=3), 5)
+    shares = [drawn(batches(SOURCE, None, 4, seed=3, process_index=p, process_count=2), 5) for p in (0, 1)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == alone
+    assert all(not set(a) & set(b) for a, b in zip(*(s[:2] for s in shares), strict=True))
+
+
+def test_random_draws_follow_the_position_not_the_process() -> None:
+    alone = next(batches(SOURCE, add_noise, 4, seed=3))
+    second = next(batches(SOURCE, add_noise, 4, seed=3, process_index=1, process_count=2))
+    np.testing.assert_array_equal(alone["noise"][2:], second["noise"])
+    assert len(np.unique(alone["noise"])) == 12
+
+
+def numbers(loader: Batches, count: int) -> list[int]:
+    with loader:
+        return [int(batch["image"].astype(np.int64).sum()) for batch in itertools.islice(loader, count)]
+
+
+def test_workers_change_nothing(street) -> None:
+    source = open_dataset("folder", street)
+    chain = training_transform((3, 4), max_class_ratio=1.0, jitter=1.0)
+    found = {w: numbers(batches(source, chain, 2, seed=9, workers=w), 7) for w in (0, 1, 2)}
+    assert found[0] == found[1] == found[2]
+    resumed = batches(source, chain, 2, seed=9, workers=2)
+    resumed.set_state({**resumed.get_state(), "batches": 3})
+    assert numbers(resumed, 4) == found[0][3:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_faulty_file_is_named_whoever_reads_it(street, workers: int) -> None:
+    source = open_dataset("folder", street)
+    (street / "images/1.png").write_bytes(b"")
+    with pytest.raises(FileFault, match="1.png: an empty file"), batches(source, None, 3, seed=0, workers=workers) as b:
+        next(b)
+    assert len(source) == 3
+
+
+def test_pictures_of_different_size_are_named() -> None:
+    odd = [SOURCE[0], Example(np.zeros((5, 6, 3), np.uint8), None, "odd")]
+    with pytest.raises(UserError, match=r"'image' of 0 is \(4, 6, 3\) but of odd \(5, 6, 3\)"):
+        stack(odd)
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(UserError, match="the data set is empty"):
+        batches([], None, 2, seed=0)
+    with pytest.raises(UserError, match="cannot be split over 2 processes"):
+        batches(SOURCE, None, 3, seed=0, process_count=2)
+    with pytest.raises(UserError, match="batch_size 20 is more than 1 epochs of 10"):
+        batches(SOURCE, None, 20, seed=0, epochs=1)
+    with pytest.raises(UserError, match="must return an Example or a dict"):
+        next(batches(SOURCE, lambda example, rng: 3, 2, seed=0))
+
+
+def test_examples_are_not_changed_in_place() -> None:
+    next(batches(SOURCE, ColourJitter(p=1.0), 10, seed=0))
+    assert [int(e.image[0, 0, 0]) for e in SOURCE] == list(range(10))

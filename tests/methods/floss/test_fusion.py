@@ -1,0 +1,121 @@
+"""Fusion by hand, and the fast form against the literal one, label for label."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+from fmda.methods.floss import fusion
+from fmda.methods.floss.chain import linear_taps
+
+
+def _vectors(rows):
+    """K+1 vectors at one pixel -> [E, K]."""
+    return jnp.asarray(rows, jnp.float32)
+
+
+def test_nobody_claims_the_ordinary_classifier_decides():
+    v = _vectors([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7]])
+    assert int(fusion.winner_of(v)) == 3
+    np.testing.assert_allclose(fusion.fuse_direct(v), [0.1, 0.2, 0.7])
+
+
+def test_one_claim_gives_its_whole_vector():
+    v = _vectors([[0.2, 0.5, 0.3], [0.3, 0.4, 0.3], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7]])
+    fused = fusion.fuse_direct(v)
+    np.testing.assert_allclose(fused, [0.3, 0.4, 0.3])
+    assert float(fused.max()) < 1  # not one-hot
+
+
+def test_of_two_claims_the_more_confident_wins():
+    v = _vectors([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7]])
+    assert int(fusion.winner_of(v)) == 1
+
+
+def test_equal_claims_go_to_the_lower_class():
+    v = _vectors([[0.5, 0.3, 0.2], [0.3, 0.5, 0.2], [0.25, 0.25, 0.5], [0.1, 0.2, 0.7]])
+    assert int(fusion.winner_of(v)) == 0
+
+
+def test_a_tie_inside_a_vector_is_no_claim_of_the_later_class():
+    v = _vectors([[0.2, 0.5, 0.3], [0.4, 0.4, 0.2], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7]])
+    assert int(fusion.winner_of(v)) == 3  # expert 1's arg max is class 0
+
+
+def _probabilities(seed, classes, size, smooth, temperature=6.0, levels=None):
+    rng = np.random.default_rng(seed)
+    h, w = size
+    scores = rng.normal(size=(classes + 1, h, w, classes)) + 0.5 * rng.normal(size=(1, h, w, classes))
+    if smooth:
+        scores = 6 * gaussian_filter(scores, (0, 2, 2, 0))
+    if levels:  # few distinct values: exact ties everywhere
+        scores = np.round(scores * levels) / levels
+    return jax.nn.softmax(jnp.asarray(temperature * scores / 3, jnp.float32), -1)
+
+
+def _both(p, rows, columns, prune):
+    fast = jax.jit(lambda p: fusion.fuse(p, rows, columns, prune=prune))(p)
+    literal = jax.jit(lambda p: fusion.fuse_reference(p, rows, columns))(p)
+    return np.asarray(fast), np.asarray(literal)
+
+
+@pytest.mark.parametrize("prune", [True, False])
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("levels", [None, 2])
+def test_fast_form_equals_the_literal_one(prune, smooth, levels):
+    p = _probabilities(1, 7, (6, 5), smooth, levels=levels)
+    rows, columns = linear_taps(6, 96), linear_taps(5, 80)
+    fast, literal = _both(p, rows, columns, prune)
+    np.testing.assert_array_equal(fast.argmax(-1), literal.argmax(-1))
+    np.testing.assert_allclose(fast, literal, atol=2e-7)
+
+
+@pytest.mark.parametrize("out", [(14 * 4, 14 * 3), (37, 50), (8, 9)])
+def test_any_patch_size_and_stretched_windows(out):
+    p = _probabilities(2, 5, (4, 3), True)
+    rows, columns = linear_taps(4, out[0]), linear_taps(3, out[1])
+    fast, literal = _both(p, rows, columns, True)
+    np.testing.assert_array_equal(fast.argmax(-1), literal.argmax(-1))
+    assert fast.shape == (*out, 5)
+
+
+def test_identical_experts_tie_everywhere():
+    one = _probabilities(3, 6, (4, 4), True)[:1]
+    p = jnp.broadcast_to(one, (7, *one.shape[1:]))
+    taps = linear_taps(4, 32)
+    fast, literal = _both(p, taps, taps, True)
+    np.testing.assert_array_equal(fast, literal)
+
+
+def test_uniform_probabilities_belong_to_the_first_class():
+    p = jnp.full((5, 3, 3, 4), 0.25)
+    taps = linear_taps(3, 24)
+    winner = fusion.winners(p, taps, taps)
+    np.testing.assert_array_equal(winner, np.zeros((24, 24)))
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10_000), smooth=st.booleans(), levels=st.sampled_from([None, 1, 3]))
+def test_winners_do_not_depend_on_pruning(seed, smooth, levels):
+    p = _probabilities(seed, 4, (4, 4), smooth, levels=levels)
+    taps = linear_taps(4, 32)
+    pruned = jax.jit(lambda p: fusion.winners(p, taps, taps))(p)
+    full = jax.jit(lambda p: fusion.winners(p, taps, taps, prune=False))(p)
+    np.testing.assert_array_equal(pruned, full)
+
+
+def test_smooth_maps_leave_few_pairs_open():
+    taps = linear_taps(8, 64)
+    smooth = float(fusion.undecided(_probabilities(0, 8, (8, 8), True), taps, taps))
+    rough = float(fusion.undecided(_probabilities(0, 8, (8, 8), False), taps, taps))
+    assert smooth < 0.5 * rough < 0.5
+
+
+def test_patch_mode_is_the_rule_at_patches():
+    p = _probabilities(5, 4, (3, 3), False)
+    np.testing.assert_array_equal(fusion.fuse_patches(p), fusion.fuse_direct(p))
+    y, x = 1, 2
+    np.testing.assert_array_equal(fusion.fuse_patches(p)[y, x], fusion.fuse_direct(p[:, y, x]))

@@ -1,0 +1,121 @@
+"""Stages: finished ones are skipped, interrupted ones resume, foreign folders are left alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmda.errors import UserError
+from fmda.methods.kinds import open_run
+from fmda.methods.pipeline import Plan, Stage, run_stages
+
+
+def stages(log: list[str], second: int = 1, fail: bool = False) -> list[Stage]:
+    def draw(folder: Path, done: dict[str, Path]) -> dict:
+        log.append("draw")
+        (folder / "drawn.txt").write_text("x")
+        return {"images": 3}
+
+    def rank(folder: Path, done: dict[str, Path]) -> None:
+        log.append("rank")
+        assert (done["draw"] / "drawn.txt").read_text() == "x"
+        if fail:
+            raise KeyboardInterrupt
+
+    return [Stage("draw", draw, {"n": 1}), Stage("rank", rank, {"n": second}, inputs=("draw",))]
+
+
+def test_finished_stages_are_skipped_and_recorded(tmp_path):
+    log: list[str] = []
+    run_stages(stages(log), tmp_path / "work", {"a": 1}, lambda _: None)
+    run_stages(stages(log), tmp_path / "work", {"a": 1}, lambda _: None)
+    assert log == ["draw", "rank"]
+    record = json.loads((tmp_path / "work/draw/stage.json").read_text())
+    assert record["outputs"] == {"images": 3} and record["versions"]["python"]
+
+
+def test_an_interrupted_stage_is_called_again(tmp_path):
+    log: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(stages(log, fail=True), tmp_path, {"a": 1}, lambda _: None)
+    run_stages(stages(log), tmp_path, {"a": 1}, lambda _: None)
+    assert log == ["draw", "rank", "rank"]
+
+
+def test_another_configuration_is_refused_and_named(tmp_path):
+    run_stages(stages([]), tmp_path, {"a": 1}, lambda _: None)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"another configuration \(a: 1 -> 2\); choose another work_dir="):
+        run_stages(stages([]), tmp_path, {"a": 2}, lambda _: None)
+    with pytest.raises(UserError, match="made from other inputs or settings"):
+        run_stages(stages([], second=2), tmp_path, {"a": 1}, lambda _: None)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_a_folder_with_foreign_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and no run of ours"):
+        run_stages(stages([]), tmp_path, {}, lambda _: None)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_stage_may_read_earlier_ones_only(tmp_path):
+    with pytest.raises(UserError, match="reads 'draw', which is no earlier stage"):
+        run_stages(stages([])[::-1], tmp_path, {}, lambda _: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_folder_is_one_line():
+    with pytest.raises(UserError, match="cannot be written"):
+        run_stages(stages([]), Path("/proc/fmda-run"), {}, lambda _: None)
+    assert not Path("/proc/fmda-run").exists()
+
+
+def test_plan_prints_aligned_lines():
+    text = Plan(parameters=(("vision", 1234567),), flops=(("host", 3.1e9),), notes=("random weights",)).text()
+    assert "1,234,567" in text and "3.10 GFLOP" in text and text.endswith("random weights")
+
+
+def test_references_must_name_earlier_runs(tmp_path):
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text("kind: pipeline\nruns:\n  page: {kind: report, runs: ['@wrld']}\n")
+    with pytest.raises(UserError, match="'@wrld' names no earlier run"):
+        open_run(recipe).stages()
+    assert os.listdir(tmp_path) == ["two.yaml"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "fmda", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: flos\n", "kind 'flos' is unknown; did you mean 'floss'?"),
+        ("kind: pipeline\nstages: {}\n", "unknown key 'stages'"),
+        ("kind: [\n", "not valid YAML"),
+    ],
+)
+def test_the_command_line_answers_faults_with_one_line_and_exit_code_2(tmp_path, text, message):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(text)
+    done = command("run", str(recipe), f"work_dir={tmp_path / 'work'}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "work").exists()
+
+
+def test_help_of_every_verb_needs_no_jax():
+    code = (
+        "import sys, io, contextlib\nfrom fmda import cli\n"
+        "for verb in cli.VERBS:\n"
+        "  with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        "    cli.main([*verb.split(), '--help'])\n"
+        "  assert 'usage: fmda ' + verb in out.getvalue(), verb\n"
+        "print('jax' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

@@ -1,0 +1,118 @@
+"""A run that is killed, stopped or out of disk ends, when started again, with the same bits as an unbroken one."""
+
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from regression import RULES, parts
+from run_fit import digest
+
+from fmda.mesh import make_mesh
+from fmda.train import fit
+
+SCRIPT = Path(__file__).with_name("run_fit.py")
+
+
+def launch(folder, *options, **kwargs):
+    """Returns the running program; its output is text."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parents[2])}
+    command = [sys.executable, str(SCRIPT), str(folder), *options]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **kwargs
+    )
+
+
+def finish(process):
+    """Returns (exit code, output lines, error text)."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out.splitlines(), err
+
+
+def records(folder):
+    """Returns the lines of metrics.jsonl without their times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Returns (digest, metrics) of the run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    code, out, err = finish(launch(folder))
+    assert code == 0, err
+    return out[-1], records(folder)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path, unbroken, kills):
+    moments = random.Random(7)
+    delivered = 0
+    for _ in range(kills):
+        process = launch(tmp_path, "--pause", "0.01")
+        # The first batch comes before compilation; a low number of lines hits that, or the first steps.
+        for _ in range(moments.randint(1, 16 if kills == 4 else 5)):
+            process.stdout.readline()
+        time.sleep(moments.uniform(0, 0.05))
+        delivered += process.poll() is None
+        process.kill()
+        process.communicate(timeout=60)
+    code, out, err = finish(launch(tmp_path))
+    assert code == 0, err
+    assert delivered == kills
+    assert (out[-1], records(tmp_path)) == unbroken
+    again = fit(**parts(60), steps=60, mesh=make_mesh(), rules=RULES, folder=tmp_path, key=jax.random.key(0))
+    assert f"digest {digest(again)}" == unbroken[0]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stop_signals_save_and_exit(tmp_path, unbroken, signum, code):
+    process = launch(tmp_path, "--pause", "0.02", "--save-steps", "1000")
+    for _ in range(9):
+        process.stdout.readline()
+    process.send_signal(signum)
+    returned, out, err = finish(process)
+    assert returned == code
+    assert "stopped and saved at step" in err
+    assert "Traceback" not in err
+    code, resumed, err = finish(launch(tmp_path))
+    assert code == 0 and "resuming at step" in err
+    assert (resumed[-1], records(tmp_path)) == unbroken
+
+
+def test_full_disk_is_one_line_and_costs_only_the_steps_since_the_last_save(tmp_path, unbroken):
+    # No line of metrics is due before the checkpoint of step 10: that one meets the full disk.
+    code, _, err = finish(launch(tmp_path, "--disk-full-at", "8", "--log-every", "1000"))
+    assert code == 2
+    assert "Traceback" not in err
+    assert "checkpoints: cannot be written (File too large); make room" in err.splitlines()[-1]
+    code, out, err = finish(launch(tmp_path))
+    assert code == 0 and "resuming at step 5" in err
+    assert out[-1] == unbroken[0]
+
+
+def test_full_disk_under_the_metrics_is_one_line(tmp_path):
+    code, _, err = finish(launch(tmp_path, "--disk-full-at", "6", "--save-steps", "1000"))
+    assert code == 2
+    assert "Traceback" not in err
+    assert "cannot be written (File too large); make room" in err.splitlines()[-1]
+
+
+def test_read_only_folder_is_one_line(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH)
+    # Nothing is read-only to root, who therefore becomes the folder's stranger.
+    options = ["--user", "65534"] if os.geteuid() == 0 else []
+    code, _, err = finish(launch(folder, *options))
+    assert code == 2
+    assert "Traceback" not in err
+    assert f"{folder}/checkpoints: cannot be written (Permission denied)" in err.splitlines()[-1]
+    assert list(folder.iterdir()) == []
