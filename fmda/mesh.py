@@ -141,17 +141,42 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         if not isinstance(leaf, jax.Array):
             leaf = np.asarray(leaf)
         if leaf.ndim == 0:
-            return jax.device_put(leaf, whole)
+            return _put(leaf, whole)
         if leaf.shape[0] % local_devices:
             raise UserError(
                 f"batch '{path}': {leaf.shape[0]} examples do not divide over {local_devices} devices; "
                 f"choose a batch size that is a multiple of {mesh.size}"
             )
-        if jax.process_count() == 1:
-            return jax.device_put(leaf, split)
-        return jax.make_array_from_process_local_data(split, np.asarray(leaf))
+        return _put(leaf, split)
 
     return map_with_paths(put, batch)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns the tree with every leaf that is not on the mesh yet held whole by all its devices.
+
+    Every process must hold the same values. Random keys are welcome too.
+    """
+
+    def put(leaf: Any) -> jax.Array:
+        where = getattr(leaf, "sharding", None)
+        if isinstance(where, NamedSharding) and where.mesh == mesh:
+            return leaf
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            bits = _put(jax.device_get(jax.random.key_data(leaf)), replicated(mesh))
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+        return _put(leaf, replicated(mesh))
+
+    return jax.tree.map(put, tree)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns this process's array, or its part, as one over all processes."""
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    # jax counts this as an implicit transfer; here it is asked for.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
 
 def start_processes(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:

@@ -62,7 +62,7 @@ class Line:
         """Sets the text, and shows it when it is time to."""
         self._text = text
         pause = LIVE_SECONDS if self._terminal and self._shown else 0.0 if self._terminal else PLAIN_SECONDS
-        if self._clock() - self._last >= pause and _open_lines[-1] is self:
+        if self._clock() - self._last >= pause and _open_lines[-1:] == [self]:
             self._show()
 
     def note(self, text: str) -> None:

@@ -71,9 +71,9 @@ def heat_map(confusion: Int[np.ndarray, "K C"], names: Sequence[str]) -> str:
 
     A pointer held over a cell shows its numbers. Above 40 classes only the classes with the most pixels are drawn.
     """
-    order = np.arange(len(names))
+    order = list(range(len(names)))
     if len(names) > HEAT_CLASSES:
-        order = np.sort(np.argsort(-confusion.sum(1), kind="stable")[:HEAT_CLASSES])
+        order = sorted(np.argsort(-confusion.sum(1), kind="stable")[:HEAT_CLASSES].tolist())
     share = confusion[:, : len(names)] / np.maximum(confusion.sum(1, keepdims=True), 1)
     cell, left = 22, 10 + 6.4 * max(len(names[k]) for k in order)
     top = left * 0.8 + 6

@@ -188,6 +188,7 @@ def _write_figures(
                     prediction = np.asarray(picture)
             else:
                 prediction = _mapped_prediction(segmenter, common, example)
+            assert example.labels is not None  # scored before
             labels = common.map_labels(example.labels)
             figure = f"figures/{kind}-{rank:02}.png"
             Image.fromarray(comparison(example.image, labels, [prediction], common.classes)).save(log.folder / figure)

@@ -66,7 +66,7 @@ def read_sections(folder: str | Path) -> list[Section]:
         return []
     try:
         sections = [_section(item) for item in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is no list of sections ({error}); run that stage again") from None
     for section in sections:
         _check(section, folder, f"{path}: section '{section.title}'")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -103,13 +103,7 @@ class Segmenter:
             raise UserError(f"{path}: loader '{loader}' does not exist; was it made by another version?") from None
         return load(folder)
 
-    @overload
-    def predict(self, source: str | Path | np.ndarray) -> Segmentation: ...
-
-    @overload
-    def predict(self, source: Sequence[str | Path | np.ndarray]) -> list[Segmentation]: ...
-
-    def predict(self, source):
+    def predict(self, source: Any) -> Any:
         """Returns the segmentation of an image, or a list of them for a list or a folder of images.
 
         Args:

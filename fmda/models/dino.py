@@ -31,7 +31,7 @@ def vit_config(
     activation: str = "gelu",
     norm_eps: float = 1e-6,
 ) -> VitConfig:
-    """Returns the configuration of a plain vision transformer; heads have size 64 and the MLP is four-fold by default."""
+    """Returns the configuration of a plain vision transformer, by default with heads of size 64 and a four-fold MLP."""
     return VitConfig(
         image_size=image_size,
         patch_size=patch_size,

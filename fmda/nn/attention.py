@@ -1,5 +1,7 @@
 """Scaled dot-product attention: the one function every network here calls."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -20,7 +22,7 @@ def attention(
     `mask` is true where attention is allowed; `scale` defaults to d ** -0.5. The softmax is taken in float32.
     Source: Vaswani et al. 2017, eq. 1.
     """
-    kernel = "cudnn" if mask is None and bias is None and _flash_takes(query) else "xla"
+    kernel: Literal["cudnn", "xla"] = "cudnn" if mask is None and bias is None and _flash_takes(query) else "xla"
     return jax.nn.dot_product_attention(
         query, key, value, bias=bias, mask=mask, is_causal=causal, scale=scale, implementation=kernel
     )

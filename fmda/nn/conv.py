@@ -37,9 +37,7 @@ def conv(
     )
 
 
-def depthwise_conv(
-    channels: int, size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-) -> nnx.Conv:
+def depthwise_conv(channels: int, size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> nnx.Conv:
     """Returns a size-keeping convolution of each channel by itself, kernel [size, size, 1, channels], size odd."""
     return conv(channels, channels, size, padding=size // 2, groups=channels, dtype=dtype, rngs=rngs)
 

@@ -7,9 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def layer_norm(
-    width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-) -> nnx.LayerNorm:
+def layer_norm(width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Returns a LayerNorm over the last axis with torch's epsilon (flax defaults to 1e-6).
 
     The variance is the mean of squared deviations, not E[x^2] - E[x]^2: the quick form loses digits where the mean is
@@ -24,9 +22,7 @@ class FrozenBatchNorm(nnx.Module):
     `mean` and `var` are `nnx.BatchStat`, so that trainable parameters can be split from them.
     """
 
-    def __init__(
-        self, width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         del rngs  # taken for the common signature; every initial value is a constant
         self.eps = eps
         self.dtype = dtype

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -48,16 +49,27 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Drops orbax's own log lines and tracebacks inside the context: each of its faults reaches us as an exception."""
+    """Drops what orbax's threads print about faults inside the context: each fault reaches us as an exception too.
+
+    After a fault this stays so, because its echoes come when abandoned tasks are collected, at exit at the latest.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
+        package = f"{os.sep}orbax{os.sep}"
+        return package not in record.pathname and not (record.name == "asyncio" and package in record.getMessage())
 
-    logger = logging.getLogger("absl")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
+    def unraisable(fault: Any) -> None:
+        # Writes that were under way when another one failed report to an event loop that is gone.
+        if not (isinstance(fault.exc_value, RuntimeError) and str(fault.exc_value) == "Event loop is closed"):
+            hook(fault)
+
+    loggers = logging.getLogger("absl"), logging.getLogger("asyncio")
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    for logger in loggers:
+        logger.addFilter(keep)
+    yield
+    sys.unraisablehook = hook
+    for logger in loggers:
         logger.removeFilter(keep)
 
 

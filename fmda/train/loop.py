@@ -10,11 +10,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 import fmda
 from fmda.errors import UserError, did_you_mean
-from fmda.mesh import Rule, place, replicated
+from fmda.mesh import Rule, place, replicate, replicated
 from fmda.progress import Line
 from fmda.train.batches import Batches, Feed
 from fmda.train.checkpoints import Checkpoints, claim
@@ -112,7 +112,7 @@ def fit(
         line.note(f"{what}: {origin}")
         if position is not None:
             batches.set_state(position)
-        key, frozen = jax.device_put(key, replicated(mesh)), _on_mesh(frozen, mesh)
+        key, frozen = replicate((key, frozen), mesh)
         feed = Feed(batches, mesh, clock)
         batch = feed.draw()
         if batch is None:
@@ -186,18 +186,6 @@ class _Requests:
         with jax.transfer_guard("allow"):
             signum, due = multihost_utils.process_allgather(np.asarray(own, np.int32)).max(axis=0)
         return int(signum), bool(due)
-
-
-def _on_mesh(frozen: Any, mesh: Mesh) -> Any:
-    """Returns the frozen tree with every leaf that is not on the mesh yet replicated over it."""
-
-    def put(leaf: Any) -> jax.Array:
-        where = getattr(leaf, "sharding", None)
-        if isinstance(where, NamedSharding) and where.mesh == mesh:
-            return leaf
-        return jax.device_put(leaf, replicated(mesh))
-
-    return jax.tree.map(put, frozen)
 
 
 def _compiled(

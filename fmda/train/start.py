@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fmda import trees
 from fmda.errors import UserError, did_you_mean
@@ -43,7 +44,7 @@ def starting_state(
     if weights is None:
         return state, None, "starting from random parameters"
     _check_weights(weights, target.params)
-    state = jax.jit(_with_weights, out_shardings=shardings, donate_argnums=0)(state, weights)
+    state = jax.jit(_with_weights, out_shardings=shardings, donate_argnums=0)(state, _placed(weights, target.params))
     return state, None, f"starting from given weights ({trees.count(weights):,} of {trees.count(state.params):,})"
 
 
@@ -58,6 +59,17 @@ def _with_weights(state: TrainState, weights: Tree) -> TrainState:
         )
 
     return state._replace(params=filled(state.params), ema=filled(state.ema))
+
+
+def _placed(weights: Tree, params: Tree) -> Tree:
+    """Returns the weights cut up like the parameters they are for, wherever they were before."""
+    own = trees.flatten(params)
+
+    def put(path: str, leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, own[path].sharding, lambda index: host[index])
+
+    return trees.unflatten({path: put(path, leaf) for path, leaf in trees.flatten(weights).items()})
 
 
 def _check_weights(weights: Tree, params: Tree) -> None:

@@ -23,7 +23,7 @@ from fmda.models.module import abstract
 from fmda.weights import clip_configs, clip_tables, files
 from fmda.weights.source import resolve, weight_file
 from fmda.weights.table import Table
-from fmda.weights.tokenizer import Tokenizer
+from fmda.weights.tokenizer import Tokenizer, has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class LoadedClip:
     config: ClipConfig
     graphdef: nnx.GraphDef
     params: trees.Tree
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None = None
+    folder: Path | None = None
+    """Where it was loaded from."""
 
-    def encode_image(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b embed"]:
+    def encode_image(self, pixels: Float[Array | np.ndarray, "b H W 3"]) -> Float[Array, "b embed"]:
         """Returns image embeddings, projected, not L2-normalised, float32. `pixels` are normalised RGB."""
         return _encode_image(self.graphdef, self.params, jnp.asarray(pixels))
 
-    def encode_text(self, ids: Int[Array, "b t"]) -> Float[Array, "b embed"]:
+    def encode_text(self, ids: Int[Array | np.ndarray, "b t"]) -> Float[Array, "b embed"]:
         """Returns text embeddings, projected, not L2-normalised, float32. `ids` come from `tokenize`."""
         return _encode_text(self.graphdef, self.params, jnp.asarray(ids))
 
@@ -50,8 +52,8 @@ class LoadedClip:
         """
         if self.tokenizer is None:
             raise UserError(
-                "tokenizer: this model was made without one; copy tokenizer.json, or vocab.json and merges.txt, "
-                "beside its weights"
+                f"{self.folder or 'CLIP'}: holds no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, "
+                "from where the weights come from"
             )
         return self.tokenizer(texts, self.config.text.context, context)
 
@@ -66,7 +68,7 @@ class LoadedClip:
         for path, leaf in sorted(trees.flatten(self.params).items()):
             array = np.asarray(leaf)
             digest.update(f"{path}{array.shape}{array.dtype}".encode())
-            digest.update(np.ascontiguousarray(array).view(np.uint8) if array.ndim else array.tobytes())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
 
@@ -92,14 +94,17 @@ def load_clip(
 
     Layouts: Hugging Face (`config.json` with model.safetensors, its sharded form, or flax_model.msgpack) and OpenCLIP
     (`open_clip_config.json` with open_clip_model.safetensors); stored float16 and bfloat16 are read. Parameters are
-    kept, and the towers compute, in `dtype`. Raises UserError for anything missing, surplus, misshapen or damaged.
+    kept, and the towers compute, in `dtype`. Raises UserError for anything missing, surplus, misshapen or damaged; a
+    folder without tokenizer files loads, and only `tokenize` raises.
     """
     folder = resolve(source, revision)
     config, table, arrays, where = read_checkpoint(folder)
     graphdef, shapes = clip_graph(config, dtype)
     params = store(table.read(arrays, shapes, str(where)), dtype)
-    tokenizer = Tokenizer(folder, config.text.eos_token_id, config.text.vocab_size)
-    return LoadedClip(config, graphdef, params, tokenizer)
+    tokenizer = None
+    if has_tokenizer(folder):
+        tokenizer = Tokenizer(folder, config.text.eos_token_id, config.text.vocab_size)
+    return LoadedClip(config, graphdef, params, tokenizer, folder)
 
 
 def store(params: trees.Tree, dtype: DTypeLike) -> trees.Tree:

@@ -207,9 +207,7 @@ def read_open_clip(folder: Path) -> ClipConfig:
     )
 
 
-def _open_clip_vision(
-    vision: Json, embed_dim: int, act: str, path: Path
-) -> VitConfig | ResNetConfig | ConvNextConfig:
+def _open_clip_vision(vision: Json, embed_dim: int, act: str, path: Path) -> VitConfig | ResNetConfig | ConvNextConfig:
     """Returns the image tower's configuration from OpenCLIP's `vision_cfg`."""
     image_size = vision.get("image_size", 224)
     if "timm_model_name" in vision:

@@ -38,7 +38,9 @@ class LoadedDino:
     params: trees.Tree
     position_offset: float = POSITION_OFFSET
 
-    def last_layer(self, pixels: Float[Array, "b H W 3"], part: Part = "value") -> Float[Array, "b h w width"]:
+    def last_layer(
+        self, pixels: Float[Array | np.ndarray, "b H W 3"], part: Part = "value"
+    ) -> Float[Array, "b h w width"]:
         """Returns queries, keys or values of the last block per patch, float32. `pixels` are ImageNet-normalised."""
         return _last_layer(self.graphdef, part, self.position_offset, self.params, jnp.asarray(pixels))
 
@@ -48,9 +50,7 @@ class LoadedDino:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _last_layer(
-    graphdef: nnx.GraphDef, part: Part, offset: float, params: trees.Tree, pixels: Array
-) -> Array:
+def _last_layer(graphdef: nnx.GraphDef, part: Part, offset: float, params: trees.Tree, pixels: Array) -> Array:
     model = nnx.merge(graphdef, params)
     return last_layer(model, pixels, part, position_offset=offset).astype(jnp.float32)
 

@@ -28,8 +28,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Returns {stored name: array} of a checkpoint file, in the stored dtype (bfloat16 included).
 
     `path` is a .safetensors file, the .safetensors.index.json of a sharded one, or a Flax .msgpack; the nested names of
-    the last are joined by dots. Raises UserError for a torch pickle (with the command that converts it), for a file that
-    is missing or damaged, and for any other kind.
+    the last are joined by dots. Raises UserError for a torch pickle (with the command that converts it), for a file
+    that is missing or damaged, and for any other kind.
     """
     if path.suffix in PICKLES:
         target = path.with_name(_safetensors_name(path.name))

@@ -4,29 +4,20 @@ import os
 import re
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 import fmda
 from fmda.errors import UserError, did_you_mean
 from fmda.weights.files import PICKLES
 
 WEIGHT_FILES = (
+    "open_clip_model.safetensors",
     "model.safetensors",
     "model.safetensors.index.json",
-    "open_clip_model.safetensors",
     "flax_model.msgpack",
 )
-"""Names under which weights are looked for, best first."""
+"""Names under which weights are looked for, best first. timm's repositories hold a bare trunk as model.safetensors."""
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -78,30 +69,36 @@ def weight_file(folder: Path) -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """Returns the local snapshot of a hub repository; of several weight files only the best one is fetched."""
+    """Returns the local snapshot of a hub repository; of several weight files only the best one is fetched.
+
+    Where the hub is out of reach, a snapshot downloaded before serves.
+    """
     at = name if revision is None else f"{name} at {revision}"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            files = HfApi().list_repo_files(name, revision=revision)
+            wanted = [*_SMALL_FILES, *_weights_wanted(files, at)]
+            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        except UserError:
+            raise
+        except GatedRepoError:
+            raise UserError(f"{at}: access must be asked for on the hub; do so, then run 'hf auth login'") from None
+        except RepositoryNotFoundError:
+            raise UserError(f"{at}: no such folder, and no such repository on the hub; check the name") from None
+        except RevisionNotFoundError:
+            raise UserError(f"{at}: the repository has no such revision; give a branch, tag or commit") from None
+        except HFValidationError as error:
+            raise UserError(f"{at}: not a hub id ({error}); give owner/name or a folder") from None
+        except Exception as error:  # the HTTP library, and so its errors, changes between releases of the hub's client
+            reason = f"the hub cannot be reached ({type(error).__name__})"
+    else:
+        reason = "the hub is switched off by HF_HUB_OFFLINE"
     try:
-        if constants.HF_HUB_OFFLINE:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        files = HfApi().list_repo_files(name, revision=revision)
-        wanted = [*_SMALL_FILES, *_weights_wanted(files, at)]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, HFValidationError):
         raise UserError(
-            f"{at}: no such folder, not in the local hub cache, and the hub is switched off (HF_HUB_OFFLINE) or out of "
-            "reach; check the path, or unset HF_HUB_OFFLINE once to download it"
-        ) from None
-    except GatedRepoError:
-        raise UserError(f"{at}: access must be asked for on the hub; do so, then run 'hf auth login'") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{at}: no such repository on the hub, nor a folder{did_you_mean(name, asset_names())}; check the name"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{at}: the repository has no such revision; give a branch, tag or commit") from None
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
-        raise UserError(
-            f"{at}: the hub cannot be reached ({type(error).__name__}); try again, or give a folder"
+            f"{at}: no such folder, not in the hub's local cache, and {reason}; "
+            "check the path, or download it once with the network on"
         ) from None
 
 

@@ -72,10 +72,10 @@ class Table:
         self._by_target = _Index([(target, row) for row in self.rows for target in row.targets])
 
     def read(self, arrays: Arrays, shapes: Mapping[Any, Any], where: str) -> trees.Tree:
-        """Returns the tree of NumPy arrays that fills every leaf of `shapes` (anything with `.shape`), dtypes as stored.
+        """Returns the tree of NumPy arrays that fills every leaf of `shapes`, in the stored dtypes.
 
-        `where` names the checkpoint in the error. Raises UserError that lists every missing, surplus, ambiguous and
-        misshapen name.
+        Leaves of `shapes` need only a `.shape`; `where` names the checkpoint in the error. Raises UserError that lists
+        every missing, surplus, ambiguous and misshapen name.
         """
         flat, faults = self.match(arrays, shapes)
         if faults:

@@ -20,6 +20,11 @@ FILES = (
 )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a folder holds tokenizer.json, or vocab.json and merges.txt."""
+    return (folder / "tokenizer.json").is_file() or all((folder / n).is_file() for n in ("vocab.json", "merges.txt"))
+
+
 class Tokenizer:
     """The byte-pair encoder of one checkpoint. `ids` are right padded with zeros; ids after the end change nothing."""
 
@@ -66,13 +71,6 @@ class Tokenizer:
 
 def _load(folder: Path) -> Any:
     """Returns the transformers tokenizer in a folder, read from its files alone."""
-    whole = (folder / "tokenizer.json").is_file()
-    parts = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    if not (whole or parts):
-        raise UserError(
-            f"{folder}: holds no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, from where "
-            "the weights come from"
-        )
     # transformers advises about missing torch on import; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import CLIPTokenizer

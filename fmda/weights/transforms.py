@@ -1,4 +1,4 @@
-"""How one stored array becomes ours and back again. All are reshapes or axis moves, so that each has an exact inverse."""
+"""How one stored array becomes ours and back again: reshapes and axis moves, each with an exact inverse."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,9 +36,7 @@ COPY = Transform("copy", lambda x: (x,), lambda xs: xs[0])
 LINEAR = Transform("linear", lambda x: (_axes(x, 2).T,), lambda xs: xs[0].T)
 """torch.nn.Linear [out, in] -> kernel [in, out]."""
 
-CONV = Transform(
-    "conv", lambda x: (_axes(x, 4).transpose(2, 3, 1, 0),), lambda xs: xs[0].transpose(3, 2, 0, 1)
-)
+CONV = Transform("conv", lambda x: (_axes(x, 4).transpose(2, 3, 1, 0),), lambda xs: xs[0].transpose(3, 2, 0, 1))
 """torch.nn.Conv2d [out, in/groups, h, w] -> kernel [h, w, in/groups, out]."""
 
 QKV_WEIGHT = Transform(

@@ -4,10 +4,11 @@ Facts are a dict of JSON values:
   domain, style, weather, time, street: names (of `names.py`), crop: bool
   size: [height, width] of the picture or crop
   classes: {class name: pixels}, largest first, classes of a handful of pixels left out
+  counts: {thing class: objects that are large enough to count}
   objects: [{"class", "id", "pixels", "place": "left" | "centre" | "right", "near": bool}], largest first
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,10 @@ def _content(labels: np.ndarray, instances: np.ndarray) -> Facts:
             near = bool(sizes[i] >= 0.006 * labels.size)
             name = CLASSES[kind[i]]
             objects.append({"class": name, "id": int(i), "pixels": int(sizes[i]), "place": place, "near": near})
-    return {"size": [height, width], "classes": classes, "objects": objects}
+    counts: dict[str, int] = {}
+    for item in objects:
+        counts[item["class"]] = counts.get(item["class"], 0) + 1
+    return {"size": [height, width], "classes": classes, "counts": counts, "objects": objects}
 
 
 def word(name: str, rng: np.random.Generator, plain: float = _PLAIN_SHARE) -> str:
@@ -141,7 +145,12 @@ def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.random() * len(options))]
 
 
-def noun_phrase(facts: Facts, rng: np.random.Generator, most: int = 3) -> str:
+def noun_phrase(names: Sequence[str], rng: np.random.Generator) -> str:
+    """Returns class names as they stand in the slot of "a photo of a {}.": "car", "tram and a road"; with synonyms."""
+    return _stripped(_joined([_with_article(word(name, rng)) for name in names]))
+
+
+def content_phrase(facts: Facts, rng: np.random.Generator, most: int = 3) -> str:
     """Returns what is to be seen, such as "a car", "two persons and a road", the striking first.
 
     Large areas and objects are named with higher probability; at most `most` classes are named.
@@ -150,9 +159,7 @@ def noun_phrase(facts: Facts, rng: np.random.Generator, most: int = 3) -> str:
     if not names:
         return "a street"
     area = float(facts["size"][0] * facts["size"][1])
-    counts: dict[str, int] = {}
-    for item in facts["objects"]:
-        counts[item["class"]] = counts.get(item["class"], 0) + 1
+    counts = facts["counts"]
     # the square root keeps small things in the sentence; things interest more than stuff
     weights = [(facts["classes"][n] / area) ** 0.5 * (2.2 if n in THINGS else 1.0) for n in names]
     chosen: list[str] = []
@@ -189,7 +196,8 @@ _STYLE_PHRASES: dict[str, tuple[str, ...]] = {
     "embroidery": ("an embroidered {}", "an embroidery of {}", "a tapestry of {}"),
     "negative": ("a negative of {}", "an inverted photo of {}", "a weird photo of {}"),
 }
-_BARE = ("painted", "toy", "plastic", "embroidered", "origami", "cartoon", "photo of the hard to see")
+_BARE = ("painted {}", "toy {}", "plastic {}", "embroidered {}", "origami {}", "cartoon {}", "hard to see {}")
+"""Frames whose slot already has an article."""
 _WEATHER_PHRASES: dict[str, tuple[str, ...]] = {
     "clear": ("in sunshine", "on a sunny day", "in clear weather", "under a clear sky"),
     "cloudy": ("under some clouds", "on a cloudy day", "in cloudy weather"),
@@ -233,33 +241,27 @@ def caption(facts: Facts, rng: np.random.Generator, template: str | None = None)
     of them than crops.
     """
     if template is not None:
-        phrase = noun_phrase(facts, rng, most=2)
-        slot = template.find("{}")
-        before = template[:slot].rstrip()
-        if before.endswith((" a", " an", " the")) or before in ("a", "an", "the"):
+        phrase = content_phrase(facts, rng, most=2)
+        before = template[: template.find("{}")].split()
+        if before and before[-1] in ("a", "an", "the"):
             phrase = _stripped(phrase)
         return template.replace("{}", phrase, 1)
     phrases = _STYLE_PHRASES[facts["style"]]
     frame = phrases[0] if rng.random() < 0.45 else _choice(rng, phrases)
-    phrase = noun_phrase(facts, rng, most=2 if facts["crop"] else 4)
-    if frame.split(" {}")[0].split(" ", 1)[-1] in _BARE:
-        phrase = _stripped(phrase)
     shape = rng.random()
+    tail = ""
     if not facts["crop"] and shape < 0.25:
-        street = facts["street"]
-        text = frame.format(_stripped(_with_article(street)) if "{}" not in frame.split(" of ")[-1] else f"a {street}")
-        text = f"{text}{_scene_phrase(facts, rng)} with {noun_phrase(facts, rng, most=3)}"
+        phrase = _with_article(facts["street"])
+        tail = f"{_scene_phrase(facts, rng)} with {content_phrase(facts, rng, most=3)}"
     elif shape < 0.42 and (placed := _placed(facts, rng)):
-        text = frame.format(_stripped(placed) if phrase != noun_phrase and _bare(frame) else placed)
+        phrase = placed
     else:
-        text = frame.format(phrase)
+        phrase = content_phrase(facts, rng, most=2 if facts["crop"] else 4)
         if rng.random() < (0.45 if facts["crop"] else 0.7):
-            text += _scene_phrase(facts, rng)
-    return text + ("." if rng.random() < 0.5 else "")
-
-
-def _bare(frame: str) -> bool:
-    return frame.split(" {}")[0].split(" ", 1)[-1] in _BARE
+            tail = _scene_phrase(facts, rng)
+    if frame.endswith(_BARE):
+        phrase = _stripped(phrase)
+    return frame.format(phrase) + tail + ("." if rng.random() < 0.5 else "")
 
 
 def _stripped(phrase: str) -> str:

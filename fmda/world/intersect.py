@@ -72,8 +72,13 @@ def cull(shape: str, g: Solids, low: Array, high: Array, limit: int) -> tuple[So
     seen = (jnp.abs(wrap(middle[None] - strip)) <= reach) & (g.hx > 0.0)[None]
     order = jnp.where(seen, -distance[None], -FAR)
     best, index = jax.lax.top_k(order, min(limit, g.count))
-    kept = jax.tree.map(lambda a: a[index].T, g)
-    return kept._replace(z=jnp.where(best.T > -FAR, kept.z, -FAR)), index.T
+    return _without(jax.tree.map(lambda a: a[index].T, g), best.T <= -FAR), index.T
+
+
+def _without(g: Solids, absent: Array) -> Solids:
+    """Returns the solids with the absent ones as unit balls far behind, where every test is well conditioned."""
+    moved = {name: jnp.where(absent, 1.0, getattr(g, name)) for name in ("hx", "hy", "hz")}
+    return g._replace(z=jnp.where(absent, -FAR, g.z), y=jnp.where(absent, -FAR, g.y), **moved)
 
 
 def _box(p: Solids, rays: Rays, t: Array) -> Array:
@@ -168,8 +173,7 @@ def nearest_casters(g: Solids, limit: int) -> Solids:
     distance = jnp.hypot(g.x, g.z)
     order = jnp.where((g.hx > 0.0) & (g.z > -25.0), -distance, -FAR)
     best, index = jax.lax.top_k(order, min(limit, g.count))
-    kept = jax.tree.map(lambda a: a[index], g)
-    return kept._replace(y=jnp.where(best > -FAR, kept.y, -FAR))
+    return _without(jax.tree.map(lambda a: a[index], g), best <= -FAR)
 
 
 def occlusion(

@@ -1,7 +1,7 @@
 """The renderer: a key and a domain to a picture with labels, instances and depth."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from fmda.world.scene import Scene, sample_scene
 from fmda.world.shading import Rgb, ramp, rgb, where
 from fmda.world.sky import sky_color, skyline
 from fmda.world.solids import LABEL, Solids, join
+
+T = TypeVar("T")
 
 STRIPS = 16
 LIMITS = {"boxes": 48, "frusta": 24, "ellipsoids": 64, "cylinders": 20}
@@ -71,9 +73,15 @@ def render_batch(
     return jax.vmap(single)(keys, domains)
 
 
+def settled(value: T) -> T:
+    """Returns the same arrays, computed once: without this the compiler fuses the stages into one program that
+    repeats the first of them for every use."""
+    return jax.lax.optimization_barrier(value)
+
+
 def _draw(key: PRNGKeyArray, domain: Int[Array, ""], height: int, width: int, supersample: int) -> Rendering:
-    scene = sample_scene(key, domain)
-    color, labels, instances, depth, horizon = trace(scene, height * supersample, width * supersample)
+    scene = settled(sample_scene(key, domain))
+    color, labels, instances, depth, horizon = settled(trace(scene, height * supersample, width * supersample))
     image = develop(color, labels, depth, horizon, scene, supersample)
     if supersample > 1:
         middle = slice(supersample // 2, None, supersample)
@@ -124,28 +132,27 @@ def camera_rays(scene: Scene, height: int, width: int) -> tuple[Rays, Array, Arr
 def trace(scene: Scene, height: int, width: int) -> tuple[Rgb, Array, Array, Array, Array]:
     """Returns linear light, labels (uint8), instances (int32), depth (metres), all [height, width], and the
     row of the horizon."""
-    rays, pixel, horizon = camera_rays(scene, height, width)
+    rays, pixel, horizon = settled(camera_rays(scene, height, width))
     hits = nearest_hits(scene.groups, rays, LIMITS)
 
     def picture(a: Array) -> Array:
         """Strips back to rows and columns."""
         return a.reshape(STRIPS, height, -1).transpose(1, 0, 2).reshape(height, -1)[:, :width]
 
-    dx, dy, dz = picture(rays.x), picture(rays.y), picture(rays.z)
-    t_solid, index = picture(hits.t), picture(hits.index)
+    dx, dy, dz, t_solid, index = settled(tuple(picture(a) for a in (rays.x, rays.y, rays.z, hits.t, hits.index)))
     eye = scene.camera.height
-    ground = ground_hits(dx, dy, dz, eye, scene.street)
+    ground = settled(ground_hits(dx, dy, dz, eye, scene.street))
     on_solid = (t_solid < ground.t) & (index >= 0)
     t = jnp.where(on_solid, t_solid, ground.t)
     on_sky = ~on_solid & (ground.t >= FAR)
     norm = jax.lax.rsqrt(dx * dx + dy * dy + dz * dz)
     ux, uy, uz = dx * norm, dy * norm, dz * norm
     near = jnp.minimum(t, 400.0)
-    px, py, pz = near * dx, eye + near * dy, near * dz
+    px, py, pz, ux, uy, uz = settled((near * dx, eye + near * dy, near * dz, ux, uy, uz))
 
-    surface = hit_surface(scene, index, (px, py, pz), (ux, uy, uz), near * pixel)
-    finish = paint(surface, scene.look)
-    below, mirror = ground_color(ground, px, pz, pixel, eye, scene.street, scene.look)
+    surface = settled(hit_surface(scene, index, (px, py, pz), (ux, uy, uz), near * pixel))
+    finish = settled(paint(surface, scene.look))
+    below, mirror = settled(ground_color(ground, px, pz, pixel, eye, scene.street, scene.look))
     normal = tuple(jnp.where(on_solid, a, b) for a, b in zip(surface.normal, (0.0, 1.0, 0.0), strict=True))
     zero = jnp.zeros_like(dx)
     point = Point(
@@ -159,7 +166,7 @@ def trace(scene: Scene, height: int, width: int) -> tuple[Rgb, Array, Array, Arr
         leafy=on_solid & (surface.solid.ragged > 0.0),
         ground=~on_solid,
     )
-    color = lit(point, scene, *_casters(scene))
+    color = settled(lit(settled(point), scene, *settled(_casters(scene))))
 
     azimuth = jnp.arctan2(dx, dz)
     rise, houses = skyline(azimuth, scene.street.kind <= 3, scene.seed.astype(jnp.int32))

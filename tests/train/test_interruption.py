@@ -3,10 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
-import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_stop_signals_save_and_exit(tmp_path, unbroken, signum, code):
 
 def test_full_disk_is_one_line_and_costs_only_the_steps_since_the_last_save(tmp_path, unbroken):
     # No line of metrics is due before the checkpoint of step 10: that one meets the full disk.
-    code, _, err = finish(launch(tmp_path, "--disk-full-at", "8", "--log-every", "1000"))
+    code, _, err = finish(launch(tmp_path, "--disk-full-at", "8", "--log-every", "1000", "--pause", "0.1"))
     assert code == 2
     assert "Traceback" not in err
     assert "checkpoints: cannot be written (File too large); make room" in err.splitlines()[-1]
@@ -105,14 +106,21 @@ def test_full_disk_under_the_metrics_is_one_line(tmp_path):
     assert "cannot be written (File too large); make room" in err.splitlines()[-1]
 
 
-def test_read_only_folder_is_one_line(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    folder.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH)
+@pytest.fixture
+def read_only():
+    """Returns a folder that everyone may read and nobody may write, in a place that everyone reaches."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_read_only_folder_is_one_line(read_only):
     # Nothing is read-only to root, who therefore becomes the folder's stranger.
     options = ["--user", "65534"] if os.geteuid() == 0 else []
-    code, _, err = finish(launch(folder, *options))
+    code, _, err = finish(launch(read_only, *options))
     assert code == 2
     assert "Traceback" not in err
-    assert f"{folder}/checkpoints: cannot be written (Permission denied)" in err.splitlines()[-1]
-    assert list(folder.iterdir()) == []
+    assert f"{read_only}/checkpoints: cannot be written (Permission denied)" in err.splitlines()[-1]
+    assert list(read_only.iterdir()) == []

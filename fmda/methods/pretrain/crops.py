@@ -12,13 +12,13 @@ from jaxtyping import Bool, UInt8
 
 from fmda.errors import UserError
 from fmda.methods.pretrain.prompts import LOOKS, fitting, looks_of, needs
-from fmda.world.captions import caption, crop_facts, noun_phrase
+from fmda.world.captions import caption, crop_facts, word
 from fmda.world.names import CLASSES, VOID
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 
 TAGS = (*CLASSES, *LOOKS, "untold")
-"""What a caption can state about a crop. "untold" is true of no crop: it marks captions that say more than tags hold."""
+"""What a caption can state of a crop. "untold" is true of none: it marks captions that say more than tags hold."""
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,15 @@ class Crops:
         labels, instances = scene["labels"], scene["instances"]
         box = _box(labels, rng, config)
         top, left, side = box
-        facts = crop_facts(labels, instances, scene["facts"], (top, left, top + side, left + side))
-        inside = labels[top : top + side, left : left + side]
-        pixels = scene["image"][top : top + side, left : left + side]
-        kind = cv2.INTER_AREA if side > config.size else cv2.INTER_LINEAR
-        pixels = cv2.resize(pixels, (config.size, config.size), interpolation=kind)
-        shares = np.bincount(inside.ravel(), minlength=VOID + 1)[: len(CLASSES)] / inside.size
+        window = slice(top, top + side), slice(left, left + side)
+        inside, numbers, pixels = labels[window], instances[window], scene["image"][window]
         if rng.random() < 0.5:
-            # the facts may say left and right, so they are mirrored with the pixels
-            pixels = pixels[:, ::-1]
-            facts = crop_facts(
-                labels[:, ::-1], instances[:, ::-1], scene["facts"],
-                (top, labels.shape[1] - left - side, top + side, labels.shape[1] - left),
-            )  # fmt: skip
+            inside, numbers, pixels = inside[:, ::-1], numbers[:, ::-1], pixels[:, ::-1]
+        facts = crop_facts(inside, numbers, scene["facts"], (0, 0, side, side))
+        facts["crop"] = side < 0.9 * len(labels)
+        kind = cv2.INTER_AREA if side > config.size else cv2.INTER_LINEAR
+        pixels = cv2.resize(np.ascontiguousarray(pixels), (config.size, config.size), interpolation=kind)
+        shares = np.bincount(inside.ravel(), minlength=VOID + 1)[: len(CLASSES)] / inside.size
         extra: set[str] = set()
         if rng.random() < config.spoiled:
             pixels, extra = spoiled(pixels, rng)
@@ -145,8 +141,8 @@ class Crops:
             weights = np.array([3.0 if needs(self.templates[i]) else 1.0 for i in choices])
             template = self.templates[rng.choice(choices, p=weights / weights.sum())]
         names = [CLASSES[c] for c in named]
-        stated = needs(template) & looks
-        return template.format(noun_phrase(names, rng)), _tags(names, stated)
+        text = " and a ".join(word(name, rng) for name in names)
+        return template.format(text), _tags(names, needs(template) & looks)
 
 
 def _box(labels: UInt8[np.ndarray, "h w"], rng: np.random.Generator, config: CropConfig) -> tuple[int, int, int]:

@@ -30,7 +30,7 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """CLIP's ModifiedResNet (Radford et al. 2021, 2.4): three-convolution stem, average-pooled strides, attention pool."""
+    """CLIP's ModifiedResNet (Radford et al. 2021, 2.4): deep stem, average-pooled strides, attention pool."""
 
     image_size: int = 224
     layers: tuple[int, int, int, int] = (3, 4, 6, 3)

@@ -15,9 +15,7 @@ from fmda.nn.norm import LayerScale, layer_norm
 class ConvNextBlock(nnx.Module):
     """Depthwise 7x7, LayerNorm, four-fold MLP, layer scale, residual. x: [B, h, w, c] -> [B, h, w, c]."""
 
-    def __init__(
-        self, channels: int, activation: str, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, channels: int, activation: str, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.activation = activation
         self.depthwise = depthwise_conv(channels, 7, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(channels, eps=eps, dtype=dtype, rngs=rngs)
@@ -46,6 +44,8 @@ class ConvNextStage(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
+        self.norm: nnx.LayerNorm | None
+        self.downsample: nnx.Conv | None
         if downsample:
             self.norm = layer_norm(before, eps=eps, dtype=dtype, rngs=rngs)
             self.downsample = conv(before, channels, 2, stride=2, dtype=dtype, rngs=rngs)
@@ -104,7 +104,8 @@ class ConvNext(nnx.Module):
         """
         if min(pixels.shape[1:3]) < 32:
             raise UserError(
-                f"image of {pixels.shape[1]}x{pixels.shape[2]} pixels is smaller than the stride of 32; enlarge it first"
+                f"image of {pixels.shape[1]}x{pixels.shape[2]} pixels is smaller than the stride of 32; "
+                "enlarge it first"
             )
         x = self.stem_norm(self.stem(pixels.astype(self.dtype)))
         maps = []

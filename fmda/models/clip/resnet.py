@@ -19,9 +19,7 @@ class Bottleneck(nnx.Module):
     x: [B, h, w, in] -> [B, h/stride, w/stride, 4 * planes]. Pooling before the stride keeps it free of aliases.
     """
 
-    def __init__(
-        self, channels: int, planes: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, channels: int, planes: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.stride = stride
         self.conv1 = conv(channels, planes, 1, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm1 = FrozenBatchNorm(planes, dtype=dtype, rngs=rngs)
@@ -29,6 +27,7 @@ class Bottleneck(nnx.Module):
         self.norm2 = FrozenBatchNorm(planes, dtype=dtype, rngs=rngs)
         self.conv3 = conv(planes, 4 * planes, 1, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm3 = FrozenBatchNorm(4 * planes, dtype=dtype, rngs=rngs)
+        self.shortcut: nnx.Conv | None
         if stride > 1 or channels != 4 * planes:
             self.shortcut = conv(channels, 4 * planes, 1, use_bias=False, dtype=dtype, rngs=rngs)
             self.shortcut_norm = FrozenBatchNorm(4 * planes, dtype=dtype, rngs=rngs)
@@ -51,9 +50,7 @@ class AttentionPool(nnx.Module):
     `position` is [1 + side^2, width], the mean's own position first.
     """
 
-    def __init__(
-        self, side: int, width: int, heads: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, side: int, width: int, heads: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.side = side
         self.heads = heads
         self.dtype = dtype
@@ -89,9 +86,7 @@ class ModifiedResNet(nnx.Module):
     Batch normalisation always runs on its stored statistics. Source: Radford et al. 2021, 2.4 (RN50, RN101).
     """
 
-    def __init__(
-        self, config: ResNetConfig, embed_dim: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ResNetConfig, embed_dim: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         width = config.width
         self.config = config
         self.dtype = dtype
@@ -111,9 +106,7 @@ class ModifiedResNet(nnx.Module):
                 channels = config.channels[index]
             stages.append(nnx.List(stage))
         self.blocks = nnx.List(stages)
-        self.pool = AttentionPool(
-            config.image_size // 32, channels, config.heads, embed_dim, dtype=dtype, rngs=rngs
-        )
+        self.pool = AttentionPool(config.image_size // 32, channels, config.heads, embed_dim, dtype=dtype, rngs=rngs)
 
     def stem(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Returns the map at stride 4 that enters the first stage.
@@ -122,7 +115,8 @@ class ModifiedResNet(nnx.Module):
         """
         if min(pixels.shape[1:3]) < 32:
             raise UserError(
-                f"image of {pixels.shape[1]}x{pixels.shape[2]} pixels is smaller than the stride of 32; enlarge it first"
+                f"image of {pixels.shape[1]}x{pixels.shape[2]} pixels is smaller than the stride of 32; "
+                "enlarge it first"
             )
         x = nnx.relu(self.norm1(self.conv1(pixels.astype(self.dtype))))
         x = nnx.relu(self.norm2(self.conv2(x)))

@@ -21,16 +21,12 @@ class TextTransformer(nnx.Module):
     shorter than the position table gives exactly what a padded one gives. Source: Radford et al. 2021, 2.4.
     """
 
-    def __init__(
-        self, config: TextConfig, embed_dim: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: TextConfig, embed_dim: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         width = config.width
         normal = nnx.initializers.normal
         self.config = config
         self.dtype = dtype
-        self.token_embedding = nnx.Embed(
-            config.vocab_size, width, dtype=dtype, embedding_init=normal(0.02), rngs=rngs
-        )
+        self.token_embedding = nnx.Embed(config.vocab_size, width, dtype=dtype, embedding_init=normal(0.02), rngs=rngs)
         self.position = nnx.Param(normal(0.01)(rngs.params(), (config.context, width), jnp.float32))
         self.blocks = nnx.List(
             Block(

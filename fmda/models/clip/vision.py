@@ -34,9 +34,7 @@ class VisionTransformer(nnx.Module):
         draw = nnx.initializers.normal(width**-0.5)
         self.class_token = nnx.Param(draw(rngs.params(), (width,), jnp.float32))
         self.position = nnx.Param(draw(rngs.params(), (1 + config.side**2, width), jnp.float32))
-        self.norm_pre = (
-            layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs) if config.pre_norm else None
-        )
+        self.norm_pre = layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs) if config.pre_norm else None
         self.blocks = nnx.List(
             Block(
                 width,
@@ -78,9 +76,7 @@ class VisionTransformer(nnx.Module):
         patches = apply_matrices(patches, jnp.asarray(rows), jnp.asarray(columns))
         return jnp.concatenate([table[:1], patches.reshape(h * w, -1)])
 
-    def tokens(
-        self, pixels: Float[Array, "b H W 3"], *, position_offset: float = 0.0
-    ) -> Float[Array, "b 1+h*w width"]:
+    def tokens(self, pixels: Float[Array, "b H W 3"], *, position_offset: float = 0.0) -> Float[Array, "b 1+h*w width"]:
         """Returns what enters the first block: patches after the class token, positions added, `norm_pre` applied.
 
         Raises UserError where the image is smaller than one patch.

@@ -1,12 +1,13 @@
-"""A tiny CLIP with random weights, moved off their initial values, for the tests of this folder."""
+"""A tiny CLIP with random weights for the tests of this folder."""
 
 import jax
 import numpy as np
 
+from fmda import trees
 from fmda.methods.floss.tower import Tower
 from fmda.mesh import make_mesh
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
-from fmda.models.module import abstract, init
+from fmda.models.module import abstract
 
 CONFIG = ClipConfig(
     embed_dim=16,
@@ -16,12 +17,14 @@ CONFIG = ClipConfig(
 
 
 def small_clip(seed=0, config=CONFIG):
-    """Returns (graphdef, params) with every leaf perturbed, biases and norms too."""
-    graphdef, _ = abstract(lambda rngs: Clip(config, rngs=rngs))
-    params = init(lambda rngs: Clip(config, rngs=rngs), jax.random.key(seed))
+    """Returns (graphdef, params); every leaf is random, biases and norms too."""
+    graphdef, shapes = abstract(lambda rngs: Clip(config, rngs=rngs))
     rng = np.random.default_rng(seed)
-    moved = jax.tree.map(lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype(np.float32), params)
-    return graphdef, moved
+    drawn = {}
+    for path, leaf in sorted(trees.flatten(shapes).items()):
+        value = rng.normal(size=leaf.shape) * (leaf.shape[-2] ** -0.5 if path.endswith("kernel") else 0.1)
+        drawn[path] = (value + path.endswith("scale")).astype(np.float32)
+    return graphdef, trees.unflatten(drawn)
 
 
 def small_heads(seed=0, width=32):
@@ -29,8 +32,9 @@ def small_heads(seed=0, width=32):
     rng = np.random.default_rng(seed)
 
     def layer(*shape):
-        kernel = rng.normal(size=shape).astype(np.float32) / np.sqrt(np.prod(shape[:-1]))
-        return {"kernel": kernel, "bias": 0.1 * rng.normal(size=shape[-1]).astype(np.float32)}
+        kernel = rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]))
+        bias = 0.1 * rng.normal(size=shape[-1])
+        return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
     return {"obj_proj": layer(3, 3, width, 8), "bkg_decoder": layer(1, 1, width, 1)}
 

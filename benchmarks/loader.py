@@ -1,0 +1,105 @@
+"""Images a second of the training loader, over a folder of PNG images and label maps, by number of workers.
+
+The pictures are noise over gradients, so that PNG decoding costs about what a photograph's does. Each batch is a
+random crop with flip, as training takes them. Workers take turns, several rounds.
+
+    python benchmarks/loader.py --workers 0 2 --out benchmarks/results/loader-cpu.json
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fmda.data import ClassList, Example, open_dataset
+from fmda.data.loader import batches
+from fmda.perf import Timing, record, write_record
+
+
+class CropFlip:
+    """Random square crop and horizontal flip; an object of a module, so that workers can receive it."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        top = int(rng.integers(0, example.image.shape[0] - self.side + 1))
+        left = int(rng.integers(0, example.image.shape[1] - self.side + 1))
+        turn = slice(None, None, -1 if rng.integers(2) else 1)
+        window = (slice(top, top + self.side), slice(left, left + self.side))
+        return Example(example.image[window][:, turn], example.labels[window][:, turn], example.name)
+
+
+def write_folder(folder: Path, count: int, height: int, width: int) -> None:
+    """Writes `count` images with label maps in the layout of the data set "folder"."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+    ClassList(tuple(f"class {k}" for k in range(19))).save(folder / "classes.yaml")
+    slope = np.linspace(0, 180, width)[None, :, None] + np.zeros((height, 1, 3))
+    for k in range(count):
+        image = (slope + rng.normal(40, 6, (height, width, 3))).clip(0, 255).astype(np.uint8)
+        labels = rng.integers(0, 19, (height // 16 + 1, width // 16 + 1)).astype(np.uint8)
+        Image.fromarray(image).save(folder / "images" / f"{k:04}.png")
+        Image.fromarray(labels.repeat(16, 0).repeat(16, 1)[:height, :width]).save(folder / "labels" / f"{k:04}.png")
+
+
+def rate(source: object, side: int, batch: int, workers: int, seconds: float) -> tuple[float, float]:
+    """Returns (images a second after two batches, seconds until the first batch)."""
+    begin = time.perf_counter()
+    with batches(source, CropFlip(side), batch, seed=0, workers=workers) as stream:
+        next(stream)
+        first = time.perf_counter() - begin
+        next(stream)
+        start, images = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            images += len(next(stream)["image"])
+        return images / (time.perf_counter() - start), first
+
+
+def main() -> None:
+    """Runs the benchmark and prints its record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--size", type=int, nargs=2, default=[512, 1024], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--side", type=int, default=448, help="of the crop, in pixels")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+
+    found: dict[int, list[tuple[float, float]]] = {workers: [] for workers in options.workers}
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), options.images, *options.size)
+        source = open_dataset("folder", folder)
+        for _ in range(options.rounds):
+            for workers in options.workers:
+                found[workers].append(rate(source, options.side, options.batch, workers, options.seconds))
+    ours = {}
+    for workers, values in found.items():
+        rates = Timing(tuple(r for r, _ in values))
+        ours[f"{workers} workers"] = {
+            "images_per_second": rates.median,
+            "spread": rates.spread,
+            "first_batch_s": float(np.median([first for _, first in values])),
+        }
+    result = record(
+        "loader",
+        size=options.size,
+        side=options.side,
+        batch=options.batch,
+        load_per_core=os.getloadavg()[0] / len(os.sched_getaffinity(0)),
+        synthetic="PNG files of noise over gradients, in the page cache",
+        ours=ours,
+    )
+    write_record(result, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""A small CLIP from street scenes and their captions: tokenizer, training, export, zero-shot check.
+
+The trainer is an ordinary contrastive one (Radford et al. 2021) with two additions. Captions come with tags of what
+they state, and pictures with tags of what is true of them, so that a caption that happens to be true of another
+picture of the batch is no negative there. And prompt templates are said only of pictures they are true of.
+"""
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool
+
+from fmda.config import to_dict
+from fmda.data import templates
+from fmda.data.loader import batches
+from fmda.errors import UserError
+from fmda.losses.alignment import contrastive_loss
+from fmda.mesh import FSDP_RULES, make_mesh
+from fmda.methods.pipeline import Plan, Stage, write_atomic
+from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Scenes
+from fmda.methods.pretrain.tokenizer import train_tokenizer
+from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
+from fmda.models.module import abstract, init
+from fmda.perf.flops import text_flops, vit_flops
+from fmda.progress import track
+from fmda.train import OptimConfig, TrainState, create_state, fit, make_optimizer, make_schedule, make_step, read_params
+from fmda.weights.clip import load_clip, save_clip
+from fmda.weights.tokenizer import Tokenizer
+from fmda.world.names import CLASSES
+
+MAX_SCALE = float(np.log(100.0))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Data, network and schedule of a CLIP run.
+
+    Attributes:
+        data: rendered folders to train on.
+        held: rendered folders for the zero-shot check; none of them may be in `data`.
+        model: both towers; vocabulary and special ids follow from the tokenizer.
+        crop: how crops are cut and described.
+        vocabulary: most entries of the tokenizer.
+        batch: crops per step, over all devices and processes.
+        crops: crops cut from one picture.
+        ema: share that the weight average keeps at each step.
+        mean, std: normalisation of RGB in [0, 1].
+        mesh: sizes of the axes data and fsdp; -1 takes the rest of the devices.
+        workers: loader processes; 0 loads in threads.
+    """
+
+    data: tuple[str, ...]
+    held: tuple[str, ...] = ()
+    model: ClipConfig = field(
+        default_factory=lambda: ClipConfig(
+            embed_dim=192,
+            vision=VitConfig(64, 8, 192, 6, 6, 768, "quick_gelu"),
+            text=TextConfig(1024, 32, 128, 4, 4, 512, "quick_gelu"),
+        )
+    )
+    crop: CropConfig = CropConfig()
+    vocabulary: int = 1024
+    steps: int = 3000
+    batch: int = 256
+    crops: int = 8
+    optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.1, b2=0.98, clip_norm=1.0)
+    ema: float = 0.998
+    seed: int = 0
+    mesh: tuple[int, int] = (-1, 1)
+    workers: int = 0
+    log_every: int = 25
+    save_steps: int = 250
+    save_minutes: float = 5.0
+    tensorboard: bool = False
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns tokenizer, train, export (Hugging Face layout) and, with held pictures, check."""
+    if overlap := set(config.data) & set(config.held):
+        raise UserError(f"held: {', '.join(sorted(overlap))} is trained on too; hold other folders")
+    if config.batch % config.crops:
+        raise UserError(f"batch: {config.batch} is no multiple of crops={config.crops}; choose one")
+    chain = [
+        Stage("tokenizer", functools.partial(_tokenizer, config), [config.data, config.vocabulary, config.seed]),
+        Stage("train", functools.partial(_train, config), config, inputs=("tokenizer",)),
+        Stage("export", functools.partial(_export, config), config.model, inputs=("tokenizer", "train")),
+    ]
+    if config.held:
+        chain.append(Stage("check", functools.partial(_check, config), config.held, inputs=("export",)))
+    return chain
+
+
+def plan(config: Config) -> Plan:
+    """Returns parameters and FLOPs of the two towers at the configured sizes."""
+    graph = abstract(lambda rngs: Clip(config.model, rngs=rngs))[1]
+    counts = {name: sum(x.size for x in jax.tree.leaves(graph[name])) for name in ("vision", "text")}
+    return Plan(
+        stages=tuple((stage.name, "") for stage in stages(config)),
+        parameters=tuple(counts.items()),
+        flops=(("vision, one crop", vision_flops(config)), ("text, one caption", caption_flops(config))),
+        memory=(("parameters, moments and average, float32", 16.0 * sum(counts.values())),),
+    )
+
+
+def vision_flops(config: Config) -> float:
+    """Returns the FLOPs of the image tower for one crop, forward."""
+    tower = config.model.vision
+    if not isinstance(tower, VitConfig):
+        raise UserError("model.vision: only vision transformers are trained here; give patch_size, width, layers, heads")
+    return vit_flops(
+        config.crop.size, patch_size=tower.patch_size, width=tower.width, layers=tower.layers,
+        mlp_width=tower.mlp_width, embed_dim=config.model.embed_dim,
+    )  # fmt: skip
+
+
+def caption_flops(config: Config) -> float:
+    """Returns the FLOPs of the text tower for one caption, forward."""
+    tower = config.model.text
+    return text_flops(
+        tower.context, width=tower.width, layers=tower.layers, mlp_width=tower.mlp_width,
+        embed_dim=config.model.embed_dim,
+    )  # fmt: skip
+
+
+def _tokenizer(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    """Learns the vocabulary from captions as the trainer will see them, and from every template with every class."""
+    scenes = Scenes(config.data)
+    bank = templates("imagenet80")
+    heard: list[str] = []
+
+    def listen(texts: Any) -> np.ndarray:
+        heard.extend(texts)
+        return np.zeros((len(texts), 1), np.int32)
+
+    crops = Crops(config.crop, bank, listen, 8)
+    rng = np.random.default_rng((config.seed, 1))
+    for _ in track(range(400), "captions for the tokenizer"):
+        crops(scenes[int(rng.integers(len(scenes)))], rng)
+    heard += [template.format(name) for template in bank for name in CLASSES]
+    tokenizer = train_tokenizer(heard, config.vocabulary, folder)
+    return {"entries": len(tokenizer), "texts": len(heard)}
+
+
+def model_config(config: Config, tokenizer_folder: Path) -> ClipConfig:
+    """Returns the network's configuration with vocabulary and special ids of the tokenizer."""
+    from transformers import CLIPTokenizer
+
+    words = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    text = dataclasses.replace(
+        config.model.text,
+        vocab_size=len(words),
+        eos_token_id=words.eos_token_id,
+        bos_token_id=words.bos_token_id,
+    )
+    return dataclasses.replace(config.model, text=text)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Texts -> ids int32 [B, context]; picklable, for loader processes."""
+
+    folder: Path
+    eos: int
+    entries: int
+    context: int
+
+    def __call__(self, texts: Any) -> np.ndarray:
+        return _tokenizer_of(self)(texts, self.context, self.context)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer_of(captions: Captions) -> Tokenizer:
+    return Tokenizer(captions.folder, captions.eos, captions.entries)
+
+
+def make_loss(graphdef: nnx.GraphDef, model: ClipConfig) -> Any:
+    """Returns loss(params, frozen, batch, key) of a batch with axes [pictures, crops, ...]."""
+    mean, std = np.asarray(model.image_mean, np.float32), np.asarray(model.image_std, np.float32)
+
+    def loss(params: Any, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        flat = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in batch.items()}
+        pixels = (flat["pixels"].astype(jnp.float32) / 255.0 - mean[None, None, None]) / std[None, None, None]
+        clip = nnx.merge(graphdef, params)
+        images, texts = clip(pixels, flat["ids"])
+        scale = jnp.exp(jnp.minimum(clip.logit_scale[...], MAX_SCALE))
+        value, metrics = contrastive_loss(images, texts, scale, also_true(flat["present"], flat["stated"]))
+        return value, metrics | {"scale": scale}
+
+    return loss
+
+
+def also_true(present: Bool[Array, "b tags"], stated: Bool[Array, "b tags"]) -> Bool[Array, "b b"]:
+    """Returns at [i, j] whether everything that caption j states is true of picture i."""
+    missing = (~present).astype(jnp.float32) @ stated.astype(jnp.float32).T
+    return missing < 0.5
+
+
+def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    model = model_config(config, done["tokenizer"])
+    text = model.text
+    words = Captions(done["tokenizer"], text.eos_token_id, text.vocab_size, text.context)
+    transform = Crops(config.crop, templates("imagenet80"), words, config.crops)
+
+    def make(rngs: nnx.Rngs) -> Clip:
+        return Clip(model, rngs=rngs)
+
+    graphdef, _ = abstract(make)
+    tx = make_optimizer(config.optim, config.steps)
+    step = make_step(
+        make_loss(graphdef, model), tx, config.ema, schedule=make_schedule(config.optim, config.steps)
+    )
+
+    def start(key: Array) -> TrainState:
+        return create_state(init(make, key), tx)
+
+    loader = batches(
+        Scenes(config.data), transform, config.batch // config.crops, seed=config.seed, workers=config.workers,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    with loader:
+        state = fit(
+            step, start, {}, loader, steps=config.steps, mesh=make_mesh(*config.mesh), rules=FSDP_RULES, folder=folder,
+            key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
+            save_minutes=config.save_minutes, config=to_dict(config), tensorboard=config.tensorboard, what="clip",
+            flops_per_example=3 * config.crops * (vision_flops(config) + caption_flops(config)),
+        )  # fmt: skip
+    return {"steps": int(state.step), "tags": len(TAGS)}
+
+
+def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    model = model_config(config, done["tokenizer"])
+    files = Tokenizer(done["tokenizer"], model.text.eos_token_id, model.text.vocab_size).files()
+    params = read_params(done["train"], "ema")
+    save_clip(folder, model, jax.device_get(params), files, dtype=np.float16)
+    lines = (done["train"] / "metrics.jsonl").read_text().splitlines()
+    summary = {"config": to_dict(config), "last": json.loads(lines[-1])}
+    write_atomic(folder / "training.json", json.dumps(summary, indent=1) + "\n")
+    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+
+
+def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    result = {root: zero_shot(done["export"], root, config.crop, config.seed) for root in config.held}
+    write_atomic(folder / "zero-shot.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def zero_shot(model: str | Path, root: str, crop: CropConfig, seed: int = 0, most: int = 100) -> dict[str, float]:
+    """Returns how well "a photo of a {class}." tells the contents of crops of held pictures.
+
+    {"top1": share of crops whose best class is present with at least `crop.least` of the crop, "chance": the same for
+    the class that is present most often, "crops": their number}.
+    """
+    clip = load_clip(model)
+    scenes = Scenes([root])
+    crops = Crops(dataclasses.replace(crop, spoiled=0.0), templates("imagenet80"), _no_words, 8)
+    rng = np.random.default_rng((seed, 2))
+    found = [crops(scenes[i], rng) for i in track(range(min(most, len(scenes))), f"zero-shot on {root}")]
+    present = np.concatenate([row["present"] for row in found])[:, : len(CLASSES)]
+    pixels = np.concatenate([row["pixels"] for row in found]).astype(np.float32) / 255.0
+    pixels = (pixels - np.asarray(clip.config.image_mean, np.float32)) / np.asarray(clip.config.image_std, np.float32)
+    images = np.concatenate([clip.encode_image(part) for part in np.array_split(pixels, max(1, len(pixels) // 64))])
+    texts = np.asarray(clip.encode_text(clip.tokenize([f"a photo of a {name}." for name in CLASSES])))
+    best = (images @ (texts / np.linalg.norm(texts, axis=1, keepdims=True)).T).argmax(1)
+    return {
+        "top1": float(present[np.arange(len(best)), best].mean()),
+        "chance": float(present.mean(0).max()),
+        "crops": len(best),
+    }
+
+
+def _no_words(texts: Any) -> np.ndarray:
+    return np.zeros((len(texts), 1), np.int32)

@@ -1,0 +1,116 @@
+"""The known checkpoints: name -> where it is, its licence, its shape, and how many parameters it has at full size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from fmda.errors import UserError, did_you_mean
+from fmda.models.clip import Clip, ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
+from fmda.models.clip.config import OPENAI_MEAN, OPENAI_STD
+from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, dino, vit_config
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One known checkpoint. `parameters` counts trainable scalars, not batch normalisation's running statistics."""
+
+    name: str
+    source: str
+    """Hub id."""
+    licence: str
+    config: ClipConfig | VitConfig
+    parameters: int
+    image_mean: Triple = OPENAI_MEAN
+    image_std: Triple = OPENAI_STD
+
+    def builder(self, dtype: DTypeLike = jnp.float32) -> Callable[[nnx.Rngs], nnx.Module]:
+        """Returns make(rngs) -> module, as `fmda.models.module.abstract` and `init` take it."""
+        config = self.config
+        if isinstance(config, ClipConfig):
+            return lambda rngs: Clip(config, dtype=dtype, rngs=rngs)
+        return lambda rngs: dino(config, dtype=dtype, rngs=rngs)
+
+
+def _text(width: int, layers: int = 12, activation: str = "quick_gelu") -> TextConfig:
+    """Returns CLIP's text tower with heads of size 64 and a four-fold MLP."""
+    return TextConfig(width=width, layers=layers, heads=width // 64, mlp_width=4 * width, activation=activation)
+
+
+def _large(image_size: int) -> ClipConfig:
+    """Returns OpenAI's ViT-L/14 for images of that side."""
+    return ClipConfig(768, VitConfig(image_size, 14, 1024, 24, 16, 4096), _text(768))
+
+
+_DINO = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry(
+        "openai-vit-b32",
+        "openai/clip-vit-base-patch32",
+        "MIT",
+        ClipConfig(512, VitConfig(patch_size=32), _text(512)),
+        151_277_313,
+    ),
+    Entry(
+        "openai-vit-b16",
+        "openai/clip-vit-base-patch16",
+        "MIT",
+        ClipConfig(512, VitConfig(), _text(512)),
+        149_620_737,
+    ),
+    Entry("openai-vit-l14", "openai/clip-vit-large-patch14", "MIT", _large(224), 427_616_513),
+    Entry("openai-vit-l14-336", "openai/clip-vit-large-patch14-336", "MIT", _large(336), 427_944_193),
+    Entry(
+        "openai-rn50",
+        "timm/resnet50_clip.openai",
+        "MIT",
+        ClipConfig(1024, ResNetConfig(), _text(512)),
+        102_007_137,
+    ),
+    Entry(
+        "openai-rn101",
+        "timm/resnet101_clip.openai",
+        "MIT",
+        ClipConfig(512, ResNetConfig(layers=(3, 4, 23, 3)), _text(512)),
+        119_688_033,
+    ),
+    Entry(
+        "laion-vit-b16",
+        "laion/CLIP-ViT-B-16-laion2B-s34B-b88K",
+        "MIT",
+        ClipConfig(512, VitConfig(activation="gelu"), _text(512, activation="gelu")),
+        149_620_737,
+    ),
+    Entry(
+        "laion-vit-h14",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "MIT",
+        ClipConfig(1024, VitConfig(224, 14, 1280, 32, 16, 5120, "gelu"), _text(1024, layers=24, activation="gelu")),
+        986_109_441,
+    ),
+    Entry(
+        "laion-convnext-l-320",
+        "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
+        "MIT",
+        ClipConfig(768, ConvNextConfig(), _text(768, layers=16, activation="gelu")),
+        351_772_609,
+    ),
+    Entry("dino-vit-s16", "facebook/dino-vits16", "Apache-2.0", vit_config(16, 384), 21_665_664, **_DINO),
+    Entry("dino-vit-s8", "facebook/dino-vits8", "Apache-2.0", vit_config(8, 384), 21_670_272, **_DINO),
+    Entry("dino-vit-b16", "facebook/dino-vitb16", "Apache-2.0", vit_config(16, 768), 85_798_656, **_DINO),
+    Entry("dino-vit-b8", "facebook/dino-vitb8", "Apache-2.0", vit_config(8, 768), 85_807_872, **_DINO),
+)
+
+CATALOG: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
+
+
+def entry(name: str) -> Entry:
+    """Returns the entry of a name in the catalogue. Raises UserError for an unknown name."""
+    if name not in CATALOG:
+        raise UserError(f"model '{name}' is not in the catalogue{did_you_mean(name, CATALOG)}")
+    return CATALOG[name]

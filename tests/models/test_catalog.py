@@ -1,0 +1,55 @@
+import pytest
+from flax import nnx
+
+from fmda.errors import UserError
+from fmda.models.catalog import CATALOG, entry
+from fmda.models.clip import VisionTransformer
+from fmda.models.module import parameter_count
+
+# As printed by the models' authors and counted in the released files.
+PUBLISHED = {
+    "openai-vit-b32": 151_277_313,
+    "openai-vit-b16": 149_620_737,
+    "openai-vit-l14": 427_616_513,
+    "openai-vit-l14-336": 427_944_193,
+    "openai-rn50": 102_007_137,
+    "openai-rn101": 119_688_033,
+    "laion-vit-b16": 149_620_737,
+    "laion-vit-h14": 986_109_441,
+    "dino-vit-b16": 85_798_656,
+}
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_full_size_parameter_count_is_exact(name):
+    count = parameter_count(CATALOG[name].builder())
+    assert count == CATALOG[name].parameters == PUBLISHED.get(name, count)
+
+
+def test_trunk_and_towers_have_their_published_sizes():
+    config = entry("laion-convnext-l-320").config
+    tower = nnx.eval_shape(lambda: CATALOG["laion-convnext-l-320"].builder()(nnx.Rngs(0)))
+
+    def size(module):
+        return sum(leaf.size for leaf in nnx.to_pure_dict(nnx.state(module, nnx.Param)).values() if hasattr(leaf, "size"))
+
+    # Published: 199.77 M for the image tower, 152.0 M for the text tower.
+    assert parameter_count(lambda rngs: type(tower.vision)(config.vision, 768, rngs=rngs)) == 199_770_816
+    assert parameter_count(lambda rngs: type(tower.text)(config.text, 768, rngs=rngs)) == 152_001_792
+    assert size(tower) == 1
+
+
+def test_stage_channels_are_those_that_dense_methods_expect():
+    assert entry("openai-rn50").config.vision.channels == (256, 512, 1024, 2048)
+    assert entry("laion-convnext-l-320").config.vision.channels == (192, 384, 768, 1536)
+
+
+def test_a_dino_entry_builds_a_plain_vision_transformer():
+    model = nnx.eval_shape(lambda: entry("dino-vit-s8").builder()(nnx.Rngs(0)))
+    assert isinstance(model, VisionTransformer)
+    assert model.norm_pre is None and model.projection is None
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'openai-vit-b16'"):
+        entry("openai-vit-b17")

@@ -1,0 +1,123 @@
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fmda.errors import UserError
+from fmda.perf import (
+    Timing,
+    alternate,
+    compiled_memory,
+    device_memory,
+    device_peak,
+    measure,
+    measured_peak,
+    parameter_rows,
+    parameter_table,
+    peak_flops,
+    record,
+    run_measured,
+    training_bytes,
+    write_record,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops", "terabytes"),
+    [
+        ("NVIDIA H200", 989, 4.8),
+        ("NVIDIA H100 80GB HBM3", 989, 3.35),
+        ("NVIDIA H100 PCIe", 756, 2.0),
+        ("NVIDIA A100-SXM4-40GB", 312, 1.555),
+        ("NVIDIA A100-SXM4-80GB", 312, 2.039),
+        ("NVIDIA L40S", 181, 0.864),
+        ("NVIDIA L4", 121, 0.3),
+        ("TPU v4", 275, 1.2288),
+        ("TPU v5 lite", 197, 0.819),
+        ("TPU v5p", 459, 2.765),
+        ("TPU v6 lite", 918, 1.64),
+    ],
+)
+def test_data_sheets(kind, teraflops, terabytes):
+    peak = device_peak(kind)
+    assert (peak.bfloat16 / 1e12, peak.bandwidth / 1e12) == (teraflops, terabytes)
+
+
+def test_unknown_device_has_no_peak_but_can_be_measured():
+    assert device_peak("cpu") is None
+    assert peak_flops() is None
+    assert peak_flops("NVIDIA H200", "float32") == 495e12
+    assert 1e7 < measured_peak(size=64, repeats=2) < 1e14
+
+
+def test_timing_leaves_out_warm_up_and_takes_turns():
+    order = []
+    ticks = iter(range(100))
+    calls = {"ours": lambda: order.append("ours"), "peer": lambda: order.append("peer")}
+    found = alternate(calls, repeats=2, warmup=1, clock=lambda: float(next(ticks)))
+    assert order == ["ours", "peer", "ours", "peer", "peer", "ours"]
+    assert found["ours"].seconds == (1.0, 1.0)
+
+
+def test_measure_waits_for_the_result():
+    timing = measure(jax.jit(lambda x: x @ x), jnp.ones((8, 8)), repeats=3, note="ones")
+    assert len(timing.seconds) == 3
+    assert timing.to_json()["note"] == "ones"
+    with pytest.raises(ValueError, match="at least 1"):
+        measure(lambda: None, repeats=0)
+
+
+def test_median_and_spread_by_hand():
+    timing = Timing((1.0, 2.0, 3.0, 4.0, 100.0))
+    assert timing.median == 3.0
+    assert timing.spread == pytest.approx((4.0 - 2.0) / 3.0)
+
+
+def test_peak_memory_of_a_process_is_seen():
+    code = "import sys; x = bytearray(b'x') * 80_000_000; sys.exit(3)"
+    usage = run_measured([sys.executable, "-c", code])
+    assert usage.returncode == 3
+    assert 80e6 < usage.peak_bytes < 120e6  # not this process's own, which is larger
+    assert usage.seconds > 0
+
+
+def test_compiled_memory_counts_arguments_outputs_and_donation():
+    x = jnp.ones((256, 256))
+    plain = compiled_memory(jax.jit(lambda x: x + 1).lower(x).compile())
+    assert plain["arguments"] == plain["outputs"] == 256 * 256 * 4
+    donated = compiled_memory(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
+    assert plain["total"] - donated["total"] == 256 * 256 * 4
+
+
+def test_device_memory_has_known_keys_only():
+    assert set(device_memory()) <= {"in_use", "peak", "limit"}
+
+
+def test_training_bytes_by_hand():
+    assert training_bytes(1000) == 4 * 5 * 1000
+    assert training_bytes(1000, 500, frozen_dtype="bfloat16", ema=False, shards=8) == (16000 + 1000) // 8
+
+
+def test_parameter_rows_and_table():
+    shapes = jax.eval_shape(lambda: {"vision": {"up": {"kernel": jnp.ones((3, 4))}}, "text": {"bias": jnp.ones(4)}})
+    assert parameter_rows(shapes) == (("text", 4), ("vision", 12)) or parameter_rows(shapes) == (
+        ("vision", 12),
+        ("text", 4),
+    )
+    assert dict(parameter_rows(shapes, 2)) == {"vision/up": 12, "text/bias": 4}
+    lines = parameter_table(shapes).splitlines()
+    assert lines[-1].split()[:2] == ["total", "16"]
+    assert any(line.split() == ["vision", "12", "75.0%"] for line in lines)
+
+
+def test_record_is_plain_json_with_device_and_versions(tmp_path, capsys):
+    values = record("x", ours={"median_s": 1.0})
+    write_record(values, tmp_path / "deep" / "x.json")
+    assert json.loads((tmp_path / "deep" / "x.json").read_text()) == values == json.loads(capsys.readouterr().out)
+    assert values["device"].startswith("cpu: ")
+    assert values["versions"]["jax"] == jax.__version__
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_record(values, tmp_path / "file" / "x.json")

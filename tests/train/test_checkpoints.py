@@ -1,0 +1,154 @@
+"""Checkpoints: what is kept, what is refused, what may change between saving and restoring."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from regression import RULES, parts
+
+from fmda.errors import UserError
+from fmda.mesh import make_mesh, place
+from fmda.train import read_params
+from fmda.train.checkpoints import Checkpoints, claim
+
+
+def target_on(mesh, state):
+    shardings = place(state, RULES, mesh)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, shardings)
+
+
+def state_on(mesh):
+    init = parts(10)["init"]
+    shardings = place(jax.eval_shape(init, jax.random.key(0)), RULES, mesh)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return state_on(make_mesh(fsdp=2))
+
+
+def saved(folder, state, steps=(1,), **options):
+    with Checkpoints(folder, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state, {"next": step}, {"config": {}})
+    return folder
+
+
+def kept(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_restores_the_same_bits_onto_other_devices(tmp_path, state, devices):
+    saved(tmp_path, state)
+    target = target_on(make_mesh(fsdp=-1, data=1, devices=jax.devices()[:devices]), state)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, position = checkpoints.restore(1, target)
+    assert position == {"next": 1}
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert restored.params["up"]["kernel"].sharding.device_set == set(jax.devices()[:devices])
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_keeps_the_last_ones(tmp_path, state):
+    assert kept(saved(tmp_path, state, steps=(1, 2, 3, 4), keep=2)) == [3, 4]
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 3)])
+def test_keeps_the_best_too_even_after_reopening(tmp_path, state, mode, best):
+    scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: float("nan"), 5: 0.3, 6: None, 7: None}
+    for steps in (range(1, 5), range(5, 8)):
+        with Checkpoints(tmp_path, keep=1, best="miou", best_mode=mode) as checkpoints:
+            for step in steps:
+                metrics = None if scores[step] is None else {"miou": scores[step]}
+                checkpoints.save(step, state, None, {}, metrics)
+                checkpoints.wait()
+            assert checkpoints.best() == best
+    assert kept(tmp_path) == [best, 7]
+
+
+def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path, state):
+    saved(tmp_path, state, steps=(1, 2))
+    root = tmp_path / "checkpoints"
+    (root / "2" / "data" / "metadata").unlink()
+    shutil.copytree(root / "1", root / "3.orbax-checkpoint-tmp")
+    (root / "4").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert kept(tmp_path) == [1]
+
+
+def test_damaged_arrays_are_one_line(tmp_path, state):
+    saved(tmp_path, state)
+    for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(b"\0" * 10)
+    with pytest.raises(UserError, match="checkpoints/1: cannot be restored"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(1, target_on(make_mesh(), state))
+
+
+def changed(state, how):
+    params = dict(state.params)
+    if how == "missing":
+        del params["down"]
+    elif how == "superfluous":
+        params["extra"] = {"kernel": jnp.zeros((4,))}
+    else:
+        params["down"] = {**params["down"], "bias": jnp.zeros((8,))}
+    return state._replace(params=params)
+
+
+@pytest.mark.parametrize("how", ["missing", "superfluous", "misshapen"])
+def test_another_model_is_refused(tmp_path, state, how):
+    saved(tmp_path, state)
+    mesh = make_mesh(fsdp=2)
+    shapes = changed(state, how)
+    rules = RULES if how != "missing" else RULES[2:]
+    shardings = place(shapes, rules, mesh)
+    target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+    with pytest.raises(UserError, match="cannot be restored .*choose another work_dir=") as caught:
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.restore(1, target)
+    assert "\n" not in str(caught.value)
+
+
+def test_read_params_needs_no_model(tmp_path, state):
+    saved(tmp_path, state, steps=(1, 2))
+    params, ema = read_params(tmp_path), read_params(tmp_path, "ema", step=1)
+    assert jax.tree.structure(params) == jax.tree.structure(state.params)
+    np.testing.assert_array_equal(params["up"]["kernel"], state.params["up"]["kernel"])
+    np.testing.assert_array_equal(ema["down"]["bias"], state.ema["down"]["bias"])
+
+
+def test_read_params_names_what_is_missing(tmp_path, state):
+    with pytest.raises(UserError, match="holds no checkpoint; train first"):
+        read_params(tmp_path)
+    saved(tmp_path, state)
+    with pytest.raises(UserError, match="holds no checkpoint of step 7"):
+        read_params(tmp_path, step=7)
+
+
+def test_claim_names_the_keys_that_differ(tmp_path):
+    config = {"optim": {"learning_rate": 0.1, "method": "sgd"}, "sizes": (1, 2)}
+    claim(tmp_path / "run", config)
+    claim(tmp_path / "run", config)
+    other = {"optim": {"learning_rate": 0.2, "method": "sgd"}, "sizes": (1, 2)}
+    with pytest.raises(UserError, match=r"another configuration \(optim.learning_rate: 0.1 -> 0.2\); choose another"):
+        claim(tmp_path / "run", other)
+
+
+def test_claim_refuses_a_file_it_did_not_write(tmp_path):
+    (tmp_path / "train.json").write_text("{")
+    with pytest.raises(UserError, match="train.json: is not what a run wrote"):
+        claim(tmp_path, {})
+    assert (tmp_path / "train.json").read_text() == "{"
+
+
+def test_claim_names_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run: cannot be written .Not a directory"):
+        claim(tmp_path / "file" / "run", {})
