@@ -162,7 +162,7 @@ def data_check(
     from fmda.data import open_dataset
     from fmda.data.check import check
 
-    report = check(open_dataset(dataset, root, split))
+    report = check(open_dataset(dataset, root, split, strict=False))
     print(json.dumps(report.to_json()) if as_json else report.text())
     if report.faults:
         raise UserError(f"{dataset}: {len(report.faults)} faults, listed above; mend or remove those files")
@@ -298,6 +298,10 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as fault:
         print(f"fmda: {fault}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as fault:
         where = f"{fault.filename}: " if fault.filename else ""
         print(

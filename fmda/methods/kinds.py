@@ -2,7 +2,8 @@
 
 The module of a kind offers three names: `Config` (a frozen dataclass), `stages(config) -> list[Stage]` and
 `plan(config) -> Plan`. The kind `pipeline` runs several such configurations one after another in one folder; text
-`@name/...` in a later one means the folder of the earlier run `name`.
+`@name/...` in a later one means the folder of the earlier run `name`. A run with `only_with_data: camvid` is left out
+where that data set is not on the machine.
 """
 
 import importlib
@@ -31,13 +32,17 @@ class Run:
 
     kind: str
     config: Any
-    stages: Callable[[], list[Stage]]
+    make_stages: Callable[[Callable[[str], None]], list[Stage]]
     plan: Callable[[], Plan]
     work_dir: Path
 
+    def stages(self, say: Callable[[str], None] = lambda _: None) -> list[Stage]:
+        """Returns the stages in order; `say` receives a line for each thing left out."""
+        return self.make_stages(say)
+
     def execute(self, say: Callable[[str], None]) -> dict[str, Path]:
         """Returns the stages' folders after running what is not finished yet."""
-        return run_stages(self.stages(), self.work_dir, {"kind": self.kind, "config": self.config}, say)
+        return run_stages(self.stages(say), self.work_dir, {"kind": self.kind, "config": self.config}, say)
 
 
 def open_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
@@ -59,7 +64,7 @@ def _run(values: Mapping[str, Any], where: str, work_dir: Path, here: Path) -> R
         raise UserError(f"{where}: kind '{kind}' is unknown{did_you_mean(kind, [*KINDS, 'pipeline'])}")
     module = importlib.import_module(KINDS[kind][0])
     config = from_dict(module.Config, values, where)
-    return Run(kind, config, lambda: module.stages(config), lambda: module.plan(config), work_dir)
+    return Run(kind, config, lambda _: module.stages(config), lambda: module.plan(config), work_dir)
 
 
 def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) -> Run:
@@ -68,35 +73,73 @@ def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) ->
         extra = f"unknown key '{next(iter(values))}'" if values else "the key 'runs' is missing"
         raise UserError(f"{where}: {extra}; a pipeline reads `runs: {{name: {{kind: ..., ...}}}}`")
     configs: dict[str, dict[str, Any]] = {}
+    missing: set[str] = set()
     for name, inner in runs.items():
         if not isinstance(inner, Mapping):
             raise UserError(f"{where}: runs.{name}: expected a group of keys; mend the value")
         inner = dict(inner)
         base = inner.pop("base", None)
-        configs[name] = merge(read_yaml(here / base), inner) if base else inner
+        inner = merge(read_yaml(here / base), inner) if base else inner
+        if not _found(inner.pop("only_with_data", None)):
+            missing.add(name)
+            continue
+        configs[name] = _without(inner, missing)
         # a typing error anywhere is found before the first stage runs
         _run(configs[name], f"{where}: runs.{name}", work_dir / name, here)
 
-    def stage(name: str, inner: dict[str, Any]) -> Stage:
+    def open_inner(name: str, inner: dict[str, Any], folder: Path) -> Run:
+        return _run(inner, f"{where}: runs.{name}", folder, here)
+
+    def stage(name: str, inner: dict[str, Any], say: Callable[[str], None]) -> Stage:
+        page = inner["kind"] == "report"
+
+        def run(folder: Path, done: dict[str, Path]) -> dict[str, Any] | None:
+            job = open_inner(name, _resolve(inner, {k: str(v) for k, v in done.items()}), folder)
+            if page:
+                # a page is written anew each time, over whatever runs there are by then
+                return job.stages()[0].run(folder, done)
+            job.execute(lambda line: say(f"  {name} {line}"))
+            return None
+
         inputs = tuple(sorted(_references(inner, where, name, list(configs))))
+        return Stage(name, run, inner, inputs, always=page)
 
-        def run(folder: Path, done: dict[str, Path]) -> None:
-            resolved = _resolve(inner, {k: str(v) for k, v in done.items()})
-            _run(resolved, f"{where}: runs.{name}", folder, here).execute(
-                lambda line: print(f"  {name} {line}")
-            )
-
-        return Stage(name, run, inner, inputs)
+    def stages(say: Callable[[str], None]) -> list[Stage]:
+        for name in sorted(missing):
+            say(f"{name}: left out, its photographs are not here (FMDA_DATA names their folder)")
+        return [stage(name, inner, say) for name, inner in configs.items()]
 
     def plan() -> Plan:
-        plans = [(n, _run(c, f"{where}: runs.{n}", work_dir / n, here)) for n, c in configs.items()]
+        plans = [(name, open_inner(name, inner, work_dir / name)) for name, inner in configs.items()]
         return Plan(
-            stages=tuple((f"{n}/{s.name}", KINDS[r.kind][1]) for n, r in plans for s in r.stages()),
-            parameters=tuple((f"{n}: {k}", v) for n, r in plans for k, v in r.plan().parameters),
-            flops=tuple((f"{n}: {k}", v) for n, r in plans for k, v in r.plan().flops),
+            stages=tuple((f"{name}/{s.name}", KINDS[job.kind][1]) for name, job in plans for s in job.stages()),
+            parameters=tuple((f"{name}: {k}", v) for name, job in plans for k, v in job.plan().parameters),
+            flops=tuple((f"{name}: {k}", v) for name, job in plans for k, v in job.plan().flops),
         )
 
-    return Run("pipeline", configs, lambda: [stage(n, c) for n, c in configs.items()], plan, work_dir)
+    return Run("pipeline", dict(runs), stages, plan, work_dir)
+
+
+def _found(dataset: Any) -> bool:
+    """Returns whether a data set that a run asks for is on this machine; True where it asks for none."""
+    if dataset is None:
+        return True
+    from fmda.data import open_dataset
+
+    try:
+        return len(open_dataset(str(dataset), split="val")) > 0
+    except UserError:
+        return False
+
+
+def _without(value: Any, missing: set[str]) -> Any:
+    """Returns the values without list entries that refer to runs which are left out."""
+    if isinstance(value, Mapping):
+        return {k: _without(v, missing) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        refers = [isinstance(v, str) and v.startswith("@") and v[1:].split("/")[0] in missing for v in value]
+        return [_without(v, missing) for v, gone in zip(value, refers, strict=True) if not gone]
+    return value
 
 
 def _references(value: Any, where: str, name: str, order: list[str]) -> set[str]:

@@ -9,6 +9,7 @@ called again in the same folder and continues from what it finds there.
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def run_stages(
         folder = work / stage.name
         marks[stage.name] = fingerprint([stage.name, to_dict(stage.config), [marks[i] for i in stage.inputs]])
         title = f"[{index}/{len(stages)}] {stage.name}"
-        if _finished(folder, marks[stage.name]) and not stage.always:
+        if not stage.always and _finished(folder, marks[stage.name]):
             say(f"{title}: finished before, skipped")
         else:
             say(title)
@@ -166,6 +167,8 @@ def _execute(stage: Stage, folder: Path, done: dict[str, Path], mark: str) -> No
             "seconds": round(time.time() - begin, 2),
             "outputs": to_dict(outputs),
             "versions": versions(),
+            "device": device(),
+            "command": " ".join(["fmda", *sys.argv[1:]]),
         }
         write_atomic(folder / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
     except OSError as fault:
@@ -185,6 +188,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def device() -> str:
+    """Returns what the run computed on, such as "1 x cpu"; never starts a backend that the stage did not need."""
+    jax = sys.modules.get("jax")
+    if jax is None:
+        return platform.machine()
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ def stages(config: Config) -> list[Stage]:
     def write(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
         from fmda.evaluate.report import report
 
-        return {"page": str(report([Path(r) for r in config.runs], folder.parent / "report.html"))}
+        return {"page": str(report([Path(r) for r in config.runs], folder / "report.html"))}
 
     return [Stage("page", write, config, always=True)]
 

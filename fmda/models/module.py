@@ -1,30 +1,56 @@
 """From a module's constructor to its graph and its plain parameter tree, without and with arrays."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
 Tree = dict[Any, Any]
+Make = Callable[[nnx.Rngs], nnx.Module]
 
 
-def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Tree]:
+class _Keys:
+    """Stands in for `nnx.Rngs` while a module is built: every stream gives fresh keys from one counter.
+
+    `nnx.Rngs` keeps its counters in variables; advancing one inside a trace costs time that grows with the program
+    traced so far, which made building a large net quadratic in its number of layers.
+    """
+
+    def __init__(self, key: Array) -> None:
+        self._key = key
+        self._count = 0
+
+    def __getattr__(self, stream: str) -> Callable[[], Array]:
+        if stream.startswith("__"):
+            raise AttributeError(stream)
+        return self
+
+    def __call__(self) -> Array:
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
+def _build(make: Make, key: Array) -> nnx.Module:
+    return make(cast(nnx.Rngs, _Keys(key)))
+
+
+def abstract(make: Make) -> tuple[nnx.GraphDef, Tree]:
     """Returns (graphdef, tree of ShapeDtypeStruct) of the module that `make(rngs)` builds; allocates nothing.
 
     `nnx.merge(graphdef, params)` gives the module back for any tree of that form.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: _build(make, jax.random.key(0))))
     return graphdef, nnx.to_pure_dict(state)
 
 
-def init(make: Callable[[nnx.Rngs], nnx.Module], key: Key[Array, ""] | Array) -> Tree:
+def init(make: Make, key: Key[Array, ""] | Array) -> Tree:
     """Returns freshly drawn parameters of the module that `make(rngs)` builds, as a plain nested dict."""
-    return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)))))(key)
+    return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(_build(make, key))))(key)
 
 
-def parameter_count(make: Callable[[nnx.Rngs], nnx.Module]) -> int:
+def parameter_count(make: Make) -> int:
     """Returns the number of trainable scalars; running statistics of batch normalisation are not among them."""
-    state = nnx.state(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(state)))
+    module = nnx.eval_shape(lambda: _build(make, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param))))

@@ -54,13 +54,16 @@ def quiet_orbax() -> Iterator[None]:
     After a fault this stays so, because its echoes come when abandoned tasks are collected, at exit at the latest.
     """
 
+    package = f"{os.sep}orbax{os.sep}"
+
     def keep(record: logging.LogRecord) -> bool:
-        package = f"{os.sep}orbax{os.sep}"
         return package not in record.pathname and not (record.name == "asyncio" and package in record.getMessage())
 
     def unraisable(fault: Any) -> None:
-        # Writes that were under way when another one failed report to an event loop that is gone.
-        if not (isinstance(fault.exc_value, RuntimeError) and str(fault.exc_value) == "Event loop is closed"):
+        # Reads and writes under way when another one failed are abandoned, or report to an event loop that is gone.
+        code = getattr(fault.object, "cr_code", None)
+        late = isinstance(fault.exc_value, RuntimeError) and str(fault.exc_value) == "Event loop is closed"
+        if not late and not (code is not None and package in code.co_filename):
             hook(fault)
 
     loggers = logging.getLogger("absl"), logging.getLogger("asyncio")
@@ -112,8 +115,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # The first fault is the one to report.
-        with contextlib.suppress(Exception) if kind else contextlib.nullcontext(), self._open:
+        if kind is None:
+            with self._open:
+                self._manager.close()
+            return
+        # The fault that ends the context is the one to report, not what closing may add; see `quiet_orbax`.
+        with contextlib.suppress(Exception):
             self._manager.close()
 
     def _whole(self, step: int) -> bool:

@@ -1,7 +1,8 @@
 """The renderer: a key and a domain to a picture with labels, instances and depth."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from fmda.errors import UserError, did_you_mean
 from fmda.world.film import develop
-from fmda.world.ground import ground_color, ground_hits
+from fmda.world.ground import Ground, ground_color, ground_hits
 from fmda.world.intersect import FAR, Rays, nearest_casters, nearest_hits
 from fmda.world.lighting import Point, haze, lit, night_share, sun_of
 from fmda.world.materials import Surface, paint
@@ -19,6 +20,7 @@ from fmda.world.scene import Scene, sample_scene
 from fmda.world.shading import Rgb, ramp, rgb, where
 from fmda.world.sky import sky_color, skyline
 from fmda.world.solids import LABEL, Solids, join
+from fmda.world.street import Street
 
 T = TypeVar("T")
 
@@ -73,16 +75,21 @@ def render_batch(
     return jax.vmap(single)(keys, domains)
 
 
-def settled(value: T) -> T:
-    """Returns the same arrays, computed once: without this the compiler fuses the stages into one program that
-    repeats the first of them for every use."""
-    return jax.lax.optimization_barrier(value)
+def settled(stage: Callable[..., T], *values: Any, ready: Array) -> T:
+    """Returns stage(*values), computed once: a branch on `ready`, which always holds, is a wall that the compiler
+    does not fuse across. Fused into one program, the stages would repeat the first of them for every use."""
+    shapes = jax.eval_shape(stage, *values)
+    return jax.lax.cond(
+        ready, stage, lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), *values
+    )
 
 
 def _draw(key: PRNGKeyArray, domain: Int[Array, ""], height: int, width: int, supersample: int) -> Rendering:
-    scene = settled(sample_scene(key, domain))
-    color, labels, instances, depth, horizon = settled(trace(scene, height * supersample, width * supersample))
-    image = develop(color, labels, depth, horizon, scene, supersample)
+    scene = sample_scene(key, domain)
+    ready = jnp.isfinite(scene.seed)
+    scene = settled(lambda scene: scene, scene, ready=ready)
+    color, labels, instances, depth, horizon = trace(scene, height * supersample, width * supersample)
+    image = settled(partial(develop, reduce=supersample), color, labels, depth, horizon, scene, ready=ready)
     if supersample > 1:
         middle = slice(supersample // 2, None, supersample)
         labels, instances, depth = (a[middle, middle] for a in (labels, instances, depth))
@@ -132,46 +139,61 @@ def camera_rays(scene: Scene, height: int, width: int) -> tuple[Rays, Array, Arr
 def trace(scene: Scene, height: int, width: int) -> tuple[Rgb, Array, Array, Array, Array]:
     """Returns linear light, labels (uint8), instances (int32), depth (metres), all [height, width], and the
     row of the horizon."""
-    rays, pixel, horizon = settled(camera_rays(scene, height, width))
+    ready = jnp.isfinite(scene.seed)
+    stage = partial(settled, ready=ready)
+    rays, pixel, horizon = stage(lambda scene: camera_rays(scene, height, width), scene)
     hits = nearest_hits(scene.groups, rays, LIMITS)
 
     def picture(a: Array) -> Array:
         """Strips back to rows and columns."""
         return a.reshape(STRIPS, height, -1).transpose(1, 0, 2).reshape(height, -1)[:, :width]
 
-    dx, dy, dz, t_solid, index = settled(tuple(picture(a) for a in (rays.x, rays.y, rays.z, hits.t, hits.index)))
+    dx, dy, dz, t_solid, index = (picture(a) for a in (rays.x, rays.y, rays.z, hits.t, hits.index))
     eye = scene.camera.height
-    ground = settled(ground_hits(dx, dy, dz, eye, scene.street))
-    on_solid = (t_solid < ground.t) & (index >= 0)
-    t = jnp.where(on_solid, t_solid, ground.t)
-    on_sky = ~on_solid & (ground.t >= FAR)
-    norm = jax.lax.rsqrt(dx * dx + dy * dy + dz * dz)
-    ux, uy, uz = dx * norm, dy * norm, dz * norm
-    near = jnp.minimum(t, 400.0)
-    px, py, pz, ux, uy, uz = settled((near * dx, eye + near * dy, near * dz, ux, uy, uz))
-
-    surface = settled(hit_surface(scene, index, (px, py, pz), (ux, uy, uz), near * pixel))
-    finish = settled(paint(surface, scene.look))
-    below, mirror = settled(ground_color(ground, px, pz, pixel, eye, scene.street, scene.look))
-    normal = tuple(jnp.where(on_solid, a, b) for a, b in zip(surface.normal, (0.0, 1.0, 0.0), strict=True))
-    zero = jnp.zeros_like(dx)
+    ground, on_solid, on_sky, near, position, view = stage(partial(_seen, eye=eye, street=scene.street), dx, dy, dz, t_solid, index)
+    (px, _, pz), (ux, uy, uz) = position, view
+    surface = stage(partial(hit_surface, scene), index, position, view, near * pixel)
+    finish = stage(paint, surface, scene.look)
+    below, mirror = stage(partial(ground_color, street=scene.street, look=scene.look), ground, px, pz, pixel, eye)
     point = Point(
-        position=(px, py, pz),
-        normal=normal,
-        view=(ux, uy, uz),
+        position=position,
+        normal=tuple(jnp.where(on_solid, a, b) for a, b in zip(surface.normal, (0.0, 1.0, 0.0), strict=True)),
+        view=view,
         depth=near,
         albedo=where(on_solid, finish.albedo, below),
-        glow=where(on_solid, finish.glow, Rgb(zero, zero, zero)),
+        glow=Rgb(*(jnp.where(on_solid, c, 0.0) for c in finish.glow)),
         gloss=jnp.where(on_solid, finish.gloss, mirror),
         leafy=on_solid & (surface.solid.ragged > 0.0),
         ground=~on_solid,
     )
-    color = settled(lit(settled(point), scene, *settled(_casters(scene))))
+    color = stage(lambda point, scene: lit(point, scene, *_casters(scene)), point, scene)
+    color, labels, depth, instances = stage(
+        partial(_finished, height=height, width=width), scene, color, (dx, dz), position, view, near, on_solid, on_sky, ground, surface
+    )
+    return color, labels, instances, depth, horizon
 
-    azimuth = jnp.arctan2(dx, dz)
+
+def _seen(dx: Array, dy: Array, dz: Array, t_solid: Array, index: Array, *, eye: Array, street: Street) -> tuple:
+    """What each ray meets: the ground, whether a solid or the sky, the depth, the position, the unit view direction."""
+    ground = ground_hits(dx, dy, dz, eye, street)
+    on_solid = (t_solid < ground.t) & (index >= 0)
+    t = jnp.where(on_solid, t_solid, ground.t)
+    on_sky = ~on_solid & (ground.t >= FAR)
+    near = jnp.minimum(t, 400.0)
+    norm = jax.lax.rsqrt(dx * dx + dy * dy + dz * dz)
+    return ground, on_solid, on_sky, near, (near * dx, eye + near * dy, near * dz), (dx * norm, dy * norm, dz * norm)
+
+
+def _finished(
+    scene: Scene, color: Rgb, heading: tuple[Array, Array], position: tuple, view: tuple, near: Array, on_solid: Array,
+    on_sky: Array, ground: Ground, surface: Surface, height: int, width: int,
+) -> tuple[Rgb, Array, Array, Array]:  # fmt: skip
+    """Adds sky, skyline and bonnet; returns light, labels, depth and instances."""
+    ux, uy, uz = view
+    azimuth = jnp.arctan2(*heading)
     rise, houses = skyline(azimuth, scene.street.kind <= 3, scene.seed.astype(jnp.int32))
     far_away = on_sky & (uy / jnp.sqrt(ux * ux + uz * uz) < rise)
-    color, labels = _background(scene, color, (ux, uy, uz), on_sky, far_away, houses)
+    color, labels = _background(scene, color, view, on_sky, far_away, houses)
     labels = jnp.where(on_solid, surface.solid.label, jnp.where(on_sky, labels, ground.label)).astype(jnp.uint8)
     instances = jnp.where(on_solid, surface.solid.instance, 0.0).astype(jnp.int32)
     depth = jnp.where(on_sky, jnp.where(far_away, 300.0, SKY_DEPTH), near)
@@ -180,10 +202,10 @@ def trace(scene: Scene, height: int, width: int) -> tuple[Rgb, Array, Array, Arr
     v = (jnp.arange(height, dtype=jnp.float32)[:, None] + 0.5) / height
     u = (jnp.arange(width, dtype=jnp.float32)[None] + 0.5) / width * 2.0 - 1.0
     bonnet = v - 1.0 + scene.camera.bonnet * (1.0 - 0.55 * u * u) > 0.0
-    hood = rgb(0.05, 0.055, 0.06).times(scene.look.ambient * (0.5 + 2.0 * jnp.abs(u)) + zero)
+    hood = rgb(0.05, 0.055, 0.06).times(scene.look.ambient * (0.5 + 2.0 * jnp.abs(u)) + jnp.zeros_like(near))
     color = where(bonnet, hood, color)
     labels = jnp.where(bonnet, jnp.uint8(VOID), labels)
-    return color, labels, jnp.where(bonnet, 0, instances), jnp.where(bonnet, 1.0, depth), horizon
+    return color, labels, jnp.where(bonnet, 1.0, depth), jnp.where(bonnet, 0, instances)
 
 
 def hit_surface(

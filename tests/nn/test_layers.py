@@ -56,7 +56,7 @@ def test_strided_convolution_pads_both_sides():
     layer.kernel[...] = jnp.ones((3, 3, 1, 1))
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)
     # Window centres lie at 0 and 2; padding at the far side only would centre them at 1 and 3.
-    np.testing.assert_array_equal(layer(x)[0, :, :, 0], [[0 + 1 + 4 + 5, 1 + 2 + 3 + 5 + 6 + 7], [42 - 0, 90]])
+    np.testing.assert_array_equal(layer(x)[0, :, :, 0], [[10, 24], [51, 90]])
 
 
 def test_depthwise_convolution_keeps_channels_apart():

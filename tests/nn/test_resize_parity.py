@@ -1,3 +1,5 @@
+"""Values are of unit size; torch computes places in float32, which moves samples by about 1e-6 of their distance."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ def test_resize_equals_torch(kind, size, align_corners):
         torch.tensor(x).permute(0, 3, 1, 2), size=size, mode=kind, align_corners=align_corners
     )
     ours = resize(jnp.asarray(x), size, kind, align_corners=align_corners)
-    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=5e-6)
+    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=1e-5)
 
 
 def test_scale_factor_equals_torch_when_it_is_not_recomputed():
@@ -32,4 +34,4 @@ def test_scale_factor_equals_torch_when_it_is_not_recomputed():
     rows = interpolation_matrix(14, 28, "bicubic", scale=scales[0])
     columns = interpolation_matrix(14, 21, "bicubic", scale=scales[1])
     ours = apply_matrices(jnp.asarray(x), jnp.asarray(rows), jnp.asarray(columns))
-    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=5e-6)
+    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1).numpy(), atol=1e-5)

@@ -93,8 +93,8 @@ def test_saves_by_steps_begin_the_minutes_anew(tmp_path):
         now[0] += 60.0
         return regression.batch(number)
 
-    batches = NumberedBatches(make_batch)
-    run(tmp_path, steps=9, batches=batches, clock=lambda: now[0], save_steps=3, save_minutes=4.0, keep=100)
+    source = NumberedBatches(make_batch)
+    run(tmp_path, steps=9, batches=source, clock=lambda: now[0], save_steps=3, save_minutes=4.0, keep=100)
     assert kept(tmp_path) == [3, 6, 9]
 
 
@@ -196,10 +196,10 @@ def test_a_loss_that_is_no_number_is_not_saved(tmp_path):
 
 
 def test_batches_may_compute_on_a_device(tmp_path, unbroken):
-    batches = NumberedBatches(
+    source = NumberedBatches(
         lambda number: jax.tree.map(lambda leaf: jnp.asarray(leaf) * 1.0, regression.batch(number))
     )
-    assert equal(run(tmp_path, batches=batches), unbroken[0])
+    assert equal(run(tmp_path, batches=source), unbroken[0])
 
 
 def test_frozen_trees_are_arguments_and_survive(tmp_path, unbroken):

@@ -14,7 +14,7 @@ from fmda.config import fingerprint, to_dict
 from fmda.data import ClassList, Dataset, open_dataset
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
-from fmda.methods.floss.features import Heads, load_heads
+from fmda.methods.floss.features import Heads, Patches, load_heads
 from fmda.methods.floss.predict import agreement, fused_labels, host_labels
 from fmda.methods.floss.ranking import Scanner, Seen, rank_images
 from fmda.methods.floss.settings import Config
@@ -64,16 +64,19 @@ class Floss:
 
     def predict_host(self, image: UInt8[np.ndarray, "H W 3"]) -> Result:
         """Returns (labels, confidence) by the host alone."""
-        (seen,) = self.tower.see([image])
         return host_labels(
             self.host,
-            seen,
+            self._look(image),
             self.ordinary,
             self.tower.geometry(image),
             self.queries.classes,
             image=self.tower.network_image(image) if self.host.pamr_steps else None,
             background=self.background,
         )
+
+    def _look(self, image: UInt8[np.ndarray, "H W 3"]) -> Patches:
+        """Returns the patches on the first device: the devices share the tower's work, the rest is done once."""
+        return Patches(*(a.addressable_data(0) for a in self.tower.see([image])[0]))
 
     def classifiers(self, chosen: Chosen) -> Float[np.ndarray, "E Q D"]:
         """Returns the experts and, last, the ordinary classifier as fusion uses it."""
@@ -83,10 +86,9 @@ class Floss:
 
     def predict(self, image: UInt8[np.ndarray, "H W 3"], classifiers: Float[np.ndarray, "E Q D"]) -> Result:
         """Returns (labels, confidence) by the fused experts."""
-        (seen,) = self.tower.see([image])
         return fused_labels(
             self.host,
-            seen,
+            self._look(image),
             classifiers,
             self.tower.geometry(image),
             self.queries.classes,

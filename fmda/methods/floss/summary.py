@@ -1,5 +1,6 @@
 """What a run will cost, in parameters, FLOPs and bytes, from closed formulas; nothing is loaded."""
 
+from functools import lru_cache
 from pathlib import Path
 
 from fmda import trees
@@ -57,16 +58,16 @@ def plan(config: Config) -> Plan:
         "fusion, at most": count * 4.0 * experts * queries * pixels,
         "ranking, scan of all templates": templates * queries * (8.0 * size[0] * size[1]),
     }
-    _, tree = clip_graph(clip)
+    parameters, stored = _parameters(clip)
     band = 16 * size[1] * config.ranking.chunk * queries * 4
     memory = {
-        "parameters": trees.size_bytes(tree),
+        "parameters": stored,
         "text table": 4.0 * templates * queries * clip.embed_dim,
         "patch scores of a window, twice": 8.0 * experts * queries * patches,
         "fused maps": 4.0 * queries * (pixels + where.network[0] * where.network[1]),
         "a band of the ranking": 3.0 * band,
     }
-    counts = {name: trees.count(tree[name]) for name in ("vision", "text")}
+    counts = dict(parameters)
     if host.features == "clip-dinoiser":
         width = clip.vision.width
         counts["heads"] = (9 * width + 1) * GUIDE_CHANNELS + width + 1
@@ -86,6 +87,13 @@ def plan(config: Config) -> Plan:
         memory=tuple(memory.items()),
         notes=(_windows_note(where, size),),
     )
+
+
+@lru_cache(maxsize=8)
+def _parameters(clip: ClipConfig) -> tuple[tuple[tuple[str, int], ...], int]:
+    """Returns the scalars of each tower, and the bytes of the whole in float32."""
+    _, tree = clip_graph(clip)
+    return tuple((name, trees.count(tree[name])) for name in ("vision", "text")), trees.size_bytes(tree)
 
 
 def clip_shapes(config: Config) -> ClipConfig:

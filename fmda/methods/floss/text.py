@@ -3,6 +3,7 @@
 M templates, Q queries (names; more than one a class where it has synonyms), K classes, D the joint width.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -119,7 +120,8 @@ def _write(path: Path, table: Float[np.ndarray, "M Q D"]) -> None:
         save_file({"embeddings": np.ascontiguousarray(table)}, str(part))
         os.replace(part, path)
     except Exception:  # no room or no right to write: the table is only kept to save time
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def default_classifier(table: Float[np.ndarray, "M Q D"], *, renormalise: bool = True) -> Float[np.ndarray, "Q D"]:

@@ -114,7 +114,7 @@ def vision_flops(config: Config) -> float:
     """Returns the FLOPs of the image tower for one crop, forward."""
     tower = config.model.vision
     if not isinstance(tower, VitConfig):
-        raise UserError("model.vision: only vision transformers are trained here; give patch_size, width, layers, heads")
+        raise UserError("model.vision: only vision transformers are trained here; give patch_size, width, heads")
     return vit_flops(
         config.crop.size, patch_size=tower.patch_size, width=tower.width, layers=tower.layers,
         mlp_width=tower.mlp_width, embed_dim=config.model.embed_dim,

@@ -1,0 +1,213 @@
+"""A whole run on a tiny CLIP and a few drawn pictures: stages, model file, bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from floss_small import CONFIG, picture, small_clip, small_heads
+from fmda.config import from_dict
+from fmda.data import open_dataset
+from fmda.errors import UserError
+from fmda.evaluate import Segmenter
+from fmda.methods.floss import features
+from fmda.methods.floss.hosts import HOSTS, host_for
+from fmda.methods.floss.rankings import read_ranking
+from fmda.methods.floss.run import Config, plan, stages
+from fmda.methods.kinds import open_run
+from fmda.methods.pipeline import run_stages
+
+ROOT = Path(__file__).resolve().parents[3]
+NAMES = ["sky", "road", "car"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `clip` (and heads), and `data` of two splits."""
+    from dataclasses import replace
+
+    from fmda.methods.pretrain.tokenizer import train_tokenizer
+    from fmda.weights.clip import save_clip
+
+    folder = tmp_path_factory.mktemp("floss")
+    config = replace(CONFIG, text=replace(CONFIG.text, vocab_size=520))
+    _, params = small_clip(0, config)
+    train_tokenizer(["a photo of the road and the sky"] * 3, 520, folder / "words")
+    save_clip(folder / "clip", config, params, sorted((folder / "words").iterdir()))
+    features.save_heads(folder / "clip", small_heads())
+    for split, count in (("train", 4), ("val", 2)):
+        for part in ("images", "labels"):
+            (folder / "data" / split / part).mkdir(parents=True)
+        for i in range(count):
+            image = picture(i, (40, 56))
+            Image.fromarray(image).save(folder / "data" / split / "images" / f"{i}.png")
+            labels = np.digitize(image.mean(-1), [110, 150]).astype(np.uint8)
+            Image.fromarray(labels).save(folder / "data" / split / "labels" / f"{i}.png")
+    (folder / "data" / "classes.yaml").write_text(yaml.safe_dump({"classes": NAMES}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("FMDA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def _config(place, **changes):
+    values = {
+        "clip": str(place / "clip"),
+        "host": {"name": "maskclip", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32},
+        "data": {"name": "folder", "root": str(place / "data"), "split": "val"},
+        "ranking": {"chunk": 8},
+    }
+    return from_dict(Config, {**values, **changes})
+
+
+def test_a_run_ranks_scores_reports_and_leaves_a_model(place, tmp_path):
+    config = _config(place, n="auto", n_candidates=(1, 4), n_images=2, compare_criteria=True)
+    work = tmp_path / "run"
+    done = run_stages(stages(config), work, config, lambda line: None)
+    ranking = read_ranking(done["rank"] / "ranking.json")
+    assert ranking.classes == tuple(NAMES) and ranking.meta["images"] == 4
+    np.testing.assert_allclose(ranking.share.sum(1), 100)
+    experts = json.loads((done["rank"] / "experts.json").read_text())
+    assert experts["n"] in (1, 4) and len(experts["chosen"]) == 3
+    for name in ("host", "floss"):
+        scores = json.loads((done[name] / "scores.json").read_text())
+        assert scores["classes"] == NAMES and scores["images"] == 2
+    assert (work / "report.html").is_file()
+    assert {row["criterion"] for row in json.loads((done["criteria"] / "criteria.json").read_text())} >= {"entropy"}
+    segmenter = Segmenter.load(work)
+    example = open_dataset("folder", place / "data", "val")[0]
+    found = segmenter.predict(example.image)
+    assert found.labels.shape == (40, 56) and found.labels.max() < 3
+    assert found.scores.shape == (40, 56) and 0 < found.scores.min() <= found.scores.max() <= 1.0001
+    again = run_stages(stages(config), work, config, lambda line: None)
+    assert again == done
+
+
+@pytest.mark.parametrize("name", ["naclip", "clip-dinoiser"])
+def test_other_hosts_with_a_ranking_file(place, tmp_path, name):
+    rng = np.random.default_rng(0)
+    from fmda.methods.floss.rankings import Ranking
+
+    shares = np.full((80, 3), 100 / 3)
+    Ranking(name, "folder", "train", tuple(NAMES), rng.random((80, 3)), shares).save(tmp_path / "r.json")
+    host = {"name": name, "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
+    config = _config(place, host=host, ranking={"file": str(tmp_path / "r.json")}, fusion="patch")
+    done = run_stages(stages(config)[:3], tmp_path / "run", config, lambda line: None)
+    scores = [json.loads((done[s] / "scores.json").read_text())["scores"] for s in ("host", "floss")]
+    assert all(0 <= s["miou"] <= 1 for s in scores)
+    assert not (done["rank"] / "tally.npz").exists()
+
+
+def test_background_takes_what_looks_like_no_object(place):
+    from fmda.methods.floss.model import Floss, scored_images
+
+    host = {"name": "clip-dinoiser", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
+    image = picture(1, (40, 56))
+    shares = []
+    for background in (None, "sky"):
+        config = _config(place, host=host, background=background)
+        labels, _ = Floss.load(config, scored_images(config).classes).predict_host(image)
+        shares.append((labels == 0).mean())
+    assert shares[1] > shares[0]
+
+
+def test_pamr_changes_the_host_alone(place):
+    from fmda.methods.floss.model import Floss, scored_images
+
+    host = {"name": "naclip", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
+    image = picture(1, (40, 56))
+    found = []
+    for steps in (0, 3):
+        config = _config(place, host={**host, "pamr_steps": steps, "pamr_dilations": [1, 2]}, ranking={"file": "r.json"})
+        found.append(Floss.load(config, scored_images(config).classes).predict_host(image)[1])
+    assert found[0].shape == found[1].shape == (40, 56) and (found[0] != found[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"host": {"name": "maskclap"}}, "did you mean 'maskclip'"),
+        ({"host": {"name": "maskclip", "crob": 3}}, "unknown key 'crob'"),
+        ({"host": {"name": "maskclip", "stride": 900}}, "leave gaps"),
+        ({"ranking": {"criterion": "flip"}}, r"ranking\.flip=true"),
+        ({"ranking": {"criterion": "entropi"}}, "none of the choices"),
+        ({"background": "sky"}, "only clip-dinoiser"),
+        ({"host": {"name": "naclip", "pamr_steps": 2}}, "PAMR refines the host alone"),
+        ({"n": 0}, "make no expert"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(place, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        _config(place, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_foreign_heads_are_refused(place, tmp_path):
+    with pytest.raises(UserError, match=r"dinoiser\.safetensors: no such file"):
+        features.load_heads(tmp_path, 32)
+    with pytest.raises(UserError, match="belong to another checkpoint"):
+        features.load_heads(place / "clip", 768)
+    heads = small_heads()
+    del heads["obj_proj"]["bias"]
+    heads["extra"] = heads["bkg_decoder"]
+    features.save_heads(tmp_path, heads)
+    with pytest.raises(UserError, match="missing obj_proj/bias; superfluous extra/bias; superfluous extra/kernel"):
+        features.load_heads(tmp_path, 32)
+
+
+def test_heads_with_torch_names_are_read(tmp_path):
+    from safetensors.numpy import save_file
+
+    heads = small_heads()
+    flat = {}
+    for name, layer in heads.items():
+        flat[f"{name}.weight"] = np.ascontiguousarray(layer["kernel"].transpose(3, 2, 0, 1))
+        flat[f"{name}.bias"] = layer["bias"]
+    save_file(flat, str(tmp_path / "dinoiser.safetensors"))
+    found = features.load_heads(tmp_path, 32)
+    np.testing.assert_array_equal(found["obj_proj"]["kernel"], heads["obj_proj"]["kernel"])
+
+
+def test_ranking_of_other_classes_stops_the_run(place, tmp_path):
+    from fmda.methods.floss.rankings import Ranking
+
+    Ranking("maskclip", "x", "train", ("cat",), np.ones((80, 1)), np.ones((80, 1))).save(tmp_path / "r.json")
+    config = _config(place, ranking={"file": str(tmp_path / "r.json")})
+    with pytest.raises(UserError, match="ranks other classes"):
+        run_stages(stages(config), tmp_path / "run", config, lambda line: None)
+
+
+def test_neighbourhood_of_naclip():
+    omega = features.neighbourhood(14, 14, 5.0)
+    assert omega.shape == (197, 197) and omega[0].max() == omega[:, 0].max() == 0
+    assert omega[1, 2] == pytest.approx(0.9802, abs=1e-4) and omega[1, 15] == pytest.approx(0.9802, abs=1e-4)
+    assert omega[1, 16] == pytest.approx(np.exp(-2 / 50))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "floss").glob("*.yaml")), ids=lambda p: p.stem)
+def test_configurations_plan(path):
+    run = open_run(path, ["clip=openai/clip-vit-base-patch16"] if path.stem.startswith("camvid") else [])
+    assert run.config.host_config().features == path.stem.split("-", 1)[1]
+    found = run.plan()
+    assert [name for name, _ in found.stages][:3] == ["rank", "host", "floss"]
+    assert dict(found.parameters)["vision"] == 86_192_640 and dict(found.parameters)["text"] == 63_428_096
+
+
+def test_there_is_a_configuration_for_every_host_and_set():
+    sets = ("cityscapes", "voc20", "context59", "ade20k", "coco_stuff", "camvid")
+    found = {p.stem for p in (ROOT / "configs" / "floss").glob("*.yaml")}
+    assert found == {f"{s}-{h}" for s in sets for h in HOSTS}
+
+
+def test_flops_of_the_published_windows():
+    config = from_dict(Config, {"clip": "laion/CLIP-ViT-B-16-laion2B-s34B-b88K", "host": {"name": "maskclip"}})
+    flops = dict(plan(config).flops)
+    # 153 GFLOP a 448 window, 3 windows; 1520 prompts of 1.2 GFLOP
+    assert flops["image tower, 3 windows"] == pytest.approx(3 * 153e9, rel=0.02)
+    assert flops["text tower, once"] == pytest.approx(1.8e12, rel=0.05)
+    assert host_for("naclip", "cityscapes").geometry((1024, 2048), 16).grid == (4, 9)
