@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from fmda.errors import UserError, did_you_mean
 
-Positional = tyro.conf.Positional
+
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
@@ -289,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app = tyro.extras.SubcommandApp()
         for name, verb in VERBS.items():
-            app.command(verb, name=name)
+            app.command(name=name)(verb)
         app.cli(
             prog="fmda",
             args=_joined(sys.argv[1:] if arguments is None else arguments),

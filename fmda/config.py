@@ -145,7 +145,7 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     if kind is Any:
         return value
     if dataclasses.is_dataclass(kind):
-        if isinstance(value, kind):
+        if type(value) is kind:
             return value
         return _dataclass(kind, value, where, key)
     if origin in (Union, types.UnionType):

@@ -70,7 +70,7 @@ class CheckReport:
         """Returns the report as plain values, `ok` included."""
         return asdict(self) | {"ok": self.ok}
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         """Returns the report as aligned lines for a terminal."""
         dtypes = ", ".join(f"{count} arrays {dtype}" for dtype, count in sorted(self.dtypes.items()))
         lines = [

@@ -23,6 +23,7 @@ from fmda.models.module import abstract
 from fmda.weights import clip_configs, clip_tables, files
 from fmda.weights.source import resolve, weight_file
 from fmda.weights.table import Table
+from fmda.weights.tokenizer import FILES as TOKENIZER_FILES
 from fmda.weights.tokenizer import Tokenizer, has_tokenizer
 
 
@@ -113,13 +114,14 @@ def store(params: trees.Tree, dtype: DTypeLike) -> trees.Tree:
     Scalars (the temperature) and running statistics of batch normalisation stay in float32: they are few, and a
     rounded temperature scales every logit.
     """
-    kept = {"mean", "var"}
     return trees.unflatten(
-        {
-            path: jnp.asarray(leaf, jnp.float32 if leaf.ndim == 0 or path.rsplit("/")[-1] in kept else dtype)
-            for path, leaf in trees.flatten(params).items()
-        }
+        {path: jnp.asarray(leaf, _kind(path, leaf, dtype)) for path, leaf in trees.flatten(params).items()}
     )
+
+
+def _kind(path: str, leaf: Any, dtype: DTypeLike) -> DTypeLike:
+    """Returns the dtype that a leaf is kept in where the whole is kept in `dtype`."""
+    return jnp.float32 if leaf.ndim == 0 or path.rsplit("/", 1)[-1] in ("mean", "var") else dtype
 
 
 def read_checkpoint(folder: Path) -> tuple[ClipConfig, Table, dict[str, np.ndarray], Path]:
@@ -174,9 +176,10 @@ def save_clip(
     wrong = sorted(path for path in expected.keys() | given.keys() if expected.get(path) != given.get(path))
     if wrong:
         raise UserError(f"{folder}: parameters do not fit the configuration at {', '.join(wrong)}; nothing written")
-    arrays = (clip_tables.HF_CLIP if layout == "hf" else open_clip_table(config)).write(params)
     if dtype is not None:
-        arrays = {name: array.astype(dtype) for name, array in arrays.items()}
+        flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+        params = trees.unflatten({path: leaf.astype(_kind(path, leaf, dtype)) for path, leaf in flat.items()})
+    arrays = (clip_tables.HF_CLIP if layout == "hf" else open_clip_table(config)).write(params)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -196,3 +199,24 @@ def save_clip(
     except OSError as error:
         raise UserError(f"{folder}: tokenizer cannot be copied ({error}); mend that and save again") from None
     return folder
+
+
+def convert_clip(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: DTypeLike = jnp.float32,
+    *,
+    layout: Literal["hf", "open_clip"] | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Rewrites a checkpoint of any known layout as safetensors, with its tokenizer. Returns the new folder.
+
+    Layouts as in `save_clip`. Raises UserError as `load_clip` does, and where `out` is there already and not empty.
+    """
+    folder, out = resolve(source, revision), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; name a new folder")
+    config, table, arrays, where = read_checkpoint(folder)
+    params = table.read(arrays, clip_graph(config)[1], str(where))
+    words = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return save_clip(out, config, params, words, dtype=dtype, layout=layout)

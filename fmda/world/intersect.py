@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from fmda.world.solids import Groups, Solids
 
 FAR = 1e4
-UNROLL = 16
+UNROLL = 8
 
 
 class Rays(NamedTuple):

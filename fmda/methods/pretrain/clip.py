@@ -29,7 +29,8 @@ from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Scenes
 from fmda.methods.pretrain.tokenizer import train_tokenizer
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import abstract, init
-from fmda.perf.flops import text_flops, vit_flops
+from fmda.perf.flops import text_flops, training_flops, vit_flops
+from fmda.perf.peaks import peak_flops
 from fmda.progress import track
 from fmda.train import OptimConfig, TrainState, create_state, fit, make_optimizer, make_schedule, make_step, read_params
 from fmda.weights.clip import load_clip, save_clip
@@ -230,7 +231,8 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
             step, start, {}, loader, steps=config.steps, mesh=make_mesh(*config.mesh), rules=FSDP_RULES, folder=folder,
             key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
             save_minutes=config.save_minutes, config=to_dict(config), tensorboard=config.tensorboard, what="clip",
-            flops_per_example=3 * config.crops * (vision_flops(config) + caption_flops(config)),
+            flops_per_example=config.crops * training_flops(vision_flops(config) + caption_flops(config)),
+            peak_flops=peak_flops(),
         )  # fmt: skip
     return {"steps": int(state.step), "tags": len(TAGS)}
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from fmda import trees
-from fmda.methods.floss.tower import Tower
 from fmda.mesh import make_mesh
+from fmda.methods.floss.tower import Tower
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import abstract
 

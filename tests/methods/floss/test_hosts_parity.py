@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from floss_small import CONFIG, picture, small_clip, small_heads, small_tower, table
 
 from fmda import trees
 from fmda.methods.floss.features import patches
@@ -10,7 +11,6 @@ from fmda.methods.floss.hosts import HOSTS, host_for, statistics
 from fmda.methods.floss.pamr import pamr
 from fmda.methods.floss.predict import fused_labels, host_labels
 from fmda.models.clip import VitConfig
-from floss_small import CONFIG, picture, small_clip, small_heads, small_tower, table
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

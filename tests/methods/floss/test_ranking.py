@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
 from floss_small import picture, small_tower, table
+
 from fmda.mesh import make_mesh
 from fmda.methods.floss.chain import side_by_side
 from fmda.methods.floss.hosts import host_for

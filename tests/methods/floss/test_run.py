@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from floss_small import CONFIG, picture, small_clip, small_heads
 from PIL import Image
 
-from floss_small import CONFIG, picture, small_clip, small_heads
 from fmda.config import from_dict
 from fmda.data import open_dataset
 from fmda.errors import UserError

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 from floss_small import table
+
 from fmda.data import class_list, prompts, templates
 from fmda.errors import UserError
 from fmda.methods.floss import text
