@@ -52,7 +52,9 @@ class Tokenizer:
         if context is not None and not 2 <= context <= limit:
             raise UserError(f"context: {context} is not in 2..{limit}, the positions that the model has")
         length = limit if context is None else context
-        rows = self._inner(list(texts), truncation=True, max_length=length, padding=False)["input_ids"]
+        rows = []
+        if len(texts):  # the library fails on an empty list
+            rows = self._inner(list(texts), truncation=True, max_length=length, padding=False)["input_ids"]
         width = context or max((len(row) for row in rows), default=2)
         ids = np.zeros((len(rows), width), np.int32)
         for index, row in enumerate(rows):

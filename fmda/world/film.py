@@ -102,7 +102,7 @@ def develop(color: Rgb, labels: Array, depth: Array, horizon: Array, scene: Scen
     u = jnp.linspace(-1.0, 1.0, width)[None]
     fall = 1.0 - look.vignette * 0.35 * (u * u + v * v)
     balance = jnp.stack([look.warm, look.green, 2.0 - look.warm])[None, None]
-    image = image * (1.25 * look.exposure * fall)[..., None] * balance
+    image = image * (0.62 * look.exposure * fall)[..., None] * balance
     image = tone(image)
     grey = (image * jnp.asarray([[[0.30, 0.59, 0.11]]])).sum(-1, keepdims=True)
     image = grey + (image - grey) * look.saturation
@@ -118,9 +118,12 @@ def develop(color: Rgb, labels: Array, depth: Array, horizon: Array, scene: Scen
 
 
 def tone(light: Array) -> Array:
-    """Returns display values in [0, 1] of linear light: a soft shoulder and the usual gamma."""
+    """Returns display values in [0, 1] of linear light: a filmic curve with toe and shoulder, and the usual gamma.
+
+    The rational curve is Narkowicz's fit of the ACES film curve.
+    """
     light = jnp.maximum(light, 0.0)
-    shoulder = light * (1.0 + light * 0.14) / (1.0 + 0.62 * light)
-    return jnp.minimum(shoulder, 1.0) ** (1.0 / 2.2)
+    curve = light * (2.51 * light + 0.03) / (light * (2.43 * light + 0.59) + 0.14)
+    return jnp.minimum(curve, 1.0) ** (1.0 / 2.2)
 
 

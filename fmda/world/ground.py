@@ -45,7 +45,7 @@ def ground_hits(x: Array, y: Array, z: Array, height: Array, street: Street) -> 
     walk = jnp.where(side < 0.0, street.sidewalk_left, street.sidewalk_right)
     setback = jnp.where(side < 0.0, street.setback_left, street.setback_right)
     beyond = jnp.abs(side) - street.half - walk
-    paved = jnp.where(street.green > 0.5, beyond < 0.0, beyond < setback + 3.0)
+    paved = jnp.where(street.green > 0.5, beyond < 0.0, beyond < setback + 6.0)
     walkable = jnp.where(paved & ~street.country(), LABEL["sidewalk"], LABEL["terrain"])
     label = jnp.where(raised | face, walkable, LABEL["road"])
     seen = (y < -1e-4) & (t < GONE)
@@ -74,7 +74,7 @@ def ground_color(
     asphalt = 0.105 + 0.07 * hue[0]
     tone = 1.0 + texture * (0.5 * (broad - 0.5) + 0.32 * grain - 0.22 * (patch > 0.86) + 0.12 * (patch < 0.06))
     crack = jnp.abs(value_noise(x * 0.55, z * 0.4, seed + 9) - 0.5)
-    tone = tone * (1.0 - 0.35 * texture * ramp(crack, 0.012, 0.004) * fade)
+    tone = tone * (1.0 - 0.22 * texture * ramp(crack, 0.008, 0.003) * (broad > 0.5) * fade)
     gutter = ramp(jnp.abs(side), street.half - 0.35, street.half)
     tone = tone * (1.0 - 0.25 * gutter)
     base = asphalt * tone

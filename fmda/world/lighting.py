@@ -89,7 +89,7 @@ def lit(point: Point, scene: Scene, boxes: Solids, crowns: Solids, vehicles: Sol
 
     # mirror the sky: glass, paint, wet road
     facing = -(nx * ux + ny * uy + nz * uz)
-    fresnel = 0.25 + 0.75 * jnp.clip(1.0 - facing, 0.0, 1.0) ** 3
+    fresnel = 0.14 + 0.86 * jnp.clip(1.0 - facing, 0.0, 1.0) ** 3
     up = uy + 2.0 * facing * ny
     mirrored = sky_gradient(up, 0.5 * toward, look, night_share(look)).times(jnp.where(up < 0.06, 0.35, 0.85))
     color = color.mix(mirrored, point.gloss * fresnel).plus(point.glow)

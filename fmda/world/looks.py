@@ -44,7 +44,7 @@ class Look(NamedTuple):
 
 
 _DAY: dict[str, tuple[float, float]] = dict(
-    sun=(0.6, 1.3), elevation=(22.0, 60.0), warmth=(0.1, 0.4), ambient=(0.42, 0.7), blue=(0.2, 0.7), fog=(0.0008, 0.003),
+    sun=(0.6, 1.3), elevation=(22.0, 60.0), warmth=(0.1, 0.4), ambient=(0.42, 0.7), blue=(0.2, 0.7), fog=(0.0002, 0.0016),
     clouds=(0.0, 0.9), sky=(0.9, 1.6), texture=(0.8, 1.1), wet=(0.0, 0.0), snow=(0.0, 0.0), rainfall=(0.0, 0.0),
     snowfall=(0.0, 0.0), lamps=(0.0, 0.0), lit=(0.0, 0.02), bare=(0.0, 0.25), autumn=(0.0, 0.35), saturation=(0.75, 1.05),
     contrast=(0.9, 1.2), exposure=(0.85, 1.3), warm=(0.95, 1.07), green=(0.97, 1.05), noise=(0.006, 0.02), blur=(0.3, 0.6),
@@ -58,16 +58,16 @@ _CHANGES: dict[str, dict[str, tuple[float, float]]] = {
         contrast=(1.0, 1.15), exposure=(0.95, 1.1), warm=(1.0, 1.05), green=(0.98, 1.02), noise=(0.0, 0.0), blur=(0.05, 0.2),
         vignette=(0.0, 0.1), bloom=(0.1, 0.2), tower=(1.0, 1.25), narrow=(1.0, 1.15),
     ),
-    "photo": dict(saturation=(0.5, 0.95), sun=(0.0, 1.5), exposure=(0.7, 1.4), contrast=(0.85, 1.3), sky=(1.1, 2.2),
-                  elevation=(14.0, 58.0), bare=(0.0, 0.45), green=(0.97, 1.08), clouds=(0.1, 1.0)),
+    "photo": dict(saturation=(0.6, 1.05), sun=(0.0, 1.5), exposure=(0.7, 1.4), contrast=(0.85, 1.3), sky=(1.2, 2.8),
+                  elevation=(14.0, 58.0), bare=(0.0, 0.4), green=(0.97, 1.08), clouds=(0.0, 1.0), blue=(0.1, 0.9)),
     "dusk": dict(
         sun=(0.05, 0.5), elevation=(5.0, 13.0), warmth=(0.7, 1.0), ambient=(0.16, 0.3), blue=(0.5, 1.0), clouds=(0.3, 0.9),
-        sky=(0.4, 0.8), lamps=(0.15, 0.5), lit=(0.05, 0.25), saturation=(0.6, 0.95), exposure=(0.7, 1.2), warm=(0.95, 1.12),
+        sky=(0.4, 0.8), lamps=(0.15, 0.5), lit=(0.05, 0.25), saturation=(0.6, 0.95), exposure=(0.8, 1.6), warm=(0.95, 1.12),
         noise=(0.01, 0.03), blur=(0.35, 0.7), vignette=(0.2, 0.5), bloom=(0.2, 0.4), bare=(0.0, 0.45), tower=(0.9, 1.15),
     ),
     "night": dict(
         sun=(0.0, 0.015), elevation=(30.0, 60.0), warmth=(0.0, 0.0), ambient=(0.025, 0.06), blue=(0.3, 0.9), clouds=(0.2, 0.8),
-        sky=(0.03, 0.08), lamps=(0.8, 1.3), lit=(0.15, 0.45), saturation=(0.7, 1.05), exposure=(0.9, 1.7), warm=(0.95, 1.2),
+        sky=(0.03, 0.08), lamps=(0.8, 1.3), lit=(0.15, 0.45), saturation=(0.7, 1.05), exposure=(1.1, 2.3), warm=(0.95, 1.2),
         noise=(0.015, 0.045), blur=(0.4, 0.8), vignette=(0.1, 0.5), bloom=(0.5, 0.9), wet=(0.0, 0.35), bare=(0.0, 0.5),
     ),
     "fog": dict(

@@ -144,7 +144,7 @@ def _facade(s: Surface, base: Rgb, seed: Array, grain: Array, fine: Array, look:
     warm = rgb(1.25, 0.85, 0.42).mix(rgb(0.85, 0.95, 1.1), jnp.where(_fraction(dice * 11.3) < 0.25, 1.0, 0.0))
     glow = warm.times(window * lamp * (0.35 + 0.5 * dice) * (1.0 - 0.6 * bars))
     neon = banner.plus(rgb(0.15, 0.1, 0.05)).times(2.0 * fascia * ramp(look.lit, 0.02, 0.2) * (lattice(seed, 14) < 0.6))
-    return color, glow.plus(where(top, rgb(0.0, 0.0, 0.0), neon)), window * 0.55 * (1.0 - curtain) * ~top
+    return color, glow.plus(where(top, rgb(0.0, 0.0, 0.0), neon)), window * 0.5 * (1.0 - curtain) * ~top
 
 
 def _leaves(s: Surface, base: Rgb, seed: Array, look: Look) -> Rgb:
@@ -198,7 +198,7 @@ def _vehicle_body(
     brake = jnp.where(p.detail2 < 0.4, 0.35, 0.0) * running
     glow = rgb(1.8, 1.75, 1.6).times(head * running * (look.lamps * 1.6))
     glow = glow.plus(rgb(1.0, 0.05, 0.03).times((tail | lamp) * (running * look.lamps * 0.9 + brake)))
-    gloss = jnp.where(cargo, 0.08, jnp.where(sill | plate | arch, 0.0, 0.30))
+    gloss = jnp.where(cargo, 0.08, jnp.where(sill | plate | arch, 0.0, 0.16))
     return color, glow, gloss
 
 
@@ -216,7 +216,7 @@ def _cabin(s: Surface, base: Rgb) -> tuple[Rgb, Rgb, Array]:
     glass = glass & inner & ~closed
     inside = rgb(0.02, 0.023, 0.025).times(1.0 + 0.8 * (y < -0.3))
     zero = rgb(0.0, 0.0, 0.0)
-    return where(glass, inside, base), zero, jnp.where(glass, 0.55, 0.30)
+    return where(glass, inside, base), zero, jnp.where(glass, 0.5, 0.16)
 
 
 def _coach(s: Surface, base: Rgb, second: Rgb, seed: Array, look: Look) -> tuple[Rgb, Rgb, Array]:
@@ -256,7 +256,7 @@ def _coach(s: Surface, base: Rgb, second: Rgb, seed: Array, look: Look) -> tuple
     glow = glow.plus(rgb(1.8, 1.75, 1.6).times(head * look.lamps * 1.6)).plus(rgb(1.0, 0.05, 0.03).times(tail * look.lamps))
     inner = glass & ~screen & ~cab
     glow = glow.plus(rgb(0.95, 0.92, 0.75).times(inner * 0.5 * jnp.minimum(look.lamps, 1.0) * ramp(look.lit, 0.0, 0.15)))
-    return color, glow, jnp.where(glass, 0.5, 0.2)
+    return color, glow, jnp.where(glass, 0.45, 0.1)
 
 
 def _wheel(s: Surface, base: Rgb) -> Rgb:

@@ -131,6 +131,10 @@ def camera_rays(scene: Scene, height: int, width: int) -> tuple[Rays, Array, Arr
     rough = fractal(azimuth * 36.0, slope * 36.0, seed, 2)
     fine = value_noise(azimuth * 160.0, slope * 160.0, seed + 1)
     rough = 0.75 * rough + 0.25 * fine
+    # twigs: the lines along which two smooth noises pass their middle
+    limb = jnp.abs(value_noise(azimuth * 42.0, slope * 30.0, seed + 2) - 0.5)
+    twig = jnp.abs(value_noise(azimuth * 95.0 + 40.0 * slope, slope * 70.0, seed + 3) - 0.5)
+    fine = 1.0 - 2.0 * jnp.minimum(limb * 1.1, twig)
     flat = (STRIPS, -1)
     rays = Rays(*(a.reshape(flat) for a in (x, y, z)), camera.height, rough.reshape(flat), fine.reshape(flat))
     return rays, 1.0 / focal, 0.5 * height - focal * jnp.tan(camera.pitch)

@@ -41,7 +41,7 @@ def _starts(lengths: Array, first: float) -> Array:
 def leaf_colors(u: Array, v: Array, autumn: Array) -> Array:
     """Returns leaf colours [n, 3] from two columns of uniform numbers, shifted to autumn by its share."""
     mixed = jnp.where(v < autumn * 0.6, 0.8, 0.15 * autumn)[:, None]
-    return pick(u, LEAVES) * (0.7 + 0.6 * v[:, None]) * (1.0 - mixed) + pick(u, AUTUMN) * mixed
+    return pick(u, LEAVES) * (0.95 + 0.7 * v[:, None]) * (1.0 - mixed) + pick(u, AUTUMN) * mixed
 
 
 def houses(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
@@ -54,7 +54,7 @@ def houses(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     start = _starts(length + gap, -7.0)
     start, cut = street.clear_of_crossing(start, length)
     depth = 4.0 + 3.0 * u[:, 2]
-    storeys = jnp.where(home, 1.6 + 1.4 * u[:, 3], 2.0 + 4.5 * u[:, 3] ** 1.4)
+    storeys = jnp.where(home, 1.6 + 1.4 * u[:, 3], 2.6 + 4.2 * u[:, 3] ** 1.2)
     storeys = jnp.where(street.country(), 1.5 + u[:, 3], storeys)
     height = storeys * (2.9 + 0.5 * u[:, 4]) * look.tower + 0.6
     built = jnp.where(street.city(), 0.86, jnp.where(home, 0.88, jnp.where(street.kind == 4, 0.14, 0.12)))
@@ -135,14 +135,14 @@ def backdrop(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     )  # fmt: skip
     v = jax.random.uniform(jax.random.fold_in(key, 1), (2 * count, 6))
     side = jnp.where(jnp.arange(2 * count) % 2 == 0, -1.0, 1.0)
-    radius = 4.0 + 7.0 * v[:, 1]
+    radius = 4.5 + 8.0 * v[:, 1]
     near = jnp.where(street.country(), street.half + 9.0 + radius, 20.0 + street.half)
     frame = street.frame(22.0 + 110.0 * v[:, 0], side * (near + 28.0 * v[:, 2] ** 2))
     tall = radius * (0.55 + 0.4 * v[:, 3])
     grove = frame.solids(
         0.0, 0.55 * tall, 0.0, hx=radius, hy=tall, hz=radius, ragged=0.35, label=LABEL["vegetation"],
         material=Material.LEAVES, color=leaf_colors(v[:, 4], v[:, 5], look.autumn) * 0.85, seed=jnp.floor(v[:, 5] * 60000.0),
-        present=v[:, 3] < jnp.where(street.kind == 0, 0.35, jnp.where(street.country(), 0.85, 0.55)),
+        present=v[:, 3] < jnp.where(street.kind == 0, 0.45, jnp.where(street.country(), 0.9, 0.65)),
     )  # fmt: skip
     return {"boxes": [body], "ellipsoids": [grove]}
 
@@ -152,8 +152,8 @@ def trees(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     u, side, walk, setback = _row(key, street, TREES, 22)
     kind = street.kind
     planted = jax.random.uniform(jax.random.fold_in(key, 1), (2,))
-    avenue = jnp.repeat(planted, TREES) < jnp.where(kind == 3, 0.8, jnp.where(kind == 1, 0.75, 0.42))
-    chance = jnp.where(avenue, 0.72, 0.12)
+    avenue = jnp.repeat(planted, TREES) < jnp.where(kind == 3, 0.8, jnp.where(kind == 1, 0.8, 0.5))
+    chance = jnp.where(avenue, 0.78, 0.16)
     chance = jnp.where(street.country(), jnp.where(jnp.repeat(planted, TREES) < 0.7, 0.85, 0.2), chance)
     spacing = jnp.where(street.country(), 7.0, 8.5) * (0.7 + 0.7 * u[:, 0])
     start = _starts(spacing, 3.5)
@@ -165,7 +165,7 @@ def trees(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     there = u[:, 3] < chance
     conifer = u[:, 4] < jnp.where(street.country() | (kind == 1), 0.22, 0.04)
     bare = ~conifer & (u[:, 5] < look.bare)
-    size = 0.65 + 0.75 * u[:, 6] * jnp.where(garden, 0.7, 1.0)
+    size = 0.85 + 0.95 * u[:, 6] * jnp.where(garden, 0.6, 1.0)
     trunk = jnp.where(conifer, 0.6, 2.1 + 1.1 * u[:, 7]) * (0.6 + 0.5 * size)
     bark = pick(u[:, 8], ((0.10, 0.075, 0.055), (0.15, 0.12, 0.095), (0.075, 0.06, 0.05), (0.20, 0.18, 0.15)))
     reach = jnp.where(bare, trunk * 1.5, trunk * 1.1)
@@ -174,20 +174,20 @@ def trees(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
         material=Material.BARK, color=bark, present=there,
     )  # fmt: skip
     green = leaf_colors(u[:, 10], u[:, 11], look.autumn)
-    green = jnp.where(conifer[:, None], jnp.asarray([[0.035, 0.065, 0.035]]) * (0.8 + 0.6 * u[:, 11:12]), green)
+    green = jnp.where(conifer[:, None], jnp.asarray([[0.048, 0.085, 0.045]]) * (0.8 + 0.6 * u[:, 11:12]), green)
     color = jnp.where(bare[:, None], bark * 1.15, green)
     crowns = []
     for k in range(3):
         a, b, c = u[:, 12 + 3 * k], u[:, 13 + 3 * k], u[:, 14 + 3 * k]
-        wide = jnp.where(conifer, 1.5 - 0.4 * k, 1.3 + 0.9 * a) * size
+        wide = jnp.where(conifer, 1.5 - 0.4 * k, 1.15 + 0.95 * a) * size
         tall = jnp.where(conifer, 2.2, wide * (0.75 + 0.4 * b))
-        right = jnp.where(conifer, 0.0, (a - 0.5) * 1.9 * size)
-        ahead = jnp.where(conifer, 0.0, (b - 0.5) * 2.2 * size)
-        rise = jnp.where(conifer, trunk + 0.8 + 1.9 * k * size, trunk + (0.55 + 0.75 * k + 0.5 * c) * size + 0.3)
+        right = jnp.where(conifer, 0.0, (a - 0.5) * 2.5 * size)
+        ahead = jnp.where(conifer, 0.0, (b - 0.5) * 2.8 * size)
+        rise = jnp.where(conifer, trunk + 0.8 + 1.9 * k * size, trunk + (0.45 + 0.85 * k + 0.6 * c) * size + 0.3)
         crowns.append(
             frame.solids(
                 right, rise, ahead, hx=wide, hy=tall, hz=wide, ragged=jnp.where(conifer, 0.4, 0.3 + 0.2 * b),
-                holes=jnp.where(bare, 0.52, 0.0), label=LABEL["vegetation"], material=Material.LEAVES,
+                holes=jnp.where(bare, 0.80, 0.0), label=LABEL["vegetation"], material=Material.LEAVES,
                 color=color, detail=bare.astype(jnp.float32), seed=jnp.floor(u[:, 8] * 60000.0), present=there,
             )
         )  # fmt: skip

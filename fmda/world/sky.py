@@ -42,8 +42,8 @@ def sky_color(x: Array, y: Array, z: Array, toward_sun: Array, look: Look, night
 
 def skyline(azimuth: Array, town: Array, seed: Array) -> tuple[Array, Array]:
     """Returns the height (tangent) of the far skyline at an azimuth in radians, and whether it is houses there."""
-    grove = 0.012 + 0.045 * fractal(azimuth * 9.0, jnp.zeros_like(azimuth), seed, 3)
+    grove = 0.02 + 0.06 * fractal(azimuth * 9.0, jnp.zeros_like(azimuth), seed, 3)
     block = jnp.floor(azimuth * 26.0)
     flat = lattice(block, jnp.zeros_like(block), seed + 3)
     houses = jnp.where(town, flat > 0.3, flat > 0.93)
-    return jnp.where(houses, 0.02 + 0.05 * lattice(block, jnp.ones_like(block), seed), grove), houses
+    return jnp.where(houses, 0.03 + 0.08 * lattice(block, jnp.ones_like(block), seed), grove), houses

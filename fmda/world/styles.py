@@ -133,11 +133,11 @@ def _jpeg(image: Array, labels: Array, depth: Array, seed: Array) -> Array:
     """Keeps the mean and a coarse gradient of each 8x8 block."""
     block = _coarse(image, 8, smooth=False)
     rest = image - block
-    kept = jnp.round(rest * 5.0) / 5.0
+    kept = jnp.round(rest * 8.0) / 8.0
     rows, columns = _grids(image)
     ring = (lattice(jnp.floor(rows / 8), jnp.floor(columns / 8), seed) < 0.25)[..., None]
     wave = 0.06 * jnp.cos(columns * 2.2)[..., None] * ring
-    return jnp.round(block * 18.0) / 18.0 + kept + wave * jnp.abs(rest) * 8.0
+    return jnp.round(block * 26.0) / 26.0 + kept + wave * jnp.abs(rest) * 8.0
 
 
 def _bad(image: Array, labels: Array, depth: Array, seed: Array) -> Array:

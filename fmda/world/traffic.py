@@ -205,9 +205,9 @@ def persons(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     index = jnp.arange(PERSONS)
     side = jnp.where(u[:, 0] < 0.5, -1.0, 1.0)
     walk = jnp.where(side < 0, street.sidewalk_left, street.sidewalk_right)
-    chance = jnp.where(street.kind == 3, 0.6, jnp.where(street.city(), 0.42, 0.18)) * (0.4 + 0.6 * street.density)
+    chance = jnp.where(street.kind == 3, 0.75, jnp.where(street.city(), 0.64, 0.24)) * (0.4 + 0.6 * street.density)
     there = u[:, 1] < jnp.where(street.country(), 0.03, chance)
-    along = 5.0 + 28.0 * u[:, 2] ** 1.4
+    along = 4.5 + 24.0 * u[:, 2] ** 1.5
     on_road = (index < 3) & (u[:, 3] < 0.25)
     along = jnp.where((index < 3) & (street.crossing < 60.0) & (u[:, 3] < 0.6), street.crossing - 1.5, along)
     lateral = jnp.where(

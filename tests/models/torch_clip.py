@@ -215,9 +215,7 @@ class ConvNextTower(nn.Module):
         self.trunk = nn.Module()
         self.trunk.stem = nn.Sequential(nn.Conv2d(3, c[0], 4, stride=4), LayerNorm2d(c[0], eps=1e-6))
         before = (c[0], *c[:-1])
-        self.trunk.stages = nn.Sequential(
-            *(ConvNextStage(before[i], c[i], config.depths[i], i > 0) for i in range(4))
-        )
+        self.trunk.stages = nn.Sequential(*(ConvNextStage(before[i], c[i], config.depths[i], i > 0) for i in range(4)))
         self.trunk.head = nn.Module()
         self.trunk.head.norm = LayerNorm2d(c[-1], eps=1e-6)
         self.head = nn.Module()

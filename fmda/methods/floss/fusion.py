@@ -28,8 +28,13 @@ from fmda.methods.floss.chain import Taps, interpolate, lerp
 MARGIN = 1e-5
 """Relative gap below which corner values count as equal: about a hundred float32 roundings."""
 
-PAIRS = 32
-"""Undecided (expert, cell) pairs computed at a time."""
+UP, DOWN = 1 + MARGIN, 1 - MARGIN
+
+OUT, WHOLE, OPEN = range(3)
+"""Verdicts on an (expert, cell) pair: no claim; claims the whole cell; to be computed pixel by pixel."""
+
+ELEMENTS = 1 << 20
+"""Values computed at a time: what fits the caches of a core."""
 
 
 def winner_of(vectors: Float[Array, "E *n K"]) -> Int[Array, "*n"]:
@@ -93,84 +98,108 @@ def fetch(
 
 def winners(p: Float[Array, "E h w K"], rows: Taps, columns: Taps, *, prune: bool = True) -> Int[Array, "H W"]:
     """Returns the winning classifier of each pixel, K where nobody claims it (first pass)."""
-    cells = _Cells(rows, columns, p.shape[1:3])
+    cells = Cells(rows, columns, p.shape[1:3])
     experts = p.shape[-1]
-    flat = p[:experts].reshape(experts, -1, experts)
+    flat = p.reshape(len(p), -1, experts)
     if prune:
-        whole, open_ = _decided_by_corners(flat, cells)
+        verdict = _by_corners(flat, cells)
     else:
-        open_ = jnp.ones((experts, cells.count), bool)
-        whole = ~open_
-    best = jnp.full((cells.count, cells.pixels), -1.0, p.dtype)
-    winner = jnp.full((cells.count, cells.pixels), experts, jnp.int32)
-    best, winner = _over_pairs(whole, best, winner, 8 * PAIRS, lambda e, c: cells.own(flat, e, c))
-    best, winner = _over_pairs(open_, best, winner, PAIRS, lambda e, c: cells.claim(flat, e, c))
-    return winner[cells.cell_of_pixel, cells.place_of_pixel]
+        verdict = jnp.full((experts, cells.count), OPEN, jnp.int32)
+    state = (
+        jnp.full((cells.count, cells.pixels), -1.0, p.dtype),
+        jnp.full((cells.count, cells.pixels), experts, jnp.int32),
+    )
+    for kind, confidence, values in ((WHOLE, cells.own, 4), (OPEN, cells.claim, experts)):
+        size = max(1, ELEMENTS // (cells.pixels * values))
+        pairs, total = _listed(verdict == kind, size)
+        state = _over_pairs(pairs, total, cells.count, state, size, functools.partial(confidence, flat))
+    return state[1][cells.cell_of_pixel, cells.place_of_pixel]
 
 
 def undecided(p: Float[Array, "E h w K"], rows: Taps, columns: Taps) -> Float[Array, ""]:
     """Returns the share of (expert, cell) pairs that the corners leave open."""
+    verdict = _by_corners(p.reshape(len(p), -1, p.shape[-1]), Cells(rows, columns, p.shape[1:3]))
+    return (verdict == OPEN).mean()
+
+
+def _by_corners(p: Float[Array, "E P K"], cells: "Cells") -> Int[Array, "K cells"]:
+    """Returns OUT, WHOLE or OPEN for each (expert, cell) pair.
+
+    Most pairs are out because a class that the ordinary classifier finds best at a corner beats e at all four. Only
+    those that remain have all classes of their corners looked at.
+    """
     experts = p.shape[-1]
-    flat = p[:experts].reshape(experts, -1, experts)
-    return _decided_by_corners(flat, _Cells(rows, columns, p.shape[1:3]))[1].mean()
-
-
-def _decided_by_corners(
-    p: Float[Array, "K P K"], cells: "_Cells"
-) -> tuple[Bool[Array, "K cells"], Bool[Array, "K cells"]]:
-    """Returns (pairs that claim their whole cell, pairs that need their pixels); all other pairs are out."""
-    k = jnp.arange(len(p))
-    up, down = 1 + MARGIN, 1 - MARGIN
+    k = jnp.arange(experts)
     own = p[k, :, k]
-    rival = jnp.where(k[None, None, :] == k[:, None, None], -1.0, p).max(-1)
-    best = p.argmax(-1)
-    ahead = own > up * rival
-    corner = cells.corner_patches  # [4, cells]
-    at = [(own[:, c], ahead[:, c], best[:, c]) for c in corner]
-    whole = functools.reduce(jnp.logical_and, [a for _, a, _ in at])
-    # one of the classes that are best at a corner beats e at all four: no claim
-    lost = jnp.zeros_like(whole)
-    for _, _, candidate in at:
-        beaten = [p[k[:, None], c[None, :], candidate] > up * o for c, (o, _, _) in zip(corner, at, strict=True)]
+    likely = p[experts].argmax(-1)
+    lost = jnp.zeros((experts, cells.count), bool)
+    for witness in cells.corner_patches:
+        beaten = [p[k[:, None], c[None, :], likely[witness][None, :]] > UP * own[:, c] for c in cells.corner_patches]
         lost |= functools.reduce(jnp.logical_and, beaten)
-    lowest = functools.reduce(jnp.minimum, [o for o, _, _ in at])
-    highest = functools.reduce(jnp.maximum, [o for o, _, _ in at])
-    floor = jnp.where(whole, lowest, -1.0).max(0, keepdims=True)
-    hopeful = highest >= down * floor
-    return whole & hopeful, ~whole & ~lost & hopeful
+    size = max(1, ELEMENTS // (4 * experts))
+    pairs, total = _listed(~lost, size)
+
+    def some(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        first, verdict = carry
+        chunk = jax.lax.dynamic_slice(pairs, (first,), (size,))
+        e, c = jnp.minimum(chunk // cells.count, experts - 1), chunk % cells.count
+        found = _verdict(jnp.stack(cells.gathered(p, e, c), 1), e)
+        return first + size, verdict.at[chunk].set(found, mode="drop")
+
+    start = (jnp.int32(0), jnp.full(experts * cells.count, OUT, jnp.int32))
+    verdict = jax.lax.while_loop(lambda carry: carry[0] < total, some, start)[1].reshape(experts, -1)
+    at = [own[:, c] for c in cells.corner_patches]
+    lowest, highest = functools.reduce(jnp.minimum, at), functools.reduce(jnp.maximum, at)
+    floor = jnp.where(verdict == WHOLE, lowest, -1.0).max(0, keepdims=True)
+    return jnp.where(highest >= DOWN * floor, verdict, OUT)
+
+
+def _verdict(corners: Float[Array, "S 4 K"], e: Int[Array, " S"]) -> Int[Array, " S"]:
+    """Returns what the vectors at a cell's corners say about expert e there."""
+    own = jnp.take_along_axis(corners, e[:, None, None], axis=2)
+    lost = (corners > UP * own).all(1).any(1)
+    rivals = jnp.where(jnp.arange(corners.shape[-1])[None, None] == e[:, None, None], -1.0, corners)
+    whole = (own[..., 0] > UP * rivals.max(2)).all(1)
+    return jnp.where(lost, OUT, jnp.where(whole, WHOLE, OPEN))
+
+
+def _listed(mask: Bool[Array, "K cells"], size: int) -> tuple[Int[Array, " n"], Int[Array, ""]]:
+    """Returns (flat places of a mask, filled up with its size to whole chunks, their number)."""
+    length = -(-mask.size // size) * size
+    (pairs,) = jnp.nonzero(mask.ravel(), size=length, fill_value=mask.size)
+    return pairs.astype(jnp.int32), mask.sum(dtype=jnp.int32)
 
 
 def _over_pairs(
-    mask: Bool[Array, "K cells"],
-    best: Float[Array, "cells pixels"],
-    winner: Int[Array, "cells pixels"],
+    pairs: Int[Array, " n"],
+    total: Int[Array, ""],
+    cells: int,
+    state: tuple[Float[Array, "cells pixels"], Int[Array, "cells pixels"]],
     size: int,
     confidence: Callable[[Array, Array], Array],
 ) -> tuple[Float[Array, "cells pixels"], Int[Array, "cells pixels"]]:
-    """Returns (best, winner) after all pairs of `mask` have entered, `size` at a time.
+    """Returns (best, winner) after the first `total` pairs have entered, `size` at a time.
 
     `confidence(experts, cells)` gives [size, pixels], -1 where there is no claim. The result does not depend on the
     order of the pairs: the larger confidence wins, and the lower expert among equal ones.
     """
-    experts, cells = mask.shape
-    total = mask.sum(dtype=jnp.int32)
-    (pairs,) = jnp.nonzero(mask.ravel(), size=-(-mask.size // size) * size, fill_value=mask.size)
 
     def some(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         first, best, winner = carry
-        chunk = jax.lax.dynamic_slice(pairs, (first,), (size,)).astype(jnp.int32)
-        valid = (chunk < mask.size)[:, None]
-        e, c = jnp.minimum(chunk // cells, experts - 1), chunk % cells
+        chunk = jax.lax.dynamic_slice(pairs, (first,), (size,))
+        valid = (first + jnp.arange(size) < total)[:, None]
+        e, c = jnp.where(valid[:, 0], chunk // cells, 0), chunk % cells
         value = jnp.where(valid, confidence(e, c), -1.0)
         before = best[c]
         best = best.at[c].max(value)
         after = best[c]
         # a raised pixel forgets its winner; then the lowest of those who hold the new best takes it
-        winner = winner.at[c].max(jnp.where(after > before, experts, -1))
-        winner = winner.at[c].min(jnp.where((value >= 0) & (value == after), e[:, None], experts))
+        nobody = jnp.iinfo(jnp.int32).max
+        winner = winner.at[c].max(jnp.where(after > before, nobody, -1))
+        winner = winner.at[c].min(jnp.where((value >= 0) & (value == after), e[:, None], nobody))
         return first + size, best, winner
 
-    return jax.lax.while_loop(lambda carry: carry[0] < total, some, (jnp.int32(0), best, winner))[1:]
+    return jax.lax.while_loop(lambda carry: carry[0] < total, some, (jnp.int32(0), *state))[1:]
 
 
 class _Side:
@@ -189,7 +218,7 @@ class _Side:
         self.fraction[self.cell, self.place] = taps.fraction
 
 
-class _Cells:
+class Cells:
     """The cells of a window: pixels grouped by the four patches they are interpolated from. All static."""
 
     def __init__(self, rows: Taps, columns: Taps, grid: tuple[int, int]) -> None:
@@ -203,6 +232,10 @@ class _Cells:
         self.corner_patches = np.stack([i * grid[1] + j for i, j in ends])  # [4, cells]: top, bottom left; then right
         self.fraction_y, self.fraction_x = down.fraction[y], across.fraction[x]
 
+    def gathered(self, p: Float[Array, "E P K"], e: Int[Array, " S"], c: Int[Array, " S"]) -> list[Array]:
+        """Returns expert e's vectors [S, K] at the four corners of cell c."""
+        return [p[e, jnp.asarray(patch)[c]] for patch in self.corner_patches]
+
     def own(self, p: Float[Array, "E P K"], e: Int[Array, " S"], c: Int[Array, " S"]) -> Float[Array, "S pixels"]:
         """Returns p_e[e] at the pixels of each (expert, cell) pair."""
         corners = [p[e, jnp.asarray(patch)[c], e] for patch in self.corner_patches]
@@ -210,11 +243,8 @@ class _Cells:
 
     def claim(self, p: Float[Array, "E P K"], e: Int[Array, " S"], c: Int[Array, " S"]) -> Float[Array, "S pixels"]:
         """Returns p_e[e] at the pixels of each pair where expert e claims, else -1."""
-        corners = [p[e, jnp.asarray(patch)[c]] for patch in self.corner_patches]
-        values = self._spread(corners, c)
-        own = self.own(p, e, c)
-        k = jnp.arange(p.shape[-1])[None, :, None]
-        e = e[:, None, None]
+        values, own = self._spread(self.gathered(p, e, c), c), self.own(p, e, c)
+        k, e = jnp.arange(p.shape[-1])[None, :, None], e[:, None, None]
         earlier = jnp.where(k < e, values, -1.0).max(1)
         later = jnp.where(k > e, values, -1.0).max(1)
         return jnp.where((own > earlier) & (own >= later), own, -1.0)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from fmda.methods.floss.chain import (
     Geometry,
     Taps,
+    best_of,
     bucket,
     in_bands,
     interpolate,
@@ -31,6 +32,7 @@ from fmda.methods.floss.chain import (
     side_by_side,
     zero_padded,
 )
+from fmda.methods.floss.experts import expert_probabilities
 from fmda.methods.floss.features import Patches
 from fmda.methods.floss.fusion import fuse, fuse_patches, fuse_reference
 from fmda.methods.floss.hosts import HostConfig
@@ -167,8 +169,7 @@ def _decide(
     """Returns (labels, confidence) from the chain's last map."""
     if host.softmax == "image":
         scores = jax.nn.softmax(host.scale * scores, axis=-1)
-    scores = merge_queries(scores, classes)
-    return scores.argmax(-1), scores.max(-1)
+    return best_of(merge_queries(scores, classes))
 
 
 def _linear(p: Float[Array, "hn wn Q"], rows: Float[Array, "R hn"], columns: Float[Array, "W wn"]) -> Array:
@@ -244,7 +245,10 @@ def _fused(
 
     def window(total: Array, item: tuple[Patches, Array]) -> tuple[Array, None]:
         one, corner = item
-        p = _window_probabilities(host, one, classifiers, background)
+        if exact and background is None:
+            p = expert_probabilities(one.features, classifiers, host.scale, inside[0].taps, inside[1].taps)
+        else:
+            p = _window_probabilities(host, one, classifiers, background)
         fused = combine(p, inside[0].taps, inside[1].taps)
         start = (corner[0], corner[1], jnp.zeros((), corner.dtype))
         old = jax.lax.dynamic_slice(total, start, fused.shape)
@@ -263,8 +267,11 @@ def _fused(
 def _window_probabilities(
     host: HostConfig, one: Patches, classifiers: Array, background: int | None
 ) -> Float[Array, "E h w Q"]:
-    p = patch_scores(host, Patches(*(a[None] for a in one)), classifiers, softmax=True, background=background)[0]
-    return jnp.moveaxis(p, 2, 0)
+    """Returns the probabilities of one window; expert by expert, so that each one's scores stay in the cache."""
+    batch = Patches(*(a[None] for a in one))
+    return jax.lax.map(
+        lambda w: patch_scores(host, batch, w, softmax=True, background=background)[0], classifiers
+    )
 
 
 def agreement(first: Int[np.ndarray, "H W"], second: Int[np.ndarray, "H W"], classes: int) -> Int[np.ndarray, "K 3"]:

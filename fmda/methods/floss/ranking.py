@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from fmda.mesh import BATCH, replicated
-from fmda.methods.floss.chain import Geometry, Resolution, bucket, merge_queries, side_by_side, zero_padded
+from fmda.methods.floss.chain import Geometry, Resolution, best_of, bucket, merge_queries, side_by_side, zero_padded
 from fmda.methods.floss.features import Patches
 from fmda.methods.floss.hosts import HostConfig
 from fmda.methods.floss.predict import patch_scores
@@ -161,8 +161,7 @@ def measures(
         scores = jax.nn.softmax(z, axis=-1)
     q = merge_queries(scores, classes)
     h = entropy(q, z if q.shape == scores.shape else None)
-    labels = q.argmax(-1)
-    best = q.max(-1)
+    labels, best = best_of(q)
     second = jnp.where(jnp.arange(q.shape[-1])[None, None, None] == labels[..., None], -1.0, q).max(-1)
     right = jnp.concatenate([labels[..., 1:], labels[..., -1:]], axis=-1)
     zero = jnp.zeros_like(best)
@@ -228,7 +227,7 @@ def _scan(
                 other = None
                 if p_mirrored is not None:
                     turned = stretch(p_mirrored, row, across[1])
-                    other = merge_queries(turned, classes).argmax(-1)
+                    other = best_of(merge_queries(turned, classes))[0]
                 found, values = measures(
                     host, stretch(p, row, across[0]), classes, ordinary_labels, other, truth if scored else None
                 )
@@ -248,7 +247,7 @@ def _scan(
     def ordinary_band(item: tuple[Array, Array]) -> tuple[Array, Array]:
         row, ok = item
         scores = stretch(whole, row, columns)
-        found = merge_queries(scores, classes).argmax(-1)[0]
+        found = best_of(merge_queries(scores, classes))[0][0]
         return found, count(found, ok).sum((0, 1))
 
     ordinary_labels, ordinary_counts = jax.lax.map(ordinary_band, cut[:2])

@@ -45,7 +45,7 @@ class CropConfig:
     least: float = 0.02
 
 
-class Scenes:
+class Scenes(Sequence[dict[str, Any]]):
     """Rendered pictures of several data-set folders, as a random-access source of plain dicts."""
 
     def __init__(self, roots: Sequence[str | Path]) -> None:
@@ -63,7 +63,7 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         root, row = self.rows[index]
         name = f"{row['name']}.png"
         return {
@@ -221,7 +221,7 @@ def spoiled(
             return cv2.resize(small, (side, side), interpolation=cv2.INTER_NEAREST), {"pixelated", "low resolution"}
         case 3:
             _, code = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(3, 12))])
-            return cv2.imdecode(code, cv2.IMREAD_COLOR), {"jpeg"}
+            return np.asarray(cv2.imdecode(code, cv2.IMREAD_COLOR)), {"jpeg"}
         case 4:
             grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
             return np.repeat(grey[..., None], 3, axis=-1), {"grey"}

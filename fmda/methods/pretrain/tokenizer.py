@@ -7,6 +7,7 @@ configuration differ; so the merges are learned here, and only applied by the li
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -26,7 +27,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> CLIP
     blank = CLIPTokenizer(vocab=_numbered([*entries, START, END]), merges=[])
     merges = _merges(_word_counts(texts, blank), vocabulary - len(entries) - 2)
     entries += dict.fromkeys(left + right for left, right in merges)
-    tokenizer = CLIPTokenizer(vocab=_numbered([*entries, START, END]), merges=merges)
+    pairs: Any = merges  # the library's annotation says text; it takes pairs alone
+    tokenizer = CLIPTokenizer(vocab=_numbered([*entries, START, END]), merges=pairs)
     tokenizer.save_pretrained(str(folder))
     return tokenizer
 
