@@ -1,6 +1,6 @@
 """Pictures per second of the street world's renderer, as `write_world` calls it: JSON to stdout.
 
-    python benchmarks/world_speed.py [--height 128] [--width 256] [--images 96] [--batch 4] [--threads 2] [--out FILE]
+python benchmarks/world_speed.py [--height 128] [--width 256] [--images 96] [--batch 4] [--threads 2] [--out FILE]
 """
 
 import argparse

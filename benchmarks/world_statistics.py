@@ -1,6 +1,6 @@
 """How often each class occurs in the street world, beside Cityscapes and KITTI: table to stderr, JSON to stdout.
 
-    python benchmarks/world_statistics.py [--domains photo,game] [--images 200] [--out FILE]
+python benchmarks/world_statistics.py [--domains photo,game] [--images 200] [--out FILE]
 """
 
 import argparse
@@ -43,7 +43,13 @@ def statistics(domains: list[str], images: int, height: int, width: int, seed: i
             "median_pixels": int(np.median(seen)) if len(seen) else 0,
         }
     void = 100.0 * (1.0 - pixels.sum() / (len(pixels) * height * width))
-    return {"domains": domains, "images": len(pixels), "size": [height, width], "void": round(float(void), 2), "classes": rows}
+    return {
+        "domains": domains,
+        "images": len(pixels),
+        "size": [height, width],
+        "void": round(float(void), 2),
+        "classes": rows,
+    }
 
 
 def main() -> None:
@@ -57,7 +63,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result = statistics(args.domains.split(","), args.images, args.height, args.width, args.seed)
-    print(f"{'class':<15}{'world %':>9}{'Cityscapes %':>14}{'KITTI %':>9}{'in images %':>13}{'median px':>11}", file=sys.stderr)
+    print(
+        f"{'class':<15}{'world %':>9}{'Cityscapes %':>14}{'KITTI %':>9}{'in images %':>13}{'median px':>11}",
+        file=sys.stderr,
+    )
     for name, row in result["classes"].items():
         line = f"{name:<15}{row['share']:>9.2f}{row['cityscapes']:>14.1f}{row['kitti']:>9.1f}{row['images']:>13.1f}"
         print(f"{line}{row['median_pixels']:>11}", file=sys.stderr)

@@ -75,7 +75,9 @@ def write_world(config: RenderConfig, folder: str | Path) -> list[Path]:
             _write_domain(root, config, domain, count)
         _atomically(folder / "contact-sheet.png", _png(contact_sheet(roots)))
     except OSError as fault:
-        raise UserError(f"{fault.filename or folder}: cannot write ({fault.strerror}); free or choose another place") from fault
+        raise UserError(
+            f"{fault.filename or folder}: cannot write ({fault.strerror}); free or choose another place"
+        ) from fault
     return roots
 
 
@@ -91,7 +93,9 @@ def stages(config: RenderConfig) -> list[Stage]:
 
 def plan(config: RenderConfig) -> Plan:
     """Returns what would be drawn."""
-    notes = tuple(f"{name}: {count} pictures of {config.height} x {config.width}" for name, count in config.domains.items())
+    notes = tuple(
+        f"{name}: {count} pictures of {config.height} x {config.width}" for name, count in config.domains.items()
+    )
     return Plan(stages=(("render", "draw data sets of the street world"),), notes=notes)
 
 
@@ -125,7 +129,9 @@ def _claim(root: Path, config: RenderConfig) -> None:
     for part in ("images", "labels", "instances"):
         (root / part).mkdir(parents=True, exist_ok=True)
     class_list("cityscapes").save(root / "classes.yaml")
-    text = json.dumps({"config": identity, "domain": root.name, "classes": list(CLASSES), "mark": fingerprint(identity)}, indent=1)
+    text = json.dumps(
+        {"config": identity, "domain": root.name, "classes": list(CLASSES), "mark": fingerprint(identity)}, indent=1
+    )
     _atomically(meta, text.encode())
 
 
@@ -135,7 +141,11 @@ def _write_domain(root: Path, config: RenderConfig, domain: str, count: int) -> 
     missing = [i for i, name in enumerate(names) if name not in lines or not _complete(root, name)]
     with ThreadPoolExecutor(2) as pool, open(root / "captions.jsonl", "a", encoding="utf-8") as journal:
         for name, picture in track(_pictures(config, domain, missing), f"render {domain}", len(missing)):
-            files = {"images": picture["image"][..., ::-1], "labels": picture["labels"], "instances": picture["instances"]}
+            files = {
+                "images": picture["image"][..., ::-1],
+                "labels": picture["labels"],
+                "instances": picture["instances"],
+            }
             list(pool.map(lambda item: _atomically(root / item[0] / f"{name}.png", _png(item[1])), files.items()))  # noqa: B023
             if name not in lines:
                 # one line per picture, after its files: a torn last line is read as missing
@@ -210,14 +220,21 @@ def contact_sheet(roots: list[Path], columns: int = SHEET_COLUMNS) -> np.ndarray
     rows = []
     for root in roots:
         paths = sorted((root / "images").glob("*.png"))[: columns - 1]
-        cells = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in paths]
-        labels = cv2.imread(str(root / "labels" / paths[-1].name), cv2.IMREAD_UNCHANGED)
+        cells = [_read(path) for path in paths]
+        labels = _read(root / "labels" / paths[-1].name)
         cells.append(np.ascontiguousarray(colours[labels][..., ::-1]))
         cells += [np.zeros_like(cells[0])] * (columns - len(cells))
         row = np.hstack(cells)
         scale = min(1.0, 1800.0 / row.shape[1])
         rows.append(cv2.resize(row, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
     return np.vstack(rows)
+
+
+def _read(path: Path) -> np.ndarray:
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise UserError(f"{path}: truncated or no PNG; delete it and draw the folder again")
+    return np.asarray(pixels)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -237,5 +254,3 @@ def _atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
-
-

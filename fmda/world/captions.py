@@ -42,7 +42,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 
 _PLAIN_SHARE = 0.68
 _MASS = frozenset({"vegetation", "terrain", "sky", "foliage", "grass", "asphalt", "cloudy sky", "open sky", "facade"})
-_PLURALS = {"person": "people", "man": "men", "woman": "women", "bus": "buses", "city bus": "city buses", "lorry": "lorries",
+_PLURALS = {"person": "people", "man": "men", "woman": "women", "bus": "buses", "city bus": "city buses",
+            "lorry": "lorries",
             "bush": "bushes", "coach": "coaches", "person riding": "people riding"}  # fmt: skip
 _NUMBERS = ("no", "a", "two", "three", "four", "five")
 _LEAST_SHARE = 0.0008
@@ -102,10 +103,10 @@ def _content(labels: np.ndarray, instances: np.ndarray) -> Facts:
             near = bool(sizes[i] >= 0.006 * labels.size)
             name = CLASSES[kind[i]]
             objects.append({"class": name, "id": int(i), "pixels": int(sizes[i]), "place": place, "near": near})
-    counts: dict[str, int] = {}
+    number: dict[str, int] = {}
     for item in objects:
-        counts[item["class"]] = counts.get(item["class"], 0) + 1
-    return {"size": [height, width], "classes": classes, "counts": counts, "objects": objects}
+        number[str(item["class"])] = number.get(str(item["class"]), 0) + 1
+    return {"size": [height, width], "classes": classes, "counts": number, "objects": objects}
 
 
 def word(name: str, rng: np.random.Generator, plain: float = _PLAIN_SHARE) -> str:
@@ -176,7 +177,13 @@ def content_phrase(facts: Facts, rng: np.random.Generator, most: int = 3) -> str
 
 _STYLE_PHRASES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of {}", "a photograph of {}", "a picture of {}", "an image of {}", "{}", "a street photo of {}"),
-    "video game": ("a video game picture of {}", "a rendering of {}", "a screenshot of {}", "{} in a video game", "a rendition of {}"),
+    "video game": (
+        "a video game picture of {}",
+        "a rendering of {}",
+        "a screenshot of {}",
+        "{} in a video game",
+        "a rendition of {}",
+    ),
     "painting": ("a painting of {}", "an oil painting of {}", "a painted {}", "art of {}"),
     "watercolor": ("a watercolor painting of {}", "a painting of {}", "a watercolor of {}"),
     "drawing": ("a drawing of {}", "a crayon drawing of {}", "a doodle of {}"),
@@ -211,7 +218,11 @@ _TIME_PHRASES: dict[str, tuple[str, ...]] = {
     "dusk": ("at dusk", "in the evening", "at twilight"),
     "night": ("at night", "by night", "in the dark"),
 }
-_PLACES = {"left": ("on the left", "to the left"), "right": ("on the right", "to the right"), "centre": ("in the middle", "ahead")}
+_PLACES = {
+    "left": ("on the left", "to the left"),
+    "right": ("on the right", "to the right"),
+    "centre": ("in the middle", "ahead"),
+}
 
 
 def _scene_phrase(facts: Facts, rng: np.random.Generator) -> str:

@@ -79,23 +79,21 @@ def wet_road(color: Array, labels: Array, horizon: Array, wet: Array, seed: Arra
     return jnp.where(ground[..., None], color + (mirrored - color) * strength[..., None], color)
 
 
-def develop(color: Rgb, labels: Array, depth: Array, horizon: Array, scene: Scene, reduce: int) -> UInt8[Array, "h w 3"]:
+def develop(
+    color: Rgb, labels: Array, depth: Array, horizon: Array, scene: Scene, reduce: int
+) -> UInt8[Array, "h w 3"]:
     """Returns the finished picture, averaged over blocks of `reduce` pixels, from linear light."""
     look = scene.look
     seed = scene.seed.astype(jnp.int32)
     image = color.stack()
-    image = jax.lax.cond(
-        look.wet > 0.05, lambda i: wet_road(i, labels, horizon, look.wet, seed), lambda i: i, image
-    )
+    image = jax.lax.cond(look.wet > 0.05, lambda i: wet_road(i, labels, horizon, look.wet, seed), lambda i: i, image)
     if reduce > 1:
         height, width, _ = image.shape
         image = image.reshape(height // reduce, reduce, width // reduce, reduce, 3).mean((1, 3))
         middle = slice(reduce // 2, None, reduce)
         labels, depth = labels[middle, middle], depth[middle, middle]
     height, width, _ = image.shape
-    image = jax.lax.cond(
-        look.rainfall + look.snowfall > 0.0, lambda i: fallen(i, scene, depth), lambda i: i, image
-    )
+    image = jax.lax.cond(look.rainfall + look.snowfall > 0.0, lambda i: fallen(i, scene, depth), lambda i: i, image)
     image = glow(image, look.bloom)
     image = blurred(image, jnp.clip(look.blur * (height / 128.0) ** 0.5, 0.0, 1.0))
     v = jnp.linspace(-1.0, 1.0, height)[:, None]
@@ -125,5 +123,3 @@ def tone(light: Array) -> Array:
     light = jnp.maximum(light, 0.0)
     curve = light * (2.51 * light + 0.03) / (light * (2.43 * light + 0.59) + 0.14)
     return jnp.minimum(curve, 1.0) ** (1.0 / 2.2)
-
-

@@ -64,9 +64,9 @@ def ground_color(
     hue = lattice(seed, 3), lattice(seed, 4), lattice(seed, 5)
     broad = fractal(x * 0.33, z * 0.33, seed, 2)
     fade = ramp(along, 0.5, 0.05)
-    grain = (value_noise(x * 17.0, z * 17.0, seed) - 0.5) * fade + (value_noise(x * 4.3, z * 4.3, seed + 1) - 0.5) * ramp(
-        along, 2.5, 0.3
-    )
+    grain = (value_noise(x * 17.0, z * 17.0, seed) - 0.5) * fade + (
+        value_noise(x * 4.3, z * 4.3, seed + 1) - 0.5
+    ) * ramp(along, 2.5, 0.3)
     texture = look.texture
 
     # road: patches of repair, tyre tracks, markings, rails
@@ -96,7 +96,8 @@ def ground_color(
     slab = lattice(jnp.floor(slab_x), jnp.floor(slab_z), seed + 3) - 0.5
     stone = rgb(0.27, 0.26, 0.245).mix(rgb(0.33, 0.22, 0.18), ramp(hue[2], 0.75, 0.8)).times(0.8 + 0.5 * hue[0])
     stone = stone.times(
-        (1.0 + texture * (0.4 * (broad - 0.5) + 0.25 * grain + 0.22 * slab * ramp(along, 1.5, 0.3))) * (1.0 - 0.4 * joints)
+        (1.0 + texture * (0.4 * (broad - 0.5) + 0.25 * grain + 0.22 * slab * ramp(along, 1.5, 0.3)))
+        * (1.0 - 0.4 * joints)
     )
     edge = jnp.abs(side) - street.half
     stone = where(edge < 0.16, rgb(0.40, 0.39, 0.37).times(1.0 + 0.3 * grain), stone)
@@ -114,9 +115,7 @@ def ground_color(
     return _weathered(g, color, x, z, broad, seed, look)
 
 
-def _weathered(
-    g: Ground, color: Rgb, x: Array, z: Array, broad: Array, seed: Array, look: Look
-) -> tuple[Rgb, Array]:
+def _weathered(g: Ground, color: Rgb, x: Array, z: Array, broad: Array, seed: Array, look: Look) -> tuple[Rgb, Array]:
     """Water darkens and mirrors, snow covers all but the tracks; returns albedo and mirroring."""
     on_road = g.label == LABEL["road"]
     pool = ramp(broad + 0.6 * look.wet, 0.45, 0.95) * look.wet
@@ -147,7 +146,9 @@ def _markings(side: Array, far: Array, across: Array, along: Array, street: Stre
     stripe = side - jnp.floor(side)
     zebra = cover(before, 1.0, 4.2, along) * cover_cell(stripe, 0.0, 0.5, across) * street.zebra
     near = street.crossing < 100.0
-    white = jnp.maximum(white * ~(near & (before < 5.4) & (before > -street.crossing_width - 2.0)), near * jnp.maximum(stop, zebra))
+    white = jnp.maximum(
+        white * ~(near & (before < 5.4) & (before > -street.crossing_width - 2.0)), near * jnp.maximum(stop, zebra)
+    )
     # double yellow lines where traffic keeps to the left
     double = jnp.maximum(cover(rim, 0.22, 0.32, across), cover(rim, 0.42, 0.52, across))
     yellow = double * (street.side < 0.0) * ~street.country() * (street.paving % 2 < 1)

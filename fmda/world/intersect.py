@@ -31,7 +31,7 @@ class Hits(NamedTuple):
     """Ray parameter and index of the nearest solid, -1 where there is none; [S, P] each."""
 
     t: Float[Array, "s p"]
-    index: Int[Array, "s p"]
+    which: Int[Array, "s p"]
 
 
 def azimuth_interval(shape: str, g: Solids) -> tuple[Array, Array, Array]:
@@ -71,7 +71,7 @@ def cull(shape: str, g: Solids, low: Array, high: Array, limit: int) -> tuple[So
     reach = 0.5 * (high - low)[:, None] + half[None] + 1e-3
     seen = (jnp.abs(wrap(middle[None] - strip)) <= reach) & (g.hx > 0.0)[None]
     order = jnp.where(seen, -distance[None], -FAR)
-    best, index = jax.lax.top_k(order, min(limit, g.count))
+    best, index = jax.lax.top_k(order, min(limit, g.number))
     return _without(jax.tree.map(lambda a: a[index].T, g), best.T <= -FAR), index.T
 
 
@@ -164,7 +164,7 @@ def nearest_hits(groups: Groups, rays: Rays, limits: dict[str, int]) -> Hits:
 
         items = jax.tree.map(lambda a: a[:, :, None], (kept, where + offset))
         (t, index), _ = jax.lax.scan(nearer, (t, index), items, unroll=min(UNROLL, where.shape[0]))
-        offset += group.count
+        offset += group.number
     return Hits(t, index)
 
 
@@ -172,7 +172,7 @@ def nearest_casters(g: Solids, limit: int) -> Solids:
     """Returns the `limit` solids nearest to the camera that stand ahead of z = -25 m; others become absent."""
     distance = jnp.hypot(g.x, g.z)
     order = jnp.where((g.hx > 0.0) & (g.z > -25.0), -distance, -FAR)
-    best, index = jax.lax.top_k(order, min(limit, g.count))
+    best, index = jax.lax.top_k(order, min(limit, g.number))
     return _without(jax.tree.map(lambda a: a[index], g), best <= -FAR)
 
 
@@ -214,6 +214,6 @@ def occlusion(
         return jnp.maximum(shade, solid * through), None
 
     shade = jnp.zeros(shape, jnp.float32)
-    shade, _ = jax.lax.scan(box, shade, boxes, unroll=min(UNROLL, boxes.count))
-    shade, _ = jax.lax.scan(crown, shade, crowns, unroll=min(UNROLL, crowns.count))
+    shade, _ = jax.lax.scan(box, shade, boxes, unroll=min(UNROLL, boxes.number))
+    shade, _ = jax.lax.scan(crown, shade, crowns, unroll=min(UNROLL, crowns.number))
     return shade

@@ -57,7 +57,7 @@ def under_vehicles(x: Array, z: Array, vehicles: Solids) -> Array:
         present = jnp.where(p.y > -100.0, 0.8, 0.0)
         return jnp.minimum(light, 1.0 - present * shade * shade), None
 
-    return jax.lax.scan(darker, jnp.ones_like(x), vehicles, unroll=vehicles.count)[0]
+    return jax.lax.scan(darker, jnp.ones_like(x), vehicles, unroll=vehicles.number)[0]
 
 
 def lit(point: Point, scene: Scene, boxes: Solids, crowns: Solids, vehicles: Solids) -> Rgb:

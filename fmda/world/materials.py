@@ -128,7 +128,9 @@ def _facade(s: Surface, base: Rgb, seed: Array, grain: Array, fine: Array, look:
     pane = pane.mix(rgb(0.36, 0.34, 0.31), 0.7 * curtain)
     pane = pane.mix(frame.times(0.9), bars * ~shop)
     goods = lattice(jnp.floor(s.along * 1.9), jnp.floor(s.height * 2.3), seed)
-    pane = where(shop, rgb(0.05 + 0.22 * goods**3, 0.05 + 0.16 * _fraction(goods * 5.1) ** 3, 0.05 + 0.12 * goods**4), pane)
+    pane = where(
+        shop, rgb(0.05 + 0.22 * goods**3, 0.05 + 0.16 * _fraction(goods * 5.1) ** 3, 0.05 + 0.12 * goods**4), pane
+    )
     color = color.mix(pane, window)
     door = ground & ~shop & (dice < 0.3) & (jnp.abs(fu - 0.5) * step_u < 0.55) & (s.height < 2.2)
     color = where(door, second.times(0.35), color)
@@ -163,9 +165,7 @@ def _lamps_at(x: Array, y: Array, at: float, wide: float, low: float, high: floa
     return (jnp.abs(jnp.abs(x) - at) < wide) & (y > low) & (y < high)
 
 
-def _vehicle_body(
-    s: Surface, base: Rgb, second: Rgb, seed: Array, look: Look
-) -> tuple[Rgb, Rgb, Array]:
+def _vehicle_body(s: Surface, base: Rgb, second: Rgb, seed: Array, look: Look) -> tuple[Rgb, Rgb, Array]:
     """Lower body of a car with lamps, plates and sills, or (detail 2) the box of a truck."""
     p = s.solid
     x, y, z = (a / jnp.maximum(h, 1e-3) for a, h in zip(s.local, (p.hx, p.hy, p.hz), strict=True))
@@ -176,7 +176,11 @@ def _vehicle_body(
     color = base.times(dirt)
     sill = (y < -0.62) & ~cargo
     color = where(sill, rgb(0.03, 0.03, 0.032), color)
-    seam = (cover(s.local[2], -0.02, 0.02, s.foot) + cover(s.local[2] + 0.95, -0.02, 0.02, s.foot)) * (s.side == 0) * ~cargo
+    seam = (
+        (cover(s.local[2], -0.02, 0.02, s.foot) + cover(s.local[2] + 0.95, -0.02, 0.02, s.foot))
+        * (s.side == 0)
+        * ~cargo
+    )
     color = color.times(1.0 - 0.55 * seam)
     # wheel arches
     arch = (s.side == 0) & ~cargo & (jnp.hypot(jnp.abs(s.local[2]) - 0.62 * p.hz, s.height - 0.31) < 0.40)
@@ -253,9 +257,13 @@ def _coach(s: Surface, base: Rgb, second: Rgb, seed: Array, look: Look) -> tuple
     tail = rear & _lamps_at(x, y, 0.85, 0.09, -0.75, -0.45)
     color = where(head, rgb(0.65, 0.66, 0.68), where(tail, rgb(0.4, 0.02, 0.015), color))
     glow = rgb(0.9, 0.5, 0.08).times(text * 0.5)
-    glow = glow.plus(rgb(1.8, 1.75, 1.6).times(head * look.lamps * 1.6)).plus(rgb(1.0, 0.05, 0.03).times(tail * look.lamps))
+    glow = glow.plus(rgb(1.8, 1.75, 1.6).times(head * look.lamps * 1.6)).plus(
+        rgb(1.0, 0.05, 0.03).times(tail * look.lamps)
+    )
     inner = glass & ~screen & ~cab
-    glow = glow.plus(rgb(0.95, 0.92, 0.75).times(inner * 0.5 * jnp.minimum(look.lamps, 1.0) * ramp(look.lit, 0.0, 0.15)))
+    glow = glow.plus(
+        rgb(0.95, 0.92, 0.75).times(inner * 0.5 * jnp.minimum(look.lamps, 1.0) * ramp(look.lit, 0.0, 0.15))
+    )
     return color, glow, jnp.where(glass, 0.45, 0.1)
 
 
@@ -275,7 +283,8 @@ def _masonry(s: Surface, base: Rgb, seed: Array, grain: Array, fine: Array, look
     row = jnp.floor(s.height / 0.16)
     u = s.along / 0.42 + 0.5 * _fraction(row * 0.5) * 2.0
     joint = jnp.maximum(
-        cover_cell(_fraction(u), 0.0, 0.07, s.foot / 0.42), cover_cell(_fraction(s.height / 0.16), 0.0, 0.16, s.foot / 0.16)
+        cover_cell(_fraction(u), 0.0, 0.07, s.foot / 0.42),
+        cover_cell(_fraction(s.height / 0.16), 0.0, 0.16, s.foot / 0.16),
     )
     panel = cover_cell(_fraction(s.along / 2.6), 0.0, 0.02, s.foot / 2.6)
     stones = lattice(jnp.floor(u), row, seed) - 0.5
@@ -316,7 +325,9 @@ def _sign(s: Surface, seed: Array) -> Rgb:
     radius = jnp.hypot(x, y)
     bar = (jnp.abs(y) < 0.2) & (jnp.abs(x) < 0.65)
     no_entry = where(bar, white, red)
-    ring = where(radius > 0.68, red, where((jnp.abs(x) < 0.42) & (jnp.abs(y) < 0.3) & (_fraction(x * 1.4) > 0.3), black, white))
+    ring = where(
+        radius > 0.68, red, where((jnp.abs(x) < 0.42) & (jnp.abs(y) < 0.3) & (_fraction(x * 1.4) > 0.3), black, white)
+    )
     arrow = where((jnp.abs(x) < 0.14) & (jnp.abs(y) < 0.6), white, rgb(0.02, 0.12, 0.48))
     disc = where(hue < 0.25, no_entry, where(hue < 0.7, ring, arrow))
     inner = (y > -0.62) & (jnp.abs(x) < 0.55 * (0.62 - y) * 0.72)

@@ -4,12 +4,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def lattice(i: Array, j: Array, seed: Array | int = 0) -> Float[Array, "..."]:
+def lattice(i: Array | int, j: Array | int, seed: Array | int = 0) -> Float[Array, "..."]:
     """Returns a uniform number in [0, 1) for each integer cell (i, j) and seed, all of one shape or scalar."""
-    i = jnp.asarray(i).astype(jnp.int32).astype(jnp.uint32)
-    j = jnp.asarray(j).astype(jnp.int32).astype(jnp.uint32)
-    k = jnp.asarray(seed).astype(jnp.int32).astype(jnp.uint32)
-    h = i * jnp.uint32(0x9E3779B1) + j * jnp.uint32(0x85EBCA77) + k * jnp.uint32(0xC2B2AE3D)
+    row, column, salt = (jnp.asarray(a).astype(jnp.int32).astype(jnp.uint32) for a in (i, j, seed))
+    h = row * jnp.uint32(0x9E3779B1) + column * jnp.uint32(0x85EBCA77) + salt * jnp.uint32(0xC2B2AE3D)
     h = (h ^ (h >> 15)) * jnp.uint32(0x2C1B3C6D)
     h = (h ^ (h >> 13)) * jnp.uint32(0x297A2D39)
     return (h >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-24)

@@ -79,9 +79,7 @@ def settled(stage: Callable[..., T], *values: Any, ready: Array) -> T:
     """Returns stage(*values), computed once: a branch on `ready`, which always holds, is a wall that the compiler
     does not fuse across. Fused into one program, the stages would repeat the first of them for every use."""
     shapes = jax.eval_shape(stage, *values)
-    return jax.lax.cond(
-        ready, stage, lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), *values
-    )
+    return jax.lax.cond(ready, stage, lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), *values)
 
 
 def _draw(key: PRNGKeyArray, domain: Int[Array, ""], height: int, width: int, supersample: int) -> Rendering:
@@ -136,7 +134,9 @@ def camera_rays(scene: Scene, height: int, width: int) -> tuple[Rays, Array, Arr
     twig = jnp.abs(value_noise(azimuth * 95.0 + 40.0 * slope, slope * 70.0, seed + 3) - 0.5)
     fine = 1.0 - 2.0 * jnp.minimum(limb * 1.1, twig)
     flat = (STRIPS, -1)
-    rays = Rays(*(a.reshape(flat) for a in (x, y, z)), camera.height, rough.reshape(flat), fine.reshape(flat))
+    rays = Rays(
+        x.reshape(flat), y.reshape(flat), z.reshape(flat), camera.height, rough.reshape(flat), fine.reshape(flat)
+    )
     return rays, 1.0 / focal, 0.5 * height - focal * jnp.tan(camera.pitch)
 
 
@@ -152,16 +152,22 @@ def trace(scene: Scene, height: int, width: int) -> tuple[Rgb, Array, Array, Arr
         """Strips back to rows and columns."""
         return a.reshape(STRIPS, height, -1).transpose(1, 0, 2).reshape(height, -1)[:, :width]
 
-    dx, dy, dz, t_solid, index = (picture(a) for a in (rays.x, rays.y, rays.z, hits.t, hits.index))
+    dx, dy, dz, t_solid, index = (picture(a) for a in (rays.x, rays.y, rays.z, hits.t, hits.which))
     eye = scene.camera.height
-    ground, on_solid, on_sky, near, position, view = stage(partial(_seen, eye=eye, street=scene.street), dx, dy, dz, t_solid, index)
-    (px, _, pz), (ux, uy, uz) = position, view
+    ground, on_solid, on_sky, near, position, view = stage(
+        partial(_seen, eye=eye, street=scene.street), dx, dy, dz, t_solid, index
+    )
+    px, _, pz = position
     surface = stage(partial(hit_surface, scene), index, position, view, near * pixel)
     finish = stage(paint, surface, scene.look)
     below, mirror = stage(partial(ground_color, street=scene.street, look=scene.look), ground, px, pz, pixel, eye)
     point = Point(
         position=position,
-        normal=tuple(jnp.where(on_solid, a, b) for a, b in zip(surface.normal, (0.0, 1.0, 0.0), strict=True)),
+        normal=(
+            jnp.where(on_solid, surface.normal[0], 0.0),
+            jnp.where(on_solid, surface.normal[1], 1.0),
+            jnp.where(on_solid, surface.normal[2], 0.0),
+        ),
         view=view,
         depth=near,
         albedo=where(on_solid, finish.albedo, below),
@@ -172,7 +178,17 @@ def trace(scene: Scene, height: int, width: int) -> tuple[Rgb, Array, Array, Arr
     )
     color = stage(lambda point, scene: lit(point, scene, *_casters(scene)), point, scene)
     color, labels, depth, instances = stage(
-        partial(_finished, height=height, width=width), scene, color, (dx, dz), position, view, near, on_solid, on_sky, ground, surface
+        partial(_finished, height=height, width=width),
+        scene,
+        color,
+        (dx, dz),
+        position,
+        view,
+        near,
+        on_solid,
+        on_sky,
+        ground,
+        surface,
     )
     return color, labels, instances, depth, horizon
 
@@ -221,8 +237,8 @@ def hit_surface(
     table = jnp.stack(everything, 1)
     rows = table[jnp.maximum(index, 0)]
     p = Solids(*(rows[..., k] for k in range(table.shape[1])))
-    first_ellipsoid = groups.boxes.count + groups.frusta.count
-    first_cylinder = first_ellipsoid + groups.ellipsoids.count
+    first_ellipsoid = groups.boxes.number + groups.frusta.number
+    first_cylinder = first_ellipsoid + groups.ellipsoids.number
     px, py, pz = position
     rx, ry, rz = px - p.x, py - p.y, pz - p.z
     lx, lz = p.cos * rx - p.sin * rz, p.sin * rx + p.cos * rz

@@ -14,11 +14,20 @@ POLES = 7  # per side
 PARTS = dict[str, list[Solids]]
 
 FACADES = (
-    (0.52, 0.44, 0.34), (0.60, 0.56, 0.48), (0.70, 0.67, 0.60), (0.33, 0.17, 0.12), (0.40, 0.24, 0.17), (0.45, 0.36, 0.22),
-    (0.36, 0.36, 0.36), (0.50, 0.50, 0.50), (0.62, 0.52, 0.33), (0.25, 0.24, 0.24), (0.45, 0.32, 0.26), (0.55, 0.45, 0.42),
+    (0.52, 0.44, 0.34), (0.60, 0.56, 0.48), (0.70, 0.67, 0.60), (0.33, 0.17, 0.12), (0.40, 0.24, 0.17),
+    (0.45, 0.36, 0.22),
+    (0.36, 0.36, 0.36), (0.50, 0.50, 0.50), (0.62, 0.52, 0.33), (0.25, 0.24, 0.24), (0.45, 0.32, 0.26),
+    (0.55, 0.45, 0.42),
     (0.30, 0.33, 0.36), (0.74, 0.73, 0.70),
 )  # fmt: skip
-ROOFS = ((0.30, 0.13, 0.09), (0.24, 0.13, 0.10), (0.13, 0.13, 0.14), (0.20, 0.16, 0.14), (0.36, 0.18, 0.11), (0.17, 0.18, 0.20))
+ROOFS = (
+    (0.30, 0.13, 0.09),
+    (0.24, 0.13, 0.10),
+    (0.13, 0.13, 0.14),
+    (0.20, 0.16, 0.14),
+    (0.36, 0.18, 0.11),
+    (0.17, 0.18, 0.20),
+)
 LEAVES = ((0.075, 0.13, 0.030), (0.10, 0.15, 0.045), (0.055, 0.10, 0.030), (0.13, 0.16, 0.05), (0.06, 0.12, 0.05))
 AUTUMN = ((0.36, 0.19, 0.04), (0.42, 0.27, 0.06), (0.30, 0.11, 0.04), (0.28, 0.22, 0.08))
 
@@ -74,7 +83,8 @@ def houses(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     along = u[:, 15] < 0.65
     roof = frame.solids(
         0.0, height + rise, 0.0, hx=depth + 0.35, hy=rise, hz=0.5 * cut + 0.3, label=LABEL["building"],
-        taper_x=jnp.where(along, 0.98, 0.4 * u[:, 16]), taper_z=jnp.where(along, 0.5 * u[:, 16] * (u[:, 16] > 0.4), 0.98),
+        taper_x=jnp.where(along, 0.98, 0.4 * u[:, 16]),
+        taper_z=jnp.where(along, 0.5 * u[:, 16] * (u[:, 16] > 0.4), 0.98),
         material=Material.ROOF, color=pick(u[:, 17], ROOFS) * (0.8 + 0.5 * u[:, 18:19]),
         seed=jnp.floor(u[:, 12] * 60000.0), present=pitched,
     )  # fmt: skip
@@ -128,7 +138,8 @@ def backdrop(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     along = jnp.where(across, 105.0 + 60.0 * u[:, 0], along)
     frame = street.frame(along, lateral)
     body = frame.solids(
-        0.0, 0.5 * height, 0.0, hx=jnp.where(across, 22.0, 8.0 + 8.0 * u[:, 4]), hy=0.5 * height, hz=6.0 + 6.0 * u[:, 4],
+        0.0, 0.5 * height, 0.0, hx=jnp.where(across, 22.0, 8.0 + 8.0 * u[:, 4]), hy=0.5 * height,
+        hz=6.0 + 6.0 * u[:, 4],
         label=LABEL["building"], material=Material.FACADE, color=pick(u[:, 5], FACADES), color2=pick(u[:, 6], FACADES),
         detail=u[:, 6], detail2=u[:, 7], seed=jnp.floor(u[:, 7] * 60000.0),
         present=jnp.where(town, u[:, 3] < 0.6, u[:, 3] < 0.12),
@@ -141,7 +152,8 @@ def backdrop(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     tall = radius * (0.55 + 0.4 * v[:, 3])
     grove = frame.solids(
         0.0, 0.55 * tall, 0.0, hx=radius, hy=tall, hz=radius, ragged=0.35, label=LABEL["vegetation"],
-        material=Material.LEAVES, color=leaf_colors(v[:, 4], v[:, 5], look.autumn) * 0.85, seed=jnp.floor(v[:, 5] * 60000.0),
+        material=Material.LEAVES, color=leaf_colors(v[:, 4], v[:, 5], look.autumn) * 0.85,
+        seed=jnp.floor(v[:, 5] * 60000.0),
         present=v[:, 3] < jnp.where(street.kind == 0, 0.45, jnp.where(street.country(), 0.9, 0.65)),
     )  # fmt: skip
     return {"boxes": [body], "ellipsoids": [grove]}
@@ -159,7 +171,9 @@ def trees(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     start = _starts(spacing, 3.5)
     start, _ = street.clear_of_crossing(start, jnp.zeros_like(start))
     garden = (kind == 1) & (u[:, 1] < 0.6)
-    gap = jnp.where(street.country(), 2.0 + 9.0 * u[:, 1], jnp.where(garden, walk + 1.0 + 3.0 * u[:, 2], 0.55 + 0.4 * u[:, 2]))
+    gap = jnp.where(
+        street.country(), 2.0 + 9.0 * u[:, 1], jnp.where(garden, walk + 1.0 + 3.0 * u[:, 2], 0.55 + 0.4 * u[:, 2])
+    )
     gap = jnp.where(kind == 3, 0.8 + (walk - 1.5) * u[:, 1], gap)
     frame = street.frame(start, side * (street.half + gap))
     there = u[:, 3] < chance
@@ -197,7 +211,8 @@ def trees(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     place = street.frame(4.0 + 55.0 * v[:, 2] ** 1.5, jnp.where(v[:, 0] < 0.5, -1.0, 1.0) * (edge + spread))
     wide = 0.5 + jnp.where(street.country(), 1.2, 0.5) * v[:, 3]
     bushes = place.solids(
-        0.0, 0.45 * wide, 0.0, hx=wide, hy=0.75 * wide, hz=wide * (0.8 + 0.8 * v[:, 4]), ragged=0.35, label=LABEL["vegetation"],
+        0.0, 0.45 * wide, 0.0, hx=wide, hy=0.75 * wide, hz=wide * (0.8 + 0.8 * v[:, 4]), ragged=0.35,
+        label=LABEL["vegetation"],
         material=Material.LEAVES, color=leaf_colors(v[:, 5], v[:, 6], look.autumn), seed=jnp.floor(v[:, 6] * 60000.0),
         present=v[:, 4] < jnp.where(street.kind == 0, 0.2, 0.65),
     )  # fmt: skip
@@ -235,10 +250,14 @@ def poles(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
         -side * 1.5, height - 0.12, 0.0, hx=0.42, hy=0.07, hz=0.16, label=pole, material=Material.LAMP,
         color=(0.5, 0.5, 0.48), present=there & lamp,
     )  # fmt: skip
-    box = dict(hx=0.19, hy=0.5, hz=0.16, label=LABEL["traffic light"], material=Material.SIGNAL, color=(0.03, 0.035, 0.03))
+    box = dict(
+        hx=0.19, hy=0.5, hz=0.16, label=LABEL["traffic light"], material=Material.SIGNAL, color=(0.03, 0.035, 0.03)
+    )
     state = jnp.floor(u[:, 8] * 3.0)
     lights = frame.solids(0.0, height - 0.35, -0.22, detail=state, seed=seed, present=there & signal, **box)
-    over = frame.solids(-side * (reach * 1.9), height + 0.95, -0.1, detail=state, seed=seed, present=there & mast, **box)
+    over = frame.solids(
+        -side * (reach * 1.9), height + 0.95, -0.1, detail=state, seed=seed, present=there & mast, **box
+    )
     shape, hue = u[:, 9], u[:, 10]
     size = jnp.where(street.kind == 5, 0.75, 0.33 + 0.12 * u[:, 11])
     rise = jnp.where(sign, height + 0.15, 2.6 + 0.5 * u[:, 12])
@@ -246,13 +265,38 @@ def poles(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     common = dict(label=LABEL["traffic sign"], material=Material.SIGN, seed=seed, detail2=hue)
     tilt = 0.12 * (u[:, 12] - 0.5)
     plates = frame.solids(
-        tilt, rise, -0.1, hx=size * (0.8 + 0.7 * hue), hy=size, hz=0.02, detail=0.0, present=signed & (shape < 0.42), **common
+        tilt,
+        rise,
+        -0.1,
+        hx=size * (0.8 + 0.7 * hue),
+        hy=size,
+        hz=0.02,
+        detail=0.0,
+        present=signed & (shape < 0.42),
+        **common,
     )
     discs = frame.solids(
-        tilt, rise, -0.1, hx=size, hy=size, hz=0.03, detail=1.0, present=signed & (shape >= 0.42) & (shape < 0.76), **common
+        tilt,
+        rise,
+        -0.1,
+        hx=size,
+        hy=size,
+        hz=0.03,
+        detail=1.0,
+        present=signed & (shape >= 0.42) & (shape < 0.76),
+        **common,
     )
     triangles = frame.solids(
-        tilt, rise, -0.1, hx=size * 1.1, hy=size, hz=0.02, taper_x=0.97, detail=2.0, present=signed & (shape >= 0.76), **common
+        tilt,
+        rise,
+        -0.1,
+        hx=size * 1.1,
+        hy=size,
+        hz=0.02,
+        taper_x=0.97,
+        detail=2.0,
+        present=signed & (shape >= 0.76),
+        **common,
     )
     bridge = _gantry(jax.random.fold_in(key, 1), street)
     return {
@@ -273,7 +317,9 @@ def _gantry(key: PRNGKeyArray, street: Street) -> PARTS:
     frame = street.frame(along, side * wide)
     grey = (0.42, 0.43, 0.44)
     posts = frame.solids(0.0, 3.3, 0.0, hx=0.16, hy=3.3, label=LABEL["pole"], color=grey, present=there)
-    beam = frame.solids(-side * 0.5 * wide, 6.3, 0.0, hx=0.5 * wide, hy=0.22, hz=0.15, label=LABEL["pole"], color=grey, present=there)
+    beam = frame.solids(
+        -side * 0.5 * wide, 6.3, 0.0, hx=0.5 * wide, hy=0.22, hz=0.15, label=LABEL["pole"], color=grey, present=there
+    )
     boards = frame.solids(
         -side * wide * (0.25 + 0.35 * u[:, 2]), 6.4, -0.25, hx=1.5 + 1.3 * u[:, 3], hy=0.9 + 0.5 * u[:, 4], hz=0.05,
         label=LABEL["traffic sign"], material=Material.SIGN, detail=0.0, detail2=0.05 + 0.3 * jnp.round(u[:, 5]),
@@ -290,7 +336,9 @@ def furniture(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     frame = street.frame(4.0 + 40.0 * u[:, 1], side * (street.half + 0.5 + jnp.maximum(walk - 1.0, 0.0) * u[:, 2]))
     frame = frame._replace(y=frame.y + 0.12)
     there = (u[:, 3] < 0.42 * street.density) & (street.kind <= 3)
-    color = pick(u[:, 4], ((0.06, 0.09, 0.07), (0.25, 0.26, 0.27), (0.42, 0.22, 0.05), (0.35, 0.33, 0.28), (0.05, 0.10, 0.25)))
+    color = pick(
+        u[:, 4], ((0.06, 0.09, 0.07), (0.25, 0.26, 0.27), (0.42, 0.22, 0.05), (0.35, 0.33, 0.28), (0.05, 0.10, 0.25))
+    )
     tall = 0.4 + 0.25 * u[:, 5]
     round_ = u[:, 6] < 0.45
     bins = frame.solids(0.0, tall, 0.0, hx=0.22 + 0.12 * u[:, 7], hy=tall, color=color, present=there & round_)
@@ -299,6 +347,3 @@ def furniture(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
         color=color, present=there & ~round_,
     )  # fmt: skip
     return {"boxes": [cases], "cylinders": [bins]}
-
-
-

@@ -1,7 +1,7 @@
 """Solids: the primitives of a scene as scalar arrays, one per field, and the frames they are placed in."""
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class Solids(NamedTuple):
     seed: Array
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """Number of primitives."""
         return int(self.x.shape[0])
 
@@ -75,7 +75,7 @@ class Solids(NamedTuple):
 _DEFAULTS = {"cos": 1.0, "label": float(VOID), "red": 0.5, "green": 0.5, "blue": 0.5}
 
 
-def solids(count: int, **fields: object) -> Solids:
+def solids(count: int, **fields: Any) -> Solids:
     """Returns `count` primitives; fields that are not given are zero, scalars are repeated.
 
     `color` and `color2` take [count, 3] and fill three fields each; `present` [count] removes primitives.
@@ -112,20 +112,19 @@ class Frame(NamedTuple):
     sin: Array
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """Number of places."""
         return int(self.x.shape[0])
 
-    def solids(self, right: object, up: object, ahead: object, turn: float = 0.0, **fields: object) -> Solids:
-        """Returns one primitive per place, centred at local (right, up, ahead), turned by `turn` radians more."""
-        c, s = jnp.cos(turn), jnp.sin(turn)
+    def solids(self, right: Array | float, up: Array | float, ahead: Array | float, **fields: Any) -> Solids:
+        """Returns one primitive per place, centred at local (right, up, ahead), facing as the place does."""
         return solids(
-            self.count,
+            self.number,
             x=self.x + self.cos * right + self.sin * ahead,
             y=self.y + up,
             z=self.z - self.sin * right + self.cos * ahead,
-            cos=self.cos * c - self.sin * s,
-            sin=self.sin * c + self.cos * s,
+            cos=self.cos,
+            sin=self.sin,
             **fields,
         )
 

@@ -1,13 +1,14 @@
 """Styles: the same street as a painting, a drawing, a bad photo. Each works on a finished picture in [0, 1]."""
 
 from collections.abc import Callable
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fmda.world.noise import fractal, lattice, pixel_noise, value_noise
 from fmda.world.names import STYLES
+from fmda.world.noise import fractal, lattice, pixel_noise, value_noise
 
 _GREY = (0.30, 0.59, 0.11)
 
@@ -46,8 +47,8 @@ def _kuwahara(image: Array, reach: int) -> Array:
     for dy in (-reach, reach):
         for dx in (-reach, reach):
             near = [_shifted(image, dy * k // 2, dx * m // 2) for k in (0, 1, 2) for m in (0, 1, 2)]
-            mean = sum(near) / 9.0
-            spread = (sum(n * n for n in near) / 9.0 - mean * mean).sum(-1)
+            mean = reduce(jnp.add, near) / 9.0
+            spread = (reduce(jnp.add, [n * n for n in near]) / 9.0 - mean * mean).sum(-1)
             calmer = spread < least
             best, least = jnp.where(calmer[..., None], mean, best), jnp.minimum(spread, least)
     return best
@@ -84,7 +85,9 @@ def _sketch(image: Array, labels: Array, depth: Array, seed: Array) -> Array:
     grey = _grey(_smooth(image, 1))[..., 0]
     hatch = value_noise((rows + columns) * 0.55, (rows - columns) * 0.05, seed)
     cross = value_noise((rows - columns) * 0.55, (rows + columns) * 0.05, seed + 1)
-    pencil = 0.95 - 0.4 * jnp.clip(0.65 - grey, 0.0, 1.0) * 2.0 * hatch - 0.5 * jnp.clip(0.35 - grey, 0.0, 1.0) * 2.0 * cross
+    pencil = (
+        0.95 - 0.4 * jnp.clip(0.65 - grey, 0.0, 1.0) * 2.0 * hatch - 0.5 * jnp.clip(0.35 - grey, 0.0, 1.0) * 2.0 * cross
+    )
     return jnp.repeat((pencil * (1.0 - 0.75 * _edges(image, labels)))[..., None], 3, -1)
 
 
@@ -217,5 +220,3 @@ def apply_style(
     """Returns the picture in the style (index into `STYLES`)."""
     makers = [_MAKERS[name] for name in STYLES]
     return jax.lax.switch(style, makers, image, labels, depth, seed)
-
-

@@ -16,15 +16,19 @@ PERSONS = 10
 PARTS = dict[str, list[Solids]]
 
 PAINTS = (
-    (0.02, 0.02, 0.022), (0.03, 0.03, 0.035), (0.32, 0.33, 0.34), (0.48, 0.49, 0.50), (0.75, 0.75, 0.74), (0.70, 0.70, 0.70),
-    (0.02, 0.04, 0.14), (0.05, 0.09, 0.25), (0.30, 0.02, 0.02), (0.40, 0.03, 0.03), (0.12, 0.12, 0.13), (0.03, 0.10, 0.05),
+    (0.02, 0.02, 0.022), (0.03, 0.03, 0.035), (0.32, 0.33, 0.34), (0.48, 0.49, 0.50), (0.75, 0.75, 0.74),
+    (0.70, 0.70, 0.70),
+    (0.02, 0.04, 0.14), (0.05, 0.09, 0.25), (0.30, 0.02, 0.02), (0.40, 0.03, 0.03), (0.12, 0.12, 0.13),
+    (0.03, 0.10, 0.05),
     (0.20, 0.15, 0.09), (0.06, 0.16, 0.28), (0.16, 0.17, 0.18), (0.55, 0.42, 0.08),
 )  # fmt: skip
 CLOTHES = (
-    (0.03, 0.03, 0.035), (0.06, 0.07, 0.12), (0.12, 0.12, 0.13), (0.35, 0.05, 0.05), (0.55, 0.53, 0.50), (0.10, 0.16, 0.30),
+    (0.03, 0.03, 0.035), (0.06, 0.07, 0.12), (0.12, 0.12, 0.13), (0.35, 0.05, 0.05), (0.55, 0.53, 0.50),
+    (0.10, 0.16, 0.30),
     (0.20, 0.16, 0.11), (0.06, 0.14, 0.08), (0.45, 0.33, 0.12), (0.28, 0.28, 0.30), (0.42, 0.20, 0.28),
 )  # fmt: skip
 TROUSERS = ((0.03, 0.03, 0.04), (0.05, 0.07, 0.14), (0.09, 0.11, 0.17), (0.16, 0.14, 0.11), (0.10, 0.10, 0.10))
+HAIR = ((0.02, 0.015, 0.01), (0.1, 0.06, 0.03), (0.3, 0.2, 0.09), (0.3, 0.3, 0.3))
 SKIN = ((0.55, 0.36, 0.26), (0.45, 0.28, 0.19), (0.26, 0.15, 0.09), (0.60, 0.42, 0.32))
 
 
@@ -52,7 +56,9 @@ def cars(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     cross = ~parked & (street.crossing < 60.0) & (u[:, 4] < 0.45)
     slot = index - 2 * PARKED
     ahead = 9.0 + 11.0 * slot + 9.0 * u[:, 5]
-    along = jnp.where(parked, start, jnp.where(cross, street.crossing + street.crossing_width * (0.3 + 0.4 * u[:, 5]), ahead))
+    along = jnp.where(
+        parked, start, jnp.where(cross, street.crossing + street.crossing_width * (0.3 + 0.4 * u[:, 5]), ahead)
+    )
     lateral = jnp.where(parked, side * (street.half - 1.05), jnp.where(cross, 34.0 * (u[:, 6] - 0.5), moving_lateral))
     away = jnp.where(parked, side * street.side > 0, own)
     turn = jnp.where(away, 0.0, jnp.pi) + 0.04 * (u[:, 7] - 0.5)
@@ -80,8 +86,10 @@ def cars(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     reach = long * jnp.where(van, 0.86, jnp.where(estate, 0.70, 0.60))
     back = long * jnp.where(van, -0.10, jnp.where(estate, -0.22, -0.10))
     cabin = frame.solids(
-        0.0, 0.5 * (waist + roof), back, hx=wide * 0.93, hy=0.5 * (roof - waist), hz=reach, taper_x=jnp.where(van, 0.1, 0.24),
-        taper_z=jnp.where(van, 0.14, jnp.where(estate, 0.27, 0.42)), material=Material.CABIN, detail=jnp.where(van, 1.0, 0.0),
+        0.0, 0.5 * (waist + roof), back, hx=wide * 0.93, hy=0.5 * (roof - waist), hz=reach,
+        taper_x=jnp.where(van, 0.1, 0.24),
+        taper_z=jnp.where(van, 0.14, jnp.where(estate, 0.27, 0.42)), material=Material.CABIN,
+        detail=jnp.where(van, 1.0, 0.0),
         detail2=u[:, 6], **common,
     )  # fmt: skip
     return {"frusta": [body, cabin], "ellipsoids": wheels(frame, wide, 0.62 * long, 0.31, 0.12, common)}
@@ -121,19 +129,25 @@ def large_vehicles(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     turn = jnp.where(cross, jnp.pi * 0.5 * jnp.where(u[:, 5] < 0.5, 1.0, -1.0), turn)
     frame = street.frame(along, lateral, turn=turn)
     wide = jnp.where(tram, 1.22, 1.15 + 0.1 * u[:, 6])
-    high = jnp.where(tram, 3.3, jnp.where(bus, 2.9 + jnp.where(u[:, 6] < 0.15, 1.2, 0.2 * u[:, 6]), 2.5 + 1.2 * u[:, 7]))
+    high = jnp.where(
+        tram, 3.3, jnp.where(bus, 2.9 + jnp.where(u[:, 6] < 0.15, 1.2, 0.2 * u[:, 6]), 2.5 + 1.2 * u[:, 7])
+    )
     low = jnp.where(truck, 0.85, 0.35)
     label = jnp.where(tram, LABEL["train"], jnp.where(bus, LABEL["bus"], LABEL["truck"]))
-    paint = pick(u[:, 8], ((0.72, 0.72, 0.7), (0.55, 0.10, 0.07), (0.08, 0.16, 0.40), (0.62, 0.45, 0.06), (0.10, 0.30, 0.14),
+    paint = pick(u[:, 8], ((0.72, 0.72, 0.7), (0.55, 0.10, 0.07), (0.08, 0.16, 0.40), (0.62, 0.45, 0.06),
+                           (0.10, 0.30, 0.14),
                            (0.5, 0.5, 0.5), (0.70, 0.68, 0.60), (0.30, 0.05, 0.08)))  # fmt: skip
     stripe = pick(u[:, 9], ((0.7, 0.7, 0.7), (0.05, 0.10, 0.3), (0.5, 0.05, 0.05), (0.6, 0.5, 0.1), (0.05, 0.25, 0.1)))
-    common = dict(label=label, instance=20.0 + slot, color=paint, color2=stripe, present=there, seed=jnp.floor(u[:, 10] * 6e4))
+    common = dict(
+        label=label, instance=20.0 + slot, color=paint, color2=stripe, present=there, seed=jnp.floor(u[:, 10] * 6e4)
+    )
     coach = tram | bus
     cab_long = 0.95
     trunk_long = jnp.where(coach, long, long - cab_long)
     trailer = frame.solids(
         0.0, 0.5 * (low + high), jnp.where(coach, 0.0, -cab_long), hx=wide, hy=0.5 * (high - low), hz=trunk_long,
-        material=jnp.where(coach, Material.COACH, Material.PAINT), detail=jnp.where(coach, tram * 1.0, 2.0), detail2=u[:, 11], **common,
+        material=jnp.where(coach, Material.COACH, Material.PAINT), detail=jnp.where(coach, tram * 1.0, 2.0),
+        detail2=u[:, 11], **common,
     )  # fmt: skip
     cab_high = jnp.minimum(high, 2.5)
     cab = frame.solids(
@@ -163,7 +177,9 @@ def two_wheelers(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     turn = jnp.where(cross, jnp.pi * 0.5 + 0.4 * (u[:, 6] - 0.5), turn)
     frame = street.frame(along, lateral, jnp.where(ridden, 0.0, 0.12), turn)
     label = jnp.where(motor, LABEL["motorcycle"], LABEL["bicycle"])
-    paint = pick(u[:, 7], ((0.03, 0.03, 0.03), (0.30, 0.03, 0.03), (0.05, 0.10, 0.25), (0.4, 0.4, 0.4), (0.06, 0.2, 0.1)))
+    paint = pick(
+        u[:, 7], ((0.03, 0.03, 0.03), (0.30, 0.03, 0.03), (0.05, 0.10, 0.25), (0.4, 0.4, 0.4), (0.06, 0.2, 0.1))
+    )
     common = dict(label=label, instance=25.0 + slot, present=there, color=paint)
     radius = jnp.where(motor, 0.31, 0.34)
     thick = jnp.where(motor, 0.08, 0.03)
@@ -178,7 +194,8 @@ def two_wheelers(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
         hz=jnp.where(motor, 0.55, 0.33), **common,
     )  # fmt: skip
     seat = frame.solids(
-        0.0, jnp.where(motor, 0.82, 0.95), -0.3, hx=jnp.where(motor, 0.14, 0.07), hy=0.05, hz=jnp.where(motor, 0.36, 0.13),
+        0.0, jnp.where(motor, 0.82, 0.95), -0.3, hx=jnp.where(motor, 0.14, 0.07), hy=0.05,
+        hz=jnp.where(motor, 0.36, 0.13),
         **(common | {"color": (0.02, 0.02, 0.02)}),
     )  # fmt: skip
     bar = frame.solids(0.0, 1.02, 0.42, hx=0.3, hy=0.03, hz=0.03, **(common | {"color": (0.05, 0.05, 0.05)}))
@@ -193,7 +210,9 @@ def two_wheelers(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
         detail=jnp.where(motor, 1.0, 0.0), **person,
     )  # fmt: skip
     thighs = [
-        frame.solids(x * 0.12, 0.78 + x * 0.08, 0.02, hx=0.085, hy=0.33, hz=0.16, material=Material.CLOTH, color=legs, **person)
+        frame.solids(
+            x * 0.12, 0.78 + x * 0.08, 0.02, hx=0.085, hy=0.33, hz=0.16, material=Material.CLOTH, color=legs, **person
+        )
         for x in (-1.0, 1.0)
     ]
     return {"boxes": [engine, seat, bar, fork], "ellipsoids": [*parts, torso, arms, head, *thighs]}
@@ -211,7 +230,9 @@ def persons(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     on_road = (index < 3) & (u[:, 3] < 0.25)
     along = jnp.where((index < 3) & (street.crossing < 60.0) & (u[:, 3] < 0.6), street.crossing - 1.5, along)
     lateral = jnp.where(
-        on_road, (u[:, 4] - 0.5) * 2.0 * street.half, side * (street.half + 0.5 + jnp.maximum(walk - 0.8, 0.2) * u[:, 4])
+        on_road,
+        (u[:, 4] - 0.5) * 2.0 * street.half,
+        side * (street.half + 0.5 + jnp.maximum(walk - 0.8, 0.2) * u[:, 4]),
     )
     # couples walk side by side
     couple = (index % 2 == 1) & (u[:, 5] < 0.35)
@@ -227,7 +248,8 @@ def persons(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     stride = 0.10 + 0.16 * u[:, 12]
     drop = jnp.where(coat, 0.1, 0.0)
     torso = frame.solids(
-        0.0, (1.16 - drop) * size, 0.0, hx=0.215 * size, hy=(0.37 + drop) * size, hz=0.15 * size, material=Material.CLOTH,
+        0.0, (1.16 - drop) * size, 0.0, hx=0.215 * size, hy=(0.37 + drop) * size, hz=0.15 * size,
+        material=Material.CLOTH,
         color=shirt, **common,
     )  # fmt: skip
     arms = [
@@ -237,7 +259,8 @@ def persons(key: PRNGKeyArray, street: Street, look: Look) -> PARTS:
     ]  # fmt: skip
     head = frame.solids(
         0.0, 1.62 * size, 0.02, hx=0.095 * size, hy=0.13 * size, hz=0.11 * size, material=Material.HEAD,
-        color=pick(u[:, 13], SKIN), color2=pick(jnp.mod(u[:, 13] * 7.7, 1.0), ((0.02, 0.015, 0.01), (0.1, 0.06, 0.03), (0.3, 0.2, 0.09), (0.3, 0.3, 0.3))),
+        color=pick(u[:, 13], SKIN),
+        color2=pick(jnp.mod(u[:, 13] * 7.7, 1.0), HAIR),
         **common,
     )  # fmt: skip
     legs = [

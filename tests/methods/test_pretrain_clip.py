@@ -79,7 +79,8 @@ def test_every_template_can_be_true_and_every_style_has_looks():
 def test_captions_state_only_what_is_present(tmp_path):
     scenes = Scenes([drawn(tmp_path / "game")])
     heard = []
-    crops = Crops(CropConfig(size=16, noise=0.0, prompted=1.0), BANK, lambda t: heard.extend(t) or np.zeros((len(t), 4)), 16)
+    listen = lambda t: heard.extend(t) or np.zeros((len(t), 4))  # noqa: E731
+    crops = Crops(CropConfig(size=16, noise=0.0, prompted=1.0), BANK, listen, 16, 2)
     batch = crops(scenes[0], np.random.default_rng(1))
     assert batch["pixels"].shape == (16, 16, 16, 3) and batch["pixels"].dtype == np.uint8
     assert batch["present"].shape == batch["stated"].shape == (16, len(TAGS))
@@ -91,14 +92,14 @@ def test_captions_state_only_what_is_present(tmp_path):
 
 def test_free_sentences_are_never_taken_for_true_of_others(tmp_path):
     scenes = Scenes([drawn(tmp_path / "game")])
-    crops = Crops(CropConfig(size=16, prompted=0.0), BANK, lambda t: np.zeros((len(t), 4)), 8)
+    crops = Crops(CropConfig(size=16, prompted=0.0), BANK, lambda t: np.zeros((len(t), 4)), 8, 2)
     batch = crops(scenes[1], np.random.default_rng(1))
     assert not np.asarray(also_true(batch["present"], batch["stated"])).any()
 
 
 def test_the_same_generator_gives_the_same_crops(tmp_path):
     scenes = Scenes([drawn(tmp_path / "game")])
-    crops = Crops(CropConfig(size=16), BANK, lambda t: np.array([[len(x)] for x in t]), 8)
+    crops = Crops(CropConfig(size=16), BANK, lambda t: np.array([[len(x)] for x in t]), 8, 2)
     first, second = (crops(scenes[2], np.random.default_rng(5)) for _ in range(2))
     assert all(np.array_equal(first[name], second[name]) for name in first)
 

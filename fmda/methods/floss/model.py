@@ -99,6 +99,8 @@ class Floss:
     def rank(self, images: Dataset, state: Path, *, labels: bool = False) -> Tally:
         """Returns the sums of all templates over a data set; continues what `state` holds.
 
+        With several processes each takes every n-th image and keeps a state of its own.
+
         Args:
             labels: also count hits with true labels, for scoring criteria.
         """
@@ -123,9 +125,12 @@ class Floss:
                 yield Seen(one, other, self.tower.geometry(picture.image), known)
 
         mark = self._mark(images, labels)
+        own = range(jax.process_index(), len(images), jax.process_count())
+        if jax.process_count() > 1:
+            state = state.with_stem(f"{state.stem}-{jax.process_index()}-of-{jax.process_count()}")
         return rank_images(
             see,
-            range(len(images)),
+            own,
             scanner,
             state=state,
             fingerprint=mark,

@@ -44,6 +44,9 @@ Fusion = Literal["exact", "reference", "patch"]
 ROWS = 16
 """Rows of pixels in a band."""
 
+MANY = 48
+"""From so many names on, experts' scores are computed where they are needed; below, all of them cost less."""
+
 
 def patch_scores(
     host: HostConfig,
@@ -245,7 +248,7 @@ def _fused(
 
     def window(total: Array, item: tuple[Patches, Array]) -> tuple[Array, None]:
         one, corner = item
-        if exact and background is None:
+        if exact and background is None and queries >= MANY:
             p = expert_probabilities(one.features, classifiers, host.scale, inside[0].taps, inside[1].taps)
         else:
             p = _window_probabilities(host, one, classifiers, background)

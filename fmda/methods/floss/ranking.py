@@ -276,6 +276,8 @@ def rank_images(
 ) -> Tally:
     """Returns the tally over the images `indices`, from where an earlier call stopped.
 
+    With several processes, `indices` are this one's; the tally is over those of all.
+
     Args:
         see: reads some images and runs the tower on them.
         state: file of the sums so far; made if missing, left complete at the end.
@@ -296,4 +298,4 @@ def rank_images(
         if number % save_every == 0:
             tally.save(state, fingerprint)
     tally.save(state, fingerprint)
-    return tally
+    return tally.over_processes()

@@ -11,7 +11,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
 from fmda.errors import UserError
@@ -74,6 +76,24 @@ class Tally:
         self.ordinary += other.ordinary
         self.mirrored += other.mirrored
         self.truth += other.truth
+
+    def over_processes(self) -> "Tally":
+        """Returns the sum of the tallies of all processes, in their order; every process gets the same."""
+        if jax.process_count() == 1:
+            return self
+        arrays = [np.asarray([self.images, self.pixels]), *self.sums.values(), self.ordinary, self.mirrored, self.truth]
+        own = np.concatenate([np.ascontiguousarray(a).view(np.uint8).ravel() for a in arrays])
+        # as bytes: jax would round float64
+        everyone = np.asarray(multihost_utils.process_allgather(own))
+        total = Tally.empty(*self.mirrored.shape)
+        for row in everyone:
+            parts = np.split(row, np.cumsum([a.nbytes for a in arrays])[:-1])
+            head, *rest = (
+                np.frombuffer(part.tobytes(), a.dtype).reshape(a.shape) for part, a in zip(parts, arrays, strict=True)
+            )
+            sums = dict(zip(self.sums, rest, strict=False))
+            total.add(Tally(int(head[0]), int(head[1]), sums, *rest[len(sums) :]))
+        return total
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Writes the tally so that a reader finds the old or the new one, also after a crash of the machine."""

@@ -3,6 +3,7 @@
 The trainer is an ordinary contrastive one (Radford et al. 2021) with two additions. Captions come with tags of what
 they state, and pictures with tags of what is true of them, so that a caption that happens to be true of another
 picture of the batch is no negative there. And prompt templates are said only of pictures they are true of.
+Beside whole crops, patches are matched with class names (`patch_text`).
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from fmda.losses.alignment import contrastive_loss
 from fmda.mesh import FSDP_RULES, make_mesh
 from fmda.methods.pipeline import Plan, Stage, write_atomic
 from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Scenes
+from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
 from fmda.methods.pretrain.tokenizer import train_tokenizer
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import abstract, init
@@ -52,6 +54,8 @@ class Config:
         vocabulary: most entries of the tokenizer.
         batch: crops per step, over all devices and processes.
         crops: crops cut from one picture.
+        patch_weight: weight of the patch-text loss beside the contrastive one; 0 leaves it out.
+        patch_templates: templates drawn per step for the patch-text loss.
         ema: share that the weight average keeps at each step.
         mean, std: normalisation of RGB in [0, 1].
         mesh: sizes of the axes data and fsdp; -1 takes the rest of the devices.
@@ -72,6 +76,8 @@ class Config:
     steps: int = 3000
     batch: int = 256
     crops: int = 8
+    patch_weight: float = 1.0
+    patch_templates: int = 6
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.1, b2=0.98, clip_norm=1.0)
     ema: float = 0.998
     seed: int = 0
@@ -141,7 +147,7 @@ def _tokenizer(config: Config, folder: Path, done: dict[str, Path]) -> dict[str,
         heard.extend(texts)
         return np.zeros((len(texts), 1), np.int32)
 
-    crops = Crops(config.crop, bank, listen, 8)
+    crops = Crops(config.crop, bank, listen, 8, _grid(config.model))
     rng = np.random.default_rng((config.seed, 1))
     for _ in track(range(400), "captions for the tokenizer"):
         crops(scenes[int(rng.integers(len(scenes)))], rng)
@@ -182,18 +188,38 @@ def _tokenizer_of(captions: Captions) -> Tokenizer:
     return Tokenizer(captions.folder, captions.eos, captions.entries)
 
 
-def make_loss(graphdef: nnx.GraphDef, model: ClipConfig) -> Any:
-    """Returns loss(params, frozen, batch, key) of a batch with axes [pictures, crops, ...]."""
+def _grid(model: ClipConfig) -> int:
+    """Returns how many patches a crop has along a side."""
+    if not isinstance(model.vision, VitConfig):
+        raise UserError("model.vision: only vision transformers are trained here; give patch_size, width, heads")
+    return model.vision.side
+
+
+def make_loss(graphdef: nnx.GraphDef, model: ClipConfig, patch_weight: float, patch_templates: int) -> Any:
+    """Returns loss(params, frozen, batch, key) of a batch with axes [pictures, crops, ...].
+
+    `frozen` holds "prompts", ids of every template with every class [m, k, t], and "needs", see `template_needs`.
+    """
     mean, std = np.asarray(model.image_mean, np.float32), np.asarray(model.image_std, np.float32)
 
     def loss(params: Any, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         flat = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in batch.items()}
         pixels = (flat["pixels"].astype(jnp.float32) / 255.0 - mean[None, None, None]) / std[None, None, None]
         clip = nnx.merge(graphdef, params)
-        images, texts = clip(pixels, flat["ids"])
         scale = jnp.exp(jnp.minimum(clip.logit_scale[...], MAX_SCALE))
-        value, metrics = contrastive_loss(images, texts, scale, also_true(flat["present"], flat["stated"]))
-        return value, metrics | {"scale": scale}
+        images, *readings = patch_features(clip.vision, pixels)
+        value, metrics = contrastive_loss(
+            images, clip.text(flat["ids"]), scale, also_true(flat["present"], flat["stated"])
+        )
+        metrics = metrics | {"scale": scale, "contrastive": value}
+        if patch_weight:
+            drawn, mine = chosen_templates(key, frozen["needs"], flat["present"], patch_templates)
+            ids = frozen["prompts"][drawn]
+            names = clip.text(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape[:2], -1)[mine]
+            parts = [patch_text_loss(patches, names, flat["patches"], scale) for patches in readings]
+            value += patch_weight * sum(part for part, _ in parts) / len(parts)
+            metrics |= {"patch_loss": parts[0][0], "patch_accuracy": parts[0][1]}
+        return value, metrics
 
     return loss
 
@@ -206,18 +232,20 @@ def also_true(present: Bool[Array, "b tags"], stated: Bool[Array, "b tags"]) -> 
 
 def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     model = model_config(config, done["tokenizer"])
-    text = model.text
+    text, bank = model.text, templates("imagenet80")
     words = Captions(done["tokenizer"], text.eos_token_id, text.vocab_size, text.context)
-    transform = Crops(config.crop, templates("imagenet80"), words, config.crops)
+    transform = Crops(config.crop, bank, words, config.crops, _grid(model))
 
     def make(rngs: nnx.Rngs) -> Clip:
         return Clip(model, rngs=rngs)
 
     graphdef, _ = abstract(make)
     tx = make_optimizer(config.optim, config.steps)
-    step = make_step(
-        make_loss(graphdef, model), tx, config.ema, schedule=make_schedule(config.optim, config.steps)
-    )
+    loss = make_loss(graphdef, model, config.patch_weight, config.patch_templates)
+    step = make_step(loss, tx, config.ema, schedule=make_schedule(config.optim, config.steps))
+    prompts = [template.format(name) for template in bank for name in CLASSES]
+    ids = _tokenizer_of(words)(prompts, text.context)
+    frozen = {"prompts": ids.reshape(len(bank), len(CLASSES), -1), "needs": template_needs(bank, TAGS)}
 
     def start(key: Array) -> TrainState:
         return create_state(init(make, key), tx)
@@ -228,8 +256,8 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     )  # fmt: skip
     with loader:
         state = fit(
-            step, start, {}, loader, steps=config.steps, mesh=make_mesh(*config.mesh), rules=FSDP_RULES, folder=folder,
-            key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
+            step, start, frozen, loader, steps=config.steps, mesh=make_mesh(*config.mesh), rules=FSDP_RULES,
+            folder=folder, key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
             save_minutes=config.save_minutes, config=to_dict(config), tensorboard=config.tensorboard, what="clip",
             flops_per_example=config.crops * training_flops(vision_flops(config) + caption_flops(config)),
             peak_flops=peak_flops(),
@@ -262,7 +290,7 @@ def zero_shot(model: str | Path, root: str, crop: CropConfig, seed: int = 0, mos
     """
     clip = load_clip(model)
     scenes = Scenes([root])
-    crops = Crops(dataclasses.replace(crop, spoiled=0.0), templates("imagenet80"), _no_words, 8)
+    crops = Crops(dataclasses.replace(crop, spoiled=0.0), templates("imagenet80"), _no_words, 8, 8)
     rng = np.random.default_rng((seed, 2))
     found = [crops(scenes[i], rng) for i in track(range(min(most, len(scenes))), f"zero-shot on {root}")]
     present = np.concatenate([row["present"] for row in found])[:, : len(CLASSES)]

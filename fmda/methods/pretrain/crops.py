@@ -85,23 +85,26 @@ def _read(path: Path, mode: int) -> np.ndarray:
 class Crops:
     """The transform (scene, generator) -> `count` captioned crops.
 
-    The result holds "pixels" uint8 [count, size, size, 3], "ids" int32 [count, T], and the tags "present" (true of the
-    crop) and "stated" (what the caption says), bool [count, len(TAGS)].
+    The result holds "pixels" uint8 [count, size, size, 3], "ids" int32 [count, T], the tags "present" (true of the
+    crop) and "stated" (what the caption says), bool [count, len(TAGS)], and "patches" uint8 [count, grid * grid], the
+    class that fills most of a patch, 255 where none does.
     """
 
     config: CropConfig
     templates: tuple[str, ...]
     tokenize: Tokenize
     count: int
+    grid: int
 
     def __call__(self, scene: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         rows = [self._crop(scene, rng) for _ in range(self.count)]
-        pixels, texts, present, stated = zip(*rows, strict=True)
+        pixels, texts, present, stated, patches = zip(*rows, strict=True)
         return {
             "pixels": np.stack(pixels),
             "ids": self.tokenize(texts),
             "present": np.stack(present),
             "stated": np.stack(stated),
+            "patches": np.stack(patches),
         }
 
     def _crop(self, scene: dict[str, Any], rng: np.random.Generator) -> tuple:
@@ -126,7 +129,8 @@ class Crops:
         extra |= _object_looks(shares, inside, facts, named)
         looks = looks_of(facts["style"], facts["weather"], facts["time"], extra)
         text, stated = self._caption(facts, named, looks, rng)
-        return np.ascontiguousarray(pixels), text, _tags([CLASSES[c] for c in classes], looks), stated
+        present = _tags([CLASSES[c] for c in classes], looks)
+        return np.ascontiguousarray(pixels), text, present, stated, patch_classes(inside, self.grid)
 
     def _caption(
         self, facts: dict[str, Any], named: list[int], looks: frozenset[str], rng: np.random.Generator
@@ -196,6 +200,17 @@ def _object_looks(shares: np.ndarray, inside: np.ndarray, facts: dict[str, Any],
     elif count == 1:
         looks.add("single")
     return looks
+
+
+def patch_classes(labels: UInt8[np.ndarray, "s s"], grid: int, cells: int = 4) -> UInt8[np.ndarray, " p"]:
+    """Returns the class that fills more than half of each of grid x grid patches, row by row; else 255."""
+    side = grid * cells
+    small = cv2.resize(np.ascontiguousarray(labels), (side, side), interpolation=cv2.INTER_NEAREST)
+    one_hot = small[..., None] == np.arange(len(CLASSES), dtype=np.uint8)
+    counts = one_hot.reshape(grid, cells, grid, cells, -1).sum((1, 3)).reshape(grid * grid, -1)
+    best = counts.argmax(1)
+    filled = counts[np.arange(len(best)), best] > cells * cells // 2
+    return np.where(filled, best, VOID).astype(np.uint8)
 
 
 def _tags(names: Sequence[str], looks: frozenset[str] | set[str]) -> Bool[np.ndarray, " t"]:

@@ -92,3 +92,11 @@ class Block(nnx.Module):
         """Returns x + attention(norm1(x)), then that plus mlp(norm2(that))."""
         x = x + self.attention(self.norm1(x), mask, causal=causal)
         return x + self.mlp(self.norm2(x))
+
+    def value_path(self, x: Float[Array, "b t width"]) -> Float[Array, "b t width"]:
+        """Returns the block's output with each token attending to itself alone; residual and MLP stay.
+
+        Source: Zhou et al. 2022 (MaskCLIP), 3.2.
+        """
+        x = x + self.attention.out(self.attention.value(self.norm1(x)))
+        return x + self.mlp(self.norm2(x))

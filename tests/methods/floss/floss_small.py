@@ -43,7 +43,7 @@ def small_tower(host, devices=1, seed=0):
     """Returns the tiny image tower on some of the devices."""
     graphdef, params = small_clip(seed)
     heads = small_heads() if host.features == "clip-dinoiser" else None
-    return Tower(host, CONFIG, graphdef, params, make_mesh(devices=jax.devices()[:devices]), heads)
+    return Tower(host, CONFIG, graphdef, params, make_mesh(devices=jax.local_devices()[:devices]), heads)
 
 
 def picture(seed=0, size=(48, 72)):

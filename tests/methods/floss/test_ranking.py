@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from fmda.methods.floss.chain import side_by_side
 from fmda.methods.floss.hosts import host_for
 from fmda.methods.floss.predict import host_labels
 from fmda.methods.floss.ranking import Scanner, Seen, rank_images
+from fmda.methods.floss.tally import Tally
 from fmda.methods.floss.text import default_classifier
 
 CLASSES = tuple(range(5))
@@ -24,7 +26,7 @@ SMALL = {"crop": 32, "stride": 16, "long_max": 60, "short_max": 40}
 
 
 def _scanner(host, words, devices=1, classes=CLASSES, **options):
-    mesh = make_mesh(devices=jax.devices()[:devices])
+    mesh = make_mesh(devices=jax.local_devices()[:devices])
     return Scanner(host, words, default_classifier(words), classes, mesh, **options)
 
 
@@ -43,7 +45,7 @@ def _maps(host, patches, where, classifier):
     s = np.asarray(patches.features, np.float64) @ classifier.T.astype(np.float64)
     if host.softmax == "patch":
         s = _softmax(100 * s)
-    q = np.einsum("yh,hwk,xw->yxk", where.rows.matrix(), np.asarray(side_by_side(s, where.grid)), where.columns.matrix())
+    q = np.einsum("yh,hwk,xw->yxk", where.rows.matrix(), side_by_side(s, where.grid), where.columns.matrix())
     return q if host.softmax == "patch" else _softmax(100 * q)
 
 
@@ -166,23 +168,52 @@ _SCRIPT = """
     from test_ranking import SMALL, _scanner, _seen
     from floss_small import picture, small_tower, table
     from fmda.methods.floss.hosts import host_for
+    from fmda.mesh import start_processes
     from fmda.methods.floss.ranking import rank_images
+    start_processes()
     host = host_for({{"name": "maskclip", **SMALL}})
     tower, scanner = small_tower(host), _scanner(host, table())
     def see(indices):
         print("image", indices[0], flush=True)
         return [_seen(tower, picture(i)) for i in indices]
-    rank_images(see, range(12), scanner, state=Path(sys.argv[1]), fingerprint="f", save_every=1)
+    own = range(jax.process_index(), 12, jax.process_count())
+    tally = rank_images(see, own, scanner, state=Path(sys.argv[1]), fingerprint="f", save_every=1)
+    tally.save(Path(sys.argv[1] + ".sum"), "f")
     print("done", flush=True)
 """
 
 
+def _script(folder):
+    here = Path(__file__).parent
+    script = folder / "rank.py"
+    script.write_text(textwrap.dedent(_SCRIPT.format(paths=[str(here.parents[2]), str(here)])))
+    return [sys.executable, str(script)]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    command = _script(tmp_path)
+    subprocess.run([*command, str(tmp_path / "one.npz")], check=True, capture_output=True, timeout=600)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        joined = {"FMDA_COORDINATOR": f"localhost:{free.getsockname()[1]}", "FMDA_PROCESSES": "2"}
+    pair = [
+        subprocess.Popen(
+            [*command, str(tmp_path / f"{i}.npz")], env={**os.environ, **joined, "FMDA_PROCESS": str(i)}
+        )
+        for i in range(2)
+    ]
+    assert [process.wait(timeout=600) for process in pair] == [0, 0]
+    one, first, second = (Tally.load(tmp_path / f"{n}.npz.sum", "f") for n in ("one", "0", "1"))
+    assert first.images == one.images == 12 and first.pixels == one.pixels
+    for measure, sums in one.sums.items():
+        np.testing.assert_allclose(first.sums[measure], sums, rtol=1e-9)
+        np.testing.assert_array_equal(first.sums[measure], second.sums[measure])
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
-    here = Path(__file__).parent
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(_SCRIPT.format(paths=[str(here.parents[2]), str(here)])))
-    command = [sys.executable, str(script)]
+    command = _script(tmp_path)
     subprocess.run([*command, str(tmp_path / "whole.npz")], check=True, capture_output=True, timeout=600)
     rng, kills, out = np.random.default_rng(0), 0, ""
     while "done" not in out:

@@ -123,7 +123,8 @@ def test_pamr_changes_the_host_alone(place):
     image = picture(1, (40, 56))
     found = []
     for steps in (0, 3):
-        config = _config(place, host={**host, "pamr_steps": steps, "pamr_dilations": [1, 2]}, ranking={"file": "r.json"})
+        changed = {**host, "pamr_steps": steps, "pamr_dilations": [1, 2]}
+        config = _config(place, host=changed, ranking={"file": "r.json"})
         found.append(Floss.load(config, scored_images(config).classes).predict_host(image)[1])
     assert found[0].shape == found[1].shape == (40, 56) and (found[0] != found[1]).any()
 
