@@ -5,8 +5,9 @@ chain is either one matrix (patches of all windows -> pixels) or a list of taps 
 Arrays: h, w patches of one window; N windows in row-major order; H, W pixels; K classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,16 @@ from jaxtyping import Array, Float, Int
 
 from fmda.evaluate.windows import resized_size, window_starts
 
+T = TypeVar("T")
 Resolution = Literal["original", "network", "patch"]
 
 
 class Taps(NamedTuple):
     """Linear interpolation along one side: value[i] = x[low[i]] + fraction[i] * (x[high[i]] - x[low[i]])."""
 
-    low: Int[Array, " n"]
-    high: Int[Array, " n"]
-    fraction: Float[Array, " n"]
+    low: Int[Array | np.ndarray, " n"]
+    high: Int[Array | np.ndarray, " n"]
+    fraction: Float[Array | np.ndarray, " n"]
 
     def padded(self, length: int) -> "Taps":
         """Returns the taps with the last one repeated up to `length`."""
@@ -166,7 +168,7 @@ def geometry(
     return Geometry(axis(size[0], height), axis(size[1], width))
 
 
-def windows(image: Float[Array, "H W C"], where: Geometry) -> Float[np.ndarray, "N h w C"]:
+def windows(image: Float[Array | np.ndarray, "H W C"], where: Geometry) -> Float[np.ndarray, "N h w C"]:
     """Returns the windows cut from an image of network size."""
     h, w = where.rows.window, where.columns.window
     return np.stack([image[y : y + h, x : x + w] for y, x in where.corners()])
@@ -204,8 +206,8 @@ def merge_queries(x: Float[Array, "*n Q"], classes: tuple[int, ...]) -> Float[Ar
 
 
 def in_bands(
-    function, length: int, rows: int, *arrays: Array
-) -> tuple[Array, ...] | Array:  # type: ignore[type-arg]
+    function: Callable[..., T], length: int, rows: int, *arrays: Array | np.ndarray
+) -> T:
     """Returns `function` applied to bands of `rows` rows of `arrays` and joined, so that only one band is alive.
 
     `length` (the first axis of each array) must be a multiple of `rows`.

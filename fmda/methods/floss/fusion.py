@@ -98,7 +98,7 @@ def fetch(
 
 def winners(p: Float[Array, "E h w K"], rows: Taps, columns: Taps, *, prune: bool = True) -> Int[Array, "H W"]:
     """Returns the winning classifier of each pixel, K where nobody claims it (first pass)."""
-    cells = Cells(rows, columns, p.shape[1:3])
+    cells = Cells(rows, columns, (p.shape[1], p.shape[2]))
     experts = p.shape[-1]
     flat = p.reshape(len(p), -1, experts)
     if prune:
@@ -118,7 +118,7 @@ def winners(p: Float[Array, "E h w K"], rows: Taps, columns: Taps, *, prune: boo
 
 def undecided(p: Float[Array, "E h w K"], rows: Taps, columns: Taps) -> Float[Array, ""]:
     """Returns the share of (expert, cell) pairs that the corners leave open."""
-    verdict = _by_corners(p.reshape(len(p), -1, p.shape[-1]), Cells(rows, columns, p.shape[1:3]))
+    verdict = _by_corners(p.reshape(len(p), -1, p.shape[-1]), Cells(rows, columns, (p.shape[1], p.shape[2])))
     return (verdict == OPEN).mean()
 
 

@@ -75,11 +75,11 @@ def patch_scores(
 def host_labels(
     host: HostConfig,
     seen: Patches,
-    classifier: Float[Array, "Q D"],
+    classifier: Float[Array | np.ndarray, "Q D"],
     where: Geometry,
     classes: tuple[int, ...],
     *,
-    image: Float[Array, "h w 3"] | None = None,
+    image: Float[Array | np.ndarray, "h w 3"] | None = None,
     background: int | None = None,
 ) -> tuple[Int[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
     """Returns (labels, confidence of the label) at the original size, by the host alone.
@@ -115,7 +115,7 @@ def host_labels(
 def fused_labels(
     host: HostConfig,
     seen: Patches,
-    classifiers: Float[Array, "E Q D"],
+    classifiers: Float[Array | np.ndarray, "E Q D"],
     where: Geometry,
     classes: tuple[int, ...],
     *,

@@ -106,7 +106,7 @@ def read_ranking(path: str | Path, templates: int = 80) -> Ranking:
         raise UserError(f"{path}: class {fault} stands twice; keep one of them") from None
     try:
         classes = content["classes"]
-        head = [str(content[key]) for key in ("model", "dataset", "split")]
+        host, dataset, split = (str(content[key]) for key in ("model", "dataset", "split"))
         lists = {str(name): entry["entropy_ranking"] for name, entry in classes.items()}
     except (KeyError, TypeError, AttributeError) as fault:
         raise UserError(f"{path}: no ranking file: {fault} is missing; see the form of published ones") from None
@@ -127,7 +127,7 @@ def read_ranking(path: str | Path, templates: int = 80) -> Ranking:
         if not np.isfinite(values).all() or (values[:, 1] < 0).any() or (values[:, 1] > 100).any():
             raise UserError(f"{path}: class '{name}' has a value out of range; mend that entry")
         risks[ids, k], share[ids, k] = values.T
-    return Ranking(*head, tuple(lists), risks, share, dict(content.get("meta") or {}))
+    return Ranking(host, dataset, split, tuple(lists), risks, share, dict(content.get("meta") or {}))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

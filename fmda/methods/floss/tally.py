@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -98,7 +99,7 @@ class Tally:
     def save(self, path: Path, fingerprint: str) -> None:
         """Writes the tally so that a reader finds the old or the new one, also after a crash of the machine."""
         buffer = io.BytesIO()
-        arrays = {f"sum_{m}": a for m, a in self.sums.items()}
+        arrays: dict[str, Any] = {f"sum_{m}": a for m, a in self.sums.items()}
         arrays |= {"ordinary": self.ordinary, "mirrored": self.mirrored, "truth": self.truth}
         head = {"fingerprint": fingerprint, "images": self.images, "pixels": self.pixels}
         np.savez(buffer, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)

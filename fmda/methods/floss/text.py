@@ -26,12 +26,14 @@ BATCH = 256
 class TextEncoder(Protocol):
     """What is needed of a loaded CLIP."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any parameter."""
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B T"]:
         """Returns token ids, right padded, the context cut to the longest text."""
 
-    def encode_text(self, ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
+    def encode_text(self, ids: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B D"]:
         """Returns projected embeddings."""
 
 
