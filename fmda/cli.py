@@ -15,7 +15,6 @@ from tyro.conf import Positional
 
 from fmda.errors import UserError, did_you_mean
 
-
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]

@@ -161,8 +161,8 @@ def load_heads(folder: str | Path, width: int) -> Heads:
     path = Path(folder) / HEADS_FILE if Path(folder).is_dir() else Path(folder)
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; CLIP-DINOiser needs its two heads, trained by a run of kind 'dinoiser'; heads= "
-            "names their folder"
+            f"{path}: no such file; CLIP-DINOiser needs its two heads, obj_proj and bkg_decoder, trained on this CLIP; "
+            "heads= names their folder"
         )
     try:
         flat = load_file(str(path))
