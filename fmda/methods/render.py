@@ -178,7 +178,7 @@ def _pictures(config: RenderConfig, domain: str, indices: list[int]) -> Iterator
 
     if not indices:
         return
-    batch = min(config.batch, len(indices))
+    batch = config.batch
     groups = [indices[k : k + batch] for k in range(0, len(indices), batch)]
 
     def draw(group: list[int]) -> Any:

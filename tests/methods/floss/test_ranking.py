@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -217,17 +218,14 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
     subprocess.run([*command, str(tmp_path / "whole.npz")], check=True, capture_output=True, timeout=600)
     rng, kills, out = np.random.default_rng(0), 0, ""
     while "done" not in out:
-        child = subprocess.Popen([*command, str(tmp_path / "cut.npz")], stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        out = child.stdout.readline()
-        if "image" in out:
-            try:
-                child.wait(timeout=float(rng.uniform(0, 0.08)) if kills < 20 else 600)
-            except subprocess.TimeoutExpired:
-                os.kill(child.pid, signal.SIGKILL)
-                kills += 1
-        out += child.stdout.read()
-        child.wait()
+        with subprocess.Popen([*command, str(tmp_path / "cut.npz")], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            out = child.stdout.readline()
+            if kills < 8 and "image" in out:
+                time.sleep(rng.uniform(0, 0.1))
+                kills += child.poll() is None
+                child.send_signal(signal.SIGKILL)
+            out += child.stdout.read()
     with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "cut.npz") as cut:
         for name in whole.files:
             np.testing.assert_array_equal(whole[name], cut[name])
