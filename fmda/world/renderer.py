@@ -63,16 +63,12 @@ def render(
     return _render(key, domain_index(domain), height, width, supersample)
 
 
-@partial(jax.jit, static_argnames=("height", "width", "supersample"))
 def render_batch(
     keys: PRNGKeyArray, domains: Int[Array, " n"], *, height: int = 128, width: int = 256, supersample: int = 1
 ) -> Rendering:
     """Returns one picture per key and domain index, every field with a leading axis; one after the other on CPUs,
     where a picture fills the caches, all at once elsewhere."""
-    single = partial(_draw, height=height, width=width, supersample=supersample)
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(lambda pair: single(*pair), (keys, domains))
-    return jax.vmap(single)(keys, domains)
+    return _render_batch(keys, domains, height, width, supersample)
 
 
 def settled(stage: Callable[..., T], *values: Any, ready: Array) -> T:
@@ -103,7 +99,16 @@ def _draw(key: PRNGKeyArray, domain: Int[Array, ""], height: int, width: int, su
     return Rendering(image, labels, instances, depth, facts)
 
 
-_render = partial(jax.jit, static_argnums=(2, 3, 4))(_draw)
+def _draw_batch(keys: PRNGKeyArray, domains: Int[Array, " n"], height: int, width: int, supersample: int) -> Rendering:
+    single = partial(_draw, height=height, width=width, supersample=supersample)
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda pair: single(*pair), (keys, domains))
+    return jax.vmap(single)(keys, domains)
+
+
+# sizes by position: the compilation cache tells a default apart from the same value given by name
+_render = jax.jit(_draw, static_argnums=(2, 3, 4))
+_render_batch = jax.jit(_draw_batch, static_argnums=(2, 3, 4))
 
 
 def camera_rays(scene: Scene, height: int, width: int) -> tuple[Rays, Array, Array]:
