@@ -93,9 +93,13 @@ def calls(vision: VitConfig, classes: int) -> tuple[dict[str, Callable[[], Any]]
     tower = random_tower(vision)
     where, queries = tower.geometry(image), tuple(range(classes))
     experts = jnp.asarray(classifiers(tower.see([image])[0], classes))
-    probabilities = jax.jit(lambda seen: jnp.moveaxis(patch_scores(tower.host, seen, experts, softmax=True)[0], 2, 0))
     taps = (where.rows.window_taps, where.columns.window_taps)
-    share = float(jax.jit(lambda p: undecided(p, *taps))(probabilities(tower.see([image])[0])))
+
+    @jax.jit
+    def open_share(seen: Patches, experts: jax.Array) -> jax.Array:
+        return undecided(jnp.moveaxis(patch_scores(tower.host, seen, experts, softmax=True)[0], 2, 0), *taps)
+
+    share = float(open_share(tower.see([image])[0], experts))
 
     def alone() -> np.ndarray:
         return host_labels(tower.host, tower.see([image])[0], experts[-1], where, queries)[0]

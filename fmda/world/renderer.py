@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from fmda.errors import UserError, did_you_mean
@@ -64,11 +65,16 @@ def render(
 
 
 def render_batch(
-    keys: PRNGKeyArray, domains: Int[Array, " n"], *, height: int = 128, width: int = 256, supersample: int = 1
+    keys: PRNGKeyArray,
+    domains: Int[Array | np.ndarray, " n"],
+    *,
+    height: int = 128,
+    width: int = 256,
+    supersample: int = 1,
 ) -> Rendering:
     """Returns one picture per key and domain index, every field with a leading axis; one after the other on CPUs,
     where a picture fills the caches, all at once elsewhere."""
-    return _render_batch(keys, domains, height, width, supersample)
+    return _render_batch(keys, jnp.asarray(domains, jnp.int32), height, width, supersample)
 
 
 def settled(stage: Callable[..., T], *values: Any, ready: Array) -> T:
