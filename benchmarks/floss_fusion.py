@@ -128,7 +128,6 @@ def measured(options: argparse.Namespace, classes: int) -> dict[str, Any]:
     times = alternate({name: forms[name] for name in ("host", "fast")}, repeats=options.repeats)
     slow = measure(forms["reference"], repeats=options.reference_repeats, warmup=0)
     cpu = {name: processor_seconds(forms[name], options.repeats) for name in ("host", "fast")}
-    fusion = {name: t.median - times["host"].median for name, t in {**times, "reference": slow}.items()}
     rows: dict[str, Any] = {
         "classes": classes,
         "picture": source,
@@ -140,7 +139,6 @@ def measured(options: argparse.Namespace, classes: int) -> dict[str, Any]:
         "floss_over_host_cpu": cpu["fast"] / cpu["host"],
         "floss_over_host": times["fast"].median / times["host"].median,
         "reference_over_fast": slow.median / times["fast"].median,
-        "reference_over_fast_without_host": fusion["reference"] / max(fusion["fast"], 1e-9),
     }
     if not options.no_memory:
         for form in FORMS:
