@@ -120,7 +120,7 @@ def sample_street(key: PRNGKeyArray, look: Look) -> tuple[Street, Camera]:
     camera = Camera(
         height=1.2 + 0.5 * u[17],
         yaw=turn + jnp.arctan(0.0),
-        pitch=0.06 + 0.028 * n[3],
+        pitch=0.067 + 0.028 * n[3],
         roll=0.008 * n[4],
         focal=0.72 + 0.5 * u[18],
         bonnet=jnp.where(u[19] < 0.15, 0.03 + 0.05 * u[20], -1.0),
