@@ -64,14 +64,14 @@ def main() -> None:
                 "clip": options.clip,
                 "n": options.n,
                 "host": {"name": host, "long_max": 256, "short_max": 128, **HOSTS[host]},
-                "data": {"name": "world", "root": str(work / "held" / domain)},
+                "data": {"name": "world", "root": str(work / "held"), "split": domain},
             }
             found = [
                 scores(
                     base
                     | {
                         "unlabelled": {
-                            "name": "world", "root": str(work / "unlabelled" / domain), "split": "all",
+                            "name": "world", "root": str(work / "unlabelled"), "split": domain,
                             "images": options.images, "seed": seed,
                         }
                     },

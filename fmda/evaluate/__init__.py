@@ -4,7 +4,7 @@ from fmda.evaluate.confusion import Scores, batch_confusion, confusion_matrix
 from fmda.evaluate.dataset import evaluate_dataset
 from fmda.evaluate.overlay import comparison, legend, overlay
 from fmda.evaluate.segmenter import Segmentation, Segmenter
-from fmda.evaluate.windows import labels_at, resize_scores, resized_size, sliding_window, window_starts
+from fmda.evaluate.windows import labels_at, resize_scores, sliding_window, window_starts
 
 __all__ = [
     "Scores",
@@ -18,7 +18,6 @@ __all__ = [
     "legend",
     "overlay",
     "resize_scores",
-    "resized_size",
     "sliding_window",
     "window_starts",
 ]

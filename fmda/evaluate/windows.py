@@ -90,15 +90,6 @@ def labels_at(scores: Float[np.ndarray, "h w K"], size: tuple[int, int], *, rows
     return labels
 
 
-def resized_size(height: int, width: int, long_max: int, short_max: int) -> tuple[int, int]:
-    """Returns (height, width) after a resize that keeps the ratio within a longest and a shortest side, in pixels.
-
-    The scale is min(long_max / longer side, short_max / shorter side); a new side is floor(side * scale + 0.5).
-    """
-    scale = min(long_max / max(height, width), short_max / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
-
-
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 

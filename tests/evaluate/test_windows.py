@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmda.errors import UserError
-from fmda.evaluate.windows import labels_at, resize_scores, resized_size, sliding_window, window_starts
+from fmda.evaluate.windows import labels_at, resize_scores, sliding_window, window_starts
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,6 @@ def test_windows_cover_the_side_when_stride_fits(length, crop, stride):
 def test_bad_stride_is_an_error():
     with pytest.raises(UserError, match="stride 0"):
         window_starts(10, 5, 0)
-
-
-def test_resized_size_of_the_known_sets():
-    assert resized_size(1024, 2048, 896, 448) == (448, 896)
-    assert resized_size(1024, 2048, 2048, 560) == (560, 1120)
-    assert resized_size(480, 640, 2048, 448) == (448, 597)
 
 
 def test_pointwise_forward_is_reproduced_and_batches_are_fixed():

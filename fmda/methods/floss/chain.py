@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmda.evaluate.windows import resized_size, window_starts
+from fmda.data.transforms import fit_size
+from fmda.evaluate.windows import window_starts
 
 T = TypeVar("T")
 Resolution = Literal["original", "network", "patch"]
@@ -164,7 +165,7 @@ def geometry(
         covered = patches * patch if remainder == "pad" else window
         return Axis(original, network, window, starts, patches, covered)
 
-    height, width = resized_size(*size, long_max, short_max)
+    height, width = fit_size(*size, long_max, short_max)
     return Geometry(axis(size[0], height), axis(size[1], width))
 
 

@@ -68,7 +68,7 @@ def patches(
     if host.features == "maskclip":
         for block in blocks[:-1]:
             x = block(x)
-        return Patches(_unit(_grid(tower.project(_value_path(blocks[-1], x)), h, w)), everything)
+        return Patches(_unit(_grid(tower.project(blocks[-1].value_path(x)), h, w)), everything)
     if heads is None:
         raise UserError(f"clip-dinoiser: needs its heads ({HEADS_FILE}); name their folder with heads=")
     if len(blocks) < 3:
@@ -79,16 +79,10 @@ def patches(
     middle = x + blocks[-3].attention(blocks[-3].norm1(x))
     normalised = blocks[-3].norm2(middle)
     x = middle + blocks[-3].mlp(normalised)
-    x = _value_path(blocks[-1], blocks[-2](x))
+    x = blocks[-1].value_path(blocks[-2](x))
     guide = _grid(normalised, h, w)
     refined = refine(_grid(tower.project(x), h, w), object_features(heads, guide), host.affinity_floor)
     return Patches(_unit(refined), saliency(heads, guide) > 0)
-
-
-def _value_path(block: Block, x: Float[Array, "B T width"]) -> Float[Array, "B T width"]:
-    """Returns the block's output with each token attending to itself alone; residual and MLP stay (MaskCLIP)."""
-    x = x + block.attention.out(block.attention.value(block.norm1(x)))
-    return x + block.mlp(block.norm2(x))
 
 
 def _key_attention(

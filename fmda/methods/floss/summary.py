@@ -9,18 +9,11 @@ from fmda.methods.floss.chain import Geometry
 from fmda.methods.floss.hosts import HostConfig
 from fmda.methods.floss.settings import Config
 from fmda.methods.pipeline import Plan
+from fmda.models.catalog import ENTRIES
 from fmda.models.clip import ClipConfig, TextConfig, VitConfig
 from fmda.weights.clip import clip_graph
 from fmda.weights.clip_configs import read_hf
 from fmda.weights.source import asset_names, assets_folder
-
-KNOWN: dict[str, ClipConfig] = {
-    "openai/clip-vit-base-patch16": ClipConfig(),
-    "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": ClipConfig(
-        vision=VitConfig(activation="gelu"), text=TextConfig(activation="gelu")
-    ),
-}
-"""Shapes of hub checkpoints, so that a plan needs no network."""
 
 _SIZES = {"cityscapes": (1024, 2048), "voc20": (375, 500), "context59": (375, 500), "ade20k": (512, 683)}
 _TYPICAL = (480, 640)
@@ -103,8 +96,9 @@ def clip_shapes(config: Config) -> ClipConfig:
         folder = assets_folder() / config.clip
     if folder.is_dir():
         return read_hf(folder)
-    if config.clip in KNOWN:
-        return KNOWN[config.clip]
+    for known in ENTRIES:
+        if config.clip == known.source and isinstance(known.config, ClipConfig):
+            return known.config
     raise UserError(
         f"clip: the shapes of '{config.clip}' are not known before it is there; give a folder, or run without planning"
     )
