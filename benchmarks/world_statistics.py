@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from fmda.atomic import write_atomic
 from fmda.methods.render import picture_keys
 from fmda.world import CLASSES, DOMAINS
 from fmda.world.renderer import render_batch
@@ -74,7 +75,7 @@ def main() -> None:
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+        write_atomic(args.out, text + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Results go to stdout, logs and progress to stderr. A fault that the user can men
 
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,8 @@ def models_list(as_json: Json = False) -> None:
 def models_check(source: Positional[str], as_json: Json = False) -> None:
     """Load a checkpoint and verify every array: names, shapes, numbers, count.
 
+    Exit code 2 when anything is wrong.
+
     Args:
         source: a folder, an embedded model or a hub id.
         as_json: print one JSON object.
@@ -209,6 +212,8 @@ def models_check(source: Positional[str], as_json: Json = False) -> None:
 
     report = verify(source)
     print(json.dumps(report.to_json()) if as_json else report.text())
+    if not report.ok:
+        raise UserError(f"{source}: {report.file}: not fit for use, see above; copy or download it again")
 
 
 def convert(
@@ -245,8 +250,9 @@ def bench(
         return
     if name not in known:
         raise UserError(f"benchmark '{name}' is unknown{did_you_mean(name, known)}")
-    command = [sys.executable, str(folder / f"{name}.py"), *arguments, *(["--out", str(out)] if out else [])]
-    os.execv(sys.executable, command)
+    script = str(folder / f"{name}.py")
+    sys.argv = [script, *arguments, *(["--out", str(out)] if out else [])]
+    runpy.run_path(script, run_name="__main__")
 
 
 def report(runs: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:

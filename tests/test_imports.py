@@ -10,8 +10,9 @@ import pytest
 import fmda
 
 ROOT = Path(fmda.__file__).parent
-LEAVES = {"errors", "progress"}
+LEAVES = {"atomic", "errors", "progress"}
 RULE = {
+    "atomic": set(),
     "errors": set(),
     "progress": set(),
     "config": set(),
@@ -109,7 +110,7 @@ def test_the_walk_sees_a_forbidden_arrow(tmp_path, monkeypatch):
     assert faults(bad) == ["nn/layer.py:2: nn -> train", "nn/layer.py:3: nn -> data"]
 
 
-@pytest.mark.parametrize("name", ["errors", "progress", "config", "data", "sam"])
+@pytest.mark.parametrize("name", ["atomic", "errors", "progress", "config", "data", "sam"])
 def test_rooms_without_jax(name):
     paths = [path for path in FILES if room(path) == name]
     found = [f"{path}:{line}: {m}" for path in paths for m, line, _ in imported(path) if m.split(".")[0] in JAX]

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fmda.atomic import replacing
 from fmda.data import Dataset
 from fmda.errors import UserError
 from fmda.evaluate.confusion import Scores, confusion_matrix
@@ -111,14 +111,17 @@ class _Log:
         lines = self.path.read_bytes().split(b"\n")
         # what stands after the last line end was cut off by a kill; the image is done again
         complete, rest = lines[:-1], lines[-1]
-        if not complete or json.loads(complete[0]) != self.header:
-            raise UserError(f"{self.folder}: holds another evaluation; choose another folder or delete it")
-        for line in complete[1:]:
-            record = json.loads(line)
-            matrix = np.zeros_like(self.total)
-            for truth, guess, count in record["counts"]:
-                matrix[truth, guess] = count
-            self._append(record["name"], matrix)
+        try:
+            records = [json.loads(line) for line in complete]
+            if not records or records[0] != self.header:
+                raise UserError(f"{self.folder}: holds another evaluation; choose another folder or delete it")
+            for record in records[1:]:
+                matrix = np.zeros_like(self.total)
+                for truth, guess, count in record["counts"]:
+                    matrix[truth, guess] = count
+                self._append(record["name"], matrix)
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise UserError(f"{self.path}: is not what an evaluation wrote; choose another folder") from None
         if rest:
             _write_bytes(self.path, b"\n".join(complete) + b"\n")
 
@@ -200,13 +203,11 @@ def _write_figures(
 
 def _write_summary(log: _Log, total: Scores, common: Common, examples: list[dict], timing: dict | None) -> None:
     assert log.folder is not None
-    part = log.folder / ".images.csv.part"
-    with open(part, "w", newline="", encoding="utf-8") as file:
+    with replacing(log.folder / "images.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["name", "miou", "accuracy", "pixels"])
         for row in log.rows:
             writer.writerow([row.name, f"{row.miou:.4f}", f"{row.accuracy:.4f}", row.pixels])
-    os.replace(part, log.folder / "images.csv")
     palette = np.asarray(common.classes.palette).tolist()
     summary = {**log.header, "palette": palette, "scores": total.to_json(), "examples": examples}
     _write_text(log.folder / "scores.json", json.dumps(summary, indent=1) + "\n")
@@ -226,6 +227,5 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_bytes(data)

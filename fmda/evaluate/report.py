@@ -1,6 +1,5 @@
 """The HTML report over one or several runs: one file, no network, no script; equal input gives equal bytes."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from fmda.atomic import write_atomic
 from fmda.errors import UserError
 from fmda.evaluate.charts import curves, heat_map, picture_address
 from fmda.evaluate.runs import Evaluation, Run, read_run
@@ -59,11 +59,9 @@ def report(
     found = [read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)]
     page = _page(found, title, command)
     out = Path(out)
-    part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, out)
+        write_atomic(out, page)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another place with --out") from None
     return out

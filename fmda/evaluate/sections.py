@@ -1,12 +1,12 @@
 """Tables and pictures that a method adds to the report of its run, through `sections.json` in a folder of the run."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fmda.atomic import write_atomic
 from fmda.errors import UserError
 
 FILE = "sections.json"
@@ -48,9 +48,7 @@ def write_sections(folder: str | Path, sections: Sequence[Section]) -> Path:
     for section in sections:
         _check(section, folder, f"section '{section.title}'")
     path = folder / FILE
-    part = folder / f".{FILE}.part"
-    part.write_text(json.dumps([asdict(s) for s in sections], indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_atomic(path, json.dumps([asdict(s) for s in sections], indent=1) + "\n")
     return path
 
 

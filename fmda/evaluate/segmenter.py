@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from fmda.atomic import replacing
 from fmda.data import ClassList, read_image
 from fmda.errors import UserError
 from fmda.evaluate.images import as_rgb, image_files
@@ -53,13 +54,15 @@ class Segmentation:
         path = path if path.suffix.lower() == ".png" else path.with_name(path.name + ".png")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_labels(self.labels, path, self.classes)
+            with replacing(path) as part:
+                write_labels(self.labels, part, self.classes)
             picture = self.overlay()
             present = [k for k in np.unique(self.labels) if k < len(self.classes.names)]
             beside = overlay_path(path)
             size = max(12, picture.shape[1] // 60)
             strip = legend(self.classes, picture.shape[1], present, size=size)
-            Image.fromarray(stack([picture, strip], 0)).save(beside, quality=92)
+            with replacing(beside) as part:
+                Image.fromarray(stack([picture, strip], 0)).save(part, quality=92)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
         return path, beside

@@ -6,8 +6,8 @@ fingerprint skips the stage; a different fingerprint is refused, never overwritt
 called again in the same folder and continues from what it finds there.
 """
 
+import contextlib
 import json
-import os
 import platform
 import sys
 import time
@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from fmda.atomic import write_atomic
 from fmda.config import differences, fingerprint, to_dict, to_yaml
 from fmda.errors import UserError
 
@@ -94,6 +95,14 @@ def run_stages(
     """
     _check(stages)
     _claim(work, config)
+    try:
+        return _run_all(stages, work, say)
+    except UserError:
+        _withdraw(work)
+        raise
+
+
+def _run_all(stages: Sequence[Stage], work: Path, say: Callable[[str], None]) -> dict[str, Path]:
     done: dict[str, Path] = {}
     marks: dict[str, str] = {}
     for index, stage in enumerate(stages, 1):
@@ -127,7 +136,10 @@ def _claim(work: Path, config: Any) -> None:
     path = work / "config.yaml"
     text = to_yaml(config)
     if path.is_file():
-        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise UserError(f"{path}: is not what a run wrote; choose another work_dir=") from None
         changed = differences(recorded, to_dict(config))
         if changed:
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
@@ -141,15 +153,30 @@ def _claim(work: Path, config: Any) -> None:
         work.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
     except OSError as fault:
+        with contextlib.suppress(OSError):
+            work.rmdir()
         raise UserError(f"{work}: cannot be written ({fault.strerror}); choose another work_dir=") from None
+
+
+def _withdraw(work: Path) -> None:
+    """Gives back the folder of a run that failed before it wrote anything, so that the mended one can have it."""
+    if all(path.is_dir() or path == work / "config.yaml" for path in work.rglob("*")):
+        with contextlib.suppress(OSError):
+            for path in sorted((p for p in work.rglob("*") if p.is_dir()), reverse=True):
+                path.rmdir()
+            (work / "config.yaml").unlink(missing_ok=True)
+            work.rmdir()
 
 
 def _finished(folder: Path, mark: str) -> bool:
     path = folder / "stage.json"
     if not path.is_file():
         return False
-    recorded = json.loads(path.read_text(encoding="utf-8"))
-    if recorded.get("fingerprint") != mark:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is not what a run wrote; delete it to run the stage again") from None
+    if found != mark:
         raise UserError(
             f"{folder}: was made from other inputs or settings; delete it or choose another work_dir="
         )
@@ -198,9 +225,3 @@ def device() -> str:
     devices = jax.devices()
     return f"{len(devices)} x {devices[0].device_kind}"
 
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes text so that a reader sees the old file or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

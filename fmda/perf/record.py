@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fmda.atomic import write_atomic
 from fmda.errors import UserError
 
 PACKAGES = ("fmda", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "grain")
@@ -37,7 +38,7 @@ def write_record(values: dict[str, Any], out: str | Path | None = None) -> None:
         return
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(text + "\n", encoding="utf-8")
+        write_atomic(Path(out), text + "\n")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
 

@@ -1,8 +1,6 @@
 """Arrays out of checkpoint files and into them: safetensors, single and sharded, and Flax msgpack."""
 
-import contextlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from flax import serialization
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fmda.atomic import replacing, write_atomic
 from fmda.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -112,17 +111,14 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     Raises UserError where the disk does not take it.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        part.touch()
-        mode = part.stat().st_mode  # what the umask asks for; the library would leave it readable by the owner alone
-        # The marker says "torch's axis order"; transformers refuses a file without it.
-        save_file({name: arrays[name] for name in sorted(arrays)}, part, metadata={"format": "pt"})
-        part.chmod(mode)
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.touch()
+            mode = part.stat().st_mode  # what the umask asks for; the library's own is for the owner alone
+            # The marker says "torch's axis order"; transformers refuses a file without it.
+            save_file({name: arrays[name] for name in sorted(arrays)}, part, metadata={"format": "pt"})
+            part.chmod(mode)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error}); free the disk or choose another folder") from None
 
 
@@ -141,9 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes an object as indented JSON; the file appears whole or not at all. Raises UserError as the other writer."""
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_atomic(path, json.dumps(value, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); free the disk or choose another folder") from None

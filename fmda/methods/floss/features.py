@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fmda.errors import UserError
 from fmda.methods.floss.hosts import HostConfig
 from fmda.models.clip import Block, VisionTransformer
 from fmda.nn.attention import attention
+from fmda.weights.files import write_safetensors
 
 Heads = dict[str, dict[str, Any]]
 
@@ -183,7 +184,5 @@ def save_heads(folder: str | Path, heads: Heads) -> Path:
     """Writes the heads as `dinoiser.safetensors` in `folder`; returns the file."""
     path = Path(folder) / HEADS_FILE
     flat = {f"{h}/{leaf}": np.asarray(jax.device_get(a)) for h, layer in heads.items() for leaf, a in layer.items()}
-    part = path.with_name(f".{path.name}.part")
-    save_file(flat, str(part))
-    part.replace(path)
+    write_safetensors(path, flat)
     return path

@@ -9,7 +9,6 @@ Published files have no `meta`. There, a template that never predicts a class ha
 """
 
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from fmda.atomic import write_atomic
 from fmda.data import ClassList
 from fmda.errors import UserError
 from fmda.methods.floss.selection import order
@@ -61,9 +61,7 @@ class Ranking:
             for k, name in enumerate(self.classes)
         }
         head = {"model": self.host, "dataset": self.dataset, "split": self.split}
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps({**head, "classes": classes, "meta": self.meta}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_atomic(path, json.dumps({**head, "classes": classes, "meta": self.meta}, indent=1) + "\n")
 
     def for_classes(self, classes: ClassList, where: str = "ranking") -> "Ranking":
         """Returns the ranking with its columns in the order of a class list.

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
+from fmda.atomic import replacing
 from fmda.errors import UserError
 
 MEASURES = ("count", "entropy", "confidence", "margin", "smooth", "consensus", "flip")
@@ -103,12 +104,10 @@ class Tally:
         arrays |= {"ordinary": self.ordinary, "mirrored": self.mirrored, "truth": self.truth}
         head = {"fingerprint": fingerprint, "images": self.images, "pixels": self.pixels}
         np.savez(buffer, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
-        part = path.with_name(f".{path.name}.part")
-        with open(part, "wb") as file:
+        with replacing(path) as part, open(part, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> "Tally":

@@ -21,6 +21,9 @@ TAGS = (*CLASSES, *LOOKS, "untold")
 """What a caption can state of a crop. "untold" is true of none: it marks captions that say more than tags hold."""
 
 
+PNG_END = b"IEND\xaeB`\x82"
+
+
 @dataclass(frozen=True)
 class CropConfig:
     """How crops are cut and described.
@@ -54,9 +57,12 @@ class Scenes(Sequence[dict[str, Any]]):
             index = root / "captions.jsonl"
             if not index.is_file():
                 raise UserError(f"{index}: not found; draw the folder with `fmda data render` or mend the path")
-            for line in index.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                self.rows.append((root, row))
+            for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                    self.rows.append((root, {"name": str(row["name"]), "facts": row["facts"]}))
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"{index}, line {number}: is damaged; draw the folder again") from None
         if not self.rows:
             raise UserError(f"{', '.join(map(str, roots))}: no pictures; draw some with `fmda data render`")
 
@@ -68,17 +74,33 @@ class Scenes(Sequence[dict[str, Any]]):
         name = f"{row['name']}.png"
         return {
             "image": _read(root / "images" / name, cv2.IMREAD_COLOR)[..., ::-1],
-            "labels": _read(root / "labels" / name, cv2.IMREAD_UNCHANGED),
+            "labels": _labels(root / "labels" / name),
             "instances": _read(root / "instances" / name, cv2.IMREAD_UNCHANGED),
             "facts": row["facts"],
         }
 
 
 def _read(path: Path, mode: int) -> np.ndarray:
-    pixels = cv2.imread(str(path), mode)
+    data = path.read_bytes() if path.is_file() else b""
+    # OpenCV fills what is missing with zeros and says nothing, so the end mark is looked for first
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode) if data.endswith(PNG_END) else None
     if pixels is None:
         raise UserError(f"{path}: missing or truncated; delete it and draw the folder again")
     return pixels
+
+
+def _labels(path: Path) -> np.ndarray:
+    labels = _read(path, cv2.IMREAD_UNCHANGED)
+    if labels.ndim != 2 or labels.dtype != np.uint8:
+        what = "a colour picture" if labels.ndim != 2 else f"a {8 * labels.itemsize}-bit label map"
+        raise UserError(f"{path}: {what}, not 8-bit class ids; delete it and draw the folder again")
+    stray = labels[(labels >= len(CLASSES)) & (labels != VOID)]
+    if stray.size:
+        raise UserError(
+            f"{path}: label value {stray[0]} is outside the class list (0-{len(CLASSES) - 1}, {VOID} for none); "
+            "delete it and draw the folder again"
+        )
+    return labels
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
+from fmda.errors import UserError
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 ALPHABET = sorted(ByteLevel.alphabet())
 WORD_END = "</w>"
@@ -29,7 +31,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> CLIP
     entries += dict.fromkeys(left + right for left, right in merges)
     pairs: Any = merges  # the library's annotation says text; it takes pairs alone
     tokenizer = CLIPTokenizer(vocab=_numbered([*entries, START, END]), merges=pairs)
-    tokenizer.save_pretrained(str(folder))
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as fault:  # the tokenizers library raises bare Exception where the disk does not take a file
+        raise UserError(f"{folder}: tokenizer cannot be written ({fault}); make room and run again") from None
     return tokenizer
 
 

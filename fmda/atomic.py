@@ -1,0 +1,30 @@
+"""Files that appear whole or not at all, also on a disk that fills up and in a process that is killed."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a hidden file beside `path` to write to, which takes its place when the context ends.
+
+    If it ends by an exception, such as OSError for a full disk, the hidden file is removed and `path` is as before.
+    Nobody else may write the same file at the same time.
+    """
+    # the suffix stays last: libraries choose a format by it
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes text so that a reader sees the old file or the new one, never half of it."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
