@@ -27,9 +27,9 @@ from fmda.methods.render import RenderConfig, write_world
 from fmda.perf.record import record, write_record
 
 HOSTS: dict[str, dict[str, Any]] = {
-    "maskclip": {"crop": 128, "stride": 64},
-    "naclip": {"crop": 64, "stride": 32, "prompts": "plain"},
-    "clip-dinoiser": {"crop": 128, "stride": 64},
+    "maskclip": {"crop": 128, "stride": 64, "trained_scale": True},
+    "naclip": {"crop": 64, "stride": 32, "prompts": "plain", "trained_scale": True},
+    "clip-dinoiser": {"crop": 128, "stride": 64, "trained_scale": True},
 }
 CAMVID = "CamVid (photographs)"
 

@@ -30,6 +30,8 @@ class HostConfig:
         crop, stride: sliding windows; crop 0 takes the whole image as one window.
         remainder: a window that is no whole number of patches is zero-padded ("pad") or cut and stretched ("drop").
         scale: inverse temperature of the softmax over cosines.
+        trained_scale: take the inverse temperature that the CLIP was trained with in place of `scale`. The published
+            checkpoints have 100, so it changes nothing there; entropies of a CLIP with another one need it.
         softmax: "patch" = before any interpolation, "image" = last; fusion always takes it at the patches.
         renormalise_mean: whether a classifier averaged over templates is brought back to unit length in fusion.
         prompts: which spelling of the class names ("naclip" has no blanks, and synonyms where there are some).
@@ -50,6 +52,7 @@ class HostConfig:
     stride: int = 224
     remainder: Literal["pad", "drop"] = "drop"
     scale: float = 100.0
+    trained_scale: bool = False
     softmax: Literal["patch", "image"] = "patch"
     renormalise_mean: bool = False
     prompts: Literal["plain", "naclip"] = "plain"

@@ -41,6 +41,8 @@ class Floss:
     def __init__(self, config: Config, classes: ClassList, clip: LoadedClip, heads: Heads | None, mesh: Mesh) -> None:
         self.config, self.classes, self.fingerprint = config, classes, clip.fingerprint
         self.host = config.host_config()
+        if self.host.trained_scale:
+            self.host = replace(self.host, scale=float(np.exp(np.asarray(clip.params["logit_scale"], np.float32))))
         self.queries = config.queries(classes)
         self.templates = config.template_list()
         self.table = text_embeddings(clip, self.queries, self.templates)

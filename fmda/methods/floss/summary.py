@@ -4,6 +4,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from fmda import trees
+from fmda.data import ClassList, class_list, known_class_lists, open_dataset
+from fmda.data.catalog import CATALOG
 from fmda.errors import UserError
 from fmda.methods.floss.chain import Geometry
 from fmda.methods.floss.hosts import HostConfig
@@ -34,7 +36,7 @@ def plan(config: Config) -> Plan:
     clip, host = clip_shapes(config), config.host_config()
     if not isinstance(clip.vision, VitConfig):
         raise UserError(f"{config.clip}: FLOSS hosts read a vision transformer; this is a convolutional tower")
-    classes = config.class_list()
+    classes = config.class_list(_own_classes(config))
     queries, templates = len(config.queries(classes).names), len(config.template_list())
     size = {**_SIZES, **_SMALL}.get(config.data.name, _TYPICAL)
     where = host.geometry(size, clip.vision.patch_size)
@@ -80,6 +82,16 @@ def plan(config: Config) -> Plan:
         memory=tuple(memory.items()),
         notes=(_windows_note(where, size),),
     )
+
+
+def _own_classes(config: Config) -> ClassList | None:
+    """Returns the classes of the scored data where its name is no class list; those of a free folder stand in it."""
+    if config.classes is not None or config.data.name in known_class_lists():
+        return None
+    entry = CATALOG.get(config.data.name)
+    if entry is not None and not entry.free:
+        return class_list(entry.classes)
+    return open_dataset(config.data.name, config.data.root, config.data.split, labels=False).classes
 
 
 @lru_cache(maxsize=8)

@@ -103,6 +103,20 @@ def test_other_hosts_with_a_ranking_file(place, tmp_path, name):
     assert not (done["rank"] / "tally.npz").exists()
 
 
+def test_the_trained_scale_is_the_checkpoints_own(place):
+    from fmda.methods.floss.model import Floss, scored_images
+    from fmda.weights.clip import load_clip
+
+    host = {"name": "maskclip", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
+    config = _config(place, host={**host, "trained_scale": True})
+    classes = scored_images(config).classes
+    own = float(np.exp(load_clip(config.clip).params["logit_scale"]))
+    model, fixed = Floss.load(config, classes), Floss.load(_config(place, host={**host, "scale": own}), classes)
+    assert model.host.scale == pytest.approx(own) and own < 50
+    image = picture(1, (40, 56))
+    np.testing.assert_allclose(model.predict_host(image)[1], fixed.predict_host(image)[1], rtol=1e-6)
+
+
 def test_background_takes_what_looks_like_no_object(place):
     from fmda.methods.floss.model import Floss, scored_images
 
