@@ -5,16 +5,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fmda.progress import process_index
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a hidden file beside `path` to write to, which takes its place when the context ends.
 
     If it ends by an exception, such as OSError for a full disk, the hidden file is removed and `path` is as before.
-    Nobody else may write the same file at the same time.
+    The processes of one run may write the same file at the same time, if they write the same.
     """
+    number = process_index()
     # the suffix stays last: libraries choose a format by it
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.part{number or ''}{path.suffix}")
     try:
         yield part
         os.replace(part, path)

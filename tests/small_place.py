@@ -33,11 +33,9 @@ model:
 crop: {size: 16}
 vocabulary: 600
 steps: 4
-batch: 16
+batch: 32
 crops: 4
 optim: {learning_rate: 0.001}
-log_every: 2
-save_steps: 2
 """
 
 WORLD = "kind: world\ndomains: {photo: 1}\nheight: 32\nwidth: 64\nbatch: 1\n"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,21 +56,23 @@ def content(folder):
     return {p: None if p.is_dir() else p.read_bytes() for p in sorted(folder.rglob("*"))}
 
 
-def fails(capsys, command, *fragments, around=()):
-    """Runs a command that must exit with 2 and one line that holds the fragments; returns its stdout."""
+def fails(capsys, command, *fragments, goes_on=""):
+    """Runs a command that must exit with 2 and one line that holds the fragments; returns its stdout and new paths.
+
+    What was there must be left as it was, but for the folder `goes_on`, in which an earlier try of the command worked.
+    """
     capsys.readouterr()
-    before = content(Path())
+    before = {path: data for path, data in content(Path()).items() if path.parts[0] != goes_on}
     with pytest.raises(SystemExit) as ended:
-        cli.main(command.split() if isinstance(command, str) else command)
+        cli.main(shlex.split(command))
     out, err = capsys.readouterr()
     *progress, line = err.splitlines()
     assert ended.value.code == 2 and line.startswith("fmda: "), err
     assert all(fragment in line for fragment in fragments), line
     assert re.search(r"[;,] |: known", line), f"no mend in: {line}"
     assert all(PROGRESS.match(other) for other in progress), err
-    assert not [p for p in before if p not in content(Path())]
     after = content(Path())
-    assert {p: after[p] for p in before} == before
+    assert [p for p in before if p not in after or after[p] != before[p]] == []
     assert not [p for p in after if ".part" in p.name]
     return out, [p for p in after if p not in before]
 
@@ -120,13 +123,16 @@ LOADERS = [RUN, EVALUATE, PREDICT, CONVERT, VERIFY]
 # item -> (how the place is damaged, what the line must hold, the commands that must say so)
 CASES = {
     "missing data folder": (nothing, ["nowhere: no such folder", "root="], [
-        f"{RUN} data.root=nowhere", "evaluate done folder --root nowhere", "data check folder --root nowhere"]),
+        f"{RUN} data.root=nowhere", f"{PLAN} data.root=nowhere",
+        "evaluate done folder --root nowhere", "data check folder --root nowhere"]),
     "missing pictures": (nothing, ["nowhere: no such file or folder"], ["predict done nowhere --out new"]),
     "missing scenes": (nothing, ["nowhere/captions.jsonl: not found"], [f"{CLIP} data=[nowhere]"]),
     "missing run": (nothing, ["nowhere: no such run folder"], [
         "predict nowhere data/val/images --out new", "evaluate nowhere folder --root data", "report nowhere"]),
     "missing checkpoint": (nothing, ["nowhere: no such folder"], [
-        f"{RUN} clip=nowhere", f"{PLAN} clip=nowhere", "models check nowhere", "convert nowhere new"]),
+        f"{RUN} clip=nowhere", "models check nowhere", "convert nowhere new"]),
+    "missing checkpoint of a plan": (nothing, ["clip: the shapes of 'nowhere' are not known"], [
+        f"{PLAN} clip=nowhere"]),
     "missing configuration": (nothing, ["flos.yaml: no such configuration file; did you mean 'floss.yaml'"], [
         "run flos.yaml", "plan flos.yaml"]),
     "wrong data folder": (nothing, ["clip: no images of 'folder'", "looked for"], [
@@ -176,7 +182,7 @@ CASES = {
     "YAML that is none": (write("floss.yaml", "kind: floss\nclip: [clip\n"), ["floss.yaml, line 3: not valid YAML"], [
         "run floss.yaml", PLAN]),
     "typo in an override": (nothing, ["unknown key '", "did you mean '"], [
-        "run floss.yaml dat.root=data", "plan clip.yaml crops.size=3", "data render new heigth=64",
+        "run floss.yaml dat.root=data", "plan clip.yaml crop.siz=3", "data render new heigth=64",
         "demo --work-dir new runs.held.heigth=64", "demo --work-dir new runs.maskclip-night.data.rot=x"]),
     "work folder of another configuration": (nothing, ["done: holds a run of another configuration (", "work_dir="], [
         "run floss.yaml n=2 work_dir=done", "run clip.yaml work_dir=done", "run world.yaml work_dir=done",
@@ -186,8 +192,10 @@ CASES = {
     "output of something else": (nothing, ["done/host: holds another evaluation"], [
         "evaluate done folder --root data --split train --out done/host"]),
     "output that is there": (nothing, ["clip: is there already"], ["convert clip clip"]),
-    "predictions that are there": (lambda: shutil.copytree("data/val/labels", "new"), ["0.png: exists already"], [PREDICT]),
-    "pictures of another configuration": (nothing, ["scenes: holds pictures of another", "choose another"], []),
+    "predictions that are there": (lambda: shutil.copytree("data/val/labels", "new"), ["0.png: exists already"], [
+        PREDICT]),
+    "pictures of something else": (lambda: Path("done/host").rename("done/photo"),
+        ["done/photo: not empty and not a rendered folder"], ["data render done 'domains={photo: 1}'"]),
 }  # fmt: skip
 
 
@@ -197,3 +205,154 @@ def test_one_line_and_nothing_overwritten(place, capsys, item, command):
     damage()
     _, new = fails(capsys, command, *fragments)
     assert {path.parts[0] for path in new} <= {"new"}
+
+
+@pytest.mark.parametrize(
+    ("label", "kind"),
+    [
+        (np.zeros((32, 48), np.uint16), "a 16-bit label map"),
+        (np.zeros((32, 48, 3), np.uint8), "a colour picture (RGB)"),
+        (np.full((32, 48), 37, np.uint8), "label value 37 is outside the class list (0-2"),
+        (None, "data/val/images/1.png: image without label"),
+    ],
+)
+def test_data_check_lists_the_fault_and_exits_with_2(place, capsys, label, kind):
+    remove(LABEL)() if label is None else png(LABEL, label)()
+    out, new = fails(capsys, CHECK, "folder: 1 faults, listed above; mend or remove those files")
+    assert kind in out and LABEL.replace("labels", "images" if label is None else "labels") in out
+    assert new == []
+
+
+@pytest.mark.parametrize("item", ["one key missing", "one key too many", "one wrong shape"])
+def test_models_check_lists_the_fault_and_exits_with_2(place, capsys, item):
+    damage, (fault, _), _ = CASES[item]
+    damage()
+    out, new = fails(capsys, VERIFY, f"clip: {WEIGHTS}: not fit for use, see above; copy or download it again")
+    assert fault.removeprefix("1 ").split(": ")[-1] in out and "NOT GOOD" in out
+    assert new == []
+
+
+def test_a_bfloat16_checkpoint_is_read_as_it_is(place, capsys):
+    before = load_file(f"clip/{WEIGHTS}")
+    weights(lambda a: a.update({name: value.astype(ml_dtypes.bfloat16) for name, value in a.items()}))()
+    cli.main(VERIFY.split())
+    assert f"{len(before)} arrays bfloat16" in capsys.readouterr().out
+    cli.main(CONVERT.split())
+    after = load_file(f"new/{WEIGHTS}")
+    cli.main("run floss.yaml work_dir=half ranking.file=ranking.json".split())
+    scores = [json.loads(Path(run, "floss/scores.json").read_text())["scores"]["accuracy"] for run in ("done", "half")]
+    assert all(value.dtype == np.float32 for value in after.values())
+    assert all(np.array_equal(after[n], v.astype(ml_dtypes.bfloat16).astype(np.float32)) for n, v in before.items())
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
+
+
+@contextmanager
+def full_disk(largest):
+    """No file can grow past `largest` bytes: the kernel refuses writes, from whatever library, as on a full disk.
+
+    Any user may ask for that, unlike for a small file system of one's own.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+RENDER = "data render new 'domains={photo: 1}' height=32 width=64 batch=1"
+BENCH = "bench loader --out new/r.json -- --size 16 16 --side 16 --batch 1 --images 1 --rounds 1 --workers 0 --seconds "
+# the record holds the command; so it is longer than the pictures, and they still fit on the disk
+BENCH += f"0.01{500 * '0'}"
+# command -> sizes at which the disk is full, in turn; the file by which to see that all is done at the end
+DISKS = [
+    (RUN, (0, 4096, 40000), "new/report.html"),
+    (CLIP, (0, 4096), None),
+    (WORLD, (0, 300, 700), None),
+    (RENDER, (0, 300, 700), None),
+    (PREDICT, (0, 300), "new/1_overlay.jpg"),
+    (EVALUATE, (0, 900, 2000), "new/scores.json"),
+    (CONVERT, (0, 4096), "new/config.json"),
+    ("report done --out new/page.html", (0, 4096), "new/page.html"),
+    ("demo --work-dir new", (0,), None),
+    (BENCH, (1000,), "new/r.json"),
+    pytest.param(CLIP, (20000,), f"new/export/{WEIGHTS}", marks=pytest.mark.slow),
+    pytest.param(RENDER, (1500, 3000), "new/contact-sheet.png", marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "sizes", "end"), DISKS)
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place, capsys, command, sizes, end):
+    for size in sizes:
+        with full_disk(size):
+            fails(capsys, command, "File too large", "new", goes_on="new")
+    if end is not None:
+        cli.main(shlex.split(command))
+        assert Path(end).stat().st_size
+    for name in ("rank/ranking.json", "host/scores.json", "floss/scores.json"):
+        assert not Path("new", name).exists() or Path("new", name).read_bytes() == Path("done", name).read_bytes()
+
+
+class _Sets(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+
+@contextmanager
+def read_only(*folders):
+    """Nobody can write in the folders, not even root.
+
+    Root passes over the mode of a folder by a capability of its threads. This one lays it down for the time being, and
+    so do the threads it starts; ordinary users, and systems other than Linux, have nothing to lay down.
+    """
+    header, sets, libc = (ctypes.c_uint32 * 2)(0x20080522, 0), (_Sets * 2)(), ctypes.CDLL(None)
+    capable = hasattr(libc, "capget") and libc.capget(header, sets) == 0
+    before = sets[0].effective
+    for folder in folders:
+        folder.chmod(0o555)
+    if capable:
+        sets[0].effective &= ~(1 << 1)  # CAP_DAC_OVERRIDE
+        assert libc.capset(header, sets) == 0
+    try:
+        with pytest.raises(PermissionError):
+            (folders[0] / "probe").touch()
+        yield
+    finally:
+        if capable:
+            sets[0].effective = before
+            assert libc.capset(header, sets) == 0
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(command.replace("new", "sealed/new") for command in (RUN, CLIP, WORLD, RENDER, PREDICT, EVALUATE, CONVERT)),
+        "demo --work-dir sealed/new",
+        "report done --out sealed/page.html",
+        BENCH.replace("new", "sealed/new"),
+        "run floss.yaml work_dir=sealed",
+        "predict done data/val/images --out sealed",
+        "evaluate done folder --root data --split train",
+        "convert clip sealed",
+    ],
+)
+def test_a_read_only_folder_is_one_line(place, capsys, command):
+    Path("sealed").mkdir()
+    with read_only(Path("sealed"), Path("done")):
+        _, new = fails(capsys, command, "Permission denied", "sealed" if "sealed" in command else "done")
+    assert new == []
+
+
+def test_a_run_that_became_read_only_is_left_as_it_is(place, capsys):
+    shutil.rmtree("done/floss")
+    with read_only(Path("done")):
+        _, new = fails(capsys, "run floss.yaml work_dir=done", "done/floss: Permission denied", "run again")
+    assert new == []
+
+
+def test_a_work_folder_in_which_nothing_was_made_is_free_for_the_mended_run(place, capsys):
+    fails(capsys, f"{RUN} data.root=nowhere", "nowhere: no such folder")
+    assert not Path("new").exists()
+    cli.main(RUN.split())
+    assert Path("new/rank/ranking.json").read_bytes() == Path("ranking.json").read_bytes()

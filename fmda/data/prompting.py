@@ -36,6 +36,6 @@ def check_templates(found: tuple[str, ...], where: str = "templates") -> None:
         raise UserError(f"{where}: holds no template; write one a line, with {SLOT} for the class name")
     for i, template in enumerate(found):
         if template.count(SLOT) != 1:
-            raise UserError(f"{where}: template {i} '{template}' needs exactly one slot {SLOT} for the class name")
+            raise UserError(f"{where}: template {i} '{template}' needs exactly one slot {SLOT} for the class; mend it")
         if template in found[:i]:
             raise UserError(f"{where}: template {i} '{template}' stands twice (also {found.index(template)}); drop one")

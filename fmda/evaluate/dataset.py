@@ -59,7 +59,20 @@ def evaluate_dataset(
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if count == 0:
         raise UserError(f"{dataset.name}: split '{dataset.split}' holds no image; check root and split")
-    log = _Log(None if out is None else Path(out), _header(segmenter, dataset, common, count))
+    try:
+        return _evaluate(segmenter, dataset, common, count, None if out is None else Path(out), keep)
+    except OSError as fault:
+        # a full disk does not say for which file it was asked
+        where = fault.filename or out or dataset.name
+        raise UserError(
+            f"{where}: {fault.strerror or fault}; make room or mend the path, and evaluate again to go on"
+        ) from fault
+
+
+def _evaluate(
+    segmenter: Segmenter, dataset: Dataset, common: Common, count: int, out: Path | None, keep: int
+) -> Scores:
+    log = _Log(out, _header(segmenter, dataset, common, count))
     todo = range(len(log.rows), count)
     begin = time.perf_counter()
     for index in track(todo, f"evaluate {segmenter.name} on {dataset.name}"):
@@ -194,7 +207,8 @@ def _write_figures(
             assert example.labels is not None  # scored before
             labels = common.map_labels(example.labels)
             figure = f"figures/{kind}-{rank:02}.png"
-            Image.fromarray(comparison(example.image, labels, [prediction], common.classes)).save(log.folder / figure)
+            with replacing(log.folder / figure) as part:
+                Image.fromarray(comparison(example.image, labels, [prediction], common.classes)).save(part)
             rows.append({"kind": kind, "name": example.name, "miou": log.rows[index].miou, "figure": figure})
     for path in (log.folder / "figures").glob(".labels-*.png"):
         path.unlink()

@@ -54,15 +54,15 @@ class Segmentation:
         path = path if path.suffix.lower() == ".png" else path.with_name(path.name + ".png")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as part:
-                write_labels(self.labels, part, self.classes)
             picture = self.overlay()
             present = [k for k in np.unique(self.labels) if k < len(self.classes.names)]
             beside = overlay_path(path)
             size = max(12, picture.shape[1] // 60)
             strip = legend(self.classes, picture.shape[1], present, size=size)
-            with replacing(beside) as part:
-                Image.fromarray(stack([picture, strip], 0)).save(part, quality=92)
+            # both or neither: a label map without overlay would be in the way of the next try
+            with replacing(path) as part, replacing(beside) as other:
+                write_labels(self.labels, part, self.classes)
+                Image.fromarray(stack([picture, strip], 0)).save(other, quality=92)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
         return path, beside

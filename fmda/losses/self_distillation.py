@@ -49,7 +49,7 @@ def view_loss(
     """
     told = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
     pairs = -jnp.einsum("btk,bsk->ts", targets, told) / len(targets)
-    other = 1.0 - jnp.eye(*pairs.shape)
+    other = 1.0 - jnp.eye(pairs.shape[0], pairs.shape[1])
     return (pairs * other).sum() / other.sum()
 
 

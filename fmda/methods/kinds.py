@@ -20,6 +20,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "world": ("fmda.methods.render", "draw data sets of the street world"),
     "floss": ("fmda.methods.floss.run", "rank templates without labels, fuse class experts, score"),
     "clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),
+    "dino": ("fmda.methods.pretrain.dino", "train a self-supervised teacher on images alone"),
+    "dinoiser": ("fmda.methods.pretrain.dinoiser", "train CLIP-DINOiser's two heads on a CLIP and a teacher"),
     "report": ("fmda.methods.report", "write one HTML page over several runs"),
 }
 

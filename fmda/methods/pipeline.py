@@ -36,6 +36,7 @@ class Stage:
         config: everything that determines the result, as dataclass or plain values; hashed.
         inputs: names of earlier stages it reads. Their fingerprints enter this stage's own.
         always: run even when finished (cheap stages such as a report).
+        alone: of several processes the first one runs it, and the others wait; else all of them do, as one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stage:
     config: Any = None
     inputs: tuple[str, ...] = ()
     always: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,16 @@ def run_stages(
         UserError: the folder belongs to another configuration, cannot be written, or a stage reads an unknown one.
     """
     _check(stages)
-    _claim(work, config)
+    there = work.is_dir()
     try:
+        if _first():
+            _claim(work, config)
+        _wait_for_all("claim")
         return _run_all(stages, work, say)
+    except _Taken:
+        raise
     except UserError:
-        _withdraw(work)
+        _withdraw(work, there)
         raise
 
 
@@ -112,10 +119,31 @@ def _run_all(stages: Sequence[Stage], work: Path, say: Callable[[str], None]) ->
         if not stage.always and _finished(folder, marks[stage.name]):
             say(f"{title}: finished before, skipped")
         else:
-            say(title)
-            _execute(stage, folder, dict(done), marks[stage.name])
+            if _first():
+                say(title)
+            if _first() or not stage.alone:
+                _execute(stage, folder, dict(done), marks[stage.name])
+        _wait_for_all(stage.name)
         done[stage.name] = folder
     return done
+
+
+def _joined() -> bool:
+    """Returns whether this process is one of several; never starts a backend that the stages do not need."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _first() -> bool:
+    return not _joined() or sys.modules["jax"].process_index() == 0
+
+
+def _wait_for_all(what: str) -> None:
+    """Returns when every process of the run has come here."""
+    if _joined():
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
 
 
 def _check(stages: Sequence[Stage]) -> None:
@@ -139,33 +167,39 @@ def _claim(work: Path, config: Any) -> None:
         try:
             recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
-            raise UserError(f"{path}: is not what a run wrote; choose another work_dir=") from None
+            raise _Taken(f"{path}: is not what a run wrote; choose another work_dir=") from None
         changed = differences(recorded, to_dict(config))
         if changed:
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-            raise UserError(
+            raise _Taken(
                 f"{work}: holds a run of another configuration ({shown}); choose another work_dir="
             )
         return
     if work.is_dir() and any(work.iterdir()):
-        raise UserError(f"{work}: is not empty and no run of ours (no config.yaml); choose another work_dir=")
+        raise _Taken(f"{work}: is not empty and no run of ours (no config.yaml); choose another work_dir=")
     try:
         work.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
     except OSError as fault:
-        with contextlib.suppress(OSError):
-            work.rmdir()
         raise UserError(f"{work}: cannot be written ({fault.strerror}); choose another work_dir=") from None
 
 
-def _withdraw(work: Path) -> None:
-    """Gives back the folder of a run that failed before it wrote anything, so that the mended one can have it."""
+class _Taken(UserError):
+    """The folder is not this run's."""
+
+
+def _withdraw(work: Path, there: bool) -> None:
+    """Gives back the folder of a run that failed before it wrote anything, so that the mended one can have it.
+
+    `there` says that the folder was there before, and stays.
+    """
     if all(path.is_dir() or path == work / "config.yaml" for path in work.rglob("*")):
         with contextlib.suppress(OSError):
             for path in sorted((p for p in work.rglob("*") if p.is_dir()), reverse=True):
                 path.rmdir()
             (work / "config.yaml").unlink(missing_ok=True)
-            work.rmdir()
+            if not there:
+                work.rmdir()
 
 
 def _finished(folder: Path, mark: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from fmda.atomic import replacing
 from fmda.config import differences, fingerprint, to_dict
 from fmda.data import class_list
 from fmda.errors import UserError, did_you_mean
@@ -88,7 +89,7 @@ def stages(config: RenderConfig) -> list[Stage]:
         write_world(config, folder)
         return {"pictures": sum(config.domains.values())}
 
-    return [Stage("render", run, config)]
+    return [Stage("render", run, config, alone=True)]
 
 
 def plan(config: RenderConfig) -> Plan:
@@ -123,16 +124,20 @@ def _claim(root: Path, config: RenderConfig) -> None:
         if found != identity:
             changed = ", ".join(differences(found, identity))
             raise UserError(f"{root}: holds pictures of another configuration ({changed}); choose another folder")
-        return
-    if root.is_dir() and any(root.iterdir()):
+    elif root.is_dir() and any(root.iterdir()):
         raise UserError(f"{root}: not empty and not a rendered folder; choose another folder")
+    else:
+        # first of all files: a folder without it is none of ours
+        root.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(
+            {"config": identity, "domain": root.name, "classes": list(CLASSES), "mark": fingerprint(identity)}, indent=1
+        )
+        _atomically(meta, text.encode())
     for part in ("images", "labels", "instances"):
-        (root / part).mkdir(parents=True, exist_ok=True)
-    class_list("cityscapes").save(root / "classes.yaml")
-    text = json.dumps(
-        {"config": identity, "domain": root.name, "classes": list(CLASSES), "mark": fingerprint(identity)}, indent=1
-    )
-    _atomically(meta, text.encode())
+        (root / part).mkdir(exist_ok=True)
+    if not (root / "classes.yaml").is_file():
+        with replacing(root / "classes.yaml") as path:
+            class_list("cityscapes").save(path)
 
 
 def _write_domain(root: Path, config: RenderConfig, domain: str, count: int) -> None:
@@ -169,7 +174,10 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
         _atomically(path, whole)
-    return {row["name"]: row for row in map(json.loads, whole.decode().splitlines())}
+    try:
+        return {row["name"]: row for row in map(json.loads, whole.decode().splitlines())}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; delete the folder and draw it again") from None
 
 
 def _pictures(config: RenderConfig, domain: str, indices: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:

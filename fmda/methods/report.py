@@ -29,7 +29,7 @@ def stages(config: Config) -> list[Stage]:
 
         return {"page": str(report([Path(r) for r in config.runs], folder / "report.html"))}
 
-    return [Stage("page", write, config, always=True)]
+    return [Stage("page", write, config, always=True, alone=True)]
 
 
 def plan(config: Config) -> Plan:

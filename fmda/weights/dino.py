@@ -1,4 +1,4 @@
-"""DINO checkpoints, in the names of its authors (and timm) or of Hugging Face."""
+"""DINO checkpoints: load in the names of its authors (and timm) or of Hugging Face, save in the latter."""
 
 import functools
 import math
@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from fmda import trees
 from fmda.errors import UserError
 from fmda.models.clip import VisionTransformer, VitConfig
-from fmda.models.dino import POSITION_OFFSET, dino, last_layer, vit_config
+from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, POSITION_OFFSET, dino, last_layer, vit_config
 from fmda.models.module import abstract
 from fmda.weights import dino_tables, files
 from fmda.weights.clip import store
@@ -70,6 +70,76 @@ def load_dino(
     params = store(table.read(arrays, shapes, str(where)), dtype)
     # Hugging Face resizes positions to the exact size, DINO's own code with its offset.
     return LoadedDino(config, graphdef, params, 0.0 if table is dino_tables.HF_VIT else POSITION_OFFSET)
+
+
+def save_dino(
+    folder: str | os.PathLike[str],
+    config: VitConfig,
+    params: Mapping[Any, Any],
+    *,
+    dtype: DTypeLike | None = None,
+) -> Path:
+    """Writes a checkpoint in Hugging Face's layout, for `load_dino` and transformers' ViTModel. Returns the folder.
+
+    `params` is the tree of `models.dino.dino(config)`; arrays are stored in `dtype`, by default in their own.
+    Raises UserError where the folder cannot be written, where `params` does not fit `config`, or where `config` is no
+    plain vision transformer; nothing is written then.
+    """
+    folder = Path(folder)
+    if config.pre_norm or not config.patch_bias:
+        raise UserError(f"{folder}: DINO has no norm before its blocks, and a bias in its patches; not so this network")
+    shapes = abstract(lambda rngs: dino(config, rngs=rngs))[1]
+    expected = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    given = {path: leaf.shape for path, leaf in flat.items()}
+    wrong = sorted(path for path in expected.keys() | given.keys() if expected.get(path) != given.get(path))
+    if wrong:
+        raise UserError(f"{folder}: parameters do not fit the configuration at {', '.join(wrong)}; nothing written")
+    if dtype is not None:
+        flat = {path: leaf.astype(dtype) for path, leaf in flat.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error}); choose another folder") from None
+    files.write_safetensors(folder / "model.safetensors", dino_tables.HF_VIT.write(trees.unflatten(flat)))
+    files.write_json(folder / "config.json", _write_hf(config))
+    files.write_json(folder / "preprocessor_config.json", _preprocessor(config))
+    return folder
+
+
+def _write_hf(config: VitConfig) -> dict[str, Any]:
+    """Returns the `config.json` object of a plain vision transformer, every field spelled out."""
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_eps,
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def _preprocessor(config: VitConfig) -> dict[str, Any]:
+    """Returns the `preprocessor_config.json` object: size and normalisation as transformers reads them."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
 
 
 def read_checkpoint(folder: Path) -> tuple[VitConfig, Table, dict[str, np.ndarray], Path]:

@@ -4,26 +4,18 @@ All three change the last block only. D = width of the joint space, h and w = pa
 """
 
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
-from safetensors.numpy import load_file
 
 from fmda.errors import UserError
 from fmda.methods.floss.hosts import HostConfig
 from fmda.models.clip import Block, VisionTransformer
+from fmda.models.dinoiser import HEADS_FILE, LEAST_BLOCKS, Heads, object_features, saliency
 from fmda.nn.attention import attention
-from fmda.weights.files import write_safetensors
-
-Heads = dict[str, dict[str, Any]]
-
-HEADS_FILE = "dinoiser.safetensors"
-_HEAD_NAMES = ("obj_proj", "bkg_decoder")
 
 
 class Patches(NamedTuple):
@@ -52,7 +44,7 @@ def patches(
 
     Args:
         tower: CLIP's image tower; patch size, depth and width are its own.
-        heads: CLIP-DINOiser's two convolutions (`load_heads`); not read by the other hosts.
+        heads: CLIP-DINOiser's two convolutions (`fmda.weights.dinoiser.load_heads`); not read by the other hosts.
         pixels: normalised; a remainder smaller than a patch is dropped.
 
     Raises UserError where CLIP-DINOiser has no heads.
@@ -72,7 +64,7 @@ def patches(
         return Patches(_unit(_grid(tower.project(blocks[-1].value_path(x)), h, w)), everything)
     if heads is None:
         raise UserError(f"clip-dinoiser: needs its heads ({HEADS_FILE}); name their folder with heads=")
-    if len(blocks) < 3:
+    if len(blocks) < LEAST_BLOCKS:
         raise UserError(f"clip-dinoiser: the image tower has {len(blocks)} blocks; it reads the third last one")
     for block in blocks[:-3]:
         x = block(x)
@@ -107,17 +99,6 @@ def neighbourhood(h: int, w: int, std: float) -> Float[np.ndarray, "1+h*w 1+h*w"
     return bias
 
 
-def object_features(heads: Heads, guide: Float[Array, "B h w width"]) -> Float[Array, "B h w C"]:
-    """Returns unit-length object features: a 3x3 convolution with edges repeated (CLIP-DINOiser, `obj_proj`)."""
-    guide = jnp.pad(guide.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    return _unit(_conv(guide, heads["obj_proj"]))
-
-
-def saliency(heads: Heads, guide: Float[Array, "B h w width"]) -> Float[Array, "B h w"]:
-    """Returns the logit that a patch shows an object rather than background (CLIP-DINOiser, `bkg_decoder`)."""
-    return _conv(guide.astype(jnp.float32), heads["bkg_decoder"])[..., 0]
-
-
 def refine(
     values: Float[Array, "B h w D"], objects: Float[Array, "B h w C"], floor: float
 ) -> Float[Array, "B h w D"]:
@@ -131,13 +112,6 @@ def refine(
     return (mixed / (similar.sum(-1, keepdims=True) + 1e-6)).reshape(b, h, w, -1)
 
 
-def _conv(x: Array, layer: dict[str, Any]) -> Array:
-    out = lax.conv_general_dilated(
-        x, jnp.asarray(layer["kernel"], jnp.float32), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return out + jnp.asarray(layer["bias"], jnp.float32)[None, None, None]
-
-
 def _grid(tokens: Float[Array, "B T C"], h: int, w: int) -> Float[Array, "B h w C"]:
     return tokens[:, 1:].reshape(len(tokens), h, w, -1)
 
@@ -145,44 +119,3 @@ def _grid(tokens: Float[Array, "B T C"], h: int, w: int) -> Float[Array, "B h w 
 def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
-
-
-def load_heads(folder: str | Path, width: int) -> Heads:
-    """Returns CLIP-DINOiser's heads {"obj_proj", "bkg_decoder"}, each {"kernel" [k, k, width, out], "bias" [out]}.
-
-    Reads `dinoiser.safetensors` in `folder` (or the file itself), with our names or torch's (`obj_proj.weight`, OIHW).
-    Raises UserError for a missing file, a missing, surplus or misshapen tensor; all of them are listed.
-    """
-    path = Path(folder) / HEADS_FILE if Path(folder).is_dir() else Path(folder)
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; CLIP-DINOiser needs its two heads, obj_proj and bkg_decoder, trained on this CLIP; "
-            "heads= names their folder"
-        )
-    try:
-        flat = load_file(str(path))
-    except Exception as fault:  # the reader has an exception type of its own
-        raise UserError(f"{path}: not a safetensors file ({fault}); convert it first") from None
-    tensors: dict[str, np.ndarray] = {}
-    for name, value in flat.items():
-        if name.endswith(".weight"):
-            name, value = name.removesuffix(".weight") + "/kernel", value.transpose(2, 3, 1, 0)
-        tensors[name.replace(".", "/")] = np.ascontiguousarray(value, np.float32)
-    wanted = {f"{head}/{leaf}" for head in _HEAD_NAMES for leaf in ("kernel", "bias")}
-    faults = [f"missing {n}" for n in sorted(wanted - set(tensors))]
-    faults += [f"superfluous {n}" for n in sorted(set(tensors) - wanted)]
-    for head, side in (("obj_proj", 3), ("bkg_decoder", 1)):
-        kernel = tensors.get(f"{head}/kernel")
-        if kernel is not None and kernel.shape[:3] != (side, side, width):
-            faults.append(f"{head}/kernel is {list(kernel.shape)}, not [{side}, {side}, {width}, ...]")
-    if faults:
-        raise UserError(f"{path}: {'; '.join(faults)}; these heads belong to another checkpoint")
-    return {h: {leaf: tensors[f"{h}/{leaf}"] for leaf in ("kernel", "bias")} for h in _HEAD_NAMES}
-
-
-def save_heads(folder: str | Path, heads: Heads) -> Path:
-    """Writes the heads as `dinoiser.safetensors` in `folder`; returns the file."""
-    path = Path(folder) / HEADS_FILE
-    flat = {f"{h}/{leaf}": np.asarray(jax.device_get(a)) for h, layer in heads.items() for leaf, a in layer.items()}
-    write_safetensors(path, flat)
-    return path

@@ -14,7 +14,7 @@ from fmda.config import fingerprint, to_dict
 from fmda.data import ClassList, Dataset, open_dataset
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
-from fmda.methods.floss.features import Heads, Patches, load_heads
+from fmda.methods.floss.features import Patches
 from fmda.methods.floss.predict import agreement, fused_labels, host_labels
 from fmda.methods.floss.ranking import Scanner, Seen, rank_images
 from fmda.methods.floss.settings import Config
@@ -22,8 +22,10 @@ from fmda.methods.floss.tally import Tally
 from fmda.methods.floss.text import default_classifier, expert_classifiers, template_hash, text_embeddings
 from fmda.methods.floss.tower import Tower
 from fmda.models.clip import VitConfig
+from fmda.models.dinoiser import Heads
 from fmda.progress import track
 from fmda.weights.clip import LoadedClip, load_clip
+from fmda.weights.dinoiser import load_heads
 from fmda.weights.source import resolve
 
 Chosen = tuple[tuple[int, ...], ...]

@@ -33,8 +33,8 @@ def stages(config: Config) -> list[Stage]:
     """
     found = [
         Stage("rank", lambda folder, done: _rank(config, folder), config),
-        Stage("host", lambda folder, done: _score(config, folder, None), config),
-        Stage("floss", lambda folder, done: _score(config, folder, done["rank"]), config, ("rank",)),
+        Stage("host", lambda folder, done: _score(config, folder, None), config, alone=True),
+        Stage("floss", lambda folder, done: _score(config, folder, done["rank"]), config, ("rank",), alone=True),
     ]
     if config.compare_criteria:
         found.append(Stage("criteria", lambda folder, done: _compare(config, folder), config))
@@ -44,7 +44,7 @@ def stages(config: Config) -> list[Stage]:
 
         return {"page": str(report([folder.parent], folder.parent / "report.html"))}
 
-    return [*found, Stage("page", page, config, tuple(s.name for s in found), always=True)]
+    return [*found, Stage("page", page, config, tuple(s.name for s in found), always=True, alone=True)]
 
 
 def load_segmenter(folder: Path) -> Segmenter:

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, UInt8
 from fmda.errors import UserError
 from fmda.mesh import batch_sharding, replicated
 from fmda.methods.floss.chain import Geometry, bucket, windows
-from fmda.methods.floss.features import Heads, Patches, patches
+from fmda.methods.floss.features import Patches, patches
 from fmda.methods.floss.hosts import HostConfig, network_image, padded_windows
 from fmda.models.clip import ClipConfig, VitConfig
+from fmda.models.dinoiser import Heads
 
 BATCH = 8
 """Windows on one device at a time."""

@@ -96,13 +96,18 @@ def stages(config: Config) -> list[Stage]:
     if config.batch % config.crops:
         raise UserError(f"batch: {config.batch} is no multiple of crops={config.crops}; choose one")
     chain = [
-        Stage("tokenizer", functools.partial(_tokenizer, config), [config.data, config.vocabulary, config.seed]),
+        Stage("tokenizer", functools.partial(_tokenizer, config), _words(config), alone=True),
         Stage("train", functools.partial(_train, config), config, inputs=("tokenizer",)),
         Stage("export", functools.partial(_export, config), config.model, inputs=("tokenizer", "train")),
     ]
     if config.held:
-        chain.append(Stage("check", functools.partial(_check, config), config.held, inputs=("export",)))
+        chain.append(Stage("check", functools.partial(_check, config), config.held, ("export",), alone=True))
     return chain
+
+
+def _words(config: Config) -> list[Any]:
+    """Returns what determines the tokenizer."""
+    return [config.data, config.vocabulary, config.seed]
 
 
 def plan(config: Config) -> Plan:

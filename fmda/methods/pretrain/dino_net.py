@@ -96,7 +96,7 @@ class Pupil(nnx.Module):
         x = net.tokens(pixels)
         if masked is not None:
             h, w = net.grid(*pixels.shape[1:3])
-            blank = self.mask_token[...] + net.positions(h, w)[1:]
+            blank = self.mask_token[...][None] + net.positions(h, w)[1:]
             patches = jnp.where(masked[..., None], blank[None].astype(x.dtype), x[:, 1:])
             x = jnp.concatenate([x[:, :1], patches], axis=1)
         for block in net.blocks:
@@ -152,8 +152,8 @@ def make_step(
 ) -> Step:
     """Returns the pure step(state, frozen, batch, key) -> (state, metrics) of self-distillation.
 
-    `batch` is what `Views` makes, stacked; `frozen` and `key` are not used, all chance is in the views. The teacher of a
-    step is the one before the update, and its logits move the centres after they were used (DINO, algorithm 1).
+    `batch` is what `Views` makes, stacked; `frozen` and `key` are not used, all chance is in the views. The teacher of
+    a step is the one before the update, and its logits move the centres after they were used (DINO, algorithm 1).
     Metrics: `loss`, `view_loss`, `patch_loss`, `koleo`, `prototypes_used` (perplexity of the teacher's mean
     distribution), `teacher_entropy` (nats; 0 and log k both mean collapse), `momentum`, `grad_norm`, `learning_rate`.
     """

@@ -13,12 +13,12 @@ from fmda.config import from_dict
 from fmda.data import open_dataset
 from fmda.errors import UserError
 from fmda.evaluate import Segmenter
-from fmda.methods.floss import features
 from fmda.methods.floss.hosts import HOSTS, host_for
 from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.run import Config, plan, stages
 from fmda.methods.kinds import open_run
 from fmda.methods.pipeline import run_stages
+from fmda.weights.dinoiser import load_heads, save_heads
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ["sky", "road", "car"]
@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     _, params = small_clip(0, config)
     train_tokenizer(["a photo of the road and the sky"] * 3, 520, folder / "words")
     save_clip(folder / "clip", config, params, sorted((folder / "words").iterdir()))
-    features.save_heads(folder / "clip", small_heads())
+    save_heads(folder / "clip", small_heads())
     for split, count in (("train", 4), ("val", 2)):
         for part in ("images", "labels"):
             (folder / "data" / split / part).mkdir(parents=True)
@@ -164,15 +164,15 @@ def test_settings_that_cannot_work_are_refused(place, changes, message):
 
 def test_missing_and_foreign_heads_are_refused(place, tmp_path):
     with pytest.raises(UserError, match=r"dinoiser\.safetensors: no such file"):
-        features.load_heads(tmp_path, 32)
+        load_heads(tmp_path, 32)
     with pytest.raises(UserError, match="belong to another checkpoint"):
-        features.load_heads(place / "clip", 768)
+        load_heads(place / "clip", 768)
     heads = small_heads()
     del heads["obj_proj"]["bias"]
     heads["extra"] = heads["bkg_decoder"]
-    features.save_heads(tmp_path, heads)
+    save_heads(tmp_path, heads)
     with pytest.raises(UserError, match="missing obj_proj/bias; superfluous extra/bias; superfluous extra/kernel"):
-        features.load_heads(tmp_path, 32)
+        load_heads(tmp_path, 32)
 
 
 def test_heads_with_torch_names_are_read(tmp_path):
@@ -184,7 +184,7 @@ def test_heads_with_torch_names_are_read(tmp_path):
         flat[f"{name}.weight"] = np.ascontiguousarray(layer["kernel"].transpose(3, 2, 0, 1))
         flat[f"{name}.bias"] = layer["bias"]
     save_file(flat, str(tmp_path / "dinoiser.safetensors"))
-    found = features.load_heads(tmp_path, 32)
+    found = load_heads(tmp_path, 32)
     np.testing.assert_array_equal(found["obj_proj"]["kernel"], heads["obj_proj"]["kernel"])
 
 

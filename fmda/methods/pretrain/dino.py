@@ -1,0 +1,202 @@
+"""A self-supervised teacher from pictures alone: training, export, and a check of its patches against labels.
+
+The network distils itself (Caron et al. 2021, DINO): views of a picture are told by a student as an average of earlier
+students tells other views of it. A small net learns little about places that way, so masked patches are told as the
+teacher tells them unmasked (Zhou et al. 2022, iBOT). No label is read before the check.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fmda.atomic import write_atomic
+from fmda.config import to_dict
+from fmda.data.loader import batches
+from fmda.errors import UserError
+from fmda.mesh import FSDP_RULES, make_mesh
+from fmda.methods.pipeline import Plan, Stage
+from fmda.methods.pretrain.dino_check import agreement_on, normalised_float
+from fmda.methods.pretrain.dino_net import DistillConfig, HeadConfig, Pupil, create_pupils, make_step
+from fmda.methods.pretrain.dino_views import Pictures, ViewConfig, Views
+from fmda.models.clip import VitConfig
+from fmda.models.dino import vit_config
+from fmda.models.module import abstract, init
+from fmda.perf.flops import training_flops, vit_flops
+from fmda.perf.peaks import peak_flops
+from fmda.train import OptimConfig, TrainState, fit, make_optimizer, make_schedule, read_params
+from fmda.weights.dino import load_dino, save_dino
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the vision transformer; its positions are for the global views."""
+
+    patch_size: int = 8
+    width: int = 128
+    layers: int = 6
+    heads: int = 4
+    mlp_width: int = 512
+
+
+@dataclass(frozen=True)
+class Config:
+    """Data, network and schedule of a self-distillation run.
+
+    Attributes:
+        data: folders of pictures to train on; labels in them are not read.
+        held: rendered folders whose labels the check reads. They may be trained on, since training sees no labels.
+        model, head: the network; `views.size` is what its position table is for.
+        views: how views are cut, changed and masked.
+        distill: losses, temperatures, momenta.
+        batch: pictures per step, over all devices and processes.
+        check_size: side of the squares that the check looks at, pixels.
+        check_thresholds: cosines above which two patches count as alike in the check.
+        mesh: sizes of the axes data and fsdp; -1 takes the rest of the devices.
+        workers: loader processes; 0 loads in threads.
+    """
+
+    data: tuple[str, ...]
+    held: tuple[str, ...] = ()
+    model: ModelConfig = ModelConfig()
+    head: HeadConfig = HeadConfig()
+    views: ViewConfig = ViewConfig()
+    distill: DistillConfig = DistillConfig()
+    steps: int = 3000
+    batch: int = 64
+    optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.04, clip_norm=3.0)
+    check_size: int = 128
+    check_thresholds: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9)
+    seed: int = 0
+    mesh: tuple[int, int] = (-1, 1)
+    workers: int = 0
+    log_every: int = 25
+    save_steps: int = 250
+    save_minutes: float = 5.0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UserError for sizes that make no whole patches, or no network."""
+        patch = self.model.patch_size
+        for name, size in (("views.size", self.views.size), ("views.local_size", self.views.local_size)):
+            if size < patch or size % patch:
+                raise UserError(f"{name}: {size} is no multiple of model.patch_size={patch}; choose one")
+        if self.model.width % self.model.heads:
+            raise UserError(f"model.heads: {self.model.heads} do not divide width={self.model.width}; choose a divisor")
+
+    @property
+    def vit(self) -> VitConfig:
+        """The backbone's full configuration."""
+        sizes = self.model
+        return vit_config(
+            sizes.patch_size, sizes.width, layers=sizes.layers, heads=sizes.heads, mlp_width=sizes.mlp_width,
+            image_size=self.views.size,
+        )  # fmt: skip
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns train, export (Hugging Face layout) and, with held pictures, check."""
+    chain = [
+        Stage("train", functools.partial(_train, config), config),
+        Stage("export", functools.partial(_export, config), config.model, inputs=("train",)),
+    ]
+    if config.held:
+        seen = [config.held, config.check_size, config.check_thresholds]
+        chain.append(Stage("check", functools.partial(_check, config), seen, inputs=("export",), alone=True))
+    return chain
+
+
+def plan(config: Config) -> Plan:
+    """Returns parameters and FLOPs at the configured sizes."""
+    shapes = abstract(lambda rngs: Pupil(config.vit, config.head, rngs=rngs))[1]
+    counts = {name: sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("backbone", "head")}
+    return Plan(
+        stages=tuple((stage.name, "") for stage in stages(config)),
+        parameters=tuple(counts.items()),
+        flops=(
+            ("backbone, one global view", view_flops(config, config.views.size)),
+            ("one training picture, all views", picture_flops(config)),
+        ),
+        memory=(("parameters, moments and teacher, float32", 16.0 * sum(counts.values())),),
+    )
+
+
+def view_flops(config: Config, size: int) -> float:
+    """Returns the FLOPs of the backbone for one view of that side, forward."""
+    sizes = config.model
+    return vit_flops(
+        size, patch_size=sizes.patch_size, width=sizes.width, layers=sizes.layers, mlp_width=sizes.mlp_width
+    )
+
+
+def picture_flops(config: Config) -> float:
+    """Returns the FLOPs of one training step per picture: the student's views and the teacher's two, with heads."""
+    head, views = config.head, config.views
+    token = 2 * (
+        config.model.width * head.hidden
+        + head.hidden**2
+        + head.hidden * head.bottleneck
+        + head.bottleneck * head.prototypes
+    )
+    patches = (views.size // config.model.patch_size) ** 2 if config.distill.patch_weight else 0
+    seen = 2 * (view_flops(config, views.size) + (1 + patches) * token)
+    small = views.locals * (view_flops(config, views.local_size) + token)
+    return seen + training_flops(seen + small)
+
+
+def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    pictures = Pictures(config.data)
+
+    def make(rngs: nnx.Rngs) -> Pupil:
+        return Pupil(config.vit, config.head, rngs=rngs)
+
+    tx = make_optimizer(config.optim, config.steps)
+    schedule = make_schedule(config.optim, config.steps)
+    step = make_step(abstract(make)[0], config.distill, tx, config.steps, schedule)
+
+    def start(key: jax.Array) -> TrainState:
+        return create_pupils(init(make, key), config.head.prototypes, tx)
+
+    loader = batches(
+        pictures, Views(config.views, config.vit.side), config.batch, seed=config.seed, workers=config.workers,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    with loader:
+        state = fit(
+            step, start, {}, loader, steps=config.steps, mesh=make_mesh(*config.mesh), rules=FSDP_RULES,
+            folder=folder, key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
+            save_minutes=config.save_minutes, config=to_dict(config), tensorboard=config.tensorboard, what="dino",
+            flops_per_example=picture_flops(config), peak_flops=peak_flops(),
+        )  # fmt: skip
+    return {"steps": int(state.step), "pictures": len(pictures)}
+
+
+def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    params = jax.device_get(read_params(done["train"], "ema")["teacher"]["backbone"])
+    save_dino(folder, config.vit, params, dtype=np.float16)
+    lines = (done["train"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    summary = {"config": to_dict(config), "last": json.loads(lines[-1])}
+    write_atomic(folder / "training.json", json.dumps(summary, indent=1) + "\n")
+    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+
+
+def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    """Compares patches that look alike with patches that are alike: by the teacher's values, and by raw pixels."""
+    teacher = load_dino(done["export"])
+
+    def values(pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(teacher.last_layer(normalised_float(pixels), "value"))
+
+    patch = config.model.patch_size
+    size = config.check_size - config.check_size % patch
+    result = {
+        root: agreement_on(root, {"values": values}, size, patch, config.check_thresholds, config.seed)
+        for root in config.held
+    }
+    write_atomic(folder / "patches.json", json.dumps(result, indent=1) + "\n")
+    return result

@@ -1,0 +1,314 @@
+"""CLIP-DINOiser's two heads for a CLIP of one's own, from pictures alone, with a self-supervised teacher.
+
+CLIP stays as it is. `obj_proj` learns which patches the teacher's values hold together, `bkg_decoder` which patches are
+not background by the teacher's attention and keys (Wysoczanska et al. 2024; Simeoni et al. 2023).
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fmda import trees
+from fmda.atomic import write_atomic
+from fmda.config import to_dict
+from fmda.data.dataset import Example
+from fmda.data.loader import batches
+from fmda.data.transforms import ColourJitter
+from fmda.errors import UserError
+from fmda.mesh import REPLICATED_RULES, make_mesh
+from fmda.methods.pipeline import Plan, Stage
+from fmda.methods.pretrain.dino_check import agreement_on, object_overlap
+from fmda.methods.pretrain.dino_net import normalised
+from fmda.methods.pretrain.dino_views import Image, Pictures, random_square, resized_window
+from fmda.methods.pretrain.dinoiser_targets import Reading, background, read_teacher, same_object
+from fmda.models.clip import VitConfig, vision_tower
+from fmda.models.dinoiser import LEAST_BLOCKS, guide_features, init_heads, object_features, saliency
+from fmda.models.module import abstract
+from fmda.nn.resize import resize
+from fmda.perf.flops import training_flops, vit_flops
+from fmda.perf.peaks import peak_flops
+from fmda.train import OptimConfig, TrainState, create_state, fit, make_optimizer, make_step, read_params
+from fmda.train.step import LossFn, Metrics
+from fmda.weights.clip import LoadedClip, load_clip
+from fmda.weights.dino import LoadedDino, load_dino
+from fmda.weights.dinoiser import load_heads, save_heads
+
+
+@dataclass(frozen=True)
+class Config:
+    """Networks, data and schedule of the heads. The defaults are the published recipe for ViT-B/16.
+
+    Attributes:
+        data: folders of pictures to train on; labels in them are not read.
+        held: rendered folders whose labels the check reads.
+        clip, teacher: where CLIP and the self-supervised teacher are: folder, name of a model of the package, hub id.
+        size: side of the crops, pixels; what makes no whole patch is cut off.
+        side: smallest and largest side of a crop, as a share of the picture's shorter side; drawn log-uniformly.
+        jitter: probability of changed colours.
+        channels: width of the object features.
+        floor: cosine of two patches' values from which the teacher holds them together.
+        background: cosine of two patches' keys above which one is background if the other is.
+        learning_rate, background_rate: of `obj_proj` and of `bkg_decoder`.
+        decay_step: step at which both rates fall to a tenth.
+        mesh: sizes of the axes data and fsdp; -1 takes the rest of the devices.
+        workers: loader processes; 0 loads in threads.
+    """
+
+    data: tuple[str, ...]
+    held: tuple[str, ...] = ()
+    clip: str = "street-clip"
+    teacher: str = "street-dino"
+    size: int = 448
+    side: tuple[float, float] = (1.0, 1.0)
+    jitter: float = 0.8
+    channels: int = 256
+    floor: float = 0.2
+    background: float = 0.3
+    steps: int = 6250
+    batch: int = 16
+    learning_rate: float = 5e-5
+    background_rate: float = 1e-2
+    weight_decay: float = 0.01
+    decay_step: int = 5000
+    seed: int = 0
+    mesh: tuple[int, int] = (-1, 1)
+    workers: int = 0
+    log_every: int = 25
+    save_steps: int = 250
+    save_minutes: float = 5.0
+    tensorboard: bool = False
+
+
+class Networks(NamedTuple):
+    """The two frozen networks, and the sides in pixels that give both the same grid of patches."""
+
+    clip: LoadedClip
+    tower: VitConfig
+    teacher: LoadedDino
+    clip_side: int
+    teacher_side: int
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """The parameters that a step reads."""
+        return {"vision": self.clip.params["vision"], "teacher": self.teacher.params}
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits that change with any parameter: a run goes on only with the networks it began with."""
+        digest = hashlib.blake2b(digest_size=6)
+        for path, leaf in sorted(trees.flatten(self.frozen).items()):
+            digest.update(path.encode() + np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns train, export (`dinoiser.safetensors`) and, with held pictures, check."""
+    chain = [
+        Stage("train", functools.partial(_train, config), config),
+        Stage("export", functools.partial(_export, config), None, inputs=("train",)),
+    ]
+    if config.held:
+        chain.append(Stage("check", functools.partial(_check, config), config.held, ("export",), alone=True))
+    return chain
+
+
+def plan(config: Config) -> Plan:
+    """Returns the stages; sizes follow from the CLIP and the teacher, which are not opened for a plan."""
+    return Plan(
+        stages=tuple((stage.name, "") for stage in stages(config)),
+        notes=(f"heads of {config.channels} channels on {config.clip}, taught by {config.teacher}",),
+    )
+
+
+def load_networks(config: Config) -> Networks:
+    """Returns CLIP and teacher. Raises UserError for a CLIP without the blocks that the heads read, or small crops."""
+    clip, teacher = load_clip(config.clip), load_dino(config.teacher)
+    tower = clip.config.vision
+    if not isinstance(tower, VitConfig):
+        raise UserError(f"clip: CLIP-DINOiser reads a vision transformer, not the tower of {config.clip}; name another")
+    if tower.layers < LEAST_BLOCKS:
+        raise UserError(
+            f"clip: the image tower of {config.clip} has {tower.layers} blocks; the heads read the third last one, "
+            "name a CLIP with more"
+        )
+    grid = config.size // tower.patch_size
+    if grid < 2:
+        raise UserError(f"size: {config.size} gives no two patches of {tower.patch_size} pixels; choose a larger one")
+    return Networks(clip, tower, teacher, grid * tower.patch_size, grid * teacher.config.patch_size)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The transform (picture, generator) -> {"pixels": uint8 [size, size, 3]}: a square, mirrored and recoloured."""
+
+    size: int
+    side: tuple[float, float]
+    jitter: float
+
+    def __call__(self, picture: Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns the crop."""
+        square = resized_window(random_square(picture, self.side, rng), self.size)
+        if rng.random() < 0.5:
+            square = np.ascontiguousarray(square[:, ::-1])
+        return {"pixels": ColourJitter(0.2, 0.3, 0.3, 0.05, self.jitter)(Example(square, None, ""), rng).image}
+
+
+See = Callable[[Any, Array], tuple[Float[Array, "b h w width"], Reading]]
+
+
+def make_see(networks: Networks) -> See:
+    """Returns see(frozen, uint8 crops) -> (CLIP's guide features, the teacher's reading), both without gradients."""
+    image, offset = networks.clip.config, networks.teacher.position_offset
+    mean, std = np.asarray([image.image_mean, image.image_std], np.float32)[:, None, None, None]
+    graphdef = abstract(lambda rngs: vision_tower(networks.tower, image.embed_dim, rngs=rngs))[0]
+
+    def see(frozen: Any, pixels: Array) -> tuple[Array, Reading]:
+        tower, teacher = nnx.merge(graphdef, frozen["vision"]), nnx.merge(networks.teacher.graphdef, frozen["teacher"])
+        guide = guide_features(tower, (pixels.astype(jnp.float32) / 255.0 - mean) / std)
+        reading = read_teacher(
+            teacher, resize(normalised(pixels), (networks.teacher_side,) * 2), position_offset=offset
+        )
+        return jax.lax.stop_gradient((guide, reading))
+
+    return see
+
+
+def make_loss(networks: Networks, config: Config) -> LossFn:
+    """Returns loss(heads, frozen, batch, key) -> (sum of both heads' binary cross-entropies, metrics).
+
+    `obj_proj`: over all pairs of patches, with the cosine of the object features, negative ones set to 0, as the logit.
+    `bkg_decoder`: over all patches. Both are means, in nats (the authors' training code; the paper's eq. 5 and 6).
+    Metrics: `object_loss`, `background_loss`; `alike`, share of pairs that the teacher holds together, and `objects`,
+    share of patches that are no background: near 0 or 1 they teach nothing.
+    """
+
+    see = make_see(networks)
+
+    def loss(heads: Any, frozen: Any, batch: dict[str, Array], key: Any) -> tuple[Array, Metrics]:
+        del key
+        guide, reading = see(frozen, batch["pixels"])
+        together = same_object(reading.values, config.floor).astype(jnp.float32)
+        objects = 1.0 - background(reading.attention, reading.keys, config.background).astype(jnp.float32)
+        found = object_features(heads, guide).reshape(*objects.shape, -1)
+        logits = jnp.maximum(jnp.einsum("bpc,bqc->bpq", found, found), 0.0)
+        object_loss = optax.sigmoid_binary_cross_entropy(logits, together).mean()
+        foreground = saliency(heads, guide).reshape(objects.shape)
+        background_loss = optax.sigmoid_binary_cross_entropy(foreground, objects).mean()
+        metrics = {
+            "object_loss": object_loss,
+            "background_loss": background_loss,
+            "alike": together.mean(),
+            "objects": objects.mean(),
+        }
+        return object_loss + background_loss, metrics
+
+    return loss
+
+
+def crop_flops(networks: Networks, channels: int) -> float:
+    """Returns the FLOPs of a training step per crop: CLIP up to the third last block, the teacher, and the heads.
+
+    The heads count twice for their kernels' gradient; nothing below them has one.
+    """
+    tower, teacher = networks.tower, networks.teacher.config
+    patches = (networks.clip_side // tower.patch_size) ** 2
+    frozen = sum(
+        vit_flops(side, patch_size=net.patch_size, width=net.width, layers=layers, mlp_width=net.mlp_width)
+        for net, side, layers in (
+            (tower, networks.clip_side, tower.layers - LEAST_BLOCKS + 1),
+            (teacher, networks.teacher_side, teacher.layers),
+        )
+    )
+    heads = 2 * patches * tower.width * (9 * channels + 1)
+    return frozen + 2 * heads + 2 * patches**2 * (training_flops(channels) + teacher.width)
+
+
+def make_heads_optimizer(config: Config) -> optax.GradientTransformation:
+    """Returns AdamW with a rate for each head; both fall to a tenth at `decay_step`."""
+    ratio = config.background_rate / config.learning_rate
+    optim = OptimConfig(
+        learning_rate=config.learning_rate,
+        schedule="constant",
+        weight_decay=config.weight_decay,
+        no_decay=(),
+        multipliers={"bkg_decoder/*": ratio},
+    )
+    falling = optax.piecewise_constant_schedule(1.0, {config.decay_step: 0.1})
+    return optax.chain(make_optimizer(optim, config.steps), optax.scale_by_schedule(falling))
+
+
+def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    networks = load_networks(config)
+    tx = make_heads_optimizer(config)
+
+    def start(key: Array) -> TrainState:
+        return create_state(init_heads(key, networks.tower.width, config.channels), tx, ema=False)
+
+    loader = batches(
+        Pictures(config.data), Crop(networks.clip_side, config.side, config.jitter), config.batch, seed=config.seed,
+        workers=config.workers, process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    with loader:
+        state = fit(
+            make_step(make_loss(networks, config), tx), start, networks.frozen, loader, steps=config.steps,
+            mesh=make_mesh(*config.mesh), rules=REPLICATED_RULES, folder=folder, key=jax.random.key(config.seed),
+            log_every=config.log_every, save_steps=config.save_steps, save_minutes=config.save_minutes,
+            config=to_dict(config) | {"weights": networks.digest}, tensorboard=config.tensorboard, what="dinoiser",
+            flops_per_example=crop_flops(networks, config.channels), peak_flops=peak_flops(),
+        )  # fmt: skip
+    return {"steps": int(state.step)}
+
+
+def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    heads = jax.device_get(read_params(done["train"]))
+    save_heads(folder, heads, np.float16)
+    lines = (done["train"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    summary = {"config": to_dict(config), "last": json.loads(lines[-1])}
+    write_atomic(folder / "dinoiser.json", json.dumps(summary, indent=1) + "\n")
+    return {"parameters": trees.count(heads)}
+
+
+def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    """Compares what heads, CLIP alone and teacher hold together with the classes, and saliency with things."""
+    networks = load_networks(config)
+    heads, see = load_heads(done["export"], networks.tower.width), make_see(networks)
+
+    @jax.jit
+    def look(frozen: Any, heads: Any, pixels: Array) -> dict[str, Array]:
+        guide, reading = see(frozen, pixels)
+        b, h, w, _ = guide.shape
+        return {
+            "clip": guide,
+            "teacher": reading.values.reshape(b, h, w, -1),
+            "heads": object_features(heads, guide),
+            "saliency": saliency(heads, guide) > 0,
+            "teacher saliency": ~background(reading.attention, reading.keys, config.background).reshape(b, h, w),
+        }
+
+    def reader(name: str) -> Any:
+        return lambda pixels: np.asarray(look(networks.frozen, heads, pixels)[name])
+
+    size, patch = networks.clip_side, networks.tower.patch_size
+    together = {name: reader(name) for name in ("clip", "teacher", "heads")}
+    things = {name: reader(name) for name in ("saliency", "teacher saliency")}
+    result = {
+        root: {
+            "together": agreement_on(root, together, size, patch, (config.floor,), config.seed),
+            "things": object_overlap(root, things, size, patch, config.seed),
+        }
+        for root in config.held
+    }
+    write_atomic(folder / "patches.json", json.dumps(result, indent=1) + "\n")
+    return result

@@ -1,0 +1,144 @@
+"""CLIP pretraining through the command line: killed 20 times, on eight devices, in two processes, the same."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_place
+
+from fmda import trees
+from fmda.train import read_params
+
+pytestmark = pytest.mark.slow
+
+STEPS, KILLS = 40, 20
+CONFIG = small_place.CLIP.replace("steps: 4\n", f"steps: {STEPS}\n") + "log_every: 1\nsave_steps: 3\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a few scenes and the configuration."""
+    folder = tmp_path_factory.mktemp("pretraining")
+    small_place.draw_scenes(folder / "scenes", 4)
+    (folder / "clip.yaml").write_text(CONFIG)
+    return folder
+
+
+def launch(place, work, *options, **variables):
+    """Returns the running `fmda run`, its stderr in `<work>.log`; compiled programs are shared by all runs."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        **variables,
+    }
+    command = [sys.executable, "-m", "fmda", "run", "clip.yaml", f"work_dir={work}", *options]
+    with open(place / f"{work}{variables.get('FMDA_PROCESS', '')}.log", "a") as log:
+        return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+
+
+def finish(place, work, *options, **variables):
+    """Runs to the end; returns the run folder."""
+    code = launch(place, work, *options, **variables).wait(timeout=900)
+    assert code == 0, (place / f"{work}.log").read_text()
+    return place / work
+
+
+@pytest.fixture(scope="module")
+def unbroken(place):
+    return finish(place, "unbroken")
+
+
+def last_step(work):
+    """Returns the last step in the metrics, 0 where there is none."""
+    path = work / "train/metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def steps_and_losses(work):
+    lines = [json.loads(line) for line in (work / "train/metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+def test_killed_at_20_random_moments_the_weights_are_the_same_bits(place, unbroken):
+    moments = random.Random(3)
+    # while Python starts, in the first stage, at any step, and after the last one
+    marks = ["start", "start", "tokenizer", "tokenizer"]
+    marks += sorted(moments.randint(1, STEPS - 1) for _ in range(KILLS - 6)) + ["export", "export"]
+    work, hits = place / "killed", []
+    for mark in marks:
+        process = launch(place, "killed")
+        reached = {
+            "start": lambda: True,
+            "tokenizer": lambda: (work / "tokenizer").is_dir(),
+            "export": lambda: (work / "train/stage.json").is_file() or (work / "export").is_dir(),
+        }.get(mark, lambda mark=mark: last_step(work) >= mark)
+        while not reached() and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 2.0 if mark == "start" else 0.05))
+        if process.poll() is None:
+            hits.append(last_step(work))
+        process.kill()
+        process.wait(timeout=60)
+    finish(place, "killed")
+    assert len(hits) == KILLS and len(set(hits)) > 8
+    # the record of the training holds times of the day, the weights and the tokenizer do not
+    broken, whole = content(work / "export"), content(unbroken / "export")
+    differing = {path.name for path in whole if broken[path] != whole[path]}
+    assert broken.keys() == whole.keys() and differing <= {"training.json"}
+    assert steps_and_losses(work) == steps_and_losses(unbroken)
+
+
+def distance(ours, theirs):
+    """Returns the largest difference between the parameters, and between their averages, of two runs.
+
+    Biases of attention keys are left out: they shift all scores of a query alike, which the softmax takes back. Their
+    gradient is rounding alone, and Adam makes steps of full size from it.
+    """
+    found = []
+    for which in ("params", "ema"):
+        mine, yours = (trees.flatten(read_params(work / "train", which)) for work in (ours, theirs))
+        assert mine.keys() == yours.keys()
+        found += [np.abs(mine[p] - yours[p]).max() for p in mine if not p.endswith("attention/key/bias")]
+    assert len(found) > 40
+    return float(max(found))
+
+
+@pytest.fixture(scope="module")
+def one(place):
+    return finish(place, "one", "steps=6")
+
+
+def test_eight_devices_equal_one(place, one):
+    eight = finish(place, "eight", "steps=6", JAX_NUM_CPU_DEVICES="8")
+    assert json.loads((eight / "train/stage.json").read_text())["device"].startswith("8 x ")
+    assert distance(one, eight) < 1e-5
+
+
+def test_two_joined_processes_equal_one(place, one):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        joined = {"FMDA_COORDINATOR": f"localhost:{free.getsockname()[1]}", "FMDA_PROCESSES": "2"}
+    pair = [
+        launch(place, "two", "steps=6", "--processes", JAX_NUM_CPU_DEVICES="4", FMDA_PROCESS=str(number), **joined)
+        for number in range(2)
+    ]
+    codes = [process.wait(timeout=900) for process in pair]
+    assert codes == [0, 0], "\n".join((place / f"two{number}.log").read_text() for number in range(2))
+    assert distance(one, place / "two") < 1e-5
+    assert (place / "two/export/vocab.json").exists() == (one / "export/vocab.json").exists()
