@@ -28,7 +28,7 @@ from fmda.perf.record import record, write_record
 
 HOSTS: dict[str, dict[str, Any]] = {
     "maskclip": {"crop": 128, "stride": 64, "trained_scale": True},
-    "naclip": {"crop": 64, "stride": 32, "prompts": "plain", "trained_scale": True},
+    "naclip": {"crop": 128, "stride": 64, "prompts": "plain", "trained_scale": True},
     "clip-dinoiser": {"crop": 128, "stride": 64, "trained_scale": True},
 }
 CAMVID = "CamVid (photographs)"
@@ -39,7 +39,7 @@ def configuration(options: argparse.Namespace, host: str, domain: str, work: Pat
     values: dict[str, Any] = {"clip": options.clip, "heads": options.heads, "n": options.n, "classes": "cityscapes"}
     sample = {"images": options.images, "seed": seed}
     if domain == CAMVID:
-        values["host"] = {"name": host, "long_max": 320, "short_max": 192, **HOSTS[host]}
+        values["host"] = {"name": host, "long_max": 512, "short_max": 256, **HOSTS[host]}
         values["data"] = {"name": "camvid", "class_map": "cityscapes-to-camvid", "limit": options.camvid}
         values["unlabelled"] = {"split": "train", **sample}
     else:
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--images", type=int, default=16, help="unlabelled pictures a ranking sees")
     parser.add_argument("--held", type=int, default=24, help="held pictures a domain is scored on")
-    parser.add_argument("--side", type=int, default=128, help="shorter side of a picture as the host sees it")
+    parser.add_argument("--side", type=int, default=256, help="shorter side of a picture as the host sees it")
     parser.add_argument("--clip", default="street-clip")
     parser.add_argument("--heads", default=None, help="folder of CLIP-DINOiser's heads")
     parser.add_argument("--n", type=int, default=4)
