@@ -276,7 +276,6 @@ DISKS = [
     ("report done --out new/page.html", (0, 4096), "new/page.html"),
     ("demo --work-dir new", (0,), None),
     (BENCH, (1000,), "new/r.json"),
-    pytest.param(CLIP, (20000,), f"new/export/{WEIGHTS}", marks=pytest.mark.slow),
     pytest.param(RENDER, (1500, 3000), "new/contact-sheet.png", marks=pytest.mark.slow),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def launch(place, work, *options, **variables):
+def launch(place, work, *options, preexec_fn=None, **variables):
     """Returns the running `fmda run`, its stderr in `<work>.log`; compiled programs are shared by all runs."""
     environment = {
         **os.environ,
@@ -44,7 +45,8 @@ def launch(place, work, *options, **variables):
     }
     command = [sys.executable, "-m", "fmda", "run", "clip.yaml", f"work_dir={work}", *options]
     with open(place / f"{work}{variables.get('FMDA_PROCESS', '')}.log", "a") as log:
-        return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": log}
+        return subprocess.Popen(command, cwd=place, env=environment, preexec_fn=preexec_fn, **pipes)
 
 
 def finish(place, work, *options, **variables):
@@ -122,6 +124,17 @@ def distance(ours, theirs):
 @pytest.fixture(scope="module")
 def one(place):
     return finish(place, "one", "steps=6")
+
+
+def test_a_disk_that_is_full_in_training_is_one_line_and_the_same_command_goes_on(place, one):
+    # a process of its own: what the array store has to say comes when it ends
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # noqa: E731
+    command = launch(place, "full", "steps=6", preexec_fn=full)
+    code, lines = command.wait(timeout=900), (place / "full.log").read_text().splitlines()
+    assert code == 2 and lines[-1].startswith("fmda: full/train/checkpoints: cannot be written (File too large); make")
+    assert all(line.startswith(("[", "captions", "clip")) for line in lines[:-1]), lines
+    finish(place, "full", "steps=6")
+    assert (place / "full/export/model.safetensors").read_bytes() == (one / "export/model.safetensors").read_bytes()
 
 
 def test_eight_devices_equal_one(place, one):

@@ -13,6 +13,7 @@ from fmda.config import from_dict
 from fmda.data import open_dataset
 from fmda.errors import UserError
 from fmda.evaluate import Segmenter
+from fmda.methods.floss import features
 from fmda.methods.floss.hosts import HOSTS, host_for
 from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.run import Config, plan, stages
