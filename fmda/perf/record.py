@@ -11,6 +11,7 @@ from typing import Any
 from fmda.atomic import write_atomic
 from fmda.errors import UserError
 
+PLACES = ("--out", "--work")
 PACKAGES = ("fmda", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "grain")
 
 
@@ -18,12 +19,22 @@ def record(name: str, **values: Any) -> dict[str, Any]:
     """Returns {"name", "command", "device", "versions", "cores", **values} of the running benchmark."""
     return {
         "name": name,
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *_said(sys.argv[1:])]),
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": versions(),
         **values,
     }
+
+
+def _said(arguments: list[str]) -> list[str]:
+    """Returns the arguments without the places of this machine's files."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in PLACES:
+            kept.append(argument)
+        skip = argument in PLACES
+    return kept
 
 
 def write_record(values: dict[str, Any], out: str | Path | None = None) -> None:
