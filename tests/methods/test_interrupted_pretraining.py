@@ -32,7 +32,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def launch(place, work, *options, preexec_fn=None, **variables):
+def launch(place, work, *options, **variables):
     """Returns the running `fmda run`, its stderr in `<work>.log`; compiled programs are shared by all runs."""
     environment = {
         **os.environ,
@@ -45,8 +45,7 @@ def launch(place, work, *options, preexec_fn=None, **variables):
     }
     command = [sys.executable, "-m", "fmda", "run", "clip.yaml", f"work_dir={work}", *options]
     with open(place / f"{work}{variables.get('FMDA_PROCESS', '')}.log", "a") as log:
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": log}
-        return subprocess.Popen(command, cwd=place, env=environment, preexec_fn=preexec_fn, **pipes)
+        return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=log)
 
 
 def finish(place, work, *options, **variables):
@@ -128,8 +127,8 @@ def one(place):
 
 def test_a_disk_that_is_full_in_training_is_one_line_and_the_same_command_goes_on(place, one):
     # a process of its own: what the array store has to say comes when it ends
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # noqa: E731
-    command = launch(place, "full", "steps=6", preexec_fn=full)
+    command = launch(place, "full", "steps=6")
+    resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (20000, 20000))
     code, lines = command.wait(timeout=900), (place / "full.log").read_text().splitlines()
     assert code == 2 and lines[-1].startswith("fmda: full/train/checkpoints: cannot be written (File too large); make")
     assert all(line.startswith(("[", "captions", "clip")) for line in lines[:-1]), lines

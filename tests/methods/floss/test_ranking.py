@@ -176,6 +176,7 @@ _SCRIPT = """
     tower, scanner = small_tower(host), _scanner(host, table())
     def see(indices):
         print("image", indices[0], flush=True)
+        sys.stdin.readline()  # one line lets one image through; at its end, all
         return [_seen(tower, picture(i)) for i in indices]
     own = range(jax.process_index(), int(sys.argv[2]), jax.process_count())
     tally = rank_images(see, own, scanner, state=Path(sys.argv[1]), fingerprint="f", save_every=1)
@@ -214,22 +215,26 @@ def test_two_processes_equal_one(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_20_random_moments_the_result_is_the_same(tmp_path):
-    command, images = _script(tmp_path), "70"
+    command, images = _script(tmp_path), "100"
     # programs are compiled once, not once for each start
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     options = {"env": {**os.environ, **compiled}, "stdout": subprocess.PIPE, "text": True}
-    subprocess.run([*command, str(tmp_path / "whole.npz"), images], check=True, timeout=600, **options)
+    subprocess.run([*command, str(tmp_path / "whole.npz"), images], check=True, timeout=600, input="", **options)
     rng, moments = np.random.default_rng(0), []
     for number in range(20):
-        with subprocess.Popen([*command, str(tmp_path / "cut.npz"), images], **options) as child:
+        with subprocess.Popen(
+            [*command, str(tmp_path / "cut.npz"), images], stdin=subprocess.PIPE, **options
+        ) as child:
             # some die while Python starts, the others in one of the next images or while it is saved
             for _ in range(rng.integers(1, 5) if number > 2 else 0):
                 out = child.stdout.readline()
+                child.stdin.write("\n")
+                child.stdin.flush()
             time.sleep(rng.uniform(0, 0.05) if number > 2 else rng.uniform(0, 3))
             if child.poll() is None:
                 moments.append(out if number > 2 else "start")
             child.send_signal(signal.SIGKILL)
-    subprocess.run([*command, str(tmp_path / "cut.npz"), images], check=True, timeout=600, **options)
+    subprocess.run([*command, str(tmp_path / "cut.npz"), images], check=True, timeout=600, input="", **options)
     with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "cut.npz") as cut:
         for name in whole.files:
             np.testing.assert_array_equal(whole[name], cut[name])
