@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes text so that a reader sees the old file or the new one, never half of it."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes text (UTF-8) or bytes so that a reader sees the old file or the new one, never half of it."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -147,9 +147,7 @@ def data_list(as_json: Json = False) -> None:
         print(f"{'':<18}{row['layout']}")
 
 
-def data_check(
-    dataset: Positional[str], root: Path | None = None, split: str = "val", as_json: Json = False
-) -> None:
+def data_check(dataset: Positional[str], root: Path | None = None, split: str = "val", as_json: Json = False) -> None:
     """Examine a data set before a run: pairs, files, sizes, label values; counts pixels by class.
 
     Exit code 2 when anything is wrong.
@@ -233,9 +231,7 @@ def convert(
     print(convert_clip(source, out, dtype))
 
 
-def bench(
-    name: Positional[str] = "", out: Path | None = None, arguments: Positional[tuple[str, ...]] = ()
-) -> None:
+def bench(name: Positional[str] = "", out: Path | None = None, arguments: Positional[tuple[str, ...]] = ()) -> None:
     """Run a benchmark of `benchmarks/` by name; without a name, list them. Needs a checkout.
 
     Args:
@@ -310,9 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(141)
     except OSError as fault:
         where = f"{fault.filename}: " if fault.filename else ""
-        print(
-            f"fmda: {where}{fault.strerror or fault}; mend it and run the same command again", file=sys.stderr
-        )
+        print(f"fmda: {where}{fault.strerror or fault}; mend it and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("fmda: interrupted; run the same command again to continue", file=sys.stderr)

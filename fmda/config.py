@@ -69,19 +69,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return values
     below = _read_one(path.parent / base)
     if "base" in below:
-        raise UserError(
-            f"{path.parent / base}: a base file may not have a base of its own; put both into {path}"
-        )
+        raise UserError(f"{path.parent / base}: a base file may not have a base of its own; put both into {path}")
     return merge(below, values)
 
 
 def _read_one(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = (
-            did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml")))
-            if path.parent.is_dir()
-            else ""
-        )
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise UserError(f"{path}: no such configuration file{near}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
@@ -89,9 +83,7 @@ def _read_one(path: Path) -> dict[str, Any]:
         line = fault.problem_mark.line + 1 if fault.problem_mark else "?"
         raise UserError(f"{path}, line {line}: not valid YAML: {fault.problem}; mend that line") from None
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise UserError(
-            f"{path}: not a YAML text file ({fault}); check that this is the file you meant"
-        ) from None
+        raise UserError(f"{path}: not a YAML text file ({fault}); check that this is the file you meant") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -204,9 +196,7 @@ def _tuple(kinds: tuple[Any, ...], value: Any, where: str, key: str) -> tuple:
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
         raise _mismatch(where, key, f"a list of {len(kinds)} values", value)
-    return tuple(
-        _convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-    )
+    return tuple(_convert(k, v, where, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
 
 
 def _scalar(kind: Any, value: Any, where: str, key: str) -> Any:

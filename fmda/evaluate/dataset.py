@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fmda.atomic import replacing
+from fmda.atomic import replacing, write_atomic
 from fmda.data import Dataset
 from fmda.errors import UserError
 from fmda.evaluate.confusion import Scores, confusion_matrix
@@ -118,7 +118,7 @@ class _Log:
         if self.path.exists():
             self._restore()
         else:
-            _write_text(self.path, json.dumps(header) + "\n")
+            write_atomic(self.path, json.dumps(header) + "\n")
 
     def _restore(self) -> None:
         lines = self.path.read_bytes().split(b"\n")
@@ -136,7 +136,7 @@ class _Log:
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{self.path}: is not what an evaluation wrote; choose another folder") from None
         if rest:
-            _write_bytes(self.path, b"\n".join(complete) + b"\n")
+            write_atomic(self.path, b"\n".join(complete) + b"\n")
 
     def _append(self, name: str, matrix: np.ndarray) -> None:
         scores = Scores.from_confusion(matrix, self.classes)
@@ -224,9 +224,9 @@ def _write_summary(log: _Log, total: Scores, common: Common, examples: list[dict
             writer.writerow([row.name, f"{row.miou:.4f}", f"{row.accuracy:.4f}", row.pixels])
     palette = np.asarray(common.classes.palette).tolist()
     summary = {**log.header, "palette": palette, "scores": total.to_json(), "examples": examples}
-    _write_text(log.folder / "scores.json", json.dumps(summary, indent=1) + "\n")
+    write_atomic(log.folder / "scores.json", json.dumps(summary, indent=1) + "\n")
     if timing is not None:
-        _write_text(log.folder / "timing.json", json.dumps(timing) + "\n")
+        write_atomic(log.folder / "timing.json", json.dumps(timing) + "\n")
 
 
 def _timing(images: int, seconds: float) -> dict[str, Any] | None:
@@ -234,12 +234,3 @@ def _timing(images: int, seconds: float) -> dict[str, Any] | None:
         return None
     rate = images / max(seconds, 1e-9)
     return {"images": images, "seconds": round(seconds, 3), "images_per_second": round(rate, 3)}
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write_bytes(path, text.encode())
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with replacing(path) as part:
-        part.write_bytes(data)

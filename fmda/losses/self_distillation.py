@@ -22,9 +22,7 @@ def teacher_distribution(
     return jax.lax.stop_gradient(jax.nn.softmax(centred / temperature, axis=-1))
 
 
-def updated_centre(
-    centre: Float[Array, " k"], logits: Float[Array, "... k"], momentum: float
-) -> Float[Array, " k"]:
+def updated_centre(centre: Float[Array, " k"], logits: Float[Array, "... k"], momentum: float) -> Float[Array, " k"]:
     """Returns momentum * centre + (1 - momentum) * (mean of the teacher's logits), without a gradient (DINO, eq. 4).
 
     Under jit the mean is over the whole batch, however it is split over devices.
@@ -33,9 +31,7 @@ def updated_centre(
     return jax.lax.stop_gradient(momentum * centre + (1 - momentum) * mean)
 
 
-def view_loss(
-    targets: Float[Array, "b t k"], logits: Float[Array, "b s k"], temperature: float
-) -> Float[Array, ""]:
+def view_loss(targets: Float[Array, "b t k"], logits: Float[Array, "b s k"], temperature: float) -> Float[Array, ""]:
     """Returns the cross-entropy (nats) of the student's views against the teacher's views of the same picture.
 
     Args:

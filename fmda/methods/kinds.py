@@ -151,9 +151,7 @@ def _references(value: Any, where: str, name: str, order: list[str]) -> set[str]
         target = value[1:].split("/")[0]
         earlier = order[: order.index(name)]
         if target not in earlier:
-            raise UserError(
-                f"{where}: runs.{name}: '{value}' names no earlier run{did_you_mean(target, earlier)}"
-            )
+            raise UserError(f"{where}: runs.{name}: '{value}' names no earlier run{did_you_mean(target, earlier)}")
         return {target}
     return set()
 

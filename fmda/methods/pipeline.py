@@ -81,9 +81,7 @@ class Plan:
         return "\n".join([*lines, *self.notes])
 
 
-def run_stages(
-    stages: Sequence[Stage], work: Path, config: Any, say: Callable[[str], None] = print
-) -> dict[str, Path]:
+def run_stages(stages: Sequence[Stage], work: Path, config: Any, say: Callable[[str], None] = print) -> dict[str, Path]:
     """Returns the folder of each stage after running those that are not finished yet.
 
     Args:
@@ -153,9 +151,7 @@ def _check(stages: Sequence[Stage]) -> None:
             raise UserError(f"stage '{stage.name}' stands twice; give each stage a name of its own")
         for name in stage.inputs:
             if name not in known:
-                raise UserError(
-                    f"stage '{stage.name}' reads '{name}', which is no earlier stage; mend the order"
-                )
+                raise UserError(f"stage '{stage.name}' reads '{name}', which is no earlier stage; mend the order")
         known.add(stage.name)
 
 
@@ -171,9 +167,7 @@ def _claim(work: Path, config: Any) -> None:
         changed = differences(recorded, to_dict(config))
         if changed:
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-            raise _Taken(
-                f"{work}: holds a run of another configuration ({shown}); choose another work_dir="
-            )
+            raise _Taken(f"{work}: holds a run of another configuration ({shown}); choose another work_dir=")
         return
     if work.is_dir() and any(work.iterdir()):
         raise _Taken(f"{work}: is not empty and no run of ours (no config.yaml); choose another work_dir=")
@@ -211,9 +205,7 @@ def _finished(folder: Path, mark: str) -> bool:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is not what a run wrote; delete it to run the stage again") from None
     if found != mark:
-        raise UserError(
-            f"{folder}: was made from other inputs or settings; delete it or choose another work_dir="
-        )
+        raise UserError(f"{folder}: was made from other inputs or settings; delete it or choose another work_dir=")
     return True
 
 
@@ -235,9 +227,7 @@ def _execute(stage: Stage, folder: Path, done: dict[str, Path], mark: str) -> No
     except OSError as fault:
         # a full or read-only disk: what is on disk stays, and the same command continues from it
         where = fault.filename or folder
-        raise UserError(
-            f"{where}: {fault.strerror or fault}; make room or mend the path, then run again"
-        ) from fault
+        raise UserError(f"{where}: {fault.strerror or fault}; make room or mend the path, then run again") from fault
 
 
 def versions() -> dict[str, str]:
@@ -258,4 +248,3 @@ def device() -> str:
         return platform.machine()
     devices = jax.devices()
     return f"{len(devices)} x {devices[0].device_kind}"
-

@@ -1,8 +1,6 @@
 """Rendered data sets: the street world written to folders that the readers, the trainers and people can use."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from fmda.atomic import replacing
+from fmda.atomic import replacing, write_atomic
 from fmda.config import differences, fingerprint, to_dict
 from fmda.data import class_list
 from fmda.errors import UserError, did_you_mean
@@ -74,7 +72,7 @@ def write_world(config: RenderConfig, folder: str | Path) -> list[Path]:
             _claim(root, config)
         for root, (domain, count) in zip(roots, config.domains.items(), strict=True):
             _write_domain(root, config, domain, count)
-        _atomically(folder / "contact-sheet.png", _png(contact_sheet(roots)))
+        write_atomic(folder / "contact-sheet.png", _png(contact_sheet(roots)))
     except OSError as fault:
         raise UserError(
             f"{fault.filename or folder}: cannot write ({fault.strerror}); free or choose another place"
@@ -132,7 +130,7 @@ def _claim(root: Path, config: RenderConfig) -> None:
         text = json.dumps(
             {"config": identity, "domain": root.name, "classes": list(CLASSES), "mark": fingerprint(identity)}, indent=1
         )
-        _atomically(meta, text.encode())
+        write_atomic(meta, text)
     for part in ("images", "labels", "instances"):
         (root / part).mkdir(exist_ok=True)
     if not (root / "classes.yaml").is_file():
@@ -151,7 +149,7 @@ def _write_domain(root: Path, config: RenderConfig, domain: str, count: int) -> 
                 "labels": picture["labels"],
                 "instances": picture["instances"],
             }
-            list(pool.map(lambda item: _atomically(root / item[0] / f"{name}.png", _png(item[1])), files.items()))  # noqa: B023
+            list(pool.map(lambda item: write_atomic(root / item[0] / f"{name}.png", _png(item[1])), files.items()))  # noqa: B023
             if name not in lines:
                 # one line per picture, after its files: a torn last line is read as missing
                 lines[name] = {"name": name, "domain": domain, "caption": picture["caption"], "facts": picture["facts"]}
@@ -159,7 +157,7 @@ def _write_domain(root: Path, config: RenderConfig, domain: str, count: int) -> 
                 journal.flush()
     ordered = "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines))
     if (root / "captions.jsonl").read_text(encoding="utf-8") != ordered:
-        _atomically(root / "captions.jsonl", ordered.encode())
+        write_atomic(root / "captions.jsonl", ordered)
 
 
 def _complete(root: Path, name: str) -> bool:
@@ -173,7 +171,7 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
-        _atomically(path, whole)
+        write_atomic(path, whole)
     try:
         return {row["name"]: row for row in map(json.loads, whole.decode().splitlines())}
     except (ValueError, KeyError, TypeError):
@@ -253,15 +251,3 @@ def _png(pixels: np.ndarray) -> bytes:
     if not done:
         raise RuntimeError(f"PNG encoder refused an array of {pixels.dtype} {pixels.shape}")
     return data.tobytes()
-
-
-def _atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees all of it or nothing."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise

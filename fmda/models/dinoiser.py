@@ -3,6 +3,7 @@
 `obj_proj` (3x3) gives patches of one object like features, `bkg_decoder` (1x1) tells objects from background.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fmda.models.clip import VisionTransformer
+from fmda.models.clip import Block, VisionTransformer
+from fmda.nn.norm import unit
 
 Heads = dict[str, dict[str, Any]]
 """{"obj_proj", "bkg_decoder"}, each {"kernel" [k, k, width, out], "bias" [out]}."""
@@ -37,20 +39,25 @@ def guide_features(tower: VisionTransformer, pixels: Float[Array, "b H W 3"]) ->
 
     `pixels` are normalised. The tower needs at least `LEAST_BLOCKS` blocks.
     """
-    x = tower.tokens(pixels)
-    blocks = list(tower.blocks)
+    _, guide = up_to_guide(list(tower.blocks), tower.tokens(pixels))
+    return guide[:, 1:].reshape(len(pixels), *tower.grid(*pixels.shape[1:3]), -1).astype(jnp.float32)
+
+
+def up_to_guide(
+    blocks: Sequence[Block], x: Float[Array, "b t width"]
+) -> tuple[Float[Array, "b t width"], Float[Array, "b t width"]]:
+    """Returns the tokens in the third last block, after its attention, and the layer-normalised input of its MLP."""
     for block in blocks[:-LEAST_BLOCKS]:
         x = block(x)
     third = blocks[-LEAST_BLOCKS]
-    normalised = third.norm2(x + third.attention(third.norm1(x)))
-    return normalised[:, 1:].reshape(len(pixels), *tower.grid(*pixels.shape[1:3]), -1).astype(jnp.float32)
+    x = x + third.attention(third.norm1(x))
+    return x, third.norm2(x)
 
 
 def object_features(heads: Heads, guide: Float[Array, "b h w width"]) -> Float[Array, "b h w c"]:
     """Returns unit-length object features: a 3x3 convolution with edges repeated (`obj_proj`)."""
     guide = jnp.pad(guide.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    x = _conv(guide, heads["obj_proj"])
-    return x * lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+    return unit(_conv(guide, heads["obj_proj"]))
 
 
 def saliency(heads: Heads, guide: Float[Array, "b h w width"]) -> Float[Array, "b h w"]:

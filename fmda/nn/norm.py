@@ -16,6 +16,12 @@ def layer_norm(width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32,
     return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
+def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """Returns x with unit length along an axis, in float32; zeros stay zeros."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.maximum((x * x).sum(axis, keepdims=True), 1e-24))
+
+
 class FrozenBatchNorm(nnx.Module):
     """Batch normalisation by stored statistics only: a per-channel scale and shift. x: [..., width] -> [..., width].
 

@@ -206,9 +206,7 @@ def merge_queries(x: Float[Array, "*n Q"], classes: tuple[int, ...]) -> Float[Ar
     return jnp.stack([x[..., a:b].max(-1) for a, b in zip(starts, ends, strict=True)], axis=-1)
 
 
-def in_bands(
-    function: Callable[..., T], length: int, rows: int, *arrays: Array | np.ndarray
-) -> T:
+def in_bands(function: Callable[..., T], length: int, rows: int, *arrays: Array | np.ndarray) -> T:
     """Returns `function` applied to bands of `rows` rows of `arrays` and joined, so that only one band is alive.
 
     `length` (the first axis of each array) must be a multiple of `rows`.

@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float
 from fmda.errors import UserError
 from fmda.methods.floss.hosts import HostConfig
 from fmda.models.clip import Block, VisionTransformer
-from fmda.models.dinoiser import HEADS_FILE, LEAST_BLOCKS, Heads, object_features, saliency
+from fmda.models.dinoiser import HEADS_FILE, LEAST_BLOCKS, Heads, object_features, saliency, up_to_guide
 from fmda.nn.attention import attention
+from fmda.nn.norm import unit
 
 
 class Patches(NamedTuple):
@@ -57,25 +58,21 @@ def patches(
         for block in blocks[:-1]:
             x = block(x)
         dense = tower.project(_key_attention(blocks[-1], x, neighbourhood(h, w, host.gaussian_std)))
-        return Patches(_unit(_grid(dense, h, w)), everything)
+        return Patches(unit(_grid(dense, h, w)), everything)
     if host.features == "maskclip":
         for block in blocks[:-1]:
             x = block(x)
-        return Patches(_unit(_grid(tower.project(blocks[-1].value_path(x)), h, w)), everything)
+        return Patches(unit(_grid(tower.project(blocks[-1].value_path(x)), h, w)), everything)
     if heads is None:
         raise UserError(f"clip-dinoiser: needs its heads ({HEADS_FILE}); name their folder with heads=")
     if len(blocks) < LEAST_BLOCKS:
         raise UserError(f"clip-dinoiser: the image tower has {len(blocks)} blocks; it reads the third last one")
-    for block in blocks[:-3]:
-        x = block(x)
-    # the layer-normalised input of the third last block's MLP
-    middle = x + blocks[-3].attention(blocks[-3].norm1(x))
-    normalised = blocks[-3].norm2(middle)
-    x = middle + blocks[-3].mlp(normalised)
+    x, normalised = up_to_guide(blocks, x)
+    x = x + blocks[-LEAST_BLOCKS].mlp(normalised)
     x = blocks[-1].value_path(blocks[-2](x))
     guide = _grid(normalised, h, w)
     refined = refine(_grid(tower.project(x), h, w), object_features(heads, guide), host.affinity_floor)
-    return Patches(_unit(refined), saliency(heads, guide) > 0)
+    return Patches(unit(refined), saliency(heads, guide) > 0)
 
 
 def _key_attention(
@@ -99,9 +96,7 @@ def neighbourhood(h: int, w: int, std: float) -> Float[np.ndarray, "1+h*w 1+h*w"
     return bias
 
 
-def refine(
-    values: Float[Array, "B h w D"], objects: Float[Array, "B h w C"], floor: float
-) -> Float[Array, "B h w D"]:
+def refine(values: Float[Array, "B h w D"], objects: Float[Array, "B h w C"], floor: float) -> Float[Array, "B h w D"]:
     """Returns values averaged over the patches of the same object, weighted by similarities of at least `floor`."""
     b, h, w, _ = values.shape
     keys = objects.reshape(b, h * w, -1)
@@ -114,8 +109,3 @@ def refine(
 
 def _grid(tokens: Float[Array, "B T C"], h: int, w: int) -> Float[Array, "B h w C"]:
     return tokens[:, 1:].reshape(len(tokens), h, w, -1)
-
-
-def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    x = x.astype(jnp.float32)
-    return x * lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))

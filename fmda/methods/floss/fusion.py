@@ -84,9 +84,7 @@ def fuse_patches(p: Float[Array, "E h w K"]) -> Float[Array, "h w K"]:
     return fuse_direct(p)
 
 
-def fetch(
-    p: Float[Array, "E h w K"], winner: Int[Array, "H W"], rows: Taps, columns: Taps
-) -> Float[Array, "H W K"]:
+def fetch(p: Float[Array, "E h w K"], winner: Int[Array, "H W"], rows: Taps, columns: Taps) -> Float[Array, "H W K"]:
     """Returns each pixel's interpolated vector from its winner's patch map (second pass)."""
     fy, fx = jnp.asarray(rows.fraction)[:, None, None], jnp.asarray(columns.fraction)[None, :, None]
     y0, y1 = jnp.asarray(rows.low)[:, None], jnp.asarray(rows.high)[:, None]

@@ -84,9 +84,7 @@ class Floss:
 
     def classifiers(self, chosen: Chosen) -> Float[np.ndarray, "E Q D"]:
         """Returns the experts and, last, the ordinary classifier as fusion uses it."""
-        return expert_classifiers(
-            self.table, chosen, self.queries.classes, renormalise=self.host.renormalise_mean
-        )
+        return expert_classifiers(self.table, chosen, self.queries.classes, renormalise=self.host.renormalise_mean)
 
     def predict(self, image: UInt8[np.ndarray, "H W 3"], classifiers: Float[np.ndarray, "E Q D"]) -> Result:
         """Returns (labels, confidence) by the fused experts."""

@@ -136,14 +136,10 @@ def fused_labels(
         out = _fused_patches(host, seen, classifiers, rows, columns, classes, where.grid, background)
         return _finish(out, height, width)
     sides = (where.rows, where.columns)
-    shares = tuple(
-        zero_padded(1 / side.coverage, bucket(side.network)) for side in sides
-    )
+    shares = tuple(zero_padded(1 / side.coverage, bucket(side.network)) for side in sides)
     taps = tuple(side.resize_taps.padded(bucket(side.original)) for side in sides)
     inside = tuple(_Static(side.window_taps) for side in sides)
-    out = _fused(
-        host, seen, classifiers, where.corners(), shares, taps, inside, classes, fusion == "exact", background
-    )
+    out = _fused(host, seen, classifiers, where.corners(), shares, taps, inside, classes, fusion == "exact", background)
     return _finish(out, height, width)
 
 
@@ -272,9 +268,7 @@ def _window_probabilities(
 ) -> Float[Array, "E h w Q"]:
     """Returns the probabilities of one window; expert by expert, so that each one's scores stay in the cache."""
     batch = Patches(*(a[None] for a in one))
-    return jax.lax.map(
-        lambda w: patch_scores(host, batch, w, softmax=True, background=background)[0], classifiers
-    )
+    return jax.lax.map(lambda w: patch_scores(host, batch, w, softmax=True, background=background)[0], classifiers)
 
 
 def agreement(first: Int[np.ndarray, "H W"], second: Int[np.ndarray, "H W"], classes: int) -> Int[np.ndarray, "K 3"]:

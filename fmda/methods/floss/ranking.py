@@ -232,9 +232,7 @@ def _scan(
                     host, stretch(p, row, across[0]), classes, ordinary_labels, other, truth if scored else None
                 )
                 ok = jnp.broadcast_to(ok[None], found.shape)
-                sums = jnp.einsum(
-                    "trxk,trxs->tks", count(found, ok), jnp.stack(values, -1), precision="highest"
-                )
+                sums = jnp.einsum("trxk,trxs->tks", count(found, ok), jnp.stack(values, -1), precision="highest")
                 turned_sums = count(other, ok).sum((1, 2)) if other is not None else jnp.zeros(sums.shape[:2])
                 return sums, turned_sums
 

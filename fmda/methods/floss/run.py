@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fmda.atomic import write_atomic
 from fmda.config import from_dict, to_dict
 from fmda.data import ClassList, ClassMap, Dataset, known_class_maps
 from fmda.errors import UserError
@@ -17,7 +18,7 @@ from fmda.methods.floss.settings import Config
 from fmda.methods.floss.summary import plan
 from fmda.methods.floss.tally import Tally
 from fmda.methods.floss.text import template_hash
-from fmda.methods.pipeline import Stage, write_atomic
+from fmda.methods.pipeline import Stage
 
 __all__ = ["Config", "load_segmenter", "plan", "stages"]
 

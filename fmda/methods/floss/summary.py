@@ -68,7 +68,9 @@ def plan(config: Config) -> Plan:
         counts["heads"] = (9 * width + 1) * GUIDE_CHANNELS + width + 1
     what = {
         "rank": f"{templates} templates x {len(classes)} classes on {config.unlabelled.split}, by "
-        f"{config.ranking.criterion}" if config.ranking.file is None else f"read {config.ranking.file}",
+        f"{config.ranking.criterion}"
+        if config.ranking.file is None
+        else f"read {config.ranking.file}",
         "host": f"{host.name} alone on {config.data.name} {config.data.split}",
         "floss": f"{host.name} with {config.n} templates an expert, {config.fusion} fusion",
     }

@@ -132,9 +132,7 @@ def default_classifier(table: Float[np.ndarray, "M Q D"], *, renormalise: bool =
     return _unit(mean) if renormalise else mean
 
 
-def expert_weights(
-    chosen: Sequence[Sequence[int]], classes: Sequence[int], templates: int
-) -> Float[np.ndarray, "E M"]:
+def expert_weights(chosen: Sequence[Sequence[int]], classes: Sequence[int], templates: int) -> Float[np.ndarray, "E M"]:
     """Returns, for each query's expert, the share of each template in its mean; the last row takes all alike.
 
     Args:
@@ -169,9 +167,7 @@ def expert_classifiers(
     return _unit(experts) if renormalise else experts
 
 
-def cosines(
-    features: Float[Array, "*n D"], classifier: Float[Array, "*m D"]
-) -> Float[Array, "*m_then_n"]:
+def cosines(features: Float[Array, "*n D"], classifier: Float[Array, "*m D"]) -> Float[Array, "*m_then_n"]:
     """Returns features . classifier for all pairs, the features' axes first, at full float32 precision.
 
     Temperatures are low: an error of 1e-3 here is one of 0.1 in the logits.

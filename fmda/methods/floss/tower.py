@@ -53,9 +53,7 @@ class Tower:
 
     def network_image(self, image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w 3"]:
         """Returns the resized and normalised image."""
-        return network_image(
-            image, self.geometry(image), self.host, self.config.image_mean, self.config.image_std
-        )
+        return network_image(image, self.geometry(image), self.host, self.config.image_mean, self.config.image_std)
 
     def see(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> list[Patches]:
         """Returns the patches of each image's windows [N, h, w, ...], held whole by every device.
@@ -86,9 +84,7 @@ class Tower:
             some = pixels[first : first + size]
             filled = np.pad(some, ((0, bucket(len(some), devices) - len(some)), (0, 0), (0, 0), (0, 0)))
             placed = jax.device_put(filled, batch_sharding(self.mesh))
-            out = _patches(
-                self.graphdef, self.params, self.heads, placed, host=self.host, whole=replicated(self.mesh)
-            )
+            out = _patches(self.graphdef, self.params, self.heads, placed, host=self.host, whole=replicated(self.mesh))
             parts.append(Patches(*(a[: len(some)] for a in out)))
         return parts[0] if len(parts) == 1 else Patches(*(jnp.concatenate(a) for a in zip(*parts, strict=True)))
 

@@ -19,22 +19,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool
 
-from fmda.config import to_dict
+from fmda.atomic import write_atomic
 from fmda.data import templates
-from fmda.data.loader import batches
 from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
-from fmda.mesh import FSDP_RULES, make_mesh
-from fmda.methods.pipeline import Plan, Stage, write_atomic
+from fmda.methods.pipeline import Plan, Stage
 from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Scenes
 from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
 from fmda.methods.pretrain.tokenizer import train_tokenizer
+from fmda.methods.trainer import TrainerConfig, train, write_summary
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import abstract, init
 from fmda.perf.flops import text_flops, training_flops, vit_flops
-from fmda.perf.peaks import peak_flops
 from fmda.progress import track
-from fmda.train import OptimConfig, TrainState, create_state, fit, make_optimizer, make_schedule, make_step, read_params
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
 from fmda.weights.clip import load_clip, save_clip
 from fmda.weights.tokenizer import Tokenizer
 from fmda.world.names import CLASSES
@@ -42,8 +40,8 @@ from fmda.world.names import CLASSES
 MAX_SCALE = float(np.log(100.0))
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerConfig):
     """Data, network and schedule of a CLIP run.
 
     Attributes:
@@ -58,8 +56,6 @@ class Config:
         patch_templates: templates drawn per step for the patch-text loss.
         ema: share that the weight average keeps at each step.
         mean, std: normalisation of RGB in [0, 1].
-        mesh: sizes of the axes data and fsdp; -1 takes the rest of the devices.
-        workers: loader processes; 0 loads in threads.
     """
 
     data: tuple[str, ...]
@@ -80,13 +76,6 @@ class Config:
     patch_templates: int = 6
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.1, b2=0.98, clip_norm=1.0)
     ema: float = 0.998
-    seed: int = 0
-    mesh: tuple[int, int] = (-1, 1)
-    workers: int = 0
-    log_every: int = 25
-    save_steps: int = 250
-    save_minutes: float = 5.0
-    tensorboard: bool = False
 
 
 def stages(config: Config) -> list[Stage]:
@@ -255,18 +244,11 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     def start(key: Array) -> TrainState:
         return create_state(init(make, key), tx)
 
-    loader = batches(
-        Scenes(config.data), transform, config.batch // config.crops, seed=config.seed, workers=config.workers,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+    state = train(
+        config, folder, step, start, frozen, Scenes(config.data), transform, what="clip",
+        rows=config.batch // config.crops,
+        flops_per_row=config.crops * training_flops(vision_flops(config) + caption_flops(config)),
     )  # fmt: skip
-    with loader:
-        state = fit(
-            step, start, frozen, loader, steps=config.steps, mesh=make_mesh(*config.mesh), rules=FSDP_RULES,
-            folder=folder, key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
-            save_minutes=config.save_minutes, config=to_dict(config), tensorboard=config.tensorboard, what="clip",
-            flops_per_example=config.crops * training_flops(vision_flops(config) + caption_flops(config)),
-            peak_flops=peak_flops(),
-        )  # fmt: skip
     return {"steps": int(state.step), "tags": len(TAGS)}
 
 
@@ -275,9 +257,7 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     files = Tokenizer(done["tokenizer"], model.text.eos_token_id, model.text.vocab_size).files()
     params = read_params(done["train"], "ema")
     save_clip(folder, model, jax.device_get(params), files, dtype=np.float16)
-    lines = (done["train"] / "metrics.jsonl").read_text().splitlines()
-    summary = {"config": to_dict(config), "last": json.loads(lines[-1])}
-    write_atomic(folder / "training.json", json.dumps(summary, indent=1) + "\n")
+    write_summary(folder / "training.json", config, done["train"])
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
 
 

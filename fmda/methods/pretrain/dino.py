@@ -16,20 +16,17 @@ import numpy as np
 from flax import nnx
 
 from fmda.atomic import write_atomic
-from fmda.config import to_dict
-from fmda.data.loader import batches
 from fmda.errors import UserError
-from fmda.mesh import FSDP_RULES, make_mesh
 from fmda.methods.pipeline import Plan, Stage
 from fmda.methods.pretrain.dino_check import agreement_on, normalised_float
 from fmda.methods.pretrain.dino_net import DistillConfig, HeadConfig, Pupil, create_pupils, make_step
 from fmda.methods.pretrain.dino_views import Pictures, ViewConfig, Views
+from fmda.methods.trainer import TrainerConfig, train, write_summary
 from fmda.models.clip import VitConfig
 from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
 from fmda.perf.flops import training_flops, vit_flops
-from fmda.perf.peaks import peak_flops
-from fmda.train import OptimConfig, TrainState, fit, make_optimizer, make_schedule, read_params
+from fmda.train import OptimConfig, TrainState, make_optimizer, make_schedule, read_params
 from fmda.weights.dino import load_dino, save_dino
 
 
@@ -44,8 +41,8 @@ class ModelConfig:
     mlp_width: int = 512
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerConfig):
     """Data, network and schedule of a self-distillation run.
 
     Attributes:
@@ -57,8 +54,6 @@ class Config:
         batch: pictures per step, over all devices and processes.
         check_size: side of the squares that the check looks at, pixels.
         check_thresholds: cosines above which two patches count as alike in the check.
-        mesh: sizes of the axes data and fsdp; -1 takes the rest of the devices.
-        workers: loader processes; 0 loads in threads.
     """
 
     data: tuple[str, ...]
@@ -72,13 +67,6 @@ class Config:
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.04, clip_norm=3.0)
     check_size: int = 128
     check_thresholds: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9)
-    seed: int = 0
-    mesh: tuple[int, int] = (-1, 1)
-    workers: int = 0
-    log_every: int = 25
-    save_steps: int = 250
-    save_minutes: float = 5.0
-    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError for sizes that make no whole patches, or no network."""
@@ -162,26 +150,17 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     def start(key: jax.Array) -> TrainState:
         return create_pupils(init(make, key), config.head.prototypes, tx)
 
-    loader = batches(
-        pictures, Views(config.views, config.vit.side), config.batch, seed=config.seed, workers=config.workers,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+    views = Views(config.views, config.vit.side)
+    state = train(
+        config, folder, step, start, {}, pictures, views, what="dino", flops_per_row=picture_flops(config)
     )  # fmt: skip
-    with loader:
-        state = fit(
-            step, start, {}, loader, steps=config.steps, mesh=make_mesh(*config.mesh), rules=FSDP_RULES,
-            folder=folder, key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
-            save_minutes=config.save_minutes, config=to_dict(config), tensorboard=config.tensorboard, what="dino",
-            flops_per_example=picture_flops(config), peak_flops=peak_flops(),
-        )  # fmt: skip
     return {"steps": int(state.step), "pictures": len(pictures)}
 
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     params = jax.device_get(read_params(done["train"], "ema")["teacher"]["backbone"])
     save_dino(folder, config.vit, params, dtype=np.float16)
-    lines = (done["train"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    summary = {"config": to_dict(config), "last": json.loads(lines[-1])}
-    write_atomic(folder / "training.json", json.dumps(summary, indent=1) + "\n")
+    write_summary(folder / "training.json", config, done["train"])
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
 
 

@@ -21,6 +21,7 @@ from fmda.losses.self_distillation import (
 )
 from fmda.models.clip import VisionTransformer, VitConfig
 from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, dino
+from fmda.nn.norm import unit
 from fmda.train import TrainState
 from fmda.train.step import Metrics, Step
 
@@ -109,12 +110,6 @@ class Told(NamedTuple):
 
     views: Float[Array, "b 2 k"]
     patches: Float[Array, "n p k"]
-
-
-def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
-    """Returns x with unit length along an axis, float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt((x * x).sum(axis, keepdims=True) + 1e-12)
 
 
 def normalised(pixels: Array) -> Float[Array, "n H W 3"]:

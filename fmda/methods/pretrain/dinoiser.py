@@ -21,32 +21,30 @@ from jaxtyping import Array, Float
 
 from fmda import trees
 from fmda.atomic import write_atomic
-from fmda.config import to_dict
 from fmda.data.dataset import Example
-from fmda.data.loader import batches
 from fmda.data.transforms import ColourJitter
 from fmda.errors import UserError
-from fmda.mesh import REPLICATED_RULES, make_mesh
+from fmda.mesh import REPLICATED_RULES
 from fmda.methods.pipeline import Plan, Stage
 from fmda.methods.pretrain.dino_check import agreement_on, object_overlap
 from fmda.methods.pretrain.dino_net import normalised
 from fmda.methods.pretrain.dino_views import Image, Pictures, random_square, resized_window
 from fmda.methods.pretrain.dinoiser_targets import Reading, background, read_teacher, same_object
+from fmda.methods.trainer import TrainerConfig, train, write_summary
 from fmda.models.clip import VitConfig, vision_tower
 from fmda.models.dinoiser import LEAST_BLOCKS, guide_features, init_heads, object_features, saliency
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
 from fmda.perf.flops import training_flops, vit_flops
-from fmda.perf.peaks import peak_flops
-from fmda.train import OptimConfig, TrainState, create_state, fit, make_optimizer, make_step, read_params
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_step, read_params
 from fmda.train.step import LossFn, Metrics
 from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.dino import LoadedDino, load_dino
 from fmda.weights.dinoiser import load_heads, save_heads
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerConfig):
     """Networks, data and schedule of the heads. The defaults are the published recipe for ViT-B/16.
 
     Attributes:
@@ -61,8 +59,6 @@ class Config:
         background: cosine of two patches' keys above which one is background if the other is.
         learning_rate, background_rate: of `obj_proj` and of `bkg_decoder`.
         decay_step: step at which both rates fall to a tenth.
-        mesh: sizes of the axes data and fsdp; -1 takes the rest of the devices.
-        workers: loader processes; 0 loads in threads.
     """
 
     data: tuple[str, ...]
@@ -81,13 +77,6 @@ class Config:
     background_rate: float = 1e-2
     weight_decay: float = 0.01
     decay_step: int = 5000
-    seed: int = 0
-    mesh: tuple[int, int] = (-1, 1)
-    workers: int = 0
-    log_every: int = 25
-    save_steps: int = 250
-    save_minutes: float = 5.0
-    tensorboard: bool = False
 
 
 class Networks(NamedTuple):
@@ -256,27 +245,18 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     def start(key: Array) -> TrainState:
         return create_state(init_heads(key, networks.tower.width, config.channels), tx, ema=False)
 
-    loader = batches(
-        Pictures(config.data), Crop(networks.clip_side, config.side, config.jitter), config.batch, seed=config.seed,
-        workers=config.workers, process_index=jax.process_index(), process_count=jax.process_count(),
+    state = train(
+        config, folder, make_step(make_loss(networks, config), tx), start, networks.frozen, Pictures(config.data),
+        Crop(networks.clip_side, config.side, config.jitter), what="dinoiser", rules=REPLICATED_RULES,
+        flops_per_row=crop_flops(networks, config.channels), identity={"weights": networks.digest},
     )  # fmt: skip
-    with loader:
-        state = fit(
-            make_step(make_loss(networks, config), tx), start, networks.frozen, loader, steps=config.steps,
-            mesh=make_mesh(*config.mesh), rules=REPLICATED_RULES, folder=folder, key=jax.random.key(config.seed),
-            log_every=config.log_every, save_steps=config.save_steps, save_minutes=config.save_minutes,
-            config=to_dict(config) | {"weights": networks.digest}, tensorboard=config.tensorboard, what="dinoiser",
-            flops_per_example=crop_flops(networks, config.channels), peak_flops=peak_flops(),
-        )  # fmt: skip
     return {"steps": int(state.step)}
 
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     heads = jax.device_get(read_params(done["train"]))
     save_heads(folder, heads, np.float16)
-    lines = (done["train"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    summary = {"config": to_dict(config), "last": json.loads(lines[-1])}
-    write_atomic(folder / "dinoiser.json", json.dumps(summary, indent=1) + "\n")
+    write_summary(folder / "dinoiser.json", config, done["train"])
     return {"parameters": trees.count(heads)}
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from fmda.models.clip import VisionTransformer
+from fmda.nn.norm import unit
 
 TINY = 1e-10
 
@@ -45,13 +46,11 @@ def same_object(values: Float[Array, "b p n d"], floor: float) -> Bool[Array, "b
 
     Similarities below the floor are set to 0 and the rest counts as 1 (CLIP-DINOiser, 3.3).
     """
-    unit = _unit(values.reshape(*values.shape[:2], -1))
-    return jnp.einsum("bpd,bqd->bpq", unit, unit) >= floor
+    found = unit(values.reshape(*values.shape[:2], -1))
+    return jnp.einsum("bpd,bqd->bpq", found, found) >= floor
 
 
-def background(
-    attention: Float[Array, "b n p"], keys: Float[Array, "b p n d"], threshold: float
-) -> Bool[Array, "b p"]:
+def background(attention: Float[Array, "b n p"], keys: Float[Array, "b p n d"], threshold: float) -> Bool[Array, "b p"]:
     """Returns which patches are background (Simeoni et al. 2023, FOUND, 3.2).
 
     The seed is the patch that receives the least attention; background is what has keys like it, with a cosine above
@@ -62,10 +61,6 @@ def background(
     share = (attention > mean).astype(jnp.float32).mean(-1) + TINY
     weight = jnp.log(share.sum(-1, keepdims=True) / share)
     seed = jnp.argmin((attention * weight[..., None]).sum(1), axis=-1)
-    described = _unit((keys * weight[:, None, :, None]).reshape(*keys.shape[:2], -1))
+    described = unit((keys * weight[:, None, :, None]).reshape(*keys.shape[:2], -1))
     chosen = jnp.take_along_axis(described, seed[:, None, None], axis=1)
     return (described * chosen).sum(-1) > threshold
-
-
-def _unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))

@@ -222,9 +222,7 @@ def test_killed_at_20_random_moments_the_result_is_the_same(tmp_path):
     subprocess.run([*command, str(tmp_path / "whole.npz"), images], check=True, timeout=600, input="", **options)
     rng, moments = np.random.default_rng(0), []
     for number in range(20):
-        with subprocess.Popen(
-            [*command, str(tmp_path / "cut.npz"), images], stdin=subprocess.PIPE, **options
-        ) as child:
+        with subprocess.Popen([*command, str(tmp_path / "cut.npz"), images], stdin=subprocess.PIPE, **options) as child:
             # some die while Python starts, the others in one of the next images or while it is saved
             for _ in range(rng.integers(1, 5) if number > 2 else 0):
                 out = child.stdout.readline()
