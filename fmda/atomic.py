@@ -31,3 +31,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes text (UTF-8) or bytes so that a reader sees the old file or the new one, never half of it."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if `path` could not be written later; what is there stays as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = path.with_name(f".{path.name}.probe")
+    probe.touch()
+    probe.unlink()
+    if path.is_dir() or path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(13, "cannot be written", str(path))

@@ -246,6 +246,11 @@ def bench(name: Positional[str] = "", out: Path | None = None, arguments: Positi
         return
     if name not in known:
         raise UserError(f"benchmark '{name}' is unknown{did_you_mean(name, known)}")
+    if out:
+        # before the measurement, which may take an hour
+        from fmda.atomic import check_writable
+
+        check_writable(out)
     script = str(folder / f"{name}.py")
     sys.argv = [script, *arguments, *(["--out", str(out)] if out else [])]
     runpy.run_path(script, run_name="__main__")

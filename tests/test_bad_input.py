@@ -355,3 +355,9 @@ def test_a_work_folder_in_which_nothing_was_made_is_free_for_the_mended_run(plac
     assert not Path("new").exists()
     cli.main(RUN.split())
     assert Path("new/rank/ranking.json").read_bytes() == Path("ranking.json").read_bytes()
+
+
+def test_a_benchmark_that_cannot_write_its_record_measures_nothing(place, capsys):
+    before = content(place)
+    printed, _ = fails(capsys, BENCH.replace("new/r.json", "data"), "data: cannot be written")
+    assert not printed and content(place) == before
