@@ -216,13 +216,17 @@ def in_bands(function: Callable[..., T], length: int, rows: int, *arrays: Array 
     return jax.tree.map(lambda y: y.reshape(length, *y.shape[2:]), out)
 
 
+LOWEST = np.finfo(np.float32).min
+
+
 def lerp(low: Float[Array, "..."], high: Float[Array, "..."], fraction: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns low + fraction * (high - low).
 
-    Every interpolation goes through this form: it has one possible rounding order, so that two programs that compute
-    the same value agree to the last bit, and equal neighbours give exactly their value.
+    Every interpolation goes through this form, so that two programs that compute the same value agree to the last bit,
+    and equal neighbours give exactly their value. The maximum changes nothing; it stands between product and sum
+    because compilers make one instruction with one rounding of the two in some programs and not in others.
     """
-    return low + fraction * (high - low)
+    return low + jnp.maximum(fraction * (high - low), LOWEST)
 
 
 def interpolate(x: Float[Array, "h w K"], rows: Taps, columns: Taps) -> Float[Array, "H W K"]:
