@@ -23,7 +23,7 @@ RULE = {
     "losses": {"trees"},
     "nn": {"precision", "trees"},
     "models": {"nn", "config"},
-    "diffusion": {"nn", "trees", "models"},
+    "diffusion": {"nn", "trees", "models", "weights", "mesh"},
     "data": {"config"},
     "sam": {"data"},
     "weights": {"trees", "models", "nn"},

@@ -16,6 +16,14 @@ def layer_norm(width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32,
     return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
+def group_norm(width: int, groups: int, *, eps: float, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Returns a GroupNorm over all places and the channels of a group (Wu and He 2018). x: [B, ..., width].
+
+    The variance is the mean of squared deviations and statistics are float32, as in `layer_norm`.
+    """
+    return nnx.GroupNorm(width, groups, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
 def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     """Returns x with unit length along an axis, in float32; zeros stay zeros."""
     x = x.astype(jnp.float32)

@@ -21,7 +21,7 @@ CONVNEXTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
 }
 """Depths and channels of the trunks by their names in timm."""
 
-_HF_TEXT = {
+HF_TEXT = {
     "vocab_size": 49408,
     "max_position_embeddings": 77,
     "hidden_size": 512,
@@ -65,7 +65,7 @@ def read_hf(folder: Path) -> ClipConfig:
             f"{path}: model_type is '{config.get('model_type')}', not 'clip'; give the folder of a CLIP model"
         )
     # Early repositories repeat the sections under a second name, which then takes precedence.
-    text = {**_HF_TEXT, **(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
+    text = {**HF_TEXT, **(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
     vision = {**_HF_VISION, **(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
     if vision["num_channels"] != 3:
         raise UserError(f"{path}: num_channels is {vision['num_channels']}; only RGB towers (3) are supported")

@@ -9,8 +9,8 @@ from fmda.weights.transforms import QKV_BIAS, QKV_WEIGHT
 
 
 def _hf_tower(source: str, target: str) -> tuple[Layer, ...]:
-    """Returns the blocks of one tower under Hugging Face's names."""
-    theirs, ours = f"{source}.encoder.layers.{{i}}", f"{target}/blocks/{{i}}"
+    """Returns the blocks of one tower under Hugging Face's names; `target` goes before ours."""
+    theirs, ours = f"{source}.encoder.layers.{{i}}", f"{target}blocks/{{i}}"
     return (
         (f"{theirs}.layer_norm1", f"{ours}/norm1", "norm"),
         (f"{theirs}.self_attn.q_proj", f"{ours}/attention/query", "linear"),
@@ -23,19 +23,26 @@ def _hf_tower(source: str, target: str) -> tuple[Layer, ...]:
     )
 
 
+def hf_text_layers(target: str) -> tuple[Layer, ...]:
+    """Returns the text tower without its projection; `target` goes before our names ("" or "text/")."""
+    return (
+        ("text_model.embeddings.token_embedding", f"{target}token_embedding/embedding", "embedding"),
+        ("text_model.embeddings.position_embedding", f"{target}position", "embedding"),
+        *_hf_tower("text_model", target),
+        ("text_model.final_layer_norm", f"{target}norm_final", "norm"),
+    )
+
+
 _HF: tuple[Layer, ...] = (
     ("logit_scale", "logit_scale", "array"),
     ("vision_model.embeddings.class_embedding", "vision/class_token", "array"),
     ("vision_model.embeddings.patch_embedding", "vision/patch", "conv"),
     ("vision_model.embeddings.position_embedding", "vision/position", "embedding"),
     ("vision_model.pre_layrnorm", "vision/norm_pre", "norm"),  # their spelling
-    *_hf_tower("vision_model", "vision"),
+    *_hf_tower("vision_model", "vision/"),
     ("vision_model.post_layernorm", "vision/norm_post", "norm"),
     ("visual_projection", "vision/projection", "linear"),
-    ("text_model.embeddings.token_embedding", "text/token_embedding/embedding", "embedding"),
-    ("text_model.embeddings.position_embedding", "text/position", "embedding"),
-    *_hf_tower("text_model", "text"),
-    ("text_model.final_layer_norm", "text/norm_final", "norm"),
+    *hf_text_layers("text/"),
     ("text_projection", "text/projection", "linear"),
 )
 

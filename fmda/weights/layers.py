@@ -7,7 +7,7 @@ we do, under "kernel".
 from collections.abc import Iterable
 
 from fmda.weights.table import Row, row
-from fmda.weights.transforms import CONV, COPY, LINEAR, Transform
+from fmda.weights.transforms import CONV, COPY, FLAX_POINT_CONV, LINEAR, POINT_CONV, Transform
 
 Layer = tuple[str, str, str]
 Leaves = dict[str, tuple[tuple[str, str, Transform], ...]]
@@ -15,6 +15,7 @@ Leaves = dict[str, tuple[tuple[str, str, Transform], ...]]
 _TORCH: Leaves = {
     "linear": ((".weight", "/kernel", LINEAR), (".bias", "/bias", COPY)),
     "conv": ((".weight", "/kernel", CONV), (".bias", "/bias", COPY)),
+    "point_conv": ((".weight", "/kernel", POINT_CONV), (".bias", "/bias", COPY)),
     "norm": ((".weight", "/scale", COPY), (".bias", "/bias", COPY)),
     "batch_norm": (
         (".weight", "/scale", COPY),
@@ -28,6 +29,7 @@ _TORCH: Leaves = {
 _FLAX: Leaves = {
     "linear": ((".kernel", "/kernel", COPY), (".bias", "/bias", COPY)),
     "conv": ((".kernel", "/kernel", COPY), (".bias", "/bias", COPY)),
+    "point_conv": ((".kernel", "/kernel", FLAX_POINT_CONV), (".bias", "/bias", COPY)),
     "norm": ((".scale", "/scale", COPY), (".bias", "/bias", COPY)),
     "embedding": ((".embedding", "", COPY),),
     "array": (("", "", COPY),),

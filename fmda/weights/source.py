@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -19,6 +21,22 @@ WEIGHT_FILES = (
 )
 """Names under which weights are looked for, best first. timm's repositories hold a bare trunk as model.safetensors."""
 
+DIFFUSION_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_flax_model.msgpack",
+    "diffusion_pytorch_model.fp16.safetensors",
+)
+"""Names of the weights of a UNet or an autoencoder in diffusers' layout, best first."""
+
+TEXT_FILES = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack", "model.fp16.safetensors")
+"""Names of the weights of a text encoder in diffusers' layout, best first."""
+
+PARTS = {"unet": DIFFUSION_FILES, "vae": DIFFUSION_FILES, "text_encoder": TEXT_FILES}
+"""Folders of a Stable Diffusion checkpoint that hold weights."""
+
+Layout = Literal["single", "diffusers"]
+
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -34,8 +52,10 @@ def asset_names() -> tuple[str, ...]:
     return tuple(sorted(p.name for p in root.iterdir() if p.is_dir())) if root.is_dir() else ()
 
 
-def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(source: str | os.PathLike[str], revision: str | None = None, layout: Layout = "single") -> Path:
     """Returns the folder that holds the checkpoint, downloaded first if it has to be.
+
+    `layout` says what to download of a repository: one model, or the parts of a Stable Diffusion.
 
     `source` is an existing folder, else the name of a model that comes with the package, else a hub id "owner/name" at
     `revision` (branch, tag or commit). With HF_HUB_OFFLINE=1 only the hub's local cache is used.
@@ -54,21 +74,21 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
             f"{name}: no such folder, and no model of the package has that name"
             f"{did_you_mean(name, asset_names())}; give a folder or a hub id owner/name"
         )
-    return _download(name, revision)
+    return _download(name, revision, layout)
 
 
-def weight_file(folder: Path) -> Path:
+def weight_file(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
     """Returns the file that holds the weights. Raises UserError where there is none, or only a torch pickle."""
-    for name in WEIGHT_FILES:
+    for name in names:
         if (folder / name).is_file():
             return folder / name
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return pickles[0]  # reading it raises the error that says how to convert it
-    raise UserError(f"{folder}: holds no weights; one of {', '.join(WEIGHT_FILES)} is needed")
+    raise UserError(f"{folder}: holds no weights; one of {', '.join(names)} is needed")
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, layout: Layout) -> Path:
     """Returns the local snapshot of a hub repository; of several weight files only the best one is fetched.
 
     Where the hub is out of reach, a snapshot downloaded before serves.
@@ -77,7 +97,7 @@ def _download(name: str, revision: str | None) -> Path:
     if not constants.HF_HUB_OFFLINE:
         try:
             files = HfApi().list_repo_files(name, revision=revision)
-            wanted = [*_SMALL_FILES, *_weights_wanted(files, at)]
+            wanted = _parts_wanted(files, at) if layout == "diffusers" else [*_SMALL_FILES, *_weights_wanted(files, at)]
             return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         except UserError:
             raise
@@ -102,12 +122,22 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def _weights_wanted(files: list[str], at: str) -> list[str]:
+def _parts_wanted(files: list[str], at: str) -> list[str]:
+    """Returns the patterns of a Stable Diffusion's small files and of the best weight file of each part."""
+    wanted = ["model_index.json", "tokenizer/*", "scheduler/*"]
+    for part, names in PARTS.items():
+        inside = [file.removeprefix(f"{part}/") for file in files if file.startswith(f"{part}/")]
+        chosen = _weights_wanted(inside, f"{at}, {part}", names)
+        wanted += [f"{part}/config.json", *(f"{part}/{name}" for name in chosen)]
+    return wanted
+
+
+def _weights_wanted(files: list[str], at: str, names: Sequence[str] = WEIGHT_FILES) -> list[str]:
     """Returns the patterns of the best weight file among a repository's files, with all its shards."""
-    for name in WEIGHT_FILES:
+    for name in names:
         if name in files:
-            shards = ["model-*-of-*.safetensors"] if name.endswith(".index.json") else []
-            return [name, *shards]
+            stem = name.removesuffix(".safetensors.index.json")
+            return [name] if stem == name else [name, f"{stem}-*-of-*.safetensors"]
     # A pickle is not fetched: the error that names it needs no more than an empty place.
     pickles = [file for file in files if Path(file).suffix in PICKLES]
     if pickles:
@@ -115,4 +145,4 @@ def _weights_wanted(files: list[str], at: str) -> list[str]:
             f"{at}: holds its weights only as a torch pickle ({pickles[0]}), which is not read; "
             "download it and convert it to model.safetensors with safetensors.torch.save_file, then give the folder"
         )
-    raise UserError(f"{at}: the repository holds none of {', '.join(WEIGHT_FILES)}; give another one")
+    raise UserError(f"{at}: the repository holds none of {', '.join(names)}; give another one")

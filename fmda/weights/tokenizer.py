@@ -61,6 +61,23 @@ class Tokenizer:
             ids[index, : len(row)] = row
         return ids
 
+    def padded(self, texts: Sequence[str], context: int) -> tuple[Int[np.ndarray, "b t"], list[str]]:
+        """Returns (int32 ids [B, context], what was cut off each text, "" for nothing).
+
+        Padding has the id that the tokenizer's files name, by default that of the end: Stable Diffusion's UNet reads
+        the padded places too.
+        """
+        end, pad = self._inner.eos_token_id, self._inner.pad_token_id
+        ids = np.full((len(texts), context), end if pad is None else pad, np.int32)
+        lost = []
+        rows = self._inner(list(texts), truncation=False, padding=False, verbose=False)["input_ids"] if texts else []
+        for index, row in enumerate(rows):
+            rest = row[context - 1 : -1] if len(row) > context else []
+            kept = [*row[: context - 1], end] if rest else row
+            ids[index, : len(kept)] = kept
+            lost.append(self._inner.decode(rest).strip() if rest else "")
+        return ids, lost
+
     @property
     def vocab_size(self) -> int:
         """Number of ids the encoder can produce."""

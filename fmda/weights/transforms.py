@@ -54,3 +54,11 @@ BATCH = Transform("batch", lambda x: (_axes(x, 3)[0],), lambda xs: xs[0][None])
 
 BATCH_TOKEN = Transform("batch token", lambda x: (_axes(x, 3)[0, 0],), lambda xs: xs[0][None, None])
 """[1, 1, width] -> [width]."""
+
+POINT_CONV = Transform(
+    "point conv", lambda x: (_axes(x, 4)[:, :, 0, 0].T,), lambda xs: np.ascontiguousarray(xs[0].T)[:, :, None, None]
+)
+"""torch.nn.Conv2d of size 1, [out, in, 1, 1] -> linear kernel [in, out]."""
+
+FLAX_POINT_CONV = Transform("flax point conv", lambda x: (_axes(x, 4)[0, 0],), lambda xs: xs[0][None, None])
+"""flax.linen.Conv of size 1, [1, 1, in, out] -> linear kernel [in, out]."""

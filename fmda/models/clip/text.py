@@ -17,11 +17,15 @@ LARGEST_ID = 2
 class TextTransformer(nnx.Module):
     """Text tower. ids: [B, T] with T up to the context length -> [B, embed_dim], not L2-normalised.
 
+    With `embed_dim` None there is no projection; Stable Diffusion reads `hidden`.
+
     Each token sees only itself and what precedes it, so that ids after the end token change nothing, and a context
     shorter than the position table gives exactly what a padded one gives. Source: Radford et al. 2021, 2.4.
     """
 
-    def __init__(self, config: TextConfig, embed_dim: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: TextConfig, embed_dim: int | None, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
         width = config.width
         normal = nnx.initializers.normal
         self.config = config
@@ -42,8 +46,10 @@ class TextTransformer(nnx.Module):
             for _ in range(config.layers)
         )
         self.norm_final = layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.projection = nnx.Linear(
-            width, embed_dim, use_bias=False, dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs
+        self.projection = (
+            None
+            if embed_dim is None
+            else nnx.Linear(width, embed_dim, use_bias=False, dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs)
         )
 
     def tokens(self, ids: Int[Array, "b t"]) -> Float[Array, "b t width"]:
@@ -73,7 +79,7 @@ class TextTransformer(nnx.Module):
         return jnp.argmax((ids == self.config.eos_token_id).astype(jnp.int32), axis=-1)
 
     def __call__(self, ids: Int[Array, "b t"]) -> Float[Array, "b embed"]:
-        """Returns the hidden state at the end token, projected."""
+        """Returns the hidden state at the end token, projected where there is a projection."""
         x = self.hidden(ids)
         pooled = jnp.take_along_axis(x, self.end(ids)[:, None, None], axis=1)[:, 0]
-        return self.projection(pooled)
+        return pooled if self.projection is None else self.projection(pooled)

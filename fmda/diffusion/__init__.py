@@ -1,0 +1,1 @@
+"""Latent diffusion: noise schedules, samplers, guidance, and what is made with them."""

@@ -1,0 +1,99 @@
+"""From prompts and seeds to images: text states, sampling and decoding as one compiled program over all devices."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, UInt8, UInt32
+
+from fmda.diffusion.guidance import guided
+from fmda.diffusion.load import StableDiffusion
+from fmda.diffusion.samplers import SAMPLERS, Denoise, make_table, sample
+from fmda.errors import UserError, did_you_mean
+from fmda.mesh import FSDP_RULES, batch_sharding, place, replicated
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How images are sampled; the defaults are those of DATUM.
+
+    Attributes:
+        sampler: one of `SAMPLERS`.
+        steps: of the sampler; plms calls the network once more.
+        guidance: scale of classifier-free guidance; 1 leaves it out, and halves the cost.
+        negative: caption to move away from.
+        size: height and width of the images, pixels; by default what the model was trained on.
+    """
+
+    sampler: str = "plms"
+    steps: int = 50
+    guidance: float = 7.5
+    negative: str = ""
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an unknown sampler."""
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"sampler: '{self.sampler}' does not exist{did_you_mean(self.sampler, SAMPLERS)}")
+
+
+def make_draw(
+    model: StableDiffusion, config: SamplerConfig, mesh: Mesh
+) -> Callable[[Sequence[str], Sequence[int]], UInt8[np.ndarray, "n H W 3"]]:
+    """Returns draw(prompts, seeds) -> uint8 images, compiled once per number of prompts.
+
+    The seed of an image decides its noise, whatever the batch, its place in it, or the devices. Prompts are split over
+    all devices of the mesh, parameters over its `fsdp` axis; a number of prompts that does not divide is filled up.
+    Raises UserError for sizes that do not fit the networks, or steps that do not fit the schedule.
+    """
+    height, width = config.size or (model.size, model.size)
+    multiple = model.vae.config.factor * model.unet.config.factor
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        raise UserError(f"size: {height}x{width} are no multiples of {multiple} pixels; choose another size")
+    make_table(model.schedule, config.sampler, config.steps)
+    shape = (height // model.vae.config.factor, width // model.vae.config.factor, model.unet.config.in_channels)
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    params = jax.device_put(model.params, place(model.params, FSDP_RULES, mesh))
+    empty = jax.device_put(model.tokenize([config.negative])[0], whole)
+    program = jax.jit(make_program(model, config, shape), out_shardings=split)
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n H W 3"]:
+        count = len(prompts)
+        fill = -count % mesh.size
+        ids = np.pad(model.tokenize(prompts), ((0, fill), (0, 0)), mode="edge")
+        numbers = np.pad(np.asarray(seeds, np.uint32), (0, fill), mode="edge")
+        images = program(params, jax.device_put(ids, split), empty, jax.device_put(numbers, split))
+        return np.asarray(images)[:count]
+
+    return draw
+
+
+def make_program(
+    model: StableDiffusion, config: SamplerConfig, shape: tuple[int, int, int]
+) -> Callable[[Any, Int[Array, "n t"], Int[Array, "t"], UInt32[Array, "n"]], UInt8[Array, "n H W 3"]]:
+    """Returns the pure function (params, ids, ids of no caption, seeds) -> images; `shape` is that of a latent.
+
+    `params` is a tree like `model.params`; the model's own are not read.
+    """
+    unet, vae, text = (part.graphdef for part in (model.unet, model.vae, model.text_encoder))
+
+    def program(params: Any, ids: Array, empty: Array, seeds: Array) -> Array:
+        encoder = nnx.merge(text, params["text_encoder"])
+        context = encoder.hidden(ids)
+        predict = nnx.merge(unet, params["unet"])
+        denoise: Denoise
+        if config.guidance == 1:
+            denoise = lambda x, time: predict(x, jnp.broadcast_to(time, len(x)), context)  # noqa: E731
+        else:
+            denoise = guided(predict, context, encoder.hidden(empty[None])[0], config.guidance)
+        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+        latents = sample(denoise, noise, model.schedule, sampler=config.sampler, steps=config.steps)
+        images = nnx.merge(vae, params["vae"]).decode(latents / model.vae.config.scale)
+        return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+    return program

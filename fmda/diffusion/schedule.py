@@ -1,0 +1,287 @@
+"""The noise schedule of a diffusion model: how much of a picture is left at each timestep, and what is predicted.
+
+Everything follows from alpha-bar, the share of the picture's variance that is left at timestep t:
+noisy = sqrt(alpha-bar) clean + sqrt(1 - alpha-bar) noise. A network predicts the noise ("epsilon"), the velocity
+("v_prediction", Salimans & Ho 2022) or the clean picture ("sample").
+"""
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fmda.errors import UserError, did_you_mean
+
+SAMPLERS = ("ddim", "plms", "euler", "dpm++2m")
+CLASSES = {
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "plms",
+    "EulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+}
+"""Class names in scheduler_config.json -> our samplers."""
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "linspace", "trailing")
+FINAL_SIGMAS = ("zero", "sigma_min")
+
+# Field -> (key of scheduler_config.json, what it holds: a type or the words to choose from).
+_KEYS: dict[str, tuple[str, type | tuple[str, ...]]] = {
+    "train_steps": ("num_train_timesteps", int),
+    "beta_start": ("beta_start", float),
+    "beta_end": ("beta_end", float),
+    "beta_schedule": ("beta_schedule", BETA_SCHEDULES),
+    "prediction": ("prediction_type", PREDICTIONS),
+    "steps_offset": ("steps_offset", int),
+    "set_alpha_to_one": ("set_alpha_to_one", bool),
+    "spacing": ("timestep_spacing", SPACINGS),
+    "zero_terminal_snr": ("rescale_betas_zero_snr", bool),
+    "final_sigma": ("final_sigmas_type", FINAL_SIGMAS),
+}
+# What diffusers takes for an absent key, where that is not our default. None: each sampler has its own.
+_ABSENT: dict[str, Any] = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "set_alpha_to_one": None,
+}
+# Options that change the result and exist here in one setting only.
+_ONLY: dict[str, Any] = {
+    "trained_betas": None,
+    "thresholding": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "lambda_min_clipped": -math.inf,
+    "variance_type": None,
+}
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Noise schedule, kind of prediction and the places of sampling steps; the defaults are Stable Diffusion 1's.
+
+    Attributes:
+        train_steps: timesteps of the schedule; a timestep lies in [0, train_steps).
+        beta_start, beta_end: first and last share of variance that one step replaces by noise, in (0, 1).
+        beta_schedule: "linear" between them, "scaled_linear" (linear in the root), or "squaredcos_cap_v2", which
+            needs neither (Nichol & Dhariwal 2021).
+        prediction: what the network predicts: "epsilon", "v_prediction" or "sample" (the clean picture).
+        steps_offset: added to the timesteps of "leading" spacing.
+        set_alpha_to_one: whether the last step of ddim and plms ends without noise, else with that of timestep 0.
+            None: ddim does, plms does not.
+        spacing: places of the sampling steps, "leading", "linspace" or "trailing" (Lin et al. 2024, table 2).
+            None: "leading" for ddim and plms, "linspace" for euler and dpm++2m.
+        zero_terminal_snr: whether the schedule is stretched so that nothing of the picture is left at the last
+            timestep (Lin et al. 2024, algorithm 1).
+        final_sigma: whether euler and dpm++2m end without noise, "zero", or with that of timestep 0, "sigma_min".
+        clip: bound on the size of the clean estimate in ddim; None for none, as latents need it.
+        sampler: the sampler that the checkpoint names, one of SAMPLERS.
+    """
+
+    train_steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction: str = "epsilon"
+    steps_offset: int = 1
+    set_alpha_to_one: bool | None = False
+    spacing: str | None = None
+    zero_terminal_snr: bool = False
+    final_sigma: str = "zero"
+    clip: float | None = None
+    sampler: str = "plms"
+
+    def __post_init__(self) -> None:
+        for name, (key, kind) in _KEYS.items():
+            if getattr(self, name) is not None:
+                _check(key, getattr(self, name), kind)
+        _check("sampler", self.sampler, SAMPLERS)
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise UserError(
+                f"beta_start, beta_end: {self.beta_start}, {self.beta_end} is no rising pair between 0 and 1; mend them"
+            )
+        if self.train_steps < 2 or not 0 <= self.steps_offset < self.train_steps:
+            raise UserError(
+                f"num_train_timesteps, steps_offset: {self.train_steps}, {self.steps_offset}: there must be two "
+                "timesteps at least and the offset among them; mend the values"
+            )
+        if self.clip is not None:
+            _check("clip_sample_range", self.clip, float)
+            if not self.clip > 0:
+                raise UserError(
+                    f"clip_sample_range: {self.clip} is no positive bound; mend it or leave out the clipping"
+                )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str = "scheduler_config.json") -> "ScheduleConfig":
+        """Returns the schedule that a diffusers scheduler_config.json, already parsed, describes.
+
+        Absent keys mean what diffusers' Stable Diffusion pipeline makes of them: the scheduler class's own default,
+        but no clipping and a steps_offset of 1. Keys without influence on the result are ignored. Raises UserError,
+        naming `where`, for a class, a beta schedule or an option that does not exist here.
+        """
+        try:
+            return cls(**_fields(values))
+        except UserError as fault:
+            raise UserError(f"{where}: {fault}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of a scheduler_config.json that diffusers and `from_json` read."""
+        values = {key: getattr(self, name) for name, (key, _) in _KEYS.items()}
+        clip = {"clip_sample": False} if self.clip is None else {"clip_sample": True, "clip_sample_range": self.clip}
+        name = next(name for name, sampler in CLASSES.items() if sampler == self.sampler)
+        kept = {key: value for key, value in values.items() if value is not None}
+        return {"_class_name": name, **kept, **clip, "skip_prk_steps": True}
+
+
+def _check(key: str, value: Any, kind: type | tuple[str, ...]) -> None:
+    """Raises UserError unless `value` is of the type, or one of the words."""
+    if isinstance(kind, tuple):
+        if value not in kind:
+            raise UserError(f"{key}: '{value}' does not exist here{did_you_mean(str(value), kind)}")
+        return
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        words = {int: "a whole number", float: "a number", bool: "true or false"}
+        raise UserError(f"{key}: expected {words[kind]}, got {value!r}; mend the value")
+
+
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of ScheduleConfig that a scheduler_config.json holds; `null` counts as absent."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"holds a {type(values).__name__}, not the keys of a scheduler; mend the file")
+    given = {key: value for key, value in values.items() if value is not None}
+    name = str(given.get("_class_name", "")).removeprefix("Flax")
+    if name not in CLASSES:
+        raise UserError(f"_class_name: '{name}' is no scheduler that exists here{did_you_mean(name, CLASSES)}")
+    for key, only in _ONLY.items():
+        if given.get(key, only) != only:
+            raise UserError(f"{key}: {given[key]!r} is not supported; set it to {json.dumps(only)} or remove the line")
+    if name == "PNDMScheduler" and given.get("skip_prk_steps") is not True:
+        raise UserError("skip_prk_steps: PNDMScheduler is supported without Runge-Kutta steps; set it to true")
+    fields = dict(_ABSENT)
+    fields |= {field: given[key] for field, (key, _) in _KEYS.items() if key in given}
+    clips = given.get("clip_sample", False)
+    _check("clip_sample", clips, bool)
+    if clips:
+        fields["clip"] = given.get("clip_sample_range", 1.0)
+    return fields | {"sampler": CLASSES[name]}
+
+
+@functools.lru_cache(maxsize=16)
+def alphas_cumprod(config: ScheduleConfig) -> Float[np.ndarray, " t"]:
+    """Returns alpha-bar of every timestep, falling in [0, 1], float32 [train_steps]; not to be written to.
+
+    Rounded where diffusers rounds: its values but for the last bit, which depends on the processor there. The
+    stretching of `zero_terminal_snr` is done in float64 here, which moves the smallest values by 1e-5 of themselves.
+    """
+    left = np.cumprod(1 - _betas(config), dtype=np.float64)
+    if config.zero_terminal_snr:
+        root = np.sqrt(left)
+        left = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    out = left.astype(np.float32)
+    out.flags.writeable = False
+    return out
+
+
+def _betas(config: ScheduleConfig) -> Float[np.ndarray, " t"]:
+    """Returns the share of variance that each step replaces by noise, float32 [train_steps]."""
+    n = config.train_steps
+    if config.beta_schedule == "squaredcos_cap_v2":
+        angle = (np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2
+        left = np.cos(angle) ** 2
+        return np.minimum(1 - left[1:] / left[:-1], 0.999).astype(np.float32)
+    if config.beta_schedule == "linear":
+        return _ramp(config.beta_start, config.beta_end, n)
+    return _ramp(config.beta_start**0.5, config.beta_end**0.5, n) ** 2
+
+
+def _ramp(first: float, last: float, n: int) -> Float[np.ndarray, " t"]:
+    """Returns n equally spaced float32 numbers, rounded as torch.linspace rounds: each half from its own end."""
+    start, end, i = np.float32(first), np.float32(last), np.arange(n, dtype=np.float32)
+    step = (end - start) / np.float32(n - 1)
+    return np.where(i < n // 2, start + step * i, end - step * (n - 1 - i))
+
+
+def _shares(
+    config: ScheduleConfig, timesteps: Int[Array, " b"], like: Float[Array, "b ..."]
+) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """Returns the amplitudes (of the picture, of the noise) per example, float32, shaped to multiply `like`."""
+    left = jnp.asarray(alphas_cumprod(config))[timesteps].reshape(-1, *[1] * (like.ndim - 1))
+    return jnp.sqrt(left), jnp.sqrt(1 - left)
+
+
+def add_noise(
+    config: ScheduleConfig, clean: Float[Array, "b ..."], noise: Float[Array, "b ..."], timesteps: Int[Array, " b"]
+) -> Float[Array, "b ..."]:
+    """Returns the noisy picture of each timestep in [0, train_steps), float32 (Ho et al. 2020, eq. 4).
+
+    `noise` is standard normal, of the shape of `clean`.
+    """
+    picture, rest = _shares(config, timesteps, clean)
+    return picture * clean + rest * noise
+
+
+def velocity(
+    config: ScheduleConfig, clean: Float[Array, "b ..."], noise: Float[Array, "b ..."], timesteps: Int[Array, " b"]
+) -> Float[Array, "b ..."]:
+    """Returns sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) clean, float32 (Salimans & Ho 2022, appendix D)."""
+    picture, rest = _shares(config, timesteps, clean)
+    return picture * noise - rest * clean
+
+
+def training_target(
+    config: ScheduleConfig, clean: Float[Array, "b ..."], noise: Float[Array, "b ..."], timesteps: Int[Array, " b"]
+) -> Float[Array, "b ..."]:
+    """Returns what the network should predict from the noisy picture, by `config.prediction`."""
+    if config.prediction == "epsilon":
+        return noise
+    return velocity(config, clean, noise, timesteps) if config.prediction == "v_prediction" else clean
+
+
+def to_clean(
+    config: ScheduleConfig, prediction: Float[Array, "b ..."], noisy: Float[Array, "b ..."], timesteps: Int[Array, " b"]
+) -> Float[Array, "b ..."]:
+    """Returns the clean picture that a prediction stands for, given the noisy one, float32.
+
+    Infinite for "epsilon" at a timestep where nothing of the picture is left.
+    """
+    (of_noisy, of_prediction), _ = estimates(config.prediction, *_shares(config, timesteps, noisy))
+    return of_noisy * noisy + of_prediction * prediction
+
+
+def to_noise(
+    config: ScheduleConfig, prediction: Float[Array, "b ..."], noisy: Float[Array, "b ..."], timesteps: Int[Array, " b"]
+) -> Float[Array, "b ..."]:
+    """Returns the noise that a prediction stands for, given the noisy picture, float32."""
+    _, (of_noisy, of_prediction) = estimates(config.prediction, *_shares(config, timesteps, noisy))
+    return of_noisy * noisy + of_prediction * prediction
+
+
+def estimates(prediction: str, picture: Any, rest: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Returns ((i, j), (k, l)): clean = i noisy + j prediction and noise = k noisy + l prediction.
+
+    `picture` and `rest` are the amplitudes sqrt(alpha-bar) and sqrt(1 - alpha-bar), numbers or arrays.
+    """
+    if prediction == "epsilon":
+        return (1 / picture, -rest / picture), (0.0, 1.0)
+    if prediction == "v_prediction":
+        return (picture, -rest), (rest, picture)
+    return (0.0, 1.0), (1 / rest, -picture / rest)

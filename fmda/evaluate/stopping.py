@@ -1,0 +1,139 @@
+"""When to stop a personalisation: the rule that picks a step from curves of alignment, diversity and coverage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from fmda.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The step a personalisation should have stopped at, and why.
+
+    Attributes:
+        step: the chosen one.
+        index: its place among the steps.
+        score: float64[S], gain times kept diversity, in units of the alignment distance.
+        gain: float64[S], share of the distance at step 0 that is gone; negative where it has grown.
+        kept: float64[S], share of the diversity at step 0 that is left, 0..1.
+        admitted: bool[S], steps that keep enough of the coverage.
+        reason: one line for a report.
+    """
+
+    step: int
+    index: int
+    score: Float[np.ndarray, " S"]
+    gain: Float[np.ndarray, " S"]
+    kept: Float[np.ndarray, " S"]
+    admitted: Bool[np.ndarray, " S"]
+    reason: str
+
+
+def choose_step(
+    steps: Sequence[int],
+    alignment: Sequence[float],
+    diversity: Sequence[float],
+    coverage: Sequence[float] | None = None,
+    *,
+    alignment_error: Sequence[float] | None = None,
+    diversity_error: Sequence[float] | None = None,
+    repeated: float = 0.0,
+    coverage_floor: float = 0.8,
+    least_gain: float = 0.02,
+    tolerance: float = 0.05,
+) -> Choice:
+    """Returns the step of a personalisation at which more likeness to the target no longer pays for lost diversity.
+
+    No label and no target score is read. The score of step t is
+
+        (alignment[0] - alignment[t]) * kept[t],   kept = (diversity[t] - r) / (diversity[0] - r) within 0..1,
+
+    and its maximum lies where one percent more gain begins to cost more than one percent of the diversity. A product
+    needs no weight between the two: a factor on either curve leaves the choice as it is, so any encoder will do, and
+    so does a longer run, which can only add candidates. `kept` does not rise above 1: a model that falls apart makes
+    diverse images too. r is the diversity left when the model only repeats its one image; that of the target's crops
+    is a fair value. It counts up to half of the diversity at step 0, so that a busy target cannot forbid every step.
+
+    Three rules stand around the maximum:
+
+    * a step that covers less than `coverage_floor` of what step 0 covers is not admitted;
+    * the best gain must be `least_gain` of the distance at step 0, otherwise nothing was learned: step 0;
+    * of the steps within one standard error of the best score (or within `tolerance` of it, whichever is wider) the
+      earliest is taken: it is cheaper, and errs on the side of diversity (the one-standard-error rule of Breiman et
+      al. 1984). A gain no larger than its error thus leads back to step 0.
+
+    Where it fails: an encoder that does not see the difference between the domains leaves alignment flat, and step 0
+    is chosen; one that reads content more than style rewards repeated layouts; a step 0 that spans many domains loses
+    diversity by the adaptation itself, which pulls the choice forward; images that repeat the target's layout under
+    new textures may count as diverse (look at `Alignment.nearest`); and the best step may lie between two checkpoints
+    or after the last, which the reason then says.
+
+    Args:
+        steps: S of them, ascending, the first 0 (the model untouched).
+        alignment: distance of the generated images to the target, smaller is nearer; any measure with a zero.
+        diversity: larger is more diverse; any measure with a zero.
+        coverage: larger is more complete; None admits all steps.
+        alignment_error, diversity_error: standard errors, as `quality.spread` gives them; None counts as 0.
+        repeated: r, in units of `diversity`.
+        coverage_floor, least_gain, tolerance: shares, 0..1.
+
+    Raises:
+        UserError: lengths differ, steps do not ascend from 0, or step 0 has no distance or no diversity.
+    """
+    count = len(steps)
+    far = _curve(alignment, "alignment", count)
+    wide = _curve(diversity, "diversity", count)
+    far_error = _curve(alignment_error, "alignment_error", count) if alignment_error is not None else np.zeros(count)
+    wide_error = _curve(diversity_error, "diversity_error", count) if diversity_error is not None else np.zeros(count)
+    covered = _curve(coverage, "coverage", count) if coverage is not None else np.ones(count)
+    if count == 0 or steps[0] != 0 or any(b <= a for a, b in zip(steps[:-1], steps[1:], strict=True)):
+        raise UserError(f"steps: {list(steps)} must ascend from 0, the model before personalisation; measure it too")
+    if far[0] <= 0 or wide[0] <= 0:
+        raise UserError("step 0 has no distance to the target or no diversity; check the images and the encoder")
+
+    span = wide[0] - min(max(repeated, 0.0), wide[0] / 2)
+    ratio = 1 - (wide[0] - wide) / span
+    kept = np.clip(ratio, 0.0, 1.0)
+    drop = far[0] - far
+    score = drop * kept
+    # first-order propagation; step 0 is the origin of both factors and has none
+    kept_error = np.hypot(wide_error, wide_error[0] * ratio) / span
+    error = np.hypot(kept * np.hypot(far_error, far_error[0]), drop * kept_error)
+    error[0] = 0.0
+    admitted = covered >= coverage_floor * covered[0]
+    gain = drop / far[0]
+
+    best = int(np.argmax(np.where(admitted, score, -np.inf)))
+    if gain[best] < least_gain:
+        index = 0
+    else:
+        bar = score[best] - max(error[best], tolerance * score[best])
+        index = int(np.flatnonzero(admitted & (score >= bar))[0])
+    return Choice(
+        int(steps[index]), index, score, gain, kept, admitted, _reason(steps, index, best, gain, kept, admitted)
+    )
+
+
+def _reason(
+    steps: Sequence[int], index: int, best: int, gain: np.ndarray, kept: np.ndarray, admitted: np.ndarray
+) -> str:
+    if index == 0:
+        found = f"best at step {steps[best]}, {100 * gain[best]:.1f} % of the distance" if best else "none at all"
+        text = f"step 0: no gain in alignment beyond chance ({found})"
+    else:
+        text = f"step {steps[index]}: {100 * gain[index]:.0f} % nearer to the target, {100 * kept[index]:.0f} % of the "
+        text += "diversity kept"
+        text += "" if index == best else f"; step {steps[best]} is better by no more than chance or tolerance"
+        text += "; the last step measured, a longer run may do better" if index == len(steps) - 1 else ""
+    refused = [str(step) for step, good in zip(steps, admitted, strict=True) if not good]
+    return text + (f"; too few classes at step {', '.join(refused)}" if refused else "")
+
+
+def _curve(values: Sequence[float], what: str, count: int) -> Float[np.ndarray, " S"]:
+    curve = np.asarray(values, np.float64)
+    if curve.shape != (count,) or not np.isfinite(curve).all():
+        raise UserError(f"{what}: {curve.shape} values for {count} steps; give one finite number a step")
+    return curve

@@ -1,0 +1,237 @@
+"""The networks of Stable Diffusion: load from diffusers' layout (Flax or PyTorch names), save for PyTorch's."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
+
+from fmda import trees
+from fmda.errors import UserError
+from fmda.models.clip import TextConfig, TextTransformer
+from fmda.models.module import abstract
+from fmda.models.sd_unet import Remat, UNet, UNetConfig
+from fmda.models.sd_vae import Vae, VaeConfig
+from fmda.weights import diffusers_configs, diffusers_tables, files
+from fmda.weights.clip import store
+from fmda.weights.source import PARTS, resolve, weight_file
+from fmda.weights.table import Table
+
+Config = UNetConfig | VaeConfig | TextConfig
+
+
+@dataclass(frozen=True)
+class LoadedUNet:
+    """A UNet ready for use. `params` is a plain tree; `nnx.merge(graphdef, params)` is the module."""
+
+    config: UNetConfig
+    graphdef: nnx.GraphDef
+    params: trees.Tree
+
+    def __call__(
+        self,
+        latents: Float[Array | np.ndarray, "b h w c"],
+        timesteps: Num[Array | np.ndarray, "b"],
+        context: Float[Array | np.ndarray, "b t width"],
+    ) -> Float[Array, "b h w c"]:
+        """Returns the prediction, noise or velocity as the checkpoint was trained, float32.
+
+        Raises UserError where shapes do not fit.
+        """
+        check_latents(self.config, np.shape(latents))
+        return _predict(self.graphdef, self.params, *map(jnp.asarray, (latents, timesteps, context)))
+
+
+@dataclass(frozen=True)
+class LoadedVae:
+    """An autoencoder ready for use. Latents are not multiplied by `config.scale`."""
+
+    config: VaeConfig
+    graphdef: nnx.GraphDef
+    params: trees.Tree
+
+    def encode(
+        self, images: Float[Array | np.ndarray, "b H W 3"]
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+        """Returns mean and log-variance of the latents of images in [-1, 1], float32.
+
+        Raises UserError where a side is no multiple of `config.factor`.
+        """
+        _, height, width, _ = np.shape(images)
+        if height % self.config.factor or width % self.config.factor:
+            raise UserError(
+                f"images: {height}x{width} pixels are no multiples of {self.config.factor}; crop or resize them"
+            )
+        return _encode(self.graphdef, self.params, jnp.asarray(images))
+
+    def decode(self, latents: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b H W 3"]:
+        """Returns images, about in [-1, 1] and not clipped, float32."""
+        return _decode(self.graphdef, self.params, jnp.asarray(latents))
+
+
+@dataclass(frozen=True)
+class LoadedTextEncoder:
+    """A text encoder ready for use."""
+
+    config: TextConfig
+    graphdef: nnx.GraphDef
+    params: trees.Tree
+
+    def __call__(self, ids: Int[Array | np.ndarray, "b t"]) -> Float[Array, "b t width"]:
+        """Returns the last hidden state after the final norm, for all places, float32."""
+        return _read(self.graphdef, self.params, jnp.asarray(ids))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(graphdef: nnx.GraphDef, params: trees.Tree, latents: Array, timesteps: Array, context: Array) -> Array:
+    return nnx.merge(graphdef, params)(latents, timesteps, context)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graphdef: nnx.GraphDef, params: trees.Tree, images: Array) -> tuple[Array, Array]:
+    return nnx.merge(graphdef, params).encode(images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(graphdef: nnx.GraphDef, params: trees.Tree, latents: Array) -> Array:
+    return nnx.merge(graphdef, params).decode(latents)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(graphdef: nnx.GraphDef, params: trees.Tree, ids: Array) -> Array:
+    return nnx.merge(graphdef, params).hidden(ids).astype(jnp.float32)
+
+
+def check_latents(config: UNetConfig, shape: tuple[int, ...]) -> None:
+    """Raises UserError for latents that the UNet's levels cannot halve, or with other channels than it reads."""
+    _, height, width, channels = shape
+    if channels != config.in_channels:
+        raise UserError(f"latents: {channels} channels where the UNet reads {config.in_channels}; take its own VAE")
+    if height % config.factor or width % config.factor:
+        raise UserError(f"latents: {height}x{width} are no multiples of {config.factor}; choose another image size")
+
+
+def load_unet(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat = "none",
+) -> LoadedUNet:
+    """Returns the UNet of a folder (its own, or a whole checkpoint's), a model of the package, or a hub id.
+
+    Read are Flax msgpack and safetensors, whole or in shards. Parameters are kept, and the network computes, in
+    `dtype`; `remat` as in `UNet`. Raises UserError for anything missing, surplus, misshapen, damaged or unsupported.
+    """
+    config, params = _load("unet", part_folder(source, "unet", revision), dtype)
+    return LoadedUNet(config, unet_graph(config, dtype, remat)[0], params)
+
+
+def load_vae(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> LoadedVae:
+    """Returns the autoencoder of a folder, a model of the package, or a hub id, as `load_unet`."""
+    config, params = _load("vae", part_folder(source, "vae", revision), dtype)
+    return LoadedVae(config, vae_graph(config, dtype)[0], params)
+
+
+def load_text_encoder(
+    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
+) -> LoadedTextEncoder:
+    """Returns the text encoder of a folder, a model of the package, or a hub id, as `load_unet`."""
+    config, params = _load("text_encoder", part_folder(source, "text_encoder", revision), dtype)
+    return LoadedTextEncoder(config, text_graph(config, dtype)[0], params)
+
+
+def unet_graph(
+    config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
+) -> tuple[nnx.GraphDef, trees.Tree]:
+    """Returns (graphdef, tree of ShapeDtypeStruct) of a UNet that computes in `dtype`."""
+    return abstract(lambda rngs: UNet(config, dtype=dtype, remat=remat, rngs=rngs))
+
+
+def vae_graph(config: VaeConfig, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, trees.Tree]:
+    """Returns (graphdef, tree of ShapeDtypeStruct) of an autoencoder that computes in `dtype`."""
+    return abstract(lambda rngs: Vae(config, dtype=dtype, rngs=rngs))
+
+
+def text_graph(config: TextConfig, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, trees.Tree]:
+    """Returns (graphdef, tree of ShapeDtypeStruct) of a text encoder that computes in `dtype`."""
+    return abstract(lambda rngs: TextTransformer(config, None, dtype=dtype, rngs=rngs))
+
+
+def part_folder(source: str | os.PathLike[str], part: str, revision: str | None = None) -> Path:
+    """Returns the folder of one network: the source itself, or its subfolder of that name.
+
+    Raises UserError where neither holds a configuration.
+    """
+    folder = resolve(source, revision, "diffusers")
+    if (folder / part).is_dir():
+        return folder / part
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: has no folder '{part}'; copy or download the whole checkpoint again")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds neither {part}/ nor config.json; give a folder in diffusers' layout")
+    return folder
+
+
+_Read = Callable[[Path], Any]
+_KINDS: dict[str, tuple[_Read, Callable[[Any], dict[str, Any]], Callable[..., tuple[nnx.GraphDef, trees.Tree]]]] = {
+    "unet": (diffusers_configs.read_unet, diffusers_configs.write_unet, unet_graph),
+    "vae": (diffusers_configs.read_vae, diffusers_configs.write_vae, vae_graph),
+    "text_encoder": (diffusers_configs.read_text_encoder, diffusers_configs.write_text_encoder, text_graph),
+}
+
+
+def read_part(part: str, folder: Path) -> tuple[Any, Table, dict[str, np.ndarray], Path]:
+    """Returns (configuration, the table of the layout found, stored arrays, weight file) of one network's folder."""
+    config = _KINDS[part][0](folder)
+    path = weight_file(folder, PARTS[part])
+    arrays = files.read_arrays(path)
+    return config, _table(part, config, path.suffix == ".msgpack", arrays), arrays, path
+
+
+def _table(part: str, config: Any, flax: bool, arrays: Mapping[str, np.ndarray]) -> Table:
+    if part == "unet":
+        return (diffusers_tables.FLAX_UNET if flax else diffusers_tables.UNET)[config.linear_projection]
+    if part == "text_encoder":
+        return diffusers_tables.FLAX_TEXT_ENCODER if flax else diffusers_tables.TEXT_ENCODER
+    if flax:
+        return diffusers_tables.FLAX_VAE
+    return diffusers_tables.OLD_VAE if any(".proj_attn." in name for name in arrays) else diffusers_tables.VAE
+
+
+def _load(part: str, folder: Path, dtype: DTypeLike) -> tuple[Any, trees.Tree]:
+    config, table, arrays, where = read_part(part, folder)
+    return config, store(table.read(arrays, _KINDS[part][2](config)[1], str(where)), dtype)
+
+
+def save_part(
+    folder: Path, part: str, config: Config, params: Mapping[Any, Any], dtype: DTypeLike | None = None
+) -> None:
+    """Writes weights and configuration of one network as PyTorch's diffusers (or transformers) opens them.
+
+    Arrays are stored in `dtype`, by default in their own. Raises UserError where `params` does not fit `config`, or
+    where the folder cannot be written; nothing is written then.
+    """
+    _, write, graph = _KINDS[part]
+    expected = {path: leaf.shape for path, leaf in trees.flatten(graph(config)[1]).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    given = {path: leaf.shape for path, leaf in flat.items()}
+    wrong = sorted(path for path in expected.keys() | given.keys() if expected.get(path) != given.get(path))
+    if wrong:
+        raise UserError(f"{folder}: parameters do not fit the configuration at {', '.join(wrong)}; nothing written")
+    if dtype is not None:
+        flat = {path: leaf.astype(dtype) for path, leaf in flat.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error}); choose another folder") from None
+    arrays = _table(part, config, False, {}).write(trees.unflatten(flat))
+    files.write_safetensors(folder / PARTS[part][0], arrays)
+    files.write_json(folder / "config.json", write(config))

@@ -1,0 +1,216 @@
+"""Configurations of Stable Diffusion's networks out of and into the JSON files of diffusers' layout."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fmda.errors import UserError
+from fmda.models.clip import TextConfig
+from fmda.models.sd_unet import UNetConfig
+from fmda.models.sd_vae import VaeConfig
+from fmda.weights.clip_configs import HF_TEXT, activation
+from fmda.weights.files import read_json
+
+Json = dict[str, Any]
+
+_UNET_CLASSES = ("UNet2DConditionModel", "FlaxUNet2DConditionModel")
+_VAE_CLASSES = ("AutoencoderKL", "FlaxAutoencoderKL")
+# What a file may say without changing the network that is built here; None of it may say anything else.
+_UNET_FIXED: Json = {
+    "act_fn": ("silu",),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "center_input_sample": (False,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,),
+    "dual_cross_attention": (False,),
+    "transformer_layers_per_block": (1,),
+    "downsample_padding": (1,),
+    "norm_eps": (1e-5,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "mid_block_scale_factor": (1,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "cross_attention_norm": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+}
+_VAE_FIXED: Json = {
+    "act_fn": ("silu",),
+    "out_channels": (3,),
+    "in_channels": (3,),
+    "shift_factor": (None,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
+_CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
+_UPWARDS = {_CROSS_DOWN: "CrossAttnUpBlock2D", _DOWN: "UpBlock2D"}
+
+
+def _opened(folder: Path, classes: tuple[str, ...], fixed: Json) -> tuple[Json, Path]:
+    """Returns the object in `config.json` after checking that it describes what can be built here."""
+    path = folder / "config.json"
+    config = read_json(path)
+    kind = config.get("_class_name")
+    if kind not in classes:
+        raise UserError(f"{path}: _class_name is '{kind}', not '{classes[0]}'; give the folder of that network")
+    for key, allowed in fixed.items():
+        if key in config and config[key] not in allowed:
+            raise UserError(
+                f"{path}: {key} is {config[key]!r}, and only {' or '.join(map(repr, allowed))} can be built; "
+                "give a Stable Diffusion 1.x or 2.x checkpoint"
+            )
+    return config, path
+
+
+def read_unet(folder: Path) -> UNetConfig:
+    """Returns the configuration in a UNet's folder. Raises UserError for a network of another kind or shape."""
+    config, path = _opened(folder, _UNET_CLASSES, _UNET_FIXED)
+    inputs = config.get("in_channels", 4)
+    if inputs == 9:
+        raise UserError(
+            f"{path}: in_channels is 9, this is an inpainting UNet, which also reads a mask and a masked image; "
+            "give a text-to-image checkpoint (4 channels)"
+        )
+    channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
+    down = config.get("down_block_types", [_CROSS_DOWN] * 3 + [_DOWN])
+    up = config.get("up_block_types", [_UPWARDS[_DOWN]] + [_UPWARDS[_CROSS_DOWN]] * 3)
+    if (
+        len(down) != len(channels)
+        or any(name not in _UPWARDS for name in down)
+        or up != [_UPWARDS[name] for name in reversed(down)]
+    ):
+        raise UserError(
+            f"{path}: block types {down} and {up} with {len(channels)} widths cannot be built; "
+            "give a Stable Diffusion 1.x or 2.x checkpoint"
+        )
+    flax = config["_class_name"].startswith("Flax")
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    return UNetConfig(
+        in_channels=inputs,
+        out_channels=config.get("out_channels", 4),
+        channels=channels,
+        layers=config.get("layers_per_block", 2),
+        attention=tuple(name == _CROSS_DOWN for name in down),
+        heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(channels),
+        context_width=config.get("cross_attention_dim", 1280),
+        linear_projection=config.get("use_linear_projection", False),
+        groups=config.get("norm_num_groups", 32),
+        sample_size=config.get("sample_size") or 64,
+        # each library's own arithmetic, so that a checkpoint gives here what it gave there
+        gate="gelu_tanh" if flax else "gelu",
+        transformer_eps=1e-5 if flax else 1e-6,
+    )
+
+
+def write_unet(config: UNetConfig) -> Json:
+    """Returns the `config.json` object that diffusers' UNet2DConditionModel opens; it computes the exact GELU."""
+    down = [_CROSS_DOWN if attends else _DOWN for attends in config.attention]
+    fixed = {key: allowed[0] for key, allowed in _UNET_FIXED.items()}
+    return fixed | {
+        "_class_name": _UNET_CLASSES[0],
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers,
+        "down_block_types": down,
+        "up_block_types": [_UPWARDS[name] for name in reversed(down)],
+        "attention_head_dim": config.heads[0] if len(set(config.heads)) == 1 else list(config.heads),
+        "cross_attention_dim": config.context_width,
+        "use_linear_projection": config.linear_projection,
+        "norm_num_groups": config.groups,
+        "sample_size": config.sample_size,
+    }
+
+
+def read_vae(folder: Path) -> VaeConfig:
+    """Returns the configuration in an autoencoder's folder. Raises UserError for another kind or shape."""
+    config, path = _opened(folder, _VAE_CLASSES, _VAE_FIXED)
+    channels = tuple(config.get("block_out_channels", (64,)))
+    down, up = ["DownEncoderBlock2D"] * len(channels), ["UpDecoderBlock2D"] * len(channels)
+    if config.get("down_block_types", down) != down or config.get("up_block_types", up) != up:
+        raise UserError(f"{path}: its block types cannot be built; give a Stable Diffusion 1.x or 2.x checkpoint")
+    return VaeConfig(
+        channels=channels,
+        layers=config.get("layers_per_block", 1),
+        latent_channels=config.get("latent_channels", 4),
+        scale=config.get("scaling_factor", 0.18215),
+        groups=config.get("norm_num_groups", 32),
+        sample_size=config.get("sample_size", 32),
+    )
+
+
+def write_vae(config: VaeConfig) -> Json:
+    """Returns the `config.json` object that diffusers' AutoencoderKL opens."""
+    fixed = {key: allowed[0] for key, allowed in _VAE_FIXED.items()}
+    return fixed | {
+        "_class_name": _VAE_CLASSES[0],
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers,
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
+        "latent_channels": config.latent_channels,
+        "scaling_factor": config.scale,
+        "norm_num_groups": config.groups,
+        "sample_size": config.sample_size,
+    }
+
+
+def read_text_encoder(folder: Path) -> TextConfig:
+    """Returns the configuration in a text encoder's folder. Raises UserError for a model of another kind."""
+    path = folder / "config.json"
+    config: Mapping[str, Any] = read_json(path)
+    if config.get("model_type") != "clip_text_model":
+        raise UserError(
+            f"{path}: model_type is '{config.get('model_type')}', not 'clip_text_model'; "
+            "give the text_encoder folder of a Stable Diffusion checkpoint"
+        )
+    text = {**HF_TEXT, **config}
+    return TextConfig(
+        vocab_size=text["vocab_size"],
+        context=text["max_position_embeddings"],
+        width=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        heads=text["num_attention_heads"],
+        mlp_width=text["intermediate_size"],
+        activation=activation(text["hidden_act"], path),
+        norm_eps=text["layer_norm_eps"],
+        eos_token_id=text["eos_token_id"],
+        bos_token_id=text["bos_token_id"],
+    )
+
+
+def write_text_encoder(config: TextConfig) -> Json:
+    """Returns the `config.json` object that transformers' CLIPTextModel opens."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_eps,
+        "eos_token_id": config.eos_token_id,
+        "bos_token_id": config.bos_token_id,
+        "projection_dim": config.width,
+        "attention_dropout": 0.0,
+    }

@@ -1,0 +1,192 @@
+import numpy as np
+import pytest
+from scipy import linalg
+
+from fmda.errors import UserError
+from fmda.evaluate import quality
+from fmda.evaluate.quality import (
+    alignment,
+    class_coverage,
+    cmmd,
+    coverage_and_density,
+    frechet_distance,
+    pairwise_diversity,
+    spread,
+)
+
+
+def normal(seed, rows, columns, shift=0.0):
+    return np.random.default_rng(seed).normal(shift, 1.0, (rows, columns)).astype(np.float32)
+
+
+def unit(x):
+    x = np.asarray(x, np.float64)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def kernel(a, b, sigma):
+    return np.array([[np.exp(-np.sum((x - y) ** 2) / (2 * sigma**2)) for y in b] for x in a])
+
+
+@pytest.mark.parametrize("sigma", [10.0, 0.7])
+def test_cmmd_is_the_mean_over_all_pairs_of_unit_rows(sigma):
+    a, b = normal(0, 7, 5), normal(1, 9, 5, shift=0.5)
+    x, y = unit(a), unit(b)
+    by_hand = kernel(x, x, sigma).mean() + kernel(y, y, sigma).mean() - 2 * kernel(x, y, sigma).mean()
+    assert cmmd(a, b, sigma=sigma) == pytest.approx(1000 * by_hand, rel=1e-9)
+    assert cmmd(3 * a, 0.1 * b, sigma=sigma) == pytest.approx(1000 * by_hand, rel=1e-6)
+
+
+def test_cmmd_of_two_points_by_hand():
+    # right angle: |x - y|^2 = 2
+    assert cmmd(np.array([[2.0, 0.0]]), np.array([[0.0, 3.0]])) == pytest.approx(2000 * (1 - np.exp(-0.01)))
+    assert cmmd(normal(0, 8, 4), normal(0, 8, 4)) == pytest.approx(0, abs=1e-12)
+
+
+def test_unbiased_cmmd_leaves_out_a_row_with_itself():
+    a, b = normal(0, 6, 4), normal(1, 8, 4)
+    x, y = unit(a), unit(b)
+    xx, yy = kernel(x, x, 10.0), kernel(y, y, 10.0)
+    within = (xx.sum() - 6) / 30 + (yy.sum() - 8) / 56
+    by_hand = 1000 * (within - 2 * kernel(x, y, 10.0).mean())
+    assert cmmd(a, b, unbiased=True) == pytest.approx(by_hand, rel=1e-8)
+
+
+def test_cmmd_of_equal_distributions_is_the_stated_bias():
+    values = [cmmd(normal(seed, 40, 64), normal(seed + 100, 60, 64)) for seed in range(30)]
+    unbiased = [cmmd(normal(seed, 40, 64), normal(seed + 100, 60, 64), unbiased=True) for seed in range(30)]
+    # the mean cosine is 0
+    assert np.mean(values) == pytest.approx(10 * (1 / 40 + 1 / 60), rel=0.05)
+    assert abs(np.mean(unbiased)) < 0.02
+
+
+def test_blocks_change_nothing(monkeypatch):
+    a, b = normal(0, 37, 6), normal(1, 23, 6, shift=0.3)
+    whole = cmmd(a, b), alignment(a, b), coverage_and_density(a, b, 3)
+    monkeypatch.setattr(quality, "BLOCK", 100)
+    parts = cmmd(a, b), alignment(a, b), coverage_and_density(a, b, 3)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-9)
+    assert parts[1] == pytest.approx(whole[1])
+    assert parts[2] == whole[2]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(50, 6), (9, 30)])
+def test_frechet_distance_meets_the_matrix_root(rows, columns):
+    a, b = normal(0, rows, columns), 1.5 * normal(1, rows + 3, columns, shift=0.4)
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # the root of the symmetric form, which always exists: tr (C_a C_b)^1/2 = tr (C_a^1/2 C_b C_a^1/2)^1/2
+    values, vectors = np.linalg.eigh(first)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.sqrt(np.maximum(linalg.eigvalsh(root @ second @ root), 0)).sum()
+    by_hand = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(first) + np.trace(second) - 2 * cross
+    assert frechet_distance(a, b) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_frechet_distance_of_shifts_and_scales():
+    a = normal(0, 40, 5).astype(np.float64)
+    shift = np.arange(5.0)
+    assert frechet_distance(a, a + shift) == pytest.approx(np.sum(shift**2))
+    assert frechet_distance(a, 3 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(4 * np.trace(np.cov(a.T)))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_diversity_is_the_mean_over_pairs():
+    x = normal(0, 12, 5, shift=0.5)
+    rows = unit(x)
+    pairs = [1 - rows[i] @ rows[j] for i in range(12) for j in range(i + 1, 12)]
+    assert pairwise_diversity(x) == pytest.approx(np.mean(pairs))
+    assert pairwise_diversity(np.ones((5, 3))) == 0
+    assert pairwise_diversity(np.array([[1.0, 0], [-1.0, 0]])) == 2
+
+
+def test_coverage_and_density_by_hand():
+    # on a line with k = 1 the real neighbourhoods reach 1, 1, 2 and 4 far
+    real = np.array([[0.0], [1.0], [3.0], [7.0]])
+    fake = np.array([[0.5], [2.9], [20.0]])
+    support = coverage_and_density(real, fake, 1)
+    # 0.5 lies in the first two, 2.9 in the third alone (0.1 away; the fourth is 4.1 away), 20 in none
+    assert support.coverage == 3 / 4
+    assert support.density == pytest.approx(3 / 3)
+
+
+def test_coverage_of_equal_distributions_and_of_a_collapse():
+    real = normal(0, 400, 4)
+    same, one = (
+        coverage_and_density(real, normal(1, 400, 4), 5),
+        coverage_and_density(real, normal(2, 400, 4) * 0.05, 5),
+    )
+    assert same.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+    assert same.density == pytest.approx(1, abs=0.1)
+    assert one.coverage < 0.3
+    assert one.density > same.density
+
+
+def test_classes_that_occur():
+    present = np.zeros((10, 4), bool)
+    present[:, 0] = True
+    present[:5, 1] = True
+    present[0, 2] = True
+    found = class_coverage(present)
+    p = np.array([10, 5, 1]) / 16
+    assert found.images.tolist() == [10, 5, 1, 0]
+    assert found.share == 0.75
+    assert found.entropy == pytest.approx(-np.sum(p * np.log(p)))
+    assert class_coverage(present, least=2).share == 0.5
+    assert class_coverage(np.ones((3, 4), bool)).entropy == pytest.approx(np.log(4))
+    assert class_coverage(np.zeros((3, 4), bool))[:2] == (0, 0)
+
+
+def test_alignment_by_hand():
+    crops = np.array([[1.0, 0.0], [0.0, 2.0]])
+    generated = np.array([[1.0, 0.0], [1.0, 1.0]])
+    near = 1 - np.sqrt(0.5)
+    found = alignment(generated, crops)
+    assert found.mean == pytest.approx((0 + 1 + near + near) / 4)
+    assert found.nearest == pytest.approx(near / 2)
+
+
+def test_spread_of_a_mean_is_its_standard_error():
+    x = normal(0, 400, 1)
+    found = spread(lambda rows: float(rows.mean()), x, rounds=400)
+    assert found.value == pytest.approx(x.mean())
+    assert found.error == pytest.approx(x.std() / 20, rel=0.12)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.15)
+    assert found == spread(lambda rows: float(rows.mean()), x, rounds=400)
+    assert found != spread(lambda rows: float(rows.mean()), x, rounds=400, seed=1)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    # rows of length 1 in equal directions of 16 dimensions are at cosine distance 1 on average
+    held = 0
+    for seed in range(60):
+        found = spread(pairwise_diversity, normal(seed, 40, 16), rounds=60, seed=seed)
+        held += found.low <= 1.0 <= found.high
+    assert 50 <= held <= 60
+
+
+def test_spread_resamples_each_set():
+    a, b = normal(0, 200, 8), normal(1, 20, 8, shift=0.4)
+    both = spread(cmmd, a, b, rounds=50)
+    one = spread(lambda rows: cmmd(rows, b), a, rounds=50)
+    assert both.value == one.value == cmmd(a, b)
+    assert both.low < both.value < both.high
+    assert 0 < one.error < both.error
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: cmmd(np.ones((3, 4)), np.ones((3, 5))), "4 and 5 columns"),
+        (lambda: cmmd(np.ones(3), np.ones((3, 5))), r"shape \(3,\)"),
+        (lambda: cmmd(np.ones((2, 2)), np.array([[1.0, 1.0], [0.0, 0.0]])), "row 1 is zero"),
+        (lambda: frechet_distance(np.ones((1, 2)), np.ones((2, 2))), "at least 2"),
+        (lambda: pairwise_diversity(np.array([[1.0, 2.0], [np.nan, 1.0]])), "row 1 is not finite"),
+        (lambda: coverage_and_density(np.ones((3, 2)), np.ones((3, 2)), 3), "3 neighbours among 3"),
+        (lambda: class_coverage(np.ones((3, 2))), "give booleans"),
+        (lambda: spread(pairwise_diversity, np.ones((3, 2))), "at least 4 rows"),
+    ],
+)
+def test_bad_input_is_one_line(call, word):
+    with pytest.raises(UserError, match=word) as caught:
+        call()
+    assert "\n" not in str(caught.value)
