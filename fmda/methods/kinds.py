@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),
     "dino": ("fmda.methods.pretrain.dino", "train a self-supervised teacher on images alone"),
     "dinoiser": ("fmda.methods.pretrain.dinoiser", "train CLIP-DINOiser's two heads on a CLIP and a teacher"),
+    "vae": ("fmda.methods.pretrain.vae", "train an autoencoder of Stable Diffusion's shape on images alone"),
+    "latent_diffusion": ("fmda.methods.pretrain.latent_diffusion", "train a small Stable Diffusion on captions"),
     "report": ("fmda.methods.report", "write one HTML page over several runs"),
 }
 

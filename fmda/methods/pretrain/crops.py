@@ -142,17 +142,27 @@ class Crops:
         facts["crop"] = side < 0.9 * len(labels)
         kind = cv2.INTER_AREA if side > config.size else cv2.INTER_LINEAR
         pixels = cv2.resize(np.ascontiguousarray(pixels), (config.size, config.size), interpolation=kind)
-        shares = np.bincount(inside.ravel(), minlength=VOID + 1)[: len(CLASSES)] / inside.size
         extra: set[str] = set()
         if rng.random() < config.spoiled:
             pixels, extra = spoiled(pixels, rng)
-        classes = np.flatnonzero(shares >= config.least)
-        named = _named(shares, classes, rng)
-        extra |= _object_looks(shares, inside, facts, named)
-        looks = looks_of(facts["style"], facts["weather"], facts["time"], extra)
-        text, stated = self._caption(facts, named, looks, rng)
-        present = _tags([CLASSES[c] for c in classes], looks)
+        text, present, stated = self.described(inside, facts, rng, extra)
         return np.ascontiguousarray(pixels), text, present, stated, patch_classes(inside, self.grid)
+
+    def described(
+        self, labels: UInt8[np.ndarray, "h w"], facts: dict[str, Any], rng: np.random.Generator, extra: set[str]
+    ) -> tuple[str, Bool[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
+        """Returns a caption of a crop, the tags that are true of it, and those that the caption states.
+
+        labels: of the crop. facts: of the crop, from `crop_facts`. extra: looks that labels and facts do not tell.
+        """
+        shares = np.bincount(labels.ravel(), minlength=VOID + 1)[: len(CLASSES)] / labels.size
+        classes = np.flatnonzero(shares >= self.config.least)
+        named = _named(shares, classes, rng)
+        looks = looks_of(
+            facts["style"], facts["weather"], facts["time"], extra | _object_looks(shares, labels, facts, named)
+        )
+        text, stated = self._caption(facts, named, looks, rng)
+        return text, _tags([CLASSES[c] for c in classes], looks), stated
 
     def _caption(
         self, facts: dict[str, Any], named: list[int], looks: frozenset[str], rng: np.random.Generator

@@ -1,0 +1,239 @@
+"""A small Stable Diffusion from street scenes and their captions: latents, UNet, export in diffusers' layout.
+
+The autoencoder comes from `vae`, the text encoder is a CLIP's text tower as it is; the UNet learns to predict the
+velocity (or the noise) of noisy latents from their caption, which is left empty now and then, so that guidance works
+(Rombach et al. 2022; Ho and Salimans 2022).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from fmda.diffusion.load import StableDiffusion, params_fingerprint, save_stable_diffusion
+from fmda.diffusion.schedule import ScheduleConfig, add_noise, training_target
+from fmda.errors import UserError
+from fmda.methods.pipeline import Plan, Stage
+from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, write_latents
+from fmda.methods.trainer import TrainerConfig, train, write_summary
+from fmda.models.module import abstract, init
+from fmda.models.sd_unet import UNet, UNetConfig
+from fmda.perf.diffusion_flops import unet_flops
+from fmda.perf.flops import text_flops, training_flops
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
+from fmda.train.step import LossFn, Metrics
+from fmda.weights.clip import LoadedClip, load_clip
+from fmda.weights.diffusers import LoadedTextEncoder, LoadedUNet, LoadedVae, load_vae, text_graph
+from fmda.weights.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the UNet; channels of latents and width of texts follow from the other networks."""
+
+    channels: tuple[int, ...] = (64, 128, 192)
+    layers: int = 1
+    attention: tuple[bool, ...] = (True, True, True)
+    heads: tuple[int, ...] = (2, 4, 6)
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        """Raises UserError where the lists are of different lengths, or heads and groups do not divide widths."""
+        if not len(self.channels) == len(self.attention) == len(self.heads):
+            raise UserError("model: channels, attention and heads name different numbers of levels; mend the lists")
+        if any(w % h or w % self.groups for w, h in zip(self.channels, self.heads, strict=True)):
+            raise UserError("model: heads and groups must divide the channels of their level; choose divisors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerConfig):
+    """Data, networks and schedule of a small latent diffusion model.
+
+    Attributes:
+        data: rendered folders to train on.
+        vae: folder of the autoencoder, or of a checkpoint that holds one.
+        clip: the CLIP whose text tower reads the captions.
+        model: the UNet.
+        windows: what of the pictures is learned, and how it is described.
+        prediction: what the UNet predicts.
+        drop: share of the examples whose caption is left empty.
+        ema: share that the weight average keeps at each step.
+    """
+
+    data: tuple[str, ...]
+    vae: str
+    clip: str = "street-clip"
+    model: ModelConfig = ModelConfig()
+    windows: WindowConfig = WindowConfig()
+    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
+    drop: float = 0.1
+    steps: int = 20000
+    batch: int = 32
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(learning_rate=6e-4, warmup_steps=200, weight_decay=0.01, clip_norm=1.0)
+    )
+    ema: float = 0.999
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Texts -> ids int32 [B, context], padded as the UNet will see them."""
+
+    tokenizer: Tokenizer
+    context: int
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns the ids."""
+        return self.tokenizer.padded(texts, self.context)[0]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What the UNet is trained with: text tower, autoencoder, and the configurations that follow from them."""
+
+    clip: LoadedClip
+    vae: LoadedVae
+    unet: UNetConfig
+    schedule: ScheduleConfig
+
+    @property
+    def text(self) -> LoadedTextEncoder:
+        """The text tower without its projection."""
+        params = {name: leaf for name, leaf in self.clip.params["text"].items() if name != "projection"}
+        return LoadedTextEncoder(self.clip.config.text, text_graph(self.clip.config.text)[0], params)
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits that change with any frozen parameter: a run goes on only with the networks it began with."""
+        return params_fingerprint({"vae": self.vae.params, "text": self.text.params}, self.vae.config)
+
+    @property
+    def padded(self) -> Padded:
+        """The tokenizer, at the text tower's whole context."""
+        assert self.clip.tokenizer is not None
+        return Padded(self.clip.tokenizer, self.clip.config.text.context)
+
+
+def load_networks(config: Config) -> Networks:
+    """Returns the frozen networks. Raises UserError for a CLIP without tokenizer, or windows that do not fit."""
+    clip, vae = load_clip(config.clip), load_vae(config.vae)
+    if clip.tokenizer is None:
+        raise UserError(f"clip: {config.clip} holds no tokenizer; name a CLIP with its tokenizer files")
+    sizes = config.model
+    side = config.windows.size // vae.config.factor
+    unet = UNetConfig(
+        in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels, channels=sizes.channels,
+        layers=sizes.layers, attention=sizes.attention, heads=sizes.heads, groups=sizes.groups,
+        context_width=clip.config.text.width, linear_projection=True, sample_size=side,
+    )  # fmt: skip
+    if config.windows.size % vae.config.factor or side % unet.factor:
+        raise UserError(
+            f"windows.size: {config.windows.size} is no multiple of {vae.config.factor * unet.factor}, the pixels of "
+            "the UNet's coarsest place; choose one"
+        )
+    return Networks(clip, vae, unet, ScheduleConfig(prediction=config.prediction))
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns latents, train and export (diffusers' layout)."""
+    bank = [config.data, config.vae, config.clip, config.windows, config.seed]
+    return [
+        Stage("latents", functools.partial(_latents, config), bank, alone=True),
+        Stage("train", functools.partial(_train, config), config, inputs=("latents",)),
+        Stage("export", functools.partial(_export, config), config.model, inputs=("train",), alone=True),
+    ]
+
+
+def plan(config: Config) -> Plan:
+    """Returns the stages; sizes follow from the CLIP and the autoencoder, which are not opened for a plan."""
+    return Plan(
+        stages=tuple((stage.name, "") for stage in stages(config)),
+        notes=(f"a UNet of {config.model.channels} on latents of {config.vae}, read to by {config.clip}",),
+    )
+
+
+def window_flops(networks: Networks) -> float:
+    """Returns the FLOPs of one window in training: the UNet's, with gradients, and the text tower's."""
+    unet, text = networks.unet, networks.clip.config.text
+    call = unet_flops(
+        unet.sample_size, text.context, channels=unet.channels, layers=unet.layers, attention=unet.attention,
+        context_width=unet.context_width, in_channels=unet.in_channels, out_channels=unet.out_channels,
+    )  # fmt: skip
+    reading = text_flops(text.context, width=text.width, layers=text.layers, mlp_width=text.mlp_width, embed_dim=0)
+    return training_flops(call) + reading
+
+
+def make_loss(unet: nnx.GraphDef, text: nnx.GraphDef, schedule: ScheduleConfig, scale: float, drop: float) -> LossFn:
+    """Returns loss(params, frozen, batch, key): the mean squared error of the prediction (Ho et al. 2020, eq. 14).
+
+    `params` are the UNet's. `frozen` holds "text", the text tower's parameters, and "empty", the ids [T] of no
+    caption. `batch` holds "moments", mean and log-variance of latents [B, h, w, 2c], and "ids" [B, T].
+    """
+
+    def loss(params: Any, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, Metrics]:
+        keys = jax.random.split(key, 4)
+        mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+        clean = (mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys[0], mean.shape)) * scale
+        noise = jax.random.normal(keys[1], mean.shape)
+        times = jax.random.randint(keys[2], mean.shape[:1], 0, schedule.train_steps)
+        dropped = jax.random.bernoulli(keys[3], drop, mean.shape[:1])
+        ids = jnp.where(dropped[:, None], frozen["empty"][None], batch["ids"])
+        context = nnx.merge(text, frozen["text"]).hidden(ids)
+        found = nnx.merge(unet, params)(add_noise(schedule, clean, noise, times), times, context)
+        error = (found - training_target(schedule, clean, noise, times)) ** 2
+        return error.mean(), {}
+
+    return loss
+
+
+def _latents(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    networks = load_networks(config)
+    captions = caption_maker(config.windows, networks.padded)
+    count = write_latents(
+        config.windows, networks.vae, captions, config.data, folder, config.seed, networks.digest
+    )  # fmt: skip
+    return {"windows": count}
+
+
+def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    networks = load_networks(config)
+
+    def make(rngs: nnx.Rngs) -> UNet:
+        return UNet(networks.unet, rngs=rngs)
+
+    tx = make_optimizer(config.optim, config.steps)
+    text = networks.text
+    loss = make_loss(abstract(make)[0], text.graphdef, networks.schedule, networks.vae.config.scale, config.drop)
+    step = make_step(loss, tx, config.ema, schedule=make_schedule(config.optim, config.steps))
+
+    def start(key: Array) -> TrainState:
+        return create_state(init(make, key), tx)
+
+    frozen = {"text": text.params, "empty": networks.padded([""])[0]}
+    source = Latents(done["latents"])
+    state = train(
+        config, folder, step, start, frozen, source, None, what="latent diffusion",
+        flops_per_row=window_flops(networks), identity={"weights": networks.digest},
+    )  # fmt: skip
+    return {"steps": int(state.step), "windows": len(source)}
+
+
+def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    networks = load_networks(config)
+    params = jax.device_get(read_params(done["train"], "ema"))
+    graphdef = abstract(lambda rngs: UNet(networks.unet, rngs=rngs))[0]
+    tokenizer = networks.padded.tokenizer
+    model = StableDiffusion(
+        LoadedUNet(networks.unet, graphdef, params), networks.vae, networks.text, tokenizer,
+        networks.schedule, folder,
+    )  # fmt: skip
+    save_stable_diffusion(folder / "model", model, dtype=np.float16)
+    write_summary(folder / "training.json", config, done["train"])
+    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}

@@ -1,0 +1,118 @@
+"""Captioned windows of rendered pictures as latents on disk: encoded once, read by every epoch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmda.atomic import replacing, write_atomic
+from fmda.data import templates
+from fmda.errors import UserError
+from fmda.methods.pretrain.crops import CropConfig, Crops, Scenes
+from fmda.methods.pretrain.vae import signed
+from fmda.progress import track
+from fmda.weights.diffusers import LoadedVae
+from fmda.world.captions import crop_facts
+
+PART = 100
+"""Pictures between two files: what an interruption costs."""
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """How windows are cut and described.
+
+    Attributes:
+        size: side of a window, pixels of the picture; a multiple of the autoencoder's factor.
+        count: windows of a picture, and as many of its mirror image.
+        prompted: probability of a caption made from a prompt template; else a free sentence.
+        least: share of the window below which a class is not part of it.
+    """
+
+    size: int = 128
+    count: int = 4
+    prompted: float = 0.4
+    least: float = 0.01
+
+
+def write_latents(
+    config: WindowConfig, vae: LoadedVae, captions: Crops, roots: Sequence[str], folder: Path, seed: int, digest: str
+) -> int:
+    """Returns the number of windows in the folder: files of moments float16 [n, h, w, 2c] and ids int32 [n, T].
+
+    A picture is encoded whole, and windows are cut from its latents, at whole latents. Files that are there already
+    stay: an interrupted call goes on where it stopped. Raises UserError where `digest`, of the networks, is another.
+    """
+    scenes = Scenes(roots)
+    mark = folder / "networks.txt"
+    if not mark.is_file():
+        write_atomic(mark, digest)
+    if mark.read_text(encoding="utf-8") != digest:
+        raise UserError(f"{folder}: its latents come from other networks; delete it and run again")
+    parts = range(0, len(scenes), PART)
+    for first in track(parts, "latents", unit="parts"):
+        path = folder / f"{first:06d}.npz"
+        if path.is_file():
+            continue
+        rows: list[tuple[np.ndarray, np.ndarray]] = []
+        for index in range(first, min(first + PART, len(scenes))):
+            rng = np.random.default_rng((seed, 4, index))
+            rows += _windows(config, vae, captions, scenes[index], rng)
+        moments, ids = (np.stack(column) for column in zip(*rows, strict=True))
+        with replacing(path) as part, part.open("wb") as stream:
+            np.savez(stream, moments=moments, ids=ids)
+    return 2 * config.count * len(scenes)
+
+
+def _windows(
+    config: WindowConfig, vae: LoadedVae, captions: Crops, scene: dict[str, Any], rng: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    factor = vae.config.factor
+    maps = [scene[name] for name in ("image", "labels", "instances")]
+    height, width = maps[1].shape
+    if config.size > min(height, width) or config.size % factor or height % factor or width % factor:
+        raise UserError(f"windows.size: {config.size} of a {height}x{width} picture is no window of whole latents")
+    mirrored = [np.ascontiguousarray(x[:, ::-1]) for x in maps]
+    mean, logvar = vae.encode(signed(np.stack([maps[0], mirrored[0]])))
+    moments = np.concatenate(jax.device_get((mean, logvar)), axis=-1).astype(np.float16)
+    side, rows = config.size // factor, []
+    for latents, (_, labels, instances) in zip(moments, (maps, mirrored), strict=True):
+        for _ in range(config.count):
+            top = int(rng.integers(height // factor - side + 1))
+            left = int(rng.integers(width // factor - side + 1))
+            box = (top * factor, left * factor, top * factor + config.size, left * factor + config.size)
+            facts = crop_facts(labels, instances, scene["facts"], box)
+            inside = np.ascontiguousarray(labels[box[0] : box[2], box[1] : box[3]])
+            text = captions.described(inside, facts, rng, set())[0]
+            rows.append((latents[top : top + side, left : left + side], captions.tokenize([text])[0]))
+    return rows
+
+
+def caption_maker(config: WindowConfig, tokenize: Any) -> Crops:
+    """Returns what captions windows: no mishaps, and only templates that are true."""
+    crop = CropConfig(size=config.size, spoiled=0.0, prompted=config.prompted, noise=0.0, least=config.least)
+    return Crops(crop, templates("imagenet80"), tokenize, 1, 1)
+
+
+class Latents(Sequence[dict[str, np.ndarray]]):
+    """The windows of a folder as a random-access source of {"moments", "ids"}; all in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        moments, ids = [], []
+        for path in sorted(folder.glob("*.npz")):
+            try:
+                with np.load(path) as file:
+                    moments.append(file["moments"])
+                    ids.append(file["ids"])
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"{path}: cannot be read ({error}); delete it and run the stage again") from None
+        self.moments, self.ids = np.concatenate(moments), np.concatenate(ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {"moments": self.moments[index], "ids": self.ids[index]}

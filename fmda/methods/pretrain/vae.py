@@ -1,0 +1,202 @@
+"""An autoencoder of Stable Diffusion's shape from pictures alone: training, export in diffusers' layout, check.
+
+The loss is the mean absolute error of pixels and of their differences to neighbours, and a small Kullback-Leibler term
+that keeps latents near a normal distribution (Rombach et al. 2022, 3.1, without their discriminator). The number that
+latents are multiplied by before a UNet sees them is measured at the end: it makes their deviation 1.
+"""
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fmda.atomic import write_atomic
+from fmda.errors import UserError
+from fmda.methods.pipeline import Plan, Stage
+from fmda.methods.pretrain.dino_views import Image, Pictures
+from fmda.methods.trainer import TrainerConfig, train, write_summary
+from fmda.models.module import abstract, init
+from fmda.models.sd_vae import Vae, VaeConfig
+from fmda.perf.diffusion_flops import vae_decode_flops, vae_encode_flops
+from fmda.perf.flops import training_flops
+from fmda.progress import track
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
+from fmda.train.step import LossFn, Metrics
+from fmda.weights.diffusers import LoadedVae, load_vae, save_part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerConfig):
+    """Data, network and schedule of an autoencoder.
+
+    Attributes:
+        data: folders of pictures to train on.
+        held: folders of pictures for the check; none of them may be in `data`.
+        model: the network. `model.scale` is measured, not read.
+        crop: side of the training crops, pixels, at the pictures' own scale.
+        edges: weight of the error of differences between neighbouring pixels.
+        kl: weight of the mean Kullback-Leibler divergence per latent, in nats.
+        ema: share that the weight average keeps at each step.
+    """
+
+    data: tuple[str, ...]
+    held: tuple[str, ...] = ()
+    model: VaeConfig = field(
+        default_factory=lambda: VaeConfig(channels=(16, 32, 64, 96), layers=1, groups=8, sample_size=128)
+    )
+    crop: int = 64
+    edges: float = 0.5
+    kl: float = 1e-4
+    steps: int = 3000
+    batch: int = 16
+    optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.0, clip_norm=1.0)
+    ema: float = 0.998
+
+    def __post_init__(self) -> None:
+        """Raises UserError for crops that the network cannot halve, or pictures that are trained on and held."""
+        if self.crop < self.model.factor or self.crop % self.model.factor:
+            raise UserError(f"crop: {self.crop} is no multiple of {self.model.factor}, the pixels of a latent's side")
+        if overlap := set(self.data) & set(self.held):
+            raise UserError(f"held: {', '.join(sorted(overlap))} is trained on too; hold other folders")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The transform (picture, generator) -> {"pixels": uint8 [size, size, 3]}: a square at its own scale, mirrored."""
+
+    size: int
+
+    def __call__(self, picture: Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns the crop."""
+        height, width = picture.shape[:2]
+        if min(height, width) < self.size:
+            raise UserError(f"crop: {self.size} pixels, but a picture is {height}x{width}; choose a smaller crop")
+        top, left = rng.integers(height - self.size + 1), rng.integers(width - self.size + 1)
+        square = picture[top : top + self.size, left : left + self.size]
+        return {"pixels": np.ascontiguousarray(square[:, ::-1] if rng.random() < 0.5 else square)}
+
+
+def signed(pixels: Array | np.ndarray) -> Float[Array, "b H W 3"]:
+    """Returns uint8 pictures as the autoencoder wants them, in [-1, 1]."""
+    return jnp.asarray(pixels).astype(jnp.float32) / 127.5 - 1.0
+
+
+def make_loss(graphdef: nnx.GraphDef, edges: float, kl: float) -> LossFn:
+    """Returns loss(params, frozen, batch, key) -> (weighted sum, {"pixel_error", "edge_error", "kl"})."""
+
+    def loss(params: Any, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, Metrics]:
+        del frozen
+        vae, images = nnx.merge(graphdef, params), signed(batch["pixels"])
+        mean, logvar = vae.encode(images)
+        drawn = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        error = vae.decode(drawn) - images
+        pixel_error = jnp.abs(error).mean()
+        edge_error = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
+        divergence = 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).mean()
+        metrics = {"pixel_error": pixel_error, "edge_error": edge_error, "kl": divergence}
+        return pixel_error + edges * edge_error + kl * divergence, metrics
+
+    return loss
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns train, export (diffusers' layout) and, with held pictures, check."""
+    chain = [
+        Stage("train", functools.partial(_train, config), config),
+        Stage("export", functools.partial(_export, config), config.model, inputs=("train",), alone=True),
+    ]
+    if config.held:
+        chain.append(Stage("check", functools.partial(_check, config), config.held, ("export",), alone=True))
+    return chain
+
+
+def plan(config: Config) -> Plan:
+    """Returns parameters and FLOPs at the configured sizes."""
+    shapes = abstract(lambda rngs: Vae(config.model, rngs=rngs))[1]
+    counts = {name: sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("encoder", "decoder")}
+    return Plan(
+        stages=tuple((stage.name, "") for stage in stages(config)),
+        parameters=tuple(counts.items()),
+        flops=(("encoder and decoder, one crop", crop_flops(config)),),
+        memory=(("parameters, moments and average, float32", 16.0 * sum(counts.values())),),
+    )
+
+
+def crop_flops(config: Config) -> float:
+    """Returns the FLOPs of both halves for one crop, forward."""
+    sizes: dict[str, Any] = {"channels": config.model.channels, "layers": config.model.layers}
+    return float(vae_encode_flops(config.crop, **sizes) + vae_decode_flops(config.crop, **sizes))
+
+
+def _make(config: Config) -> Any:
+    return lambda rngs: Vae(config.model, rngs=rngs)
+
+
+def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    make = _make(config)
+    tx = make_optimizer(config.optim, config.steps)
+    loss = make_loss(abstract(make)[0], config.edges, config.kl)
+    step = make_step(loss, tx, config.ema, schedule=make_schedule(config.optim, config.steps))
+
+    def start(key: Array) -> TrainState:
+        return create_state(init(make, key), tx)
+
+    state = train(
+        config, folder, step, start, {}, Pictures(config.data), Crop(config.crop), what="vae",
+        flops_per_row=training_flops(crop_flops(config)),
+    )  # fmt: skip
+    return {"steps": int(state.step)}
+
+
+def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    params = jax.device_get(read_params(done["train"], "ema"))
+    graphdef = abstract(_make(config))[0]
+    scale = measured_scale(LoadedVae(config.model, graphdef, params), Pictures(config.data), config.seed)
+    model = dataclasses.replace(config.model, scale=scale)
+    save_part(folder, "vae", model, params, np.float16)
+    write_summary(folder / "training.json", config, done["train"])
+    return {"scale": scale, "parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+
+
+def measured_scale(vae: LoadedVae, pictures: Pictures, seed: int, count: int = 100) -> float:
+    """Returns 1 / deviation of the latents of some pictures (Rombach et al. 2022, appendix G)."""
+    rows = np.random.default_rng((seed, 3)).permutation(len(pictures))[:count]
+    means = [np.asarray(vae.encode(signed(_whole(pictures[int(i)], vae))[None])[0]) for i in track(rows, "latents")]
+    return float(round(1.0 / np.std(np.concatenate([m.ravel() for m in means])), 4))
+
+
+def _whole(picture: Image, vae: LoadedVae) -> Image:
+    """Returns the picture without what fills no whole latent."""
+    height, width = (side - side % vae.config.factor for side in picture.shape[:2])
+    return picture[:height, :width]
+
+
+def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    """Measures the error of held pictures that went through both halves, and draws some beside what came out."""
+    vae = load_vae(done["export"])
+    result = {}
+    for root in config.held:
+        pictures = Pictures([root])
+        errors: list[float] = []
+        shown: list[Image] = []
+        for i in track(range(min(len(pictures), 50)), f"reconstruct {Path(root).name}"):
+            picture = _whole(pictures[i], vae)
+            found = np.asarray(vae.decode(vae.encode(signed(picture)[None])[0]))[0]
+            found = np.clip((found + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+            errors.append(float(np.mean((found.astype(np.float32) - picture) ** 2)))
+            if len(shown) < 4:
+                shown.append(np.concatenate([picture, found], axis=1))
+        result[root] = {"psnr": round(float(np.mean(10 * np.log10(255**2 / np.array(errors)))), 2)}
+        data = cv2.imencode(".png", np.concatenate(shown)[..., ::-1])[1].tobytes()
+        write_atomic(folder / f"{Path(root).name}.png", data)
+    write_atomic(folder / "reconstruction.json", json.dumps(result, indent=1) + "\n")
+    return result
