@@ -33,6 +33,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def occupied(folder: Path) -> bool:
+    """Returns whether a folder is there and holds anything but files that a kill left half written."""
+    return folder.is_dir() and any(
+        not (path.name.startswith(".") and ".part" in path.name) for path in folder.iterdir()
+    )
+
+
 def check_writable(path: Path) -> None:
     """Raises OSError if `path` could not be written later; what is there stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)

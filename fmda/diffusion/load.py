@@ -1,7 +1,6 @@
 """Stable Diffusion as one object: all networks, tokenizer and schedule of a checkpoint in diffusers' layout."""
 
 import functools
-import hashlib
 import os
 import shutil
 import warnings
@@ -18,6 +17,7 @@ from jaxtyping import Int
 from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
+from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import Remat
 from fmda.weights import files
 from fmda.weights.diffusers import (
@@ -28,9 +28,11 @@ from fmda.weights.diffusers import (
     load_text_encoder,
     load_unet,
     load_vae,
+    params_fingerprint,
+    read_config,
     save_part,
 )
-from fmda.weights.source import resolve
+from fmda.weights.source import PARTS, resolve
 from fmda.weights.tokenizer import Tokenizer
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -80,16 +82,6 @@ class StableDiffusion:
         )
 
 
-def params_fingerprint(params: Mapping[Any, Any], *configs: Any) -> str:
-    """Returns 12 hex digits that change with any parameter, any dtype, or a configuration."""
-    digest = hashlib.blake2b(repr(configs).encode(), digest_size=6)
-    for path, leaf in sorted(trees.flatten(params).items()):
-        array = np.asarray(leaf)
-        digest.update(f"{path}{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def load_stable_diffusion(
     source: str | os.PathLike[str],
     revision: str | None = None,
@@ -103,26 +95,51 @@ def load_stable_diffusion(
     each other.
     """
     folder = resolve(source, revision, "diffusers")
-    wanted = ("unet/config.json", "vae/config.json", "text_encoder/config.json", SCHEDULER_FILE)
-    missing = [name.split("/")[0] for name in wanted if not (folder / name).is_file()]
+    check_components(folder)
+    configs = {part: read_config(part, folder / part) for part in PARTS}
+    check_fit(folder, configs)
+    schedule, tokenizer = read_schedule(folder), read_tokenizer(folder, configs["text_encoder"])
+    unet = load_unet(folder, dtype=dtype, remat=remat)
+    vae, text = load_vae(folder, dtype=dtype), load_text_encoder(folder, dtype=dtype)
+    return StableDiffusion(unet, vae, text, tokenizer, schedule, folder)
+
+
+def is_stable_diffusion(folder: Path) -> bool:
+    """Returns whether a folder looks like a whole checkpoint in diffusers' layout, perhaps with parts missing."""
+    return (folder / "model_index.json").is_file() or any((folder / part / "config.json").is_file() for part in PARTS)
+
+
+def check_components(folder: Path) -> None:
+    """Raises UserError that names every component which a checkpoint's folder lacks."""
+    missing = [part for part in PARTS if not (folder / part / "config.json").is_file()]
+    if not (folder / SCHEDULER_FILE).is_file():
+        missing.append("scheduler")
     if not (folder / "tokenizer").is_dir():
         missing.append("tokenizer")
     if missing:
         raise UserError(
             f"{folder}: no {', '.join(missing)} in it; give a folder in diffusers' layout, with all of its parts"
         )
-    unet = load_unet(folder, dtype=dtype, remat=remat)
-    vae, text = load_vae(folder, dtype=dtype), load_text_encoder(folder, dtype=dtype)
-    if unet.config.context_width != text.config.width or unet.config.in_channels != vae.config.latent_channels:
+
+
+def check_fit(folder: Path, configs: Mapping[str, Any]) -> None:
+    """Raises UserError for networks of which one does not read what another gives."""
+    unet, vae, text = (configs[part] for part in ("unet", "vae", "text_encoder"))
+    if unet.context_width != text.width or unet.in_channels != vae.latent_channels:
         raise UserError(
-            f"{folder}: its UNet reads {unet.config.context_width}-wide texts and {unet.config.in_channels}-channel "
-            f"latents, the others give {text.config.width} and {vae.config.latent_channels}; "
-            "take all parts from one checkpoint"
+            f"{folder}: its UNet reads {unet.context_width}-wide texts and {unet.in_channels}-channel "
+            f"latents, the others give {text.width} and {vae.latent_channels}; take all parts from one checkpoint"
         )
-    path = folder / SCHEDULER_FILE
-    schedule = ScheduleConfig.from_json(files.read_json(path), str(path))
-    tokenizer = Tokenizer(folder / "tokenizer", text.config.eos_token_id, text.config.vocab_size)
-    return StableDiffusion(unet, vae, text, tokenizer, schedule, folder)
+
+
+def read_schedule(folder: Path) -> ScheduleConfig:
+    """Returns the schedule of a checkpoint's folder. Raises UserError for one that does not exist here."""
+    return ScheduleConfig.from_json(files.read_json(folder / SCHEDULER_FILE), str(folder / SCHEDULER_FILE))
+
+
+def read_tokenizer(folder: Path, text: TextConfig) -> Tokenizer:
+    """Returns the tokenizer of a checkpoint's folder. Raises UserError for one of another text encoder."""
+    return Tokenizer(folder / "tokenizer", text.eos_token_id, text.vocab_size)
 
 
 def save_stable_diffusion(
@@ -135,31 +152,32 @@ def save_stable_diffusion(
     """Writes a checkpoint that `load_stable_diffusion` and PyTorch's diffusers open. Returns the folder.
 
     `params` replaces the model's own, whole or by network; arrays are stored in `dtype`, by default in their own.
-    Raises UserError where the folder is there already and not empty, or cannot be written.
+    The folder appears when all is written. Raises UserError where it is there already and not empty, or cannot be
+    written, or where `params` do not fit.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; name a new folder")
     params = {**model.params, **(params or {})}
     configs: dict[str, Config] = {
         "unet": model.unet.config,
         "vae": model.vae.config,
         "text_encoder": model.text_encoder.config,
     }
-    for part, config in configs.items():
-        save_part(folder / part, part, config, params[part], dtype)
-    try:
-        (folder / "tokenizer").mkdir(exist_ok=True)
-        (folder / "scheduler").mkdir(exist_ok=True)
-        for file in model.tokenizer.files():
-            shutil.copyfile(file, folder / "tokenizer" / file.name)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); free the disk or choose another folder") from None
-    schedule = model.schedule.to_json()
-    files.write_json(folder / SCHEDULER_FILE, schedule)
-    # last: what a reader looks for first
-    files.write_json(folder / "model_index.json", _index(schedule["_class_name"]))
+    with files.new_folder(folder) as new:
+        for part, config in configs.items():
+            save_part(new / part, part, config, params[part], dtype)
+        write_rest(new, model.tokenizer, model.schedule)
     return folder
+
+
+def write_rest(folder: Path, tokenizer: Tokenizer, schedule: ScheduleConfig) -> None:
+    """Writes tokenizer, schedule and index beside a checkpoint's networks. Raises OSError or UserError on failure."""
+    (folder / "tokenizer").mkdir()
+    (folder / "scheduler").mkdir()
+    for file in tokenizer.files():
+        shutil.copyfile(file, folder / "tokenizer" / file.name)
+    values = schedule.to_json()
+    files.write_json(folder / SCHEDULER_FILE, values)
+    files.write_json(folder / "model_index.json", _index(values["_class_name"]))
 
 
 def _index(scheduler: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from fmda.atomic import write_atomic
+from fmda.atomic import occupied, write_atomic
 from fmda.config import differences, fingerprint, to_dict, to_yaml
 from fmda.errors import UserError
 
@@ -169,7 +169,7 @@ def _claim(work: Path, config: Any) -> None:
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise _Taken(f"{work}: holds a run of another configuration ({shown}); choose another work_dir=")
         return
-    if work.is_dir() and any(work.iterdir()):
+    if occupied(work):
         raise _Taken(f"{work}: is not empty and no run of ours (no config.yaml); choose another work_dir=")
     try:
         work.mkdir(parents=True, exist_ok=True)

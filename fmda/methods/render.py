@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from fmda.atomic import replacing, write_atomic
+from fmda.atomic import occupied, replacing, write_atomic
 from fmda.config import differences, fingerprint, to_dict
 from fmda.data import class_list
 from fmda.errors import UserError, did_you_mean
@@ -122,7 +122,7 @@ def _claim(root: Path, config: RenderConfig) -> None:
         if found != identity:
             changed = ", ".join(differences(found, identity))
             raise UserError(f"{root}: holds pictures of another configuration ({changed}); choose another folder")
-    elif root.is_dir() and any(root.iterdir()):
+    elif occupied(root):
         raise UserError(f"{root}: not empty and not a rendered folder; choose another folder")
     else:
         # first of all files: a folder without it is none of ours

@@ -62,6 +62,12 @@ def test_a_folder_with_foreign_files_is_left_alone(tmp_path):
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
+def test_a_folder_with_half_a_hidden_file_of_a_killed_start_is_taken(tmp_path):
+    (tmp_path / ".config.part.yaml").write_text("half")
+    run_stages([Stage("one", lambda folder, done: None)], tmp_path, {"a": 1}, say=lambda line: None)
+    assert (tmp_path / "one/stage.json").is_file()
+
+
 def test_a_stage_may_read_earlier_ones_only(tmp_path):
     with pytest.raises(UserError, match="reads 'draw', which is no earlier stage"):
         run_stages(stages([])[::-1], tmp_path, {}, lambda _: None)

@@ -1,0 +1,138 @@
+"""Verification and conversion of a checkpoint of any kind: a whole Stable Diffusion, one of its networks, or CLIP."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fmda.diffusion.load import (
+    check_components,
+    check_fit,
+    is_stable_diffusion,
+    read_schedule,
+    read_tokenizer,
+    write_rest,
+)
+from fmda.errors import UserError
+from fmda.weights import check, diffusers, files
+from fmda.weights.check import CheckReport
+from fmda.weights.clip import convert_clip
+from fmda.weights.source import PARTS, resolve
+
+
+@dataclass
+class StableDiffusionReport:
+    """What `verify` found in a whole checkpoint. `ok` where it can be used as it is."""
+
+    folder: str
+    parts: dict[str, CheckReport]
+    faults: list[str] = field(default_factory=list)
+    """Of tokenizer and schedule, and what keeps the parts from working together."""
+    schedule: str = "not usable"
+    tokenizer: str = "not usable"
+    fingerprint: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults and all(part.ok for part in self.parts.values())
+
+    @property
+    def file(self) -> str:
+        """The weight file of the first network that is not good, else the names of all networks."""
+        bad = [f"{name}/{part.file}" for name, part in self.parts.items() if not part.ok]
+        return bad[0] if bad else ", ".join(self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as plain values, `ok` included."""
+        return asdict(self) | {"parts": {name: part.to_json() for name, part in self.parts.items()}, "ok": self.ok}
+
+    def text(self) -> str:
+        """Returns the report as aligned lines for a terminal, one network after the other."""
+        blocks = [f"{name}\n" + _indented(part.text()) for name, part in self.parts.items()]
+        lines = [
+            ("parameters", f"{sum(part.parameters for part in self.parts.values()):,}"),
+            ("tokenizer", self.tokenizer),
+            ("schedule", self.schedule),
+            ("faults", "; ".join(self.faults) or "none"),
+            ("fingerprint", self.fingerprint or "none, the arrays do not fit"),
+            ("verdict", "good" if self.ok else "NOT GOOD"),
+        ]
+        return "\n".join([*blocks, *(f"{name:11}  {value}" for name, value in lines)])
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def verify(source: str | os.PathLike[str], revision: str | None = None) -> CheckReport | StableDiffusionReport:
+    """Returns the report on a checkpoint (folder, name of a packaged model, or hub id).
+
+    What does not fit is listed, not raised. Raises UserError where there is nothing to report on: no folder, a
+    component or its weights missing, a pickle, a damaged file, a network that cannot be built.
+    """
+    folder = resolve(source, revision, "any")
+    if not is_stable_diffusion(folder):
+        return check.verify(folder)
+    check_components(folder)
+    configs = {part: diffusers.read_config(part, folder / part) for part in PARTS}
+    found = {part: check.verify_part(part, folder / part) for part in PARTS}
+    report = StableDiffusionReport(str(folder), {part: each for part, (each, _) in found.items()})
+    params = {part: tree for part, (_, tree) in found.items() if tree is not None}
+    try:
+        check_fit(folder, configs)
+    except UserError as error:
+        report.faults.append(str(error))
+    try:
+        report.tokenizer = f"{read_tokenizer(folder, configs['text_encoder']).vocab_size} tokens"
+    except UserError as error:
+        report.faults.append(str(error))
+    try:
+        schedule = read_schedule(folder)
+        report.schedule = f"{schedule.train_steps} steps, {schedule.prediction} prediction, {schedule.sampler} sampler"
+        if len(params) == len(PARTS):
+            ordered = (configs[part] for part in PARTS)
+            report.fingerprint = diffusers.params_fingerprint(params, *ordered, schedule)
+    except UserError as error:
+        report.faults.append(str(error))
+    return report
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: DTypeLike = jnp.float32,
+    revision: str | None = None,
+) -> Path:
+    """Rewrites a checkpoint of any known layout as safetensors under PyTorch's names. Returns the new folder.
+
+    A whole Stable Diffusion and each of its networks become what diffusers opens, a CLIP what transformers opens. The
+    weights of a Flax UNet are kept as they are, but diffusers' PyTorch classes compute another GELU than its Flax
+    classes did (see `UNetConfig.gate`). Raises UserError for what does not fit, and where `out` is there already and
+    not empty; nothing is written then.
+    """
+    folder, out = resolve(source, revision, "any"), Path(out)
+    if is_stable_diffusion(folder):
+        check_components(folder)
+        configs = {part: diffusers.read_config(part, folder / part) for part in PARTS}
+        check_fit(folder, configs)
+        schedule, tokenizer = read_schedule(folder), read_tokenizer(folder, configs["text_encoder"])
+        with files.new_folder(out) as new:
+            for part in PARTS:
+                _convert_part(part, folder / part, new / part, dtype)
+            write_rest(new, tokenizer, schedule)
+        return out
+    if single := diffusers.part_of(folder):
+        with files.new_folder(out) as new:
+            _convert_part(single, folder, new, dtype)
+        return out
+    return convert_clip(folder, out, dtype)
+
+
+def _convert_part(part: str, folder: Path, out: Path, dtype: DTypeLike) -> None:
+    config, table, arrays, where = diffusers.read_part(part, folder)
+    params = table.read(arrays, diffusers.part_graph(part, config)[1], str(where))
+    diffusers.save_part(out, part, config, params, dtype)
