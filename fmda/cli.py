@@ -197,18 +197,20 @@ def models_list(as_json: Json = False) -> None:
             print(f"{name:<28}{entry.parameters:>14,}  {entry.licence}")
 
 
-def models_check(source: Positional[str], as_json: Json = False) -> None:
+def models_check(source: Positional[str], revision: str | None = None, as_json: Json = False) -> None:
     """Load a checkpoint and verify every array: names, shapes, numbers, count.
 
-    Exit code 2 when anything is wrong.
+    CLIP, DINO, a whole Stable Diffusion, or its UNet, autoencoder or text encoder alone. Exit code 2 when anything is
+    wrong.
 
     Args:
         source: a folder, an embedded model or a hub id.
+        revision: branch, tag or commit of a hub id.
         as_json: print one JSON object.
     """
-    from fmda.weights.check import verify
+    from fmda.diffusion.checkpoints import verify
 
-    report = verify(source)
+    report = verify(source, revision)
     print(json.dumps(report.to_json()) if as_json else report.text())
     if not report.ok:
         raise UserError(f"{source}: {report.file}: not fit for use, see above; copy or download it again")
@@ -218,17 +220,21 @@ def convert(
     source: Positional[str],
     out: Positional[Path],
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    revision: str | None = None,
 ) -> None:
-    """Rewrite a CLIP checkpoint (Flax msgpack, safetensors, OpenCLIP names) as Hugging Face safetensors.
+    """Rewrite a checkpoint (Flax msgpack, safetensors, OpenCLIP names) as safetensors that PyTorch's libraries open.
+
+    CLIP, a whole Stable Diffusion, or its UNet, autoencoder or text encoder alone.
 
     Args:
         source: a folder, an embedded model or a hub id.
         out: a new folder.
         dtype: storage type.
+        revision: branch, tag or commit of a hub id.
     """
-    from fmda.weights.clip import convert_clip
+    from fmda.diffusion.checkpoints import convert as convert_checkpoint
 
-    print(convert_clip(source, out, dtype))
+    print(convert_checkpoint(source, out, dtype, revision))
 
 
 def bench(name: Positional[str] = "", out: Path | None = None, arguments: Positional[tuple[str, ...]] = ()) -> None:

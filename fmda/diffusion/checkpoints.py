@@ -29,8 +29,8 @@ class StableDiffusionReport:
 
     folder: str
     parts: dict[str, CheckReport]
-    faults: list[str] = field(default_factory=list)
-    """Of tokenizer and schedule, and what keeps the parts from working together."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Of "tokenizer" and "scheduler", and what keeps the "networks" from working together."""
     schedule: str = "not usable"
     tokenizer: str = "not usable"
     fingerprint: str | None = None
@@ -42,9 +42,9 @@ class StableDiffusionReport:
 
     @property
     def file(self) -> str:
-        """The weight file of the first network that is not good, else the names of all networks."""
+        """The first thing that is not good: a weight file, or a key of `faults`; "" where all is."""
         bad = [f"{name}/{part.file}" for name, part in self.parts.items() if not part.ok]
-        return bad[0] if bad else ", ".join(self.parts)
+        return next(iter([*bad, *self.faults]), "")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as plain values, `ok` included."""
@@ -57,7 +57,7 @@ class StableDiffusionReport:
             ("parameters", f"{sum(part.parameters for part in self.parts.values()):,}"),
             ("tokenizer", self.tokenizer),
             ("schedule", self.schedule),
-            ("faults", "; ".join(self.faults) or "none"),
+            ("faults", "; ".join(self.faults.values()) or "none"),
             ("fingerprint", self.fingerprint or "none, the arrays do not fit"),
             ("verdict", "good" if self.ok else "NOT GOOD"),
         ]
@@ -85,11 +85,11 @@ def verify(source: str | os.PathLike[str], revision: str | None = None) -> Check
     try:
         check_fit(folder, configs)
     except UserError as error:
-        report.faults.append(str(error))
+        report.faults["networks"] = str(error)
     try:
         report.tokenizer = f"{read_tokenizer(folder, configs['text_encoder']).vocab_size} tokens"
     except UserError as error:
-        report.faults.append(str(error))
+        report.faults["tokenizer"] = str(error)
     try:
         schedule = read_schedule(folder)
         report.schedule = f"{schedule.train_steps} steps, {schedule.prediction} prediction, {schedule.sampler} sampler"
@@ -97,7 +97,7 @@ def verify(source: str | os.PathLike[str], revision: str | None = None) -> Check
             ordered = (configs[part] for part in PARTS)
             report.fingerprint = diffusers.params_fingerprint(params, *ordered, schedule)
     except UserError as error:
-        report.faults.append(str(error))
+        report.faults["scheduler"] = str(error)
     return report
 
 
@@ -123,7 +123,7 @@ def convert(
         with files.new_folder(out) as new:
             for part in PARTS:
                 _convert_part(part, folder / part, new / part, dtype)
-            write_rest(new, tokenizer, schedule)
+            write_rest(new, tokenizer, configs["text_encoder"].context, schedule)
         return out
     if single := diffusers.part_of(folder):
         with files.new_folder(out) as new:

@@ -1,21 +1,25 @@
 """From prompts and seeds to images: text states, sampling and decoding as one compiled program over all devices."""
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, UInt8, UInt32
 
 from fmda.diffusion.guidance import guided
 from fmda.diffusion.load import StableDiffusion
 from fmda.diffusion.samplers import SAMPLERS, Denoise, make_table, sample
+from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError, did_you_mean
 from fmda.mesh import FSDP_RULES, batch_sharding, place, replicated
+
+Program = Callable[[Any, Int[Array, "n t"], Int[Array, "t"], UInt32[Array, "n"]], UInt8[Array, "n H W 3"]]
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,15 @@ def make_draw(
     all devices of the mesh, parameters over its `fsdp` axis; a number of prompts that does not divide is filled up.
     Raises UserError for sizes that do not fit the networks, or steps that do not fit the schedule.
     """
-    height, width = config.size or (model.size, model.size)
-    multiple = model.vae.config.factor * model.unet.config.factor
-    if height < multiple or width < multiple or height % multiple or width % multiple:
-        raise UserError(f"size: {height}x{width} are no multiples of {multiple} pixels; choose another size")
+    height, width = size = config.size or (model.size, model.size)
+    check_size(size, model.vae.config.factor * model.unet.config.factor)
     make_table(model.schedule, config.sampler, config.steps)
     shape = (height // model.vae.config.factor, width // model.vae.config.factor, model.unet.config.in_channels)
     split, whole = batch_sharding(mesh), replicated(mesh)
     params = jax.device_put(model.params, place(model.params, FSDP_RULES, mesh))
     empty = jax.device_put(model.tokenize([config.negative])[0], whole)
-    program = jax.jit(make_program(model, config, shape), out_shardings=split)
+    # what the program does not depend on is left out, so that no other value of it compiles anew
+    program = _compiled(graphs(model), replace(config, negative="", size=None), shape, split)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n H W 3"]:
         count = len(prompts)
@@ -73,19 +76,44 @@ def make_draw(
     return draw
 
 
-def make_program(
-    model: StableDiffusion, config: SamplerConfig, shape: tuple[int, int, int]
-) -> Callable[[Any, Int[Array, "n t"], Int[Array, "t"], UInt32[Array, "n"]], UInt8[Array, "n H W 3"]]:
+def check_size(size: tuple[int, int], multiple: int) -> None:
+    """Raises UserError for a height and width, in pixels, that the networks cannot halve down to whole places."""
+    height, width = size
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        raise UserError(f"size: {height}x{width} are no multiples of {multiple} pixels; choose another size")
+
+
+class Graphs(NamedTuple):
+    """What of a model is fixed at compile time; equal for all snapshots of a personalisation."""
+
+    unet: nnx.GraphDef
+    vae: nnx.GraphDef
+    text_encoder: nnx.GraphDef
+    schedule: ScheduleConfig
+    scale: float
+
+
+def graphs(model: StableDiffusion) -> Graphs:
+    """Returns the graphs of a model's networks, its schedule and the scale of its latents."""
+    networks = model.unet.graphdef, model.vae.graphdef, model.text_encoder.graphdef
+    return Graphs(*networks, model.schedule, model.vae.config.scale)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(model: Graphs, config: SamplerConfig, shape: tuple[int, int, int], split: NamedSharding) -> Program:
+    return jax.jit(make_program(model, config, shape), out_shardings=split)
+
+
+def make_program(model: Graphs, config: SamplerConfig, shape: tuple[int, int, int]) -> Program:
     """Returns the pure function (params, ids, ids of no caption, seeds) -> images; `shape` is that of a latent.
 
-    `params` is a tree like `model.params`; the model's own are not read.
+    `params` is a tree like `StableDiffusion.params`.
     """
-    unet, vae, text = (part.graphdef for part in (model.unet, model.vae, model.text_encoder))
 
     def program(params: Any, ids: Array, empty: Array, seeds: Array) -> Array:
-        encoder = nnx.merge(text, params["text_encoder"])
+        encoder = nnx.merge(model.text_encoder, params["text_encoder"])
         context = encoder.hidden(ids)
-        predict = nnx.merge(unet, params["unet"])
+        predict = nnx.merge(model.unet, params["unet"])
         denoise: Denoise
         if config.guidance == 1:
             denoise = lambda x, time: predict(x, jnp.broadcast_to(time, len(x)), context)  # noqa: E731
@@ -93,7 +121,7 @@ def make_program(
             denoise = guided(predict, context, encoder.hidden(empty[None])[0], config.guidance)
         noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
         latents = sample(denoise, noise, model.schedule, sampler=config.sampler, steps=config.steps)
-        images = nnx.merge(vae, params["vae"]).decode(latents / model.vae.config.scale)
+        images = nnx.merge(model.vae, params["vae"]).decode(latents / model.scale)
         return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
     return program

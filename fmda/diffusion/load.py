@@ -165,16 +165,25 @@ def save_stable_diffusion(
     with files.new_folder(folder) as new:
         for part, config in configs.items():
             save_part(new / part, part, config, params[part], dtype)
-        write_rest(new, model.tokenizer, model.schedule)
+        write_rest(new, model.tokenizer, model.text_encoder.config.context, model.schedule)
     return folder
 
 
-def write_rest(folder: Path, tokenizer: Tokenizer, schedule: ScheduleConfig) -> None:
-    """Writes tokenizer, schedule and index beside a checkpoint's networks. Raises OSError or UserError on failure."""
-    (folder / "tokenizer").mkdir()
+def write_rest(folder: Path, tokenizer: Tokenizer, context: int, schedule: ScheduleConfig) -> None:
+    """Writes tokenizer, schedule and index beside a checkpoint's networks; texts have `context` tokens.
+
+    Raises OSError or UserError where the folder cannot be written.
+    """
+    words = folder / "tokenizer"
+    words.mkdir()
     (folder / "scheduler").mkdir()
     for file in tokenizer.files():
-        shutil.copyfile(file, folder / "tokenizer" / file.name)
+        shutil.copyfile(file, words / file.name)
+    # diffusers pads and cuts to the length that this file names
+    path = words / "tokenizer_config.json"
+    config = files.read_json(path) if path.is_file() else {"tokenizer_class": "CLIPTokenizer"}
+    if config.get("model_max_length") != context:
+        files.write_json(path, config | {"model_max_length": context})
     values = schedule.to_json()
     files.write_json(folder / SCHEDULER_FILE, values)
     files.write_json(folder / "model_index.json", _index(values["_class_name"]))

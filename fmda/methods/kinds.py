@@ -24,6 +24,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "dinoiser": ("fmda.methods.pretrain.dinoiser", "train CLIP-DINOiser's two heads on a CLIP and a teacher"),
     "vae": ("fmda.methods.pretrain.vae", "train an autoencoder of Stable Diffusion's shape on images alone"),
     "latent_diffusion": ("fmda.methods.pretrain.latent_diffusion", "train a small Stable Diffusion on captions"),
+    "generate": ("fmda.methods.generate", "draw a set of images from prompts by a diffusion model"),
+    "personalise": ("fmda.methods.datum.personalise", "teach a diffusion model the look of one picture"),
     "report": ("fmda.methods.report", "write one HTML page over several runs"),
 }
 

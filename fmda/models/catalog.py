@@ -2,17 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from fmda.errors import UserError, did_you_mean
-from fmda.models.clip import Clip, ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
+from fmda.models.clip import Clip, ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, TextTransformer, VitConfig
 from fmda.models.clip.config import OPENAI_MEAN, OPENAI_STD
 from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, dino, vit_config
+from fmda.models.sd_unet import UNet, UNetConfig
+from fmda.models.sd_vae import Vae, VaeConfig
 
 Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The three networks of a Stable Diffusion."""
+
+    unet: UNetConfig
+    vae: VaeConfig
+    text_encoder: TextConfig
 
 
 @dataclass(frozen=True)
@@ -23,16 +35,24 @@ class Entry:
     source: str
     """Hub id."""
     licence: str
-    config: ClipConfig | VitConfig
+    config: ClipConfig | VitConfig | DiffusionConfig
     parameters: int
     image_mean: Triple = OPENAI_MEAN
     image_std: Triple = OPENAI_STD
+    revision: str | None = None
+    """Branch of the repository that holds Flax weights, where there is one beside the main branch."""
 
     def builder(self, dtype: DTypeLike = jnp.float32) -> Callable[[nnx.Rngs], nnx.Module]:
         """Returns make(rngs) -> module, as `fmda.models.module.abstract` and `init` take it."""
         config = self.config
         if isinstance(config, ClipConfig):
             return lambda rngs: Clip(config, dtype=dtype, rngs=rngs)
+        if isinstance(config, DiffusionConfig):
+            return lambda rngs: nnx.Dict(
+                unet=UNet(config.unet, dtype=dtype, rngs=rngs),
+                vae=Vae(config.vae, dtype=dtype, rngs=rngs),
+                text_encoder=TextTransformer(config.text_encoder, None, dtype=dtype, rngs=rngs),
+            )
         return lambda rngs: dino(config, dtype=dtype, rngs=rngs)
 
 
@@ -46,7 +66,15 @@ def _large(image_size: int) -> ClipConfig:
     return ClipConfig(768, VitConfig(image_size, 14, 1024, 24, 16, 4096), _text(768))
 
 
-_DINO = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+_SD1 = DiffusionConfig(UNetConfig(), VaeConfig(), _text(768))
+_SD2 = DiffusionConfig(
+    UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True, sample_size=96),
+    VaeConfig(sample_size=768),
+    # the last of OpenCLIP-H's 24 layers is left out
+    _text(1024, layers=23, activation="gelu"),
+)
+_DIFFUSION: dict[str, Any] = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_DINO: dict[str, Any] = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
@@ -104,6 +132,23 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("dino-vit-s8", "facebook/dino-vits8", "Apache-2.0", vit_config(8, 384), 21_670_272, **_DINO),
     Entry("dino-vit-b16", "facebook/dino-vitb16", "Apache-2.0", vit_config(16, 768), 85_798_656, **_DINO),
     Entry("dino-vit-b8", "facebook/dino-vitb8", "Apache-2.0", vit_config(8, 768), 85_807_872, **_DINO),
+    Entry(
+        "stable-diffusion-v1-4",
+        "CompVis/stable-diffusion-v1-4",
+        "CreativeML OpenRAIL-M",
+        _SD1,
+        859_520_964 + 83_653_863 + 123_060_480,
+        **_DIFFUSION,
+        revision="flax",
+    ),
+    Entry(
+        "stable-diffusion-2",
+        "stabilityai/stable-diffusion-2",
+        "CreativeML OpenRAIL++-M",
+        _SD2,
+        865_910_724 + 83_653_863 + 340_387_840,
+        **_DIFFUSION,
+    ),
 )
 
 CATALOG: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fmda.errors import UserError
 from fmda.models.dino import dino
 from fmda.models.module import abstract
 from fmda.weights import clip as clip_weights
-from fmda.weights import clip_tables, dino_tables, files
+from fmda.weights import clip_tables, diffusers, diffusers_tables, dino_tables, files
 from fmda.weights import dino as dino_weights
 from fmda.weights.clip import LoadedClip, clip_graph, store
 from fmda.weights.source import resolve, weight_file
@@ -22,11 +23,15 @@ from fmda.weights.table import Faults, Table
 from fmda.weights.tokenizer import Tokenizer, has_tokenizer
 
 RECORD = "io.npz"
-"""File of recorded inputs (`pixel_values` [B, 3, H, W], `input_ids` [B, T]) and L2-normalised outputs (`image_embeds`,
-`text_embeds`) beside the weights."""
+"""File of recorded inputs and outputs beside the weights, images and latents [B, C, H, W].
+
+CLIP: `pixel_values`, `input_ids` [B, T] -> L2-normalised `image_embeds`, `text_embeds`. UNet: `sample`, `timesteps`,
+`encoder_hidden_states` -> `out`. Autoencoder: `image` -> `mean`, `logvar` [B, h, w, c]; `latents` -> `decoded`. Text
+encoder: `input_ids` -> `last_hidden_state`."""
 
 TOLERANCE = 1e-4
-"""Largest deviation from recorded unit-length embeddings that counts as equal (float32, highest matmul precision)."""
+"""Largest deviation that counts as equal (float32, highest matmul precision): of unit-length embeddings as it is, of
+other outputs relative to the largest recorded value."""
 
 _LAYOUTS: dict[int, str] = {
     id(clip_tables.HF_CLIP): "Hugging Face CLIP",
@@ -36,6 +41,14 @@ _LAYOUTS: dict[int, str] = {
     id(clip_tables.OPEN_CLIP_CONVNEXT): "OpenCLIP, ConvNeXt",
     id(dino_tables.DINO): "DINO",
     id(dino_tables.HF_VIT): "Hugging Face ViT",
+    **{id(table): "diffusers UNet" for table in diffusers_tables.UNET.values()},
+    **{id(table): "diffusers UNet, Flax" for table in diffusers_tables.FLAX_UNET.values()},
+    id(diffusers_tables.VAE): "diffusers autoencoder",
+    id(diffusers_tables.OLD_VAE): "diffusers autoencoder, names before 0.18",
+    id(diffusers_tables.FLAX_VAE): "diffusers autoencoder, Flax",
+    id(diffusers_tables.TEXT_ENCODER): "Hugging Face text encoder",
+    id(diffusers_tables.BARE_TEXT_ENCODER): "Hugging Face text encoder, bare names",
+    id(diffusers_tables.FLAX_TEXT_ENCODER): "Hugging Face text encoder, Flax",
 }
 
 
@@ -91,12 +104,15 @@ class CheckReport:
 
 
 def verify(source: str | os.PathLike[str], revision: str | None = None) -> CheckReport:
-    """Returns the report on a checkpoint of CLIP or DINO (folder, name of a packaged model, or hub id).
+    """Returns the report on a checkpoint of CLIP, DINO, or one network of a Stable Diffusion.
 
-    Names that are missing, surplus or misshapen are listed, not raised. Raises UserError where there is nothing to
-    report on: no folder, no weights, a pickle, a damaged file, no configuration.
+    `source` is a folder, the name of a packaged model, or a hub id. Names that are missing, surplus or misshapen are
+    listed, not raised. Raises UserError where there is nothing to report on: no folder, no weights, a pickle, a damaged
+    file, no configuration.
     """
-    folder = resolve(source, revision)
+    folder = resolve(source, revision, "any")
+    if part := diffusers.part_of(folder):
+        return verify_part(part, folder)[0]
     path = weight_file(folder)
     if _is_dino(folder, path):
         vit, table, arrays, _ = dino_weights.read_checkpoint(folder)
@@ -116,8 +132,21 @@ def verify(source: str | os.PathLike[str], revision: str | None = None) -> Check
         loaded = LoadedClip(config, graphdef, params)
         report.fingerprint = loaded.fingerprint
         if (folder / RECORD).is_file():
-            report.deviations = _deviations(loaded, folder / RECORD)
+            report.deviations = _deviations(folder / RECORD, lambda given: _outputs(loaded, given))
     return report
+
+
+def verify_part(part: str, folder: Path) -> tuple[CheckReport, trees.Tree | None]:
+    """Returns the report on the folder of one network of a Stable Diffusion, and its parameters where they fit."""
+    config, table, arrays, path = diffusers.read_part(part, folder)
+    graphdef, shapes = diffusers.part_graph(part, config)
+    report, params = _report(folder, path, table, arrays, shapes)
+    if params is not None:
+        report.fingerprint = diffusers.params_fingerprint(params, config)
+        if (folder / RECORD).is_file():
+            loaded = diffusers.LOADED[part](config, graphdef, params)
+            report.deviations = _deviations(folder / RECORD, lambda given: _part_outputs(loaded, given), relative=True)
+    return report, params
 
 
 def record(clip: LoadedClip, folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
@@ -127,7 +156,8 @@ def record(clip: LoadedClip, folder: str | os.PathLike[str], *, seed: int = 0) -
     ids = rng.integers(0, text.vocab_size, (3, text.context), dtype=np.int32)
     ids[:, -1] = ids.max() if text.eos_token_id == 2 else text.eos_token_id
     pixels = rng.normal(size=(2, 3, side, side)).astype(np.float32)
-    outputs = _outputs(clip, pixels, ids)
+    with jax.default_matmul_precision("highest"):
+        outputs = _outputs(clip, {"pixel_values": pixels, "input_ids": ids})
     path = Path(folder) / RECORD
     np.savez_compressed(
         path,
@@ -174,23 +204,39 @@ def _surplus(faults: Faults) -> list[str]:
     return faults.surplus + faults.ambiguous
 
 
-def _outputs(clip: LoadedClip, pixel_values: np.ndarray, input_ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns L2-normalised embeddings at full matmul precision."""
-    with jax.default_matmul_precision("highest"):
-        image = np.asarray(clip.encode_image(pixel_values.transpose(0, 2, 3, 1)))
-        text = np.asarray(clip.encode_text(input_ids))
+def _outputs(clip: LoadedClip, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns L2-normalised embeddings."""
+    image = np.asarray(clip.encode_image(given["pixel_values"].transpose(0, 2, 3, 1)))
+    text = np.asarray(clip.encode_text(given["input_ids"]))
     return {
         "image_embeds": image / np.linalg.norm(image, axis=-1, keepdims=True),
         "text_embeds": text / np.linalg.norm(text, axis=-1, keepdims=True),
     }
 
 
-def _deviations(clip: LoadedClip, path: Path) -> dict[str, float]:
-    """Returns {output: largest absolute difference} against a recorded file."""
+def _part_outputs(loaded: diffusers.Loaded, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns what one network of a Stable Diffusion makes of recorded inputs."""
+    last, first = (0, 2, 3, 1), (0, 3, 1, 2)
+    if isinstance(loaded, diffusers.LoadedUNet):
+        out = loaded(given["sample"].transpose(last), given["timesteps"], given["encoder_hidden_states"])
+        return {"out": np.asarray(out).transpose(first)}
+    if isinstance(loaded, diffusers.LoadedVae):
+        mean, logvar = map(np.asarray, loaded.encode(given["image"].transpose(last)))
+        decoded = np.asarray(loaded.decode(given["latents"].transpose(last)))
+        return {"mean": mean, "logvar": logvar, "decoded": decoded.transpose(first)}
+    return {"last_hidden_state": np.asarray(loaded(given["input_ids"]))}
+
+
+def _deviations(
+    path: Path, outputs: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]], *, relative: bool = False
+) -> dict[str, float]:
+    """Returns {output: largest difference} against a recorded file, at full matmul precision."""
     try:
         with np.load(path) as file:
             recorded = {name: file[name] for name in file.files}
-        outputs = _outputs(clip, recorded["pixel_values"], recorded["input_ids"])
-        return {name: float(np.abs(value - recorded[name]).max()) for name, value in outputs.items()}
-    except (OSError, KeyError, ValueError) as error:
+        with jax.default_matmul_precision("highest"):
+            found = outputs(recorded)
+        sizes = {name: np.abs(recorded[name]).max() if relative else 1.0 for name in found}
+        return {name: float(np.abs(value - recorded[name]).max() / sizes[name]) for name, value in found.items()}
+    except (OSError, KeyError, ValueError, TypeError, UserError) as error:
         raise UserError(f"{path}: not a usable record ({error}); delete it or record it again") from None

@@ -1,6 +1,7 @@
 """The networks of Stable Diffusion: load from diffusers' layout (Flax or PyTorch names), save for PyTorch's."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class LoadedUNet:
         Raises UserError where shapes do not fit.
         """
         check_latents(self.config, np.shape(latents))
+        width = np.shape(context)[-1]
+        if width != self.config.context_width:
+            raise UserError(
+                f"context: {width} wide where the UNet reads {self.config.context_width}; take its own text encoder"
+            )
         return _predict(self.graphdef, self.params, *map(jnp.asarray, (latents, timesteps, context)))
 
 
@@ -65,15 +71,20 @@ class LoadedVae:
 
         Raises UserError where a side is no multiple of `config.factor`.
         """
-        _, height, width, _ = np.shape(images)
-        if height % self.config.factor or width % self.config.factor:
-            raise UserError(
-                f"images: {height}x{width} pixels are no multiples of {self.config.factor}; crop or resize them"
-            )
+        check_images(self.config, np.shape(images))
         return _encode(self.graphdef, self.params, jnp.asarray(images))
 
     def decode(self, latents: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b H W 3"]:
-        """Returns images, about in [-1, 1] and not clipped, float32."""
+        """Returns images, about in [-1, 1] and not clipped, float32.
+
+        Raises UserError for latents with other channels than its own.
+        """
+        shape, channels = np.shape(latents), self.config.latent_channels
+        if len(shape) != 4 or shape[3] != channels:
+            raise UserError(
+                f"latents: of shape {list(shape)} where the autoencoder reads [B, h, w, {channels}]; "
+                "take those of a UNet made for it"
+            )
         return _decode(self.graphdef, self.params, jnp.asarray(latents))
 
 
@@ -88,6 +99,10 @@ class LoadedTextEncoder:
     def __call__(self, ids: Int[Array | np.ndarray, "b t"]) -> Float[Array, "b t width"]:
         """Returns the last hidden state after the final norm, for all places, float32."""
         return _read(self.graphdef, self.params, jnp.asarray(ids))
+
+
+Loaded = LoadedUNet | LoadedVae | LoadedTextEncoder
+LOADED: dict[str, Callable[..., Loaded]] = {"unet": LoadedUNet, "vae": LoadedVae, "text_encoder": LoadedTextEncoder}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -112,11 +127,24 @@ def _read(graphdef: nnx.GraphDef, params: trees.Tree, ids: Array) -> Array:
 
 def check_latents(config: UNetConfig, shape: tuple[int, ...]) -> None:
     """Raises UserError for latents that the UNet's levels cannot halve, or with other channels than it reads."""
-    _, height, width, channels = shape
-    if channels != config.in_channels:
-        raise UserError(f"latents: {channels} channels where the UNet reads {config.in_channels}; take its own VAE")
-    if height % config.factor or width % config.factor:
-        raise UserError(f"latents: {height}x{width} are no multiples of {config.factor}; choose another image size")
+    if len(shape) != 4 or shape[3] != config.in_channels:
+        raise UserError(
+            f"latents: of shape {list(shape)} where the UNet reads [B, h, w, {config.in_channels}]; take its own VAE"
+        )
+    if shape[1] % config.factor or shape[2] % config.factor:
+        raise UserError(
+            f"latents: {shape[1]}x{shape[2]} are no multiples of {config.factor}; choose another image size"
+        )
+
+
+def check_images(config: VaeConfig, shape: tuple[int, ...]) -> None:
+    """Raises UserError for pictures that are not RGB, or whose sides are no multiples of a latent's."""
+    if len(shape) != 4 or shape[3] != config.in_channels:
+        raise UserError(f"images: of shape {list(shape)}, not [B, H, W, {config.in_channels}]; convert them to RGB")
+    if shape[1] % config.factor or shape[2] % config.factor:
+        raise UserError(
+            f"images: {shape[1]}x{shape[2]} pixels are no multiples of {config.factor}; crop or resize them"
+        )
 
 
 def load_unet(
@@ -130,22 +158,19 @@ def load_unet(
     Read are Flax msgpack and safetensors, whole or in shards. Parameters are kept, and the network computes, in
     `dtype`; `remat` as in `UNet`. Raises UserError for anything missing, surplus, misshapen, damaged or unsupported.
     """
-    config, params = _load("unet", part_folder(source, "unet", revision), dtype)
-    return LoadedUNet(config, unet_graph(config, dtype, remat)[0], params)
+    return LoadedUNet(*_load("unet", part_folder(source, "unet", revision), dtype, remat=remat))
 
 
 def load_vae(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> LoadedVae:
     """Returns the autoencoder of a folder, a model of the package, or a hub id, as `load_unet`."""
-    config, params = _load("vae", part_folder(source, "vae", revision), dtype)
-    return LoadedVae(config, vae_graph(config, dtype)[0], params)
+    return LoadedVae(*_load("vae", part_folder(source, "vae", revision), dtype))
 
 
 def load_text_encoder(
     source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
 ) -> LoadedTextEncoder:
     """Returns the text encoder of a folder, a model of the package, or a hub id, as `load_unet`."""
-    config, params = _load("text_encoder", part_folder(source, "text_encoder", revision), dtype)
-    return LoadedTextEncoder(config, text_graph(config, dtype)[0], params)
+    return LoadedTextEncoder(*_load("text_encoder", part_folder(source, "text_encoder", revision), dtype))
 
 
 def unet_graph(
@@ -188,27 +213,64 @@ _KINDS: dict[str, tuple[_Read, Callable[[Any], dict[str, Any]], Callable[..., tu
 }
 
 
+def read_config(part: str, folder: Path) -> Any:
+    """Returns the configuration of one network's folder. Raises UserError for a network of another kind or shape."""
+    return _KINDS[part][0](folder)
+
+
+def part_graph(part: str, config: Any) -> tuple[nnx.GraphDef, trees.Tree]:
+    """Returns (graphdef, tree of ShapeDtypeStruct) of the network that a configuration of that part describes."""
+    return _KINDS[part][2](config)
+
+
 def read_part(part: str, folder: Path) -> tuple[Any, Table, dict[str, np.ndarray], Path]:
     """Returns (configuration, the table of the layout found, stored arrays, weight file) of one network's folder."""
-    config = _KINDS[part][0](folder)
+    config = read_config(part, folder)
     path = weight_file(folder, PARTS[part])
     arrays = files.read_arrays(path)
     return config, _table(part, config, path.suffix == ".msgpack", arrays), arrays, path
+
+
+def part_of(folder: Path) -> str | None:
+    """Returns which network of a Stable Diffusion a folder is that of, or None for anything else.
+
+    Raises UserError for a network of diffusers' that is none of them.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    config = files.read_json(folder / "config.json")
+    if "_class_name" in config:
+        return diffusers_configs.part_of_class(config["_class_name"], folder / "config.json")
+    return "text_encoder" if config.get("model_type") == diffusers_configs.TEXT_MODEL else None
+
+
+def params_fingerprint(params: Mapping[Any, Any], *configs: Any) -> str:
+    """Returns 12 hex digits that change with any parameter, any dtype, or a configuration."""
+    digest = hashlib.blake2b(repr(configs).encode(), digest_size=6)
+    for path, leaf in sorted(trees.flatten(params).items()):
+        array = np.asarray(leaf)
+        digest.update(f"{path}{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _table(part: str, config: Any, flax: bool, arrays: Mapping[str, np.ndarray]) -> Table:
     if part == "unet":
         return (diffusers_tables.FLAX_UNET if flax else diffusers_tables.UNET)[config.linear_projection]
     if part == "text_encoder":
-        return diffusers_tables.FLAX_TEXT_ENCODER if flax else diffusers_tables.TEXT_ENCODER
+        if flax:
+            return diffusers_tables.FLAX_TEXT_ENCODER
+        bare = any(name.startswith("encoder.layers.") for name in arrays)
+        return diffusers_tables.BARE_TEXT_ENCODER if bare else diffusers_tables.TEXT_ENCODER
     if flax:
         return diffusers_tables.FLAX_VAE
     return diffusers_tables.OLD_VAE if any(".proj_attn." in name for name in arrays) else diffusers_tables.VAE
 
 
-def _load(part: str, folder: Path, dtype: DTypeLike) -> tuple[Any, trees.Tree]:
+def _load(part: str, folder: Path, dtype: DTypeLike, **options: Any) -> tuple[Any, nnx.GraphDef, trees.Tree]:
     config, table, arrays, where = read_part(part, folder)
-    return config, store(table.read(arrays, _KINDS[part][2](config)[1], str(where)), dtype)
+    graphdef, shapes = _KINDS[part][2](config, dtype, **options)
+    return config, graphdef, store(table.read(arrays, shapes, str(where)), dtype)
 
 
 def save_part(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmda.errors import UserError
+from fmda.errors import UserError, did_you_mean
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
@@ -15,6 +15,9 @@ Json = dict[str, Any]
 
 _UNET_CLASSES = ("UNet2DConditionModel", "FlaxUNet2DConditionModel")
 _VAE_CLASSES = ("AutoencoderKL", "FlaxAutoencoderKL")
+TEXT_MODEL = "clip_text_model"
+"""`model_type` of a text encoder's configuration."""
+
 # What a file may say without changing the network that is built here; None of it may say anything else.
 _UNET_FIXED: Json = {
     "act_fn": ("silu",),
@@ -59,8 +62,19 @@ _VAE_FIXED: Json = {
     "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
 }
+_TAKE = "give a Stable Diffusion 1.x or 2.x checkpoint"
 _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 _UPWARDS = {_CROSS_DOWN: "CrossAttnUpBlock2D", _DOWN: "UpBlock2D"}
+
+
+def part_of_class(name: Any, path: Path) -> str:
+    """Returns "unet" or "vae" for a `_class_name`. Raises UserError for any other class."""
+    for part, classes in (("unet", _UNET_CLASSES), ("vae", _VAE_CLASSES)):
+        if name in classes:
+            return part
+    raise UserError(
+        f"{path}: _class_name '{name}' cannot be built{did_you_mean(str(name), (_UNET_CLASSES[0], _VAE_CLASSES[0]))}"
+    )
 
 
 def _opened(folder: Path, classes: tuple[str, ...], fixed: Json) -> tuple[Json, Path]:
@@ -73,22 +87,41 @@ def _opened(folder: Path, classes: tuple[str, ...], fixed: Json) -> tuple[Json, 
     for key, allowed in fixed.items():
         if key in config and config[key] not in allowed:
             raise UserError(
-                f"{path}: {key} is {config[key]!r}, and only {' or '.join(map(repr, allowed))} can be built; "
-                "give a Stable Diffusion 1.x or 2.x checkpoint"
+                f"{path}: {key} is {config[key]!r}, and only {' or '.join(map(repr, allowed))} can be built; {_TAKE}"
             )
     return config, path
+
+
+def _sizes(config: Json, path: Path, **defaults: int) -> dict[str, int]:
+    """Returns the sizes under these keys, each with its default. Raises UserError for what is no size."""
+    found = {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
+    for key, value in found.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{path}: {key} is {value!r}, not one whole number above 0; {_TAKE}")
+    return found
+
+
+def _widths(config: Json, path: Path, default: tuple[int, ...], groups: int) -> tuple[int, ...]:
+    """Returns the width of each level. Raises UserError for widths that the groups of a GroupNorm do not divide."""
+    widths = config.get("block_out_channels", default)
+    if not widths or not all(isinstance(width, int) and width % groups == 0 for width in widths):
+        raise UserError(f"{path}: block_out_channels {widths} are no multiples of norm_num_groups, {groups}; {_TAKE}")
+    return tuple(widths)
 
 
 def read_unet(folder: Path) -> UNetConfig:
     """Returns the configuration in a UNet's folder. Raises UserError for a network of another kind or shape."""
     config, path = _opened(folder, _UNET_CLASSES, _UNET_FIXED)
-    inputs = config.get("in_channels", 4)
-    if inputs == 9:
+    if config.get("in_channels") == 9:
         raise UserError(
             f"{path}: in_channels is 9, this is an inpainting UNet, which also reads a mask and a masked image; "
             "give a text-to-image checkpoint (4 channels)"
         )
-    channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
+    sizes = _sizes(
+        config, path, in_channels=4, out_channels=4, layers_per_block=2, cross_attention_dim=1280, norm_num_groups=32,
+        sample_size=64,
+    )  # fmt: skip
+    channels = _widths(config, path, (320, 640, 1280, 1280), sizes["norm_num_groups"])
     down = config.get("down_block_types", [_CROSS_DOWN] * 3 + [_DOWN])
     up = config.get("up_block_types", [_UPWARDS[_DOWN]] + [_UPWARDS[_CROSS_DOWN]] * 3)
     if (
@@ -96,23 +129,26 @@ def read_unet(folder: Path) -> UNetConfig:
         or any(name not in _UPWARDS for name in down)
         or up != [_UPWARDS[name] for name in reversed(down)]
     ):
-        raise UserError(
-            f"{path}: block types {down} and {up} with {len(channels)} widths cannot be built; "
-            "give a Stable Diffusion 1.x or 2.x checkpoint"
-        )
+        raise UserError(f"{path}: block types {down} and {up} with {len(channels)} widths cannot be built; {_TAKE}")
+    attention = tuple(name == _CROSS_DOWN for name in down)
+    named = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    heads = tuple(named) if isinstance(named, list) else (named,) * len(channels)
+    # the middle attends too, with the heads of the last level
+    attending = zip(channels, heads, (*attention[:-1], True), strict=False)
+    if len(heads) != len(channels) or any(attends and width % count for width, count, attends in attending):
+        raise UserError(f"{path}: attention_head_dim {named} does not fit block_out_channels {channels}; {_TAKE}")
     flax = config["_class_name"].startswith("Flax")
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     return UNetConfig(
-        in_channels=inputs,
-        out_channels=config.get("out_channels", 4),
+        in_channels=sizes["in_channels"],
+        out_channels=sizes["out_channels"],
         channels=channels,
-        layers=config.get("layers_per_block", 2),
-        attention=tuple(name == _CROSS_DOWN for name in down),
-        heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(channels),
-        context_width=config.get("cross_attention_dim", 1280),
+        layers=sizes["layers_per_block"],
+        attention=attention,
+        heads=heads,
+        context_width=sizes["cross_attention_dim"],
         linear_projection=config.get("use_linear_projection", False),
-        groups=config.get("norm_num_groups", 32),
-        sample_size=config.get("sample_size") or 64,
+        groups=sizes["norm_num_groups"],
+        sample_size=sizes["sample_size"],
         # each library's own arithmetic, so that a checkpoint gives here what it gave there
         gate="gelu_tanh" if flax else "gelu",
         transformer_eps=1e-5 if flax else 1e-6,
@@ -142,17 +178,18 @@ def write_unet(config: UNetConfig) -> Json:
 def read_vae(folder: Path) -> VaeConfig:
     """Returns the configuration in an autoencoder's folder. Raises UserError for another kind or shape."""
     config, path = _opened(folder, _VAE_CLASSES, _VAE_FIXED)
-    channels = tuple(config.get("block_out_channels", (64,)))
+    sizes = _sizes(config, path, layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=32)
+    channels = _widths(config, path, (64,), sizes["norm_num_groups"])
     down, up = ["DownEncoderBlock2D"] * len(channels), ["UpDecoderBlock2D"] * len(channels)
     if config.get("down_block_types", down) != down or config.get("up_block_types", up) != up:
-        raise UserError(f"{path}: its block types cannot be built; give a Stable Diffusion 1.x or 2.x checkpoint")
+        raise UserError(f"{path}: its block types cannot be built; {_TAKE}")
     return VaeConfig(
         channels=channels,
-        layers=config.get("layers_per_block", 1),
-        latent_channels=config.get("latent_channels", 4),
+        layers=sizes["layers_per_block"],
+        latent_channels=sizes["latent_channels"],
         scale=config.get("scaling_factor", 0.18215),
-        groups=config.get("norm_num_groups", 32),
-        sample_size=config.get("sample_size", 32),
+        groups=sizes["norm_num_groups"],
+        sample_size=sizes["sample_size"],
     )
 
 
@@ -176,9 +213,9 @@ def read_text_encoder(folder: Path) -> TextConfig:
     """Returns the configuration in a text encoder's folder. Raises UserError for a model of another kind."""
     path = folder / "config.json"
     config: Mapping[str, Any] = read_json(path)
-    if config.get("model_type") != "clip_text_model":
+    if config.get("model_type") != TEXT_MODEL:
         raise UserError(
-            f"{path}: model_type is '{config.get('model_type')}', not 'clip_text_model'; "
+            f"{path}: model_type is '{config.get('model_type')}', not '{TEXT_MODEL}'; "
             "give the text_encoder folder of a Stable Diffusion checkpoint"
         )
     text = {**HF_TEXT, **config}
@@ -200,7 +237,7 @@ def write_text_encoder(config: TextConfig) -> Json:
     """Returns the `config.json` object that transformers' CLIPTextModel opens."""
     return {
         "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
+        "model_type": TEXT_MODEL,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context,
         "hidden_size": config.width,

@@ -104,7 +104,12 @@ FLAX_VAE = Table(flax_rows(_joined(_vae(_OLD_ATTENTION))))
 """diffusers' FlaxAutoencoderKL."""
 
 TEXT_ENCODER = Table((*torch_rows(hf_text_layers("")), drop("text_model.embeddings.position_ids")))
-"""transformers' CLIPTextModel."""
+"""transformers' CLIPTextModel before release 5, which later ones open too."""
+
+BARE_TEXT_ENCODER = Table(
+    torch_rows((source.removeprefix("text_model."), target, kind) for source, target, kind in hf_text_layers(""))
+)
+"""The same since release 5, whose names do not begin with "text_model."."""
 
 FLAX_TEXT_ENCODER = Table(flax_rows(hf_text_layers("")))
 """transformers' FlaxCLIPTextModel."""

@@ -1,8 +1,11 @@
 """Arrays out of checkpoint files and into them: safetensors, single and sharded, and Flax msgpack."""
 
+import contextlib
 import json
+import os
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,33 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
 
     visit(tree, "")
     return flat
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a hidden folder beside `folder` to fill, which takes its place when the context ends.
+
+    A checkpoint of many files so appears whole or not at all. What a process that was killed left behind is removed by
+    the next try. Raises UserError where `folder` is there already and not empty, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already; name a new folder")
+    home = folder.absolute()
+    part = home.with_name(f".{home.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        if home.exists():
+            home.rmdir()
+        os.replace(part, home)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{folder}: cannot be written ({reason}); free the disk or choose another folder") from None
+    except UserError as error:
+        raise UserError(str(error).replace(str(part), str(folder))) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

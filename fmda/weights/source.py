@@ -35,7 +35,9 @@ TEXT_FILES = ("model.safetensors", "model.safetensors.index.json", "flax_model.m
 PARTS = {"unet": DIFFUSION_FILES, "vae": DIFFUSION_FILES, "text_encoder": TEXT_FILES}
 """Folders of a Stable Diffusion checkpoint that hold weights."""
 
-Layout = Literal["single", "diffusers"]
+_NETWORK_FILES = (*DIFFUSION_FILES, *TEXT_FILES)
+
+Layout = Literal["single", "diffusers", "any"]
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -55,7 +57,8 @@ def asset_names() -> tuple[str, ...]:
 def resolve(source: str | os.PathLike[str], revision: str | None = None, layout: Layout = "single") -> Path:
     """Returns the folder that holds the checkpoint, downloaded first if it has to be.
 
-    `layout` says what to download of a repository: one model, or the parts of a Stable Diffusion.
+    `layout` says what to download of a repository: "single" one model, "diffusers" the parts of a Stable Diffusion or
+    its one network, "any" what the repository holds.
 
     `source` is an existing folder, else the name of a model that comes with the package, else a hub id "owner/name" at
     `revision` (branch, tag or commit). With HF_HUB_OFFLINE=1 only the hub's local cache is used.
@@ -97,8 +100,7 @@ def _download(name: str, revision: str | None, layout: Layout) -> Path:
     if not constants.HF_HUB_OFFLINE:
         try:
             files = HfApi().list_repo_files(name, revision=revision)
-            wanted = _parts_wanted(files, at) if layout == "diffusers" else [*_SMALL_FILES, *_weights_wanted(files, at)]
-            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_wanted(files, at, layout)))
         except UserError:
             raise
         except GatedRepoError:
@@ -120,6 +122,14 @@ def _download(name: str, revision: str | None, layout: Layout) -> Path:
             f"{at}: no such folder, not in the hub's local cache, and {reason}; "
             "check the path, or download it once with the network on"
         ) from None
+
+
+def _wanted(files: list[str], at: str, layout: Layout) -> list[str]:
+    """Returns the patterns of what is to be fetched of a repository's files."""
+    if layout != "single" and "model_index.json" in files:
+        return _parts_wanted(files, at)
+    names = {"single": WEIGHT_FILES, "diffusers": _NETWORK_FILES, "any": (*WEIGHT_FILES, *_NETWORK_FILES)}[layout]
+    return [*_SMALL_FILES, *_weights_wanted(files, at, names)]
 
 
 def _parts_wanted(files: list[str], at: str) -> list[str]:

@@ -78,6 +78,10 @@ class Tokenizer:
             lost.append(self._inner.decode(rest).strip() if rest else "")
         return ids, lost
 
+    def length(self, text: str) -> int:
+        """Returns how many ids a text has, start and end included."""
+        return len(self._inner(text, truncation=False, verbose=False)["input_ids"])
+
     @property
     def vocab_size(self) -> int:
         """Number of ids the encoder can produce."""

@@ -1,8 +1,9 @@
 import pytest
 from flax import nnx
 
+from fmda import trees
 from fmda.errors import UserError
-from fmda.models.catalog import CATALOG, entry
+from fmda.models.catalog import CATALOG, DiffusionConfig, entry
 from fmda.models.clip import ConvNext, TextTransformer, VisionTransformer
 from fmda.models.module import abstract, parameter_count
 
@@ -20,10 +21,21 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("name", [e.name for e in CATALOG.values() if not isinstance(e.config, DiffusionConfig)])
 def test_full_size_parameter_count_is_exact(name):
     count = parameter_count(CATALOG[name].builder())
     assert count == CATALOG[name].parameters == PUBLISHED.get(name, count)
+
+
+@pytest.mark.parametrize(
+    ("name", "unet", "text_encoder"),
+    [("stable-diffusion-v1-4", 859_520_964, 123_060_480), ("stable-diffusion-2", 865_910_724, 340_387_840)],
+)
+def test_each_network_of_stable_diffusion_has_its_published_size(name, unet, text_encoder):
+    _, shapes = abstract(entry(name).builder())
+    counts = {part: trees.count(tree) for part, tree in shapes.items()}
+    assert counts == {"unet": unet, "vae": 83_653_863, "text_encoder": text_encoder}
+    assert sum(counts.values()) == entry(name).parameters
 
 
 def test_trunk_and_towers_have_their_published_sizes():

@@ -6,6 +6,8 @@ velocity (or the noise) of noisy latents from their caption, which is left empty
 """
 
 import functools
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +19,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from fmda.diffusion.load import StableDiffusion, params_fingerprint, save_stable_diffusion
+from fmda.atomic import write_atomic
+from fmda.diffusion.draw import SamplerConfig, make_draw
+from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, params_fingerprint, save_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig, add_noise, training_target
 from fmda.errors import UserError
+from fmda.mesh import make_mesh
 from fmda.methods.pipeline import Plan, Stage
-from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, write_latents
+from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
+from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, check_networks, write_latents
 from fmda.methods.trainer import TrainerConfig, train, write_summary
 from fmda.models.module import abstract, init
 from fmda.models.sd_unet import UNet, UNetConfig
 from fmda.perf.diffusion_flops import unet_flops
 from fmda.perf.flops import text_flops, training_flops
+from fmda.progress import track
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
 from fmda.train.step import LossFn, Metrics
 from fmda.weights.clip import LoadedClip, load_clip
@@ -58,6 +65,7 @@ class Config(TrainerConfig):
 
     Attributes:
         data: rendered folders to train on.
+        held: rendered folders for the check; none of them may be in `data`.
         vae: folder of the autoencoder, or of a checkpoint that holds one.
         clip: the CLIP whose text tower reads the captions.
         model: the UNet.
@@ -65,9 +73,12 @@ class Config(TrainerConfig):
         prediction: what the UNet predicts.
         drop: share of the examples whose caption is left empty.
         ema: share that the weight average keeps at each step.
+        check_images: images that the check draws from captions of held windows.
+        check_sample: how it samples them.
     """
 
     data: tuple[str, ...]
+    held: tuple[str, ...] = ()
     vae: str
     clip: str = "street-clip"
     model: ModelConfig = ModelConfig()
@@ -80,6 +91,13 @@ class Config(TrainerConfig):
         default_factory=lambda: OptimConfig(learning_rate=6e-4, warmup_steps=200, weight_decay=0.01, clip_norm=1.0)
     )
     ema: float = 0.999
+    check_images: int = 256
+    check_sample: SamplerConfig = SamplerConfig(sampler="dpm++2m", steps=20, guidance=3.0)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for pictures that are trained on and held."""
+        if overlap := set(self.data) & set(self.held):
+            raise UserError(f"held: {', '.join(sorted(overlap))} is trained on too; hold other folders")
 
 
 @dataclass(frozen=True)
@@ -142,13 +160,17 @@ def load_networks(config: Config) -> Networks:
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns latents, train and export (diffusers' layout)."""
+    """Returns latents, train, export (diffusers' layout) and, with held pictures, check."""
     bank = [config.data, config.vae, config.clip, config.windows, config.seed]
-    return [
+    chain = [
         Stage("latents", functools.partial(_latents, config), bank, alone=True),
         Stage("train", functools.partial(_train, config), config, inputs=("latents",)),
         Stage("export", functools.partial(_export, config), config.model, inputs=("train",), alone=True),
     ]
+    if config.held:
+        seen = [config.held, config.check_images, config.check_sample]
+        chain.append(Stage("check", functools.partial(_check, config), seen, inputs=("export",), alone=True))
+    return chain
 
 
 def plan(config: Config) -> Plan:
@@ -204,6 +226,7 @@ def _latents(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, A
 
 def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     networks = load_networks(config)
+    check_networks(done["latents"], networks.digest)
 
     def make(rngs: nnx.Rngs) -> UNet:
         return UNet(networks.unet, rngs=rngs)
@@ -227,6 +250,7 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     networks = load_networks(config)
+    check_networks(done["latents"], networks.digest)
     params = jax.device_get(read_params(done["train"], "ema"))
     graphdef = abstract(lambda rngs: UNet(networks.unet, rngs=rngs))[0]
     tokenizer = networks.padded.tokenizer
@@ -234,6 +258,28 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
         LoadedUNet(networks.unet, graphdef, params), networks.vae, networks.text, tokenizer,
         networks.schedule, folder,
     )  # fmt: skip
+    if not (folder / "model").is_dir():
+        # it appears whole: what is there was written before an interruption
+        shutil.rmtree(folder / "model", ignore_errors=True)  # of an export that was broken off
     save_stable_diffusion(folder / "model", model, dtype=np.float16)
     write_summary(folder / "training.json", config, done["train"])
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+
+
+def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    """Draws images from captions of held windows, and measures them beside the windows themselves."""
+    networks = load_networks(config)
+    model = load_stable_diffusion(done["export"] / "model")
+    captions = caption_maker(config.windows, networks.padded)
+    held = cut_windows(config.windows, captions, config.held, config.check_images, config.seed)
+    train = cut_windows(config.windows, captions, config.data, 4 * config.check_images, config.seed)
+    draw = make_draw(model, config.check_sample, make_mesh(devices=jax.local_devices()))
+    batch, parts = 16, []
+    for first in track(range(0, len(held.captions), batch), "draw", unit="batches"):
+        texts = held.captions[first : first + batch]
+        parts.append(draw(texts, range(first, first + len(texts))))
+    drawn = np.concatenate(parts)
+    result = compare(networks.clip, train, held, drawn)
+    write_atomic(folder / "samples.png", sheet(drawn, held.captions))
+    write_atomic(folder / "quality.json", json.dumps(result, indent=1) + "\n")
+    return result

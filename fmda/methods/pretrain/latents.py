@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -19,6 +20,8 @@ from fmda.world.captions import crop_facts
 
 PART = 100
 """Pictures between two files: what an interruption costs."""
+MARK = "networks.txt"
+"""File that holds the digest of the networks that a folder's latents come from."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,9 @@ def write_latents(
     A picture is encoded whole, and windows are cut from its latents, at whole latents. Files that are there already
     stay: an interrupted call goes on where it stopped. Raises UserError where `digest`, of the networks, is another.
     """
-    scenes = Scenes(roots)
-    mark = folder / "networks.txt"
-    if not mark.is_file():
-        write_atomic(mark, digest)
-    if mark.read_text(encoding="utf-8") != digest:
-        raise UserError(f"{folder}: its latents come from other networks; delete it and run again")
+    scenes, mark = Scenes(roots), folder / MARK
+    if mark.is_file():
+        check_networks(folder, digest)
     parts = range(0, len(scenes), PART)
     for first in track(parts, "latents", unit="parts"):
         path = folder / f"{first:06d}.npz"
@@ -62,9 +62,18 @@ def write_latents(
             rng = np.random.default_rng((seed, 4, index))
             rows += _windows(config, vae, captions, scenes[index], rng)
         moments, ids = (np.stack(column) for column in zip(*rows, strict=True))
+        if not mark.is_file():
+            # with the first part: windows that do not fit leave an empty folder, free for the mended run
+            write_atomic(mark, digest)
         with replacing(path) as part, part.open("wb") as stream:
             np.savez(stream, moments=moments, ids=ids)
     return 2 * config.count * len(scenes)
+
+
+def check_networks(folder: Path, digest: str) -> None:
+    """Raises UserError where the latents in a folder come from other networks than those of `digest`."""
+    if (folder / MARK).read_text(encoding="utf-8") != digest:
+        raise UserError(f"{folder}: its latents come from other networks; choose another work_dir=, or delete it")
 
 
 def _windows(
@@ -104,11 +113,13 @@ class Latents(Sequence[dict[str, np.ndarray]]):
         moments, ids = [], []
         for path in sorted(folder.glob("*.npz")):
             try:
-                with np.load(path) as file:
+                with path.open("rb") as stream, np.load(stream) as file:
                     moments.append(file["moments"])
                     ids.append(file["ids"])
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{path}: cannot be read ({error}); delete it and run the stage again") from None
+            except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+                raise UserError(
+                    f"{path}: cannot be read ({error}); delete it and {folder / 'stage.json'}, then run again"
+                ) from None
         self.moments, self.ids = np.concatenate(moments), np.concatenate(ids)
 
     def __len__(self) -> int:

@@ -171,7 +171,7 @@ def measured_scale(vae: LoadedVae, pictures: Pictures, seed: int, count: int = 1
     """Returns 1 / deviation of the latents of some pictures (Rombach et al. 2022, appendix G)."""
     rows = np.random.default_rng((seed, 3)).permutation(len(pictures))[:count]
     means = [np.asarray(vae.encode(signed(_whole(pictures[int(i)], vae))[None])[0]) for i in track(rows, "latents")]
-    return float(round(1.0 / np.std(np.concatenate([m.ravel() for m in means])), 4))
+    return round(1.0 / float(np.std(np.concatenate([m.ravel() for m in means]))), 4)
 
 
 def _whole(picture: Image, vae: LoadedVae) -> Image:
@@ -184,7 +184,7 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     """Measures the error of held pictures that went through both halves, and draws some beside what came out."""
     vae = load_vae(done["export"])
     result = {}
-    for root in config.held:
+    for number, root in enumerate(config.held):
         pictures = Pictures([root])
         errors: list[float] = []
         shown: list[Image] = []
@@ -193,10 +193,11 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
             found = np.asarray(vae.decode(vae.encode(signed(picture)[None])[0]))[0]
             found = np.clip((found + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
             errors.append(float(np.mean((found.astype(np.float32) - picture) ** 2)))
-            if len(shown) < 4:
-                shown.append(np.concatenate([picture, found], axis=1))
+            pair = np.concatenate([picture, found], axis=1)
+            if len(shown) < 4 and pair.shape == (shown or [pair])[0].shape:
+                shown.append(pair)
         result[root] = {"psnr": round(float(np.mean(10 * np.log10(255**2 / np.array(errors)))), 2)}
         data = cv2.imencode(".png", np.concatenate(shown)[..., ::-1])[1].tobytes()
-        write_atomic(folder / f"{Path(root).name}.png", data)
+        write_atomic(folder / f"{number}-{Path(root).name}.png", data)
     write_atomic(folder / "reconstruction.json", json.dumps(result, indent=1) + "\n")
     return result

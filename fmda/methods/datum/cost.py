@@ -1,0 +1,178 @@
+"""What a personalisation takes, in parameters, FLOPs and bytes, by closed formulas; nothing is loaded for it."""
+
+from functools import lru_cache
+
+from fmda import trees
+from fmda.diffusion.draw import check_size
+from fmda.errors import UserError
+from fmda.mesh import make_mesh
+from fmda.methods.datum.lora import adapter_count, target_kernels
+from fmda.methods.datum.settings import Config
+from fmda.methods.generate import GIB, MACHINES, read_shapes
+from fmda.methods.pipeline import Plan
+from fmda.models.catalog import DiffusionConfig
+from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_flops, vae_encode_flops
+from fmda.perf.diffusion_memory import (
+    personalisation_memory,
+    text_training_bytes,
+    unet_training_bytes,
+    vae_encode_bytes,
+)
+from fmda.perf.flops import text_flops
+from fmda.perf.memory import device_memory
+from fmda.precision import Policy
+from fmda.trees import Tree
+from fmda.weights.diffusers import part_graph
+from fmda.weights.source import PARTS
+
+
+@lru_cache(maxsize=8)
+def _trees(shapes: DiffusionConfig) -> dict[str, Tree]:
+    """Returns the shapes of all parameters, by network."""
+    return {part: part_graph(part, getattr(shapes, part))[1] for part in PARTS}
+
+
+def check_crop(config: Config, shapes: DiffusionConfig) -> None:
+    """Raises UserError for crops that the networks cannot halve down to whole places."""
+    check_size((config.crop, config.crop), shapes.vae.factor * shapes.unet.factor)
+
+
+def trained_count(config: Config, shapes: DiffusionConfig) -> int:
+    """Returns the number of scalars that are trained."""
+    parts = _trees(shapes)
+    if config.trained == "lora":
+        return sum(adapter_count(parts[part], config.lora.rank) for part in config.trained_parts)
+    return sum(trees.count(parts[part]) for part in config.trained_parts)
+
+
+def row_flops(config: Config, shapes: DiffusionConfig) -> float:
+    """Returns the FLOPs of one row of a batch in training: a crop and, with prior preservation, a class picture.
+
+    Captions are read once for a part of a batch, not once for a row.
+    """
+    unet, vae, text = shapes.unet, shapes.vae, shapes.text_encoder
+    encode = vae_encode_flops(
+        config.crop, channels=vae.channels, layers=vae.layers, latent_channels=vae.latent_channels
+    )  # fmt: skip
+    call = unet_flops(
+        config.crop // vae.factor, text.context, channels=unet.channels, layers=unet.layers, attention=unet.attention,
+        context_width=unet.context_width, in_channels=unet.in_channels, out_channels=unet.out_channels,
+    )  # fmt: skip
+    read = text_flops(text.context, width=text.width, layers=text.layers, mlp_width=text.mlp_width, embed_dim=0)
+    parts = config.batch // config.accumulate
+    picture = dreambooth_step_flops(
+        unet=call, text=read / parts if "text_encoder" in config.trained_parts else 0,
+        encode=0 if config.bank else encode, adapters_only=config.trained == "lora",
+    )  # fmt: skip
+    return len(config.prompts) * picture
+
+
+def memory(config: Config, shapes: DiffusionConfig, rows: int, shards: int) -> dict[str, int]:
+    """Returns what each device holds in training, in bytes by name, with `rows` of a batch on it at once."""
+    unet, vae, text = shapes.unet, shapes.vae, shapes.text_encoder
+    dtype = Policy.named(config.precision).compute
+    parts, trained = _trees(shapes), config.trained_parts
+    frozen = {part for part in parts if part not in trained and part != "text_encoder"}
+    if config.trained == "lora":
+        frozen |= set(trained)
+    pictures = len(config.prompts)
+    found = personalisation_memory(
+        trained_count(config, shapes), sum(trees.count(parts[part]) for part in frozen),
+        activations=unet_training_bytes(
+            config.crop // vae.factor, text.context, channels=unet.channels, layers=unet.layers,
+            attention=unet.attention, heads=unet.heads, dtype=dtype, remat=config.remat,
+        ),
+        encoding=0 if config.bank else vae_encode_bytes(config.crop, channels=vae.channels, dtype=dtype),
+        images=pictures * rows, ema=config.ema is not None, accumulate=config.accumulate, dtype=dtype,
+        frozen_dtype=dtype, shards=shards,
+    )  # fmt: skip
+    if "text_encoder" in trained:
+        found["activations, text"] = pictures * text_training_bytes(
+            text.context, width=text.width, layers=text.layers, mlp_width=text.mlp_width, heads=text.heads, dtype=dtype
+        )
+    if config.trained == "lora":
+        kernels = [kernel for part in trained for kernel in target_kernels(parts[part]).values()]
+        # the sums of weights and adapters, and the gradients that lead to the adapters
+        found["kernels with adapters"] = 2 * 4 * trees.count(kernels)
+    return found
+
+
+def check_memory(config: Config, shapes: DiffusionConfig) -> None:
+    """Raises UserError where a device cannot hold its share of a batch, and says by how much.
+
+    Only where the device's memory is known: given as `device_memory`, or told by the device.
+    """
+    if config.device_memory is not None:
+        limit = config.device_memory * GIB
+    elif (told := device_memory().get("limit")) is not None:
+        limit = float(told)
+    else:
+        return
+    mesh = make_mesh(*config.mesh)
+    share = config.accumulate * mesh.size
+    rows, shards = max(1, -(-config.batch // share)), mesh.shape["fsdp"]
+    need, more = (sum(memory(config, shapes, count, shards).values()) for count in (rows, rows + 1))
+    if need <= limit:
+        return
+    fitting = rows - -(-int(need - limit) // (more - need))
+    advice = f"batch={fitting * share} fits" if fitting > 0 else "not even one example fits"
+    raise UserError(
+        f"batch: {config.batch} needs about {need / GIB:.2f} GiB on each of {mesh.size} device"
+        f"{'s' if mesh.size > 1 else ''}, {(need - limit) / GIB:.2f} GiB more than the {limit / GIB:.2f} GiB there; "
+        f"{advice}; accumulate=, remat=blocks, precision=bfloat16, trained=lora or more devices (mesh=) help too"
+    )
+
+
+def plan(config: Config) -> Plan:
+    """Returns stages and, where the model's sizes are known, parameters, FLOPs and memory. Touches nothing.
+
+    Memory is given by name for what one device holds of the configured batch, and as a sum for 1, 4 and 8 devices.
+    """
+    kept = ", ".join(map(str, config.snapshot_steps))
+    stages = (
+        ("prepare", _preparation(config)),
+        ("train", f"{config.trained} of {config.model}, {config.steps} steps of {config.batch}, kept at {kept}"),
+        ("export", f"steps {', '.join(map(str, config.export_steps))} in diffusers' layout, {config.store}"),
+    )
+    try:
+        shapes = read_shapes(config.model)
+    except UserError as unknown:
+        return Plan(stages=stages, notes=(f"no sizes are known: {unknown}",))
+    check_crop(config, shapes)
+    counts = {part: trees.count(tree) for part, tree in _trees(shapes).items()}
+    row = row_flops(config, shapes)
+    whole = row * config.batch * config.steps / 1e15
+    rows = config.batch // config.accumulate
+    totals = []
+    for devices in (1, 4, 8):
+        share = -(-rows // devices)
+        name = f"{devices} device{'s' if devices > 1 else ''}, fsdp={devices}, {share} on each at once"
+        totals.append((name, sum(memory(config, shapes, share, devices).values())))
+    return Plan(
+        stages=stages,
+        parameters=(*counts.items(), ("trained", trained_count(config, shapes))),
+        flops=(("an example in training", row),),
+        memory=(*memory(config, shapes, rows, 1).items(), *totals),
+        notes=(
+            f"the whole run: {whole:,.4g} PFLOP on one device, {whole / 4:,.4g} on each of 4, {whole / 8:,.4g} of 8",
+            *(_fit(config, shapes, *machine) for machine in MACHINES),
+        ),
+    )
+
+
+def _preparation(config: Config) -> str:
+    words = [f"{config.image}, crops of {config.crop}"]
+    if config.prior is not None and config.prior.images is None:
+        words.append(f"{config.prior.count} class pictures")
+    if config.bank:
+        words.append(f"{config.bank} crops encoded")
+    return ", ".join(words)
+
+
+def _fit(config: Config, shapes: DiffusionConfig, what: str, devices: int, limit: float) -> str:
+    """Returns a line that says how many examples each device of a machine takes at once, all of it in fsdp."""
+    one, two = (sum(memory(config, shapes, rows, devices).values()) for rows in (1, 2))
+    if one > limit:
+        return f"{what}: does not fit, {(one - limit) / GIB:.2f} GiB short on each of {devices} with one example"
+    most = 1 + int((limit - one) // (two - one))
+    return f"{what}: {one / GIB:.2f} of {limit / GIB:.2f} GiB with one example a device; {most} fit at once"

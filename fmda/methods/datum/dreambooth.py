@@ -1,0 +1,106 @@
+"""DreamBooth's loss (Ruiz et al. 2023) as a pure function: latents, noise and times from seeds, then the error.
+
+All randomness of an example follows from its own seed. So neither the batch it stands in, nor the parts a batch is
+taken in, nor the devices change what it contributes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt32
+
+from fmda.diffusion.schedule import ScheduleConfig, add_noise, training_target
+from fmda.methods.datum.lora import merged
+from fmda.train.step import LossFn, Metrics
+from fmda.trees import Tree
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The networks without their parameters, and the schedule they are trained with.
+
+    Attributes:
+        unet, text_encoder, vae: as `nnx.merge` takes them.
+        latent_scale: what latents are multiplied by before the UNet sees them.
+    """
+
+    unet: nnx.GraphDef
+    text_encoder: nnx.GraphDef
+    vae: nnx.GraphDef
+    schedule: ScheduleConfig
+    latent_scale: float
+
+
+class Noised(NamedTuple):
+    """What the UNet is asked, and what it should answer.
+
+    Attributes:
+        latents: noisy, at `times` in [0, train_steps).
+        target: noise or velocity, as the schedule says.
+    """
+
+    latents: Float[Array, "n h w c"]
+    times: Int[Array, " n"]
+    target: Float[Array, "n h w c"]
+
+
+def noised(
+    graphs: Graphs, mean: Float[Array, "n h w c"], logvar: Float[Array, "n h w c"], seeds: UInt32[Array, " n"]
+) -> Noised:
+    """Returns latents drawn from the autoencoder's Gaussians, at uniform times, with noise; each from its own seed."""
+
+    def draws(seed: Array, mean: Array, logvar: Array) -> tuple[Array, Array, Array]:
+        keys = jax.random.split(jax.random.key(seed), 3)
+        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys[0], mean.shape)
+        time = jax.random.randint(keys[2], (), 0, graphs.schedule.train_steps)
+        return latents * graphs.latent_scale, jax.random.normal(keys[1], mean.shape), time
+
+    clean, noise, times = jax.vmap(draws)(seeds, mean, logvar)
+    return Noised(
+        add_noise(graphs.schedule, clean, noise, times), times, training_target(graphs.schedule, clean, noise, times)
+    )
+
+
+def make_loss(graphs: Graphs, *, lora_scale: float = 1.0, prior_weight: float = 1.0) -> LossFn:
+    """Returns loss(params, frozen, batch, key): the mean squared error of the prediction, float32.
+
+    `params` and `frozen` hold the parameters of "unet", "text_encoder" and "vae" by these names. A network that stands
+    in both has its weights in `frozen` and adapters, to be multiplied by `lora_scale`, in `params`. `frozen` also holds
+    "ids" [k, T], the captions of the k pictures of a row (the target's crop, then a class picture), or, where the text
+    encoder does not train, its states of them, "context" [k, T, width].
+
+    `batch` holds "pixels" uint8 [B, k, S, S, 3] or "moments" [B, k, h, w, 2c] (mean and log-variance), and "seed"
+    uint32 [B, k]; `key` is not used. With class pictures the loss is that of the target plus `prior_weight` times
+    theirs, and the metrics hold both as "target_loss" and "prior_loss".
+    """
+
+    def weights(params: Tree, frozen: Tree, part: str) -> Tree:
+        if part in params and part in frozen:
+            return merged(frozen[part], params[part], lora_scale)
+        return params[part] if part in params else frozen[part]
+
+    def loss(params: Tree, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, Metrics]:
+        del key
+        rows, pictures = batch["seed"].shape
+        flat = {name: leaf.reshape(rows * pictures, *leaf.shape[2:]) for name, leaf in batch.items()}
+        if "moments" in flat:
+            mean, logvar = jnp.split(flat["moments"].astype(jnp.float32), 2, axis=-1)
+        else:
+            mean, logvar = nnx.merge(graphs.vae, frozen["vae"]).encode(flat["pixels"].astype(jnp.float32) / 127.5 - 1.0)
+        latents, times, target = noised(graphs, mean, logvar, flat["seed"])
+        if "context" in frozen:
+            context = frozen["context"]
+        else:
+            # captions are the same in all rows, and read once
+            context = nnx.merge(graphs.text_encoder, weights(params, frozen, "text_encoder")).hidden(frozen["ids"])
+        context = jnp.broadcast_to(context[None], (rows, *context.shape)).reshape(-1, *context.shape[1:])
+        found = nnx.merge(graphs.unet, weights(params, frozen, "unet"))(latents, times, context)
+        errors = ((found - target) ** 2).mean(axis=(1, 2, 3)).reshape(rows, pictures).mean(axis=0)
+        if pictures == 1:
+            return errors[0], {}
+        return errors[0] + prior_weight * errors[1], {"target_loss": errors[0], "prior_loss": errors[1]}
+
+    return loss

@@ -1,0 +1,291 @@
+"""Personalisation of a latent diffusion model on one picture, as DATUM does it. Kind `personalise` in a configuration.
+
+The networks learn that a rare word stands for the target: DreamBooth on random crops of one picture, with one caption
+(Benigmim et al. 2023, 3.2; Ruiz et al. 2023).
+"""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from fmda import trees
+from fmda.atomic import replacing, write_atomic
+from fmda.config import to_dict
+from fmda.data.files import read_image
+from fmda.data.loader import Transform, batches
+from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, save_stable_diffusion
+from fmda.errors import UserError
+from fmda.mesh import FSDP_RULES, make_mesh, place
+from fmda.methods import generate
+from fmda.methods.datum.cost import check_crop, check_memory, plan, row_flops
+from fmda.methods.datum.dreambooth import Graphs, make_loss
+from fmda.methods.datum.lora import init_adapters
+from fmda.methods.datum.settings import Config
+from fmda.methods.datum.snapshots import SnapshotWriter, snapshot_model
+from fmda.methods.datum.target import (
+    ClassPictures,
+    Encoded,
+    Examples,
+    Picture,
+    RandomCrops,
+    contact_sheet,
+    digest,
+    open_target,
+    random_crop,
+)
+from fmda.methods.generate import read_shapes
+from fmda.methods.pipeline import Stage
+from fmda.models.catalog import DiffusionConfig
+from fmda.perf.peaks import peak_flops
+from fmda.precision import Policy, cast
+from fmda.progress import track
+from fmda.train import TrainState, create_state, fit, make_optimizer, make_schedule, make_step
+from fmda.train.step import Step
+from fmda.trees import Tree
+from fmda.weights.diffusers import LoadedVae, load_vae, text_graph, unet_graph, vae_graph
+from fmda.weights.source import resolve
+
+__all__ = ["Config", "export_steps", "plan", "prepare", "stages", "train"]
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns prepare, train and export.
+
+    prepare: `target.png` (the picture as it is cropped), `crops.png`, and, if asked for, class pictures and encoded
+    crops. train: `snapshots/`, which `snapshot_model` opens. export: a folder in diffusers' layout for each step in
+    `config.export_steps`, named by the step.
+    """
+    return [
+        # always: it is cheap when done, and tells a folder of another picture
+        Stage("prepare", lambda folder, done: prepare(config, folder), config, always=True),
+        Stage("train", lambda folder, done: train(config, folder, done["prepare"]), config, ("prepare",)),
+        Stage("export", functools.partial(_export, config), config, ("train",), alone=True),
+    ]
+
+
+def prepare(config: Config, folder: Path) -> dict[str, Any]:
+    """Checks picture, model and memory, and fills the folder with what training reads. Returns plain values.
+
+    What is there already stays. Raises UserError for a picture that cannot be used, or is not the one that the folder
+    was prepared for; for a model with missing parts; for a batch that the devices cannot hold.
+    """
+    mark = folder / "target.json"
+    known = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
+    if known is None or Path(config.image).expanduser().is_file():
+        picture = open_target(config.image, config.resize, config.crop)
+        found = digest(config.image)
+        if known is not None and known["digest"] != found:
+            raise UserError(
+                f"{config.image}: is not the picture that {folder} was prepared for; choose another work_dir="
+            )
+    if known is None:
+        shapes = _shapes(config)
+        check_crop(config, shapes)
+        check_memory(config, shapes)
+        _write_png(folder / "target.png", picture)
+        _write_png(folder / "crops.png", contact_sheet(picture, config.crop, config.seed))
+        known = {"image": config.image, "digest": found, "height": picture.shape[0], "width": picture.shape[1]}
+        # before what takes long, so that a folder broken off there knows its picture
+        write_atomic(mark, json.dumps(known) + "\n")
+    if config.prior is not None and config.prior.images is None:
+        _draw_class_pictures(config, folder / "class")
+    if config.bank:
+        _fill_bank(config, folder)
+    return known
+
+
+def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
+    """Trains from the untouched model, or goes on from the last checkpoint in the folder. Returns plain values.
+
+    The state is sharded by `FSDP_RULES` over the mesh, and so are the networks that do not train. Raises UserError as
+    `fmda.train.fit`, and where the folder's run began with another picture or other weights.
+    """
+    shapes = _shapes(config)
+    check_memory(config, shapes)
+    model = load_stable_diffusion(config.model, config.revision)
+    mesh = make_mesh(*config.mesh)
+    identity = {"target": digest(prepared / "target.png"), "weights": model.fingerprint}
+    frozen, weights, start = starting_point(config, model)
+    frozen, step = _placed(frozen, mesh), training_step(config, model)
+    # the loop places its own copy: none of the model may stay on a device beside it
+    del model
+    writer = SnapshotWriter(config, folder)
+    source, transform = examples(config, prepared)
+    loader = batches(
+        source, transform, config.batch, seed=config.seed, workers=config.workers,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    with loader:
+        state = fit(
+            step, start, frozen, loader, steps=config.steps, mesh=mesh, rules=FSDP_RULES, folder=folder,
+            key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
+            save_minutes=config.save_minutes, evaluate=writer, evaluate_steps=writer.every, weights=weights,
+            config=to_dict(config) | identity, tensorboard=config.tensorboard, what="personalise",
+            flops_per_example=row_flops(config, shapes), peak_flops=peak_flops(dtype=config.precision),
+        )  # fmt: skip
+    return {"steps": int(state.step), "snapshots": list(writer.steps), "trained": trees.count(state.params)}
+
+
+def training_step(config: Config, model: StableDiffusion) -> Step:
+    """Returns the pure step (state, frozen, batch, key) -> (state, metrics); the model's parameters are not read."""
+    dtype = Policy.named(config.precision).compute
+    graphs = Graphs(
+        unet_graph(model.unet.config, dtype, config.remat)[0], text_graph(model.text_encoder.config, dtype)[0],
+        vae_graph(model.vae.config, dtype)[0], model.schedule, model.vae.config.scale,
+    )  # fmt: skip
+    loss = make_loss(
+        graphs, lora_scale=config.lora.alpha / config.lora.rank,
+        prior_weight=1.0 if config.prior is None else config.prior.weight,
+    )  # fmt: skip
+    tx = make_optimizer(config.optim, config.steps)
+    rate = make_schedule(config.optim, config.steps)
+    return make_step(loss, tx, config.ema, accumulate=config.accumulate, schedule=rate)
+
+
+def starting_point(config: Config, model: StableDiffusion) -> tuple[Tree, Tree | None, Callable[[Array], TrainState]]:
+    """Returns (frozen, weights, start) as `fmda.train.fit` takes them, on the host.
+
+    `start(key)` makes the state: with zeros that `weights` take the place of, or, for adapters, which begin at random,
+    as it stays; `weights` is None then. Frozen networks are stored in the number format of the computation.
+    """
+    dtype = Policy.named(config.precision).compute
+    host = jax.device_get(model.params)
+    ids = model.tokenize(config.prompts)
+    frozen: Tree = {"vae": cast(host["vae"], dtype)}
+    if "text_encoder" in config.trained_parts:
+        frozen["ids"] = ids
+    else:
+        # read once: the text encoder takes no part in the steps
+        frozen["context"] = np.asarray(model.text_encoder(ids))
+    tx, averaged = make_optimizer(config.optim, config.steps), config.ema is not None
+    if config.trained == "lora":
+        frozen |= {part: cast(host[part], dtype) for part in config.trained_parts}
+        shapes = {part: jax.tree.map(_shape, host[part]) for part in config.trained_parts}
+
+        def start(key: Array) -> TrainState:
+            keys = jax.random.split(key, len(shapes))
+            named = zip(shapes.items(), keys, strict=True)
+            return create_state(
+                {part: init_adapters(key, shape, config.lora.rank) for (part, shape), key in named}, tx, ema=averaged
+            )
+
+        return frozen, None, start
+    weights = {part: host[part] for part in config.trained_parts}
+    zeros = jax.tree.map(_shape, weights)
+
+    def start_from_zeros(key: Array) -> TrainState:
+        del key
+        return create_state(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), zeros), tx, ema=averaged)
+
+    return frozen, weights, start_from_zeros
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _placed(tree: Tree, mesh: Mesh) -> Tree:
+    """Returns the tree on the mesh, large leaves cut over its `fsdp` axis; every process holds the whole beforehand."""
+
+    def put(leaf: Any, where: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return jax.tree.map(put, tree, place(tree, FSDP_RULES, mesh))
+
+
+def examples(config: Config, prepared: Path) -> tuple[Sequence[Any], Transform]:
+    """Returns (source, transform) of the loader: crops of the target and of class pictures, or their moments."""
+    if config.bank:
+        with np.load(prepared / "bank.npz") as file:
+            columns = tuple(file[name] for name in ("target", "class") if name in file.files)
+        return Examples(columns), Encoded()
+    return Examples(_pictures(config, prepared)), RandomCrops(config.crop)
+
+
+def _pictures(config: Config, prepared: Path) -> tuple[Sequence[Picture], ...]:
+    target: Sequence[Picture] = [read_image(prepared / "target.png")]
+    if config.prior is None:
+        return (target,)
+    return target, ClassPictures(config.prior.images or prepared / "class", config.crop)
+
+
+def _shapes(config: Config) -> DiffusionConfig:
+    """Returns the sizes of the model's networks, which is downloaded first if it has to be."""
+    return read_shapes(str(resolve(config.model, config.revision, "diffusers")))
+
+
+def _draw_class_pictures(config: Config, folder: Path) -> None:
+    """Draws the class with the untouched model; goes on where it was broken off."""
+    prior = config.prior
+    assert prior is not None
+    if (folder / "manifest.jsonl").is_file():
+        return
+    drawing = generate.Config(
+        model=config.model, revision=config.revision, prompts=generate.PromptConfig(texts=(prior.prompt,)),
+        count=prior.count, batch=prior.batch, seed=config.seed, sample=prior.sampler, dtype=config.precision,
+        device_memory=config.device_memory,
+    )  # fmt: skip
+    model = load_stable_diffusion(config.model, config.revision, jnp.dtype(config.precision))
+    generate.draw_images(drawing, model, folder)
+
+
+def _fill_bank(config: Config, folder: Path) -> None:
+    """Writes `bank.npz`: moments float32 [n, h, w, 2c] of crops of the target and, with a prior, of class pictures."""
+    path = folder / "bank.npz"
+    if path.is_file():
+        return
+    vae = load_vae(config.model, config.revision, Policy.named(config.precision).compute)
+    found = {}
+    for number, (name, pictures) in enumerate(zip(("target", "class"), _pictures(config, folder), strict=False)):
+        rng = np.random.default_rng((config.seed, 2, number))
+        count = max(config.bank, len(pictures))
+        chosen = (pictures[index % len(pictures)] for index in range(count))
+        crops = (random_crop(picture, config.crop, rng) for picture in chosen)
+        found[name] = np.stack([_moments(vae, crop) for crop in track(crops, f"encode {name}", count, "crops")])
+    with replacing(path) as part, part.open("wb") as stream:
+        np.savez(stream, **found)  # type: ignore[arg-type]
+
+
+def _moments(vae: LoadedVae, crop: Picture) -> np.ndarray:
+    pair = vae.encode(crop[None].astype(np.float32) / 127.5 - 1.0)
+    return np.concatenate(jax.device_get(pair), axis=-1)[0]
+
+
+def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    paths = export_steps(config, done["train"], folder, config.export_steps)
+    lines = (done["train"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = next(row for row in map(json.loads, reversed(lines)) if "loss" in row)
+    write_atomic(folder / "training.json", json.dumps({"config": to_dict(config), "last": last}, indent=1) + "\n")
+    return {"models": [str(path) for path in paths]}
+
+
+def export_steps(config: Config, train: Path, folder: Path, steps: Sequence[int]) -> list[Path]:
+    """Returns the folders `<step>`, in diffusers' layout, of some snapshots of the folder `train`.
+
+    A folder appears whole or not at all; one that is there already stays.
+    """
+    base = None
+    for step in steps:
+        path, part = folder / str(step), folder / f".{step}.part"
+        if path.is_dir():
+            continue
+        shutil.rmtree(part, ignore_errors=True)
+        base = base or load_stable_diffusion(config.model, config.revision)
+        save_stable_diffusion(part, snapshot_model(config, train, step, base), dtype=jnp.dtype(config.store))
+        part.rename(path)
+    return [folder / str(step) for step in steps]
+
+
+def _write_png(path: Path, picture: Picture) -> None:
+    write_atomic(path, cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1].tobytes())

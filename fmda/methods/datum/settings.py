@@ -1,0 +1,155 @@
+"""What a personalisation may say; the defaults are the paper's."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fmda.diffusion.draw import SamplerConfig
+from fmda.errors import UserError
+from fmda.methods.trainer import TrainerConfig
+from fmda.models.sd_unet import Remat
+from fmda.train import OptimConfig
+
+
+@dataclass(frozen=True)
+class Optimizer(OptimConfig):
+    """AdamW as DreamBooth's: a constant rate, decay of every parameter, one clip over all networks together."""
+
+    learning_rate: float = 5e-6
+    schedule: Literal["cosine", "linear", "poly", "constant"] = "constant"
+    weight_decay: float = 1e-2
+    no_decay: tuple[str, ...] = ()
+    clip_norm: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of the attention's projections (Hu et al. 2022).
+
+    Attributes:
+        rank: of an adapter.
+        alpha: an adapter is multiplied by alpha / rank.
+        text: whether the text encoder gets adapters too.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    text: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a rank below 1."""
+        if self.rank < 1:
+            raise UserError(f"lora.rank: {self.rank}; give at least 1")
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Prior preservation (Ruiz et al. 2023, eq. 2): the model keeps drawing pictures of the class as it did before.
+
+    Attributes:
+        weight: of the loss on class pictures.
+        prompt: of the class pictures, without the token.
+        images: folder of class pictures; None: the untouched model draws them before training.
+        count: class pictures to draw.
+        batch: class pictures drawn at once.
+        sampler: how they are drawn.
+    """
+
+    weight: float = 1.0
+    prompt: str = "a photo of an urban scene"
+    images: str | None = None
+    count: int = 200
+    batch: int = 4
+    sampler: SamplerConfig = SamplerConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerConfig):
+    """One target picture, one latent diffusion model, and how the one is learned by the other.
+
+    Attributes:
+        image: the target picture.
+        model, revision: the diffusion model: a folder in diffusers' layout, a model of the package, or a hub id.
+        token: the rare word that comes to stand for the target.
+        prompt: the caption of every crop; holds the token.
+        trained: all weights of UNet and text encoder, of the UNet alone, or low-rank adapters.
+        lora: the adapters, where they are what is trained.
+        prior: prior preservation; None for none.
+        resize: what the picture's shorter side is brought to, pixels; None leaves the picture as it is.
+        crop: side of the crops, pixels.
+        bank: crops that are drawn and encoded once, before training; 0 draws and encodes new ones at each step.
+        accumulate: parts that a batch is taken in.
+        ema: share that an average of the weights keeps at each step; None keeps none.
+        snapshots: steps at which the weights are kept; None for every fifth of the run.
+        export: of these steps (0 is the untouched model) those written in diffusers' layout; None for the last.
+        store: number format of snapshots and exported models.
+        precision: "bfloat16" computes in it; parameters, moments and losses stay in float32.
+        remat: what is kept for the backward pass of the UNet.
+        device_memory: GiB of a device; None asks the device, and checks nothing where it does not tell.
+    """
+
+    image: str
+    model: str = "CompVis/stable-diffusion-v1-4"
+    revision: str | None = None
+    token: str = "sks"
+    prompt: str = "a photo of a sks urban scene"
+    trained: Literal["unet+text", "unet", "lora"] = "unet+text"
+    lora: LoraConfig = LoraConfig()
+    prior: PriorConfig | None = None
+    resize: int | None = 1024
+    crop: int = 512
+    bank: int = 0
+    steps: int = 1000
+    batch: int = 1
+    accumulate: int = 1
+    optim: Optimizer = field(default_factory=Optimizer)
+    ema: float | None = None
+    snapshots: tuple[int, ...] | None = None
+    export: tuple[int, ...] | None = None
+    store: Literal["float16", "bfloat16", "float32"] = "float16"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
+    device_memory: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that contradict each other."""
+        if self.token not in self.prompt.split():
+            raise UserError(f"prompt: '{self.prompt}' does not hold the token '{self.token}'; put it there as a word")
+        if self.crop < 1 or self.resize is not None and self.resize < self.crop:
+            raise UserError(f"crop: {self.crop} pixels of a side of {self.resize}; choose a smaller crop")
+        if self.steps < 1 or self.bank < 0:
+            raise UserError(f"steps, bank: {self.steps}, {self.bank}; give at least 1 step and no negative bank")
+        if self.accumulate < 1 or self.batch % self.accumulate:
+            raise UserError(
+                f"accumulate: a batch of {self.batch} is not taken in {self.accumulate} parts; give a divisor"
+            )
+        steps = self.snapshot_steps
+        if list(steps) != sorted(set(steps)) or not all(1 <= step <= self.steps for step in steps):
+            raise UserError(
+                f"snapshots: {list(steps)} must rise from 1 or later to {self.steps} at most; mend the list"
+            )
+        for step in self.export_steps:
+            if step not in (0, *steps):
+                raise UserError(f"export: step {step} is no snapshot; choose of {[0, *steps]}, or add it to snapshots")
+
+    @property
+    def snapshot_steps(self) -> tuple[int, ...]:
+        """The steps at which weights are kept, rising."""
+        if self.snapshots is not None:
+            return self.snapshots
+        return tuple(sorted({max(1, round(self.steps * part / 5)) for part in range(1, 6)}))
+
+    @property
+    def export_steps(self) -> tuple[int, ...]:
+        """The steps whose models are written in diffusers' layout."""
+        return self.snapshot_steps[-1:] if self.export is None else self.export
+
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """The networks that are changed, by all their weights or by adapters."""
+        text = self.trained == "unet+text" or self.trained == "lora" and self.lora.text
+        return ("unet", "text_encoder") if text else ("unet",)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The caption of the target's crops and, with prior preservation, that of class pictures."""
+        return (self.prompt,) if self.prior is None else (self.prompt, self.prior.prompt)

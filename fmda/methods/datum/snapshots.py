@@ -1,0 +1,108 @@
+"""The trained weights at chosen steps, and the model that they make of the untouched one."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fmda import trees
+from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
+from fmda.errors import UserError
+from fmda.methods.datum.lora import merged
+from fmda.methods.datum.settings import Config
+from fmda.train import TrainState
+from fmda.trees import Tree
+from fmda.weights import files
+
+
+def snapshot_path(train: Path, step: int) -> Path:
+    """Returns the file of a step's weights in the folder of the stage `train`."""
+    return train / "snapshots" / f"{step:06d}.safetensors"
+
+
+class SnapshotWriter:
+    """Writes the weights of the steps in `config.snapshot_steps`; to be called every `every` steps and at the end.
+
+    A file appears whole or not at all, and before the loop saves a checkpoint of its step or a later one: a run that
+    goes on from a checkpoint has all snapshots of the steps before it. Steps that are taken again write the same bytes.
+    """
+
+    def __init__(self, config: Config, train: Path) -> None:
+        self.steps = config.snapshot_steps
+        self.every = math.gcd(*self.steps) if self.steps else None
+        self._which = "params" if config.ema is None else "ema"
+        self._dtype = jnp.dtype(config.store)
+        self._train = train
+
+    def __call__(self, state: TrainState) -> Mapping[str, float]:
+        """Writes the snapshot of the state's step, if it is one of them; returns no scores."""
+        step = int(state.step)
+        if step in self.steps:
+            # leaf by leaf, so that no device ever holds the whole in one piece
+            leaves = trees.flatten(getattr(state, self._which)).items()
+            arrays = {path: _on_host(leaf).astype(self._dtype) for path, leaf in leaves}
+            if jax.process_index() == 0:
+                path = snapshot_path(self._train, step)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_safetensors(path, arrays)
+        return {}
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def read_snapshot(train: Path, step: int) -> Tree:
+    """Returns the trained weights, or adapters, of a step, by network, in the number format they are stored in.
+
+    Raises UserError for a step that is no snapshot of the run.
+    """
+    path = snapshot_path(train, step)
+    if not path.is_file():
+        there = sorted(int(file.stem) for file in path.parent.glob("*.safetensors") if file.stem.isdecimal())
+        known = f"there are steps {there}" if there else "train first, or name another run"
+        raise UserError(f"{path}: no such snapshot; {known}")
+    return trees.unflatten(files.read_arrays(path))
+
+
+def snapshot_model(config: Config, train: Path, step: int, base: StableDiffusion | None = None) -> StableDiffusion:
+    """Returns the whole model, float32, as it was after `step` steps; 0 is the untouched one. Adapters are merged.
+
+    Args:
+        config: of the run.
+        train: the folder of its stage `train`.
+        step: 0 or one of `config.snapshot_steps`.
+        base: the untouched model, where it is loaded already.
+
+    Raises UserError for a step without a snapshot, and for a model that is not the one the run began with.
+    """
+    base = base or load_stable_diffusion(config.model, config.revision)
+    if step == 0:
+        return base
+    trained = read_snapshot(train, step)
+    begun = files.read_json(train / "train.json")["config"]["weights"]
+    if base.fingerprint != begun:
+        raise UserError(f"{config.model}: its weights are not those that {train} began with; give the same model again")
+    params = {part: _whole(config, base.params[part], weights) for part, weights in trained.items()}
+    return dataclasses.replace(
+        base,
+        unet=dataclasses.replace(base.unet, params=params.get("unet", base.unet.params)),
+        text_encoder=dataclasses.replace(
+            base.text_encoder, params=params.get("text_encoder", base.text_encoder.params)
+        ),
+    )
+
+
+def _whole(config: Config, own: Tree, trained: Tree) -> Tree:
+    """Returns a network's weights after training: those stored, or its own with adapters merged into them."""
+    if config.trained == "lora":
+        return merged(own, trained, config.lora.alpha / config.lora.rank)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), trained)

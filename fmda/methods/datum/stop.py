@@ -1,0 +1,195 @@
+"""When to stop a personalisation: probe images of every snapshot, label-free curves, and the step they speak for.
+
+The published 200 steps were found with labels of the target. Here each snapshot draws the same prompts with the same
+seeds; how near the images come to crops of the one target picture, how diverse they stay, and how many of the prompted
+classes a CLIP still finds in them, decide (`fmda.evaluate.stopping.choose_step`).
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from fmda.atomic import write_atomic
+from fmda.data.files import read_image
+from fmda.diffusion.draw import SamplerConfig
+from fmda.diffusion.load import StableDiffusion
+from fmda.diffusion.manifest import Manifest
+from fmda.evaluate.quality import alignment, pairwise_diversity, spread
+from fmda.evaluate.stopping import Choice, choose_step
+from fmda.methods.generate import Config as GenerateConfig
+from fmda.methods.generate import PromptConfig, draw_images, embed, grid_share
+from fmda.weights.clip import LoadedClip, load_clip
+
+BLOCK = 32
+MEASURES = ("alignment", "nearest", "diversity", "coverage", "alignment_error", "diversity_error")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """How snapshots are compared.
+
+    Attributes:
+        count: images of each snapshot.
+        batch: images drawn at once.
+        prompts: what is drawn; the token is that of the personalisation.
+        sample: how it is sampled.
+        clip: the CLIP that measures.
+        crops: crops of the target that images are compared with.
+        floor: share of the untouched model's class coverage that a snapshot must keep.
+        seed: of the images and the crops.
+    """
+
+    count: int = 40
+    batch: int = 8
+    prompts: PromptConfig = PromptConfig()
+    sample: SamplerConfig = SamplerConfig()
+    clip: str = "openai/clip-vit-base-patch16"
+    crops: int = 64
+    floor: float = 0.8
+    seed: int = 0
+
+
+def draw_probes(
+    probe: ProbeConfig, model_after: Callable[[int], StableDiffusion], steps: Sequence[int], folder: Path
+) -> None:
+    """Fills `folder/<step>` with images of the model after each step; what is there already stays."""
+    for step in steps:
+        config = GenerateConfig(
+            model=str(step), prompts=probe.prompts, count=probe.count, batch=probe.batch, seed=probe.seed,
+            sample=probe.sample,
+        )  # fmt: skip
+        draw_images(config, model_after(step), folder / str(step))
+
+
+def read_images(folder: Path) -> np.ndarray:
+    """Returns the images of a generated folder, uint8 [n, H, W, 3], in order."""
+    return np.stack([read_image(path) for path in Manifest.read(folder).paths])
+
+
+def target_crops(picture: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
+    """Returns `count` random crops [count, size, size, 3] of the picture at its own scale."""
+    rng = np.random.default_rng((seed, 6))
+    height, width = picture.shape[:2]
+    places = [(int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))) for _ in range(count)]
+    return np.stack([picture[top : top + size, left : left + size] for top, left in places])
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is measured of each step: values, and standard errors where there are any."""
+
+    steps: tuple[int, ...]
+    alignment: tuple[float, ...]
+    nearest: tuple[float, ...]
+    diversity: tuple[float, ...]
+    coverage: tuple[float, ...]
+    alignment_error: tuple[float, ...]
+    diversity_error: tuple[float, ...]
+    repeated: float
+
+
+def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.ndarray, clip: LoadedClip) -> Curves:
+    """Returns the curves over the snapshots whose images lie in `folder/<step>`."""
+    near = _blocks(clip, crops)
+    rows = []
+    for step in steps:
+        manifest = Manifest.read(folder / str(step))
+        images = read_images(folder / str(step))
+        found = _blocks(clip, images)
+        covered = found_classes(clip, images, [picture.class_name for picture in manifest.pictures])
+        near_error = spread(lambda x: alignment(x, near).mean, found, seed=probe.seed).error
+        wide_error = spread(pairwise_diversity, found, seed=probe.seed).error
+        both = alignment(found, near)
+        rows.append((both.mean, both.nearest, pairwise_diversity(found), covered, near_error, wide_error))
+    values = np.array(rows, np.float64).T.tolist()
+    measured = dict(zip(MEASURES, map(tuple, values), strict=True))
+    return Curves(steps=tuple(steps), repeated=float(pairwise_diversity(near)), **measured)
+
+
+def found_classes(clip: LoadedClip, images: np.ndarray, asked: Sequence[str | None]) -> float:
+    """Returns the share of images in which the class that was asked for is found, mean over the classes; 1 for none."""
+    names = sorted({name for name in asked if name})
+    if not names:
+        return 1.0
+    parts = [grid_share(clip, names, images[i : i + 4]) for i in range(0, len(images), 4)]
+    there = np.concatenate(parts) > 0
+    chosen = np.array([names.index(name) if name else -1 for name in asked])
+    return float(np.mean([there[chosen == k, k].mean() for k in range(len(names))]))
+
+
+def choose(curves: Curves, floor: float) -> Choice:
+    """Returns the step that the curves speak for."""
+    return choose_step(
+        curves.steps, curves.alignment, curves.diversity, curves.coverage, alignment_error=curves.alignment_error,
+        diversity_error=curves.diversity_error, repeated=curves.repeated, coverage_floor=floor,
+    )  # fmt: skip
+
+
+def write_choice(
+    probe: ProbeConfig, steps: Sequence[int], probes: Path, target: Path, crop: int, folder: Path
+) -> dict[str, Any]:
+    """Writes `choice.json`, `curves.png` and `before-after.png`; returns {"step", "reason"}."""
+    clip, picture = load_clip(probe.clip), read_image(target)
+    curves = measure(probe, steps, probes, target_crops(picture, crop, probe.crops, probe.seed), clip)
+    found = choose(curves, probe.floor)
+    rows = {"gain": found.gain, "kept": found.kept, "score": found.score, "admitted": found.admitted}
+    record = {
+        "step": found.step,
+        "reason": found.reason,
+        "curves": dataclasses.asdict(curves),
+        **{name: np.asarray(values).tolist() for name, values in rows.items()},
+    }
+    write_atomic(folder / "curves.png", _chart(curves, found))
+    before, after = (read_images(probes / str(step))[:8] for step in (0, found.step))
+    write_atomic(folder / "before-after.png", _before_after(picture, before, after))
+    write_atomic(folder / "choice.json", json.dumps(record, indent=1) + "\n")
+    return {"step": found.step, "reason": found.reason}
+
+
+def _blocks(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
+    return np.concatenate([embed(clip, images[i : i + BLOCK]) for i in range(0, len(images), BLOCK)])
+
+
+def _chart(curves: Curves, found: Choice) -> bytes:
+    """Returns a PNG: distance to the target, diversity and coverage over the steps, the chosen one marked."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6))
+    panels = (
+        ("distance to the target's crops", curves.alignment, curves.alignment_error),
+        ("diversity", curves.diversity, curves.diversity_error),
+        ("share of the prompted classes found", curves.coverage, None),
+    )
+    for axes, (title, values, errors) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.errorbar(curves.steps, values, errors, marker=".", linewidth=1.3, color="#2563a8", capsize=2)
+        axes.axvline(found.step, color="#c2541b", linewidth=1, linestyle="--")
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.tight_layout(pad=0.6)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _before_after(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> bytes:
+    """Returns a PNG: the target on top, then images of the untouched and of the personalised model, seed by seed."""
+    rows = [np.concatenate(list(images), axis=1) for images in (before, after)]
+    width = rows[0].shape[1]
+    height = min(round(target.shape[0] * width / target.shape[1]), 2 * before.shape[1])
+    scaled = cv2.resize(
+        target, (round(target.shape[1] * height / target.shape[0]), height), interpolation=cv2.INTER_AREA
+    )
+    top = np.full((height, width, 3), 255, np.uint8)
+    top[:, : min(width, scaled.shape[1])] = scaled[:, :width]
+    return cv2.imencode(".png", np.concatenate([top, *rows])[..., ::-1])[1].tobytes()

@@ -1,0 +1,129 @@
+"""The target picture, and what a step sees of it: crops, drawn anew each time or encoded once into a bank."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+from fmda.data.files import IMAGE_SUFFIXES, read_image
+from fmda.errors import UserError
+
+Picture = UInt8[np.ndarray, "H W 3"]
+
+_REFUSED = {
+    "grey": "a grey picture, of which the model would learn that the target has no colours; give it in colour, or "
+    "convert it to RGB if that is meant",
+    "alpha": "a picture with transparent places, which have no colour to learn; lay it on a background and save it as "
+    "RGB",
+    "other": "a picture of mode {mode}; convert it to RGB",
+}
+
+
+def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
+    """Returns the target picture, RGB, its shorter side brought to `resize` pixels (None: as it is).
+
+    Resized as the original does it: Pillow's bilinear filter, which averages where it shrinks, and the longer side
+    rounded down. A rotation noted by the camera is applied. Raises UserError for a file that is missing, truncated,
+    grey, with an alpha channel, or smaller than a crop: a small picture is enlarged, but not from below one crop.
+    """
+    path = Path(path).expanduser()
+    read_image(path)  # names what is missing, cut off, or has more than 8 bits
+    with Image.open(path) as file:
+        mode = "alpha" if file.has_transparency_data else "grey" if file.mode in ("1", "L") else file.mode
+        if mode != "RGB":
+            raise UserError(f"{path}: {_REFUSED.get(mode, _REFUSED['other']).format(mode=mode)}")
+        picture = ImageOps.exif_transpose(file)
+    width, height = picture.size
+    if min(width, height) < crop:
+        raise UserError(
+            f"{path}: {width}x{height} pixels hold no crop of {crop}; give a larger picture, or a model that is "
+            "trained on smaller ones with crop= to match"
+        )
+    if resize is not None and min(width, height) != resize:
+        scale = min(width, height)
+        picture = picture.resize((resize * width // scale, resize * height // scale), Image.Resampling.BILINEAR)
+    return np.asarray(picture)
+
+
+def digest(path: str | Path) -> str:
+    """Returns 12 hex digits of the bytes of a file."""
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:12]
+
+
+class ClassPictures(Sequence[Picture]):
+    """The pictures of a folder, RGB, read when they are asked for; each must hold a crop."""
+
+    def __init__(self, folder: str | Path, crop: int) -> None:
+        """Raises UserError for a folder without pictures."""
+        folder = Path(folder).expanduser()
+        inside = folder / "images" if (folder / "images").is_dir() else folder
+        found = inside.iterdir() if inside.is_dir() else ()
+        self.paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+        self.crop = crop
+        if not self.paths:
+            raise UserError(f"prior.images: {folder} holds no pictures; mend the path, or leave it out to draw some")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Picture:  # type: ignore[override]
+        picture = read_image(self.paths[index])
+        if min(picture.shape[:2]) < self.crop:
+            raise UserError(f"{self.paths[index]}: smaller than a crop of {self.crop} pixels; give larger pictures")
+        return picture
+
+
+@dataclass(frozen=True)
+class Examples(Sequence[tuple[np.ndarray, ...]]):
+    """Rows of one array from each column; the shorter columns begin again."""
+
+    columns: tuple[Sequence[np.ndarray], ...]
+
+    def __len__(self) -> int:
+        return max(len(column) for column in self.columns)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:  # type: ignore[override]
+        return tuple(column[index % len(column)] for column in self.columns)
+
+
+def random_crop(picture: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
+    """Returns a square of the picture at its own scale, every place as likely as any other."""
+    height, width = picture.shape[:2]
+    top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
+    return picture[top : top + size, left : left + size]
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """The transform (pictures, generator) -> {"pixels": uint8 [k, S, S, 3], "seed": uint32 [k]}: a crop of each."""
+
+    size: int
+
+    def __call__(self, pictures: tuple[Picture, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns the crops, and the seeds of their latents, noise and times."""
+        crops = np.stack([random_crop(picture, self.size, rng) for picture in pictures])
+        return {"pixels": crops, "seed": _seeds(len(pictures), rng)}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The transform (moments, generator) -> {"moments": float32 [k, h, w, 2c], "seed": uint32 [k]}."""
+
+    def __call__(self, moments: tuple[Float[np.ndarray, "h w c2"], ...], rng: np.random.Generator) -> dict:
+        """Returns the moments as they are, and seeds as `RandomCrops`."""
+        return {"moments": np.stack(moments), "seed": _seeds(len(moments), rng)}
+
+
+def _seeds(count: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(2**32, size=count, dtype=np.uint32)
+
+
+def contact_sheet(picture: Picture, size: int, seed: int, count: int = 8) -> Picture:
+    """Returns `count` crops in two rows: what a step sees of the target."""
+    rng = np.random.default_rng((seed, 1))
+    crops = [random_crop(picture, size, rng) for _ in range(count)]
+    return np.concatenate([np.concatenate(crops[row::2], axis=1) for row in range(2)])

@@ -1,0 +1,150 @@
+"""Do drawn street scenes look like held ones, and show what their captions say? Measured with the small CLIP."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from fmda.evaluate.quality import cmmd, frechet_distance, pairwise_diversity
+from fmda.methods.pretrain.crops import TAGS, Crops, Scenes
+from fmda.methods.pretrain.latents import WindowConfig
+from fmda.nn.norm import unit
+from fmda.nn.resize import resize
+from fmda.progress import track
+from fmda.weights.clip import LoadedClip
+from fmda.world.captions import crop_facts
+
+Images = UInt8[np.ndarray, "n H W 3"]
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of rendered pictures with what is known of them."""
+
+    images: Images
+    captions: tuple[str, ...]
+    present: Bool[np.ndarray, "n tags"]
+    stated: Bool[np.ndarray, "n tags"]
+
+
+def cut_windows(config: WindowConfig, captions: Crops, roots: Sequence[str], count: int, seed: int) -> Windows:
+    """Returns `count` windows, taken from all pictures in turn, with captions that are true of them."""
+    scenes, rng = Scenes(roots), np.random.default_rng((seed, 5))
+    order = rng.permutation(len(scenes))
+    images, texts, present, stated = [], [], [], []
+    for k in track(range(count), "windows"):
+        scene = scenes[int(order[k % len(order)])]
+        labels = scene["labels"]
+        top, left = (int(rng.integers(side - config.size + 1)) for side in labels.shape)
+        window = slice(top, top + config.size), slice(left, left + config.size)
+        facts = crop_facts(labels, scene["instances"], scene["facts"], (top, left, window[0].stop, window[1].stop))
+        text, true, said = captions.described(np.ascontiguousarray(labels[window]), facts, rng, set())
+        images.append(scene["image"][window])
+        texts.append(text)
+        present.append(true)
+        stated.append(said)
+    return Windows(np.stack(images), tuple(texts), np.stack(present), np.stack(stated))
+
+
+def embeddings(clip: LoadedClip, images: Images) -> Float[np.ndarray, "n d"]:
+    """Returns unit-length CLIP embeddings of whole images."""
+    side = clip.config.vision.image_size
+    mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (clip.config.image_mean, clip.config.image_std))
+    rows = []
+    for first in range(0, len(images), BLOCK):
+        pixels = resize(jnp.asarray(images[first : first + BLOCK], jnp.float32) / 255.0, (side, side))
+        rows.append(np.asarray(unit(clip.encode_image((pixels - mean) / std))))
+    return np.concatenate(rows)
+
+
+def described(clip: LoadedClip, images: Images) -> Float[np.ndarray, "n d"]:
+    """Returns what the probe reads: embeddings of the image and of its four quarters, side by side."""
+    half = images.shape[1] // 2
+    quarters = [images[:, y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
+    return np.concatenate([embeddings(clip, part) for part in (images, *quarters)], axis=1)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear reader of tags, by ridge regression on real windows; `threshold` balances both errors of each tag."""
+
+    weights: Float[np.ndarray, "d1 tags"]
+    threshold: Float[np.ndarray, " tags"]
+
+    @classmethod
+    def fit(
+        cls, features: Float[np.ndarray, "n d"], present: Bool[np.ndarray, "n tags"], ridge: float = 1.0
+    ) -> "Probe":
+        """Returns the probe that fits best; the threshold of a tag is midway between the means of with and without."""
+        x = np.concatenate([features, np.ones((len(features), 1))], axis=1).astype(np.float64)
+        target = present.astype(np.float64)
+        weights = np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ target)
+        scores, threshold = x @ weights, np.full(target.shape[1], np.inf)
+        for tag in range(target.shape[1]):
+            if present[:, tag].any() and not present[:, tag].all():
+                with_tag, without = scores[present[:, tag], tag].mean(), scores[~present[:, tag], tag].mean()
+                threshold[tag] = (with_tag + without) / 2
+        return cls(weights, threshold)
+
+    def __call__(self, features: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, "n tags"]:
+        """Returns which tags the probe finds."""
+        x = np.concatenate([features, np.ones((len(features), 1))], axis=1)
+        return x @ self.weights > self.threshold
+
+
+def caption_accuracy(
+    found: Bool[np.ndarray, "n tags"], stated: Bool[np.ndarray, "n tags"], seed: int = 0
+) -> dict[str, float]:
+    """Returns {"stated": share of stated tags that are found, "shuffled": the same for other images' captions}."""
+    known = np.array([tag != "untold" for tag in TAGS])
+    said = stated & known[None]
+    other = said[np.random.default_rng(seed).permutation(len(said))]
+    return {
+        "stated": round(float((found & said).sum() / max(said.sum(), 1)), 4),
+        "shuffled": round(float((found & other).sum() / max(other.sum(), 1)), 4),
+    }
+
+
+def compare(clip: LoadedClip, train: Windows, held: Windows, drawn: Images) -> dict[str, Any]:
+    """Returns distances and caption accuracy of images drawn from the captions of `held`, beside those of real ones.
+
+    "cmmd" and "frechet" are between held windows and drawn images; the floors are between held and training windows.
+    The probe is fitted to `train`.
+    """
+    reals, fakes, seen = (embeddings(clip, images) for images in (held.images, drawn, train.images))
+    probe = Probe.fit(described(clip, train.images), train.present)
+    found, real = probe(described(clip, drawn)), probe(described(clip, held.images))
+    return {
+        "images": len(drawn),
+        "cmmd": round(cmmd(reals, fakes, unbiased=True), 4),
+        "cmmd_floor": round(cmmd(reals, seen, unbiased=True), 4),
+        "frechet": round(frechet_distance(reals, fakes), 4),
+        "frechet_floor": round(frechet_distance(reals, seen), 4),
+        "diversity": round(pairwise_diversity(fakes), 4),
+        "diversity_real": round(pairwise_diversity(reals), 4),
+        "caption_accuracy": caption_accuracy(found, held.stated),
+        "caption_accuracy_real": caption_accuracy(real, held.stated),
+        "probe_accuracy_real": round(float((real == held.present).mean()), 4),
+    }
+
+
+def sheet(drawn: Images, captions: Sequence[str], columns: int = 4, rows: int = 4) -> bytes:
+    """Returns a PNG of the first images over their captions."""
+    side = drawn.shape[1]
+    lines = []
+    for r in range(rows):
+        cells = []
+        for k in range(r * columns, (r + 1) * columns):
+            cell = np.full((side * 2 + 40, side * 2, 3), 255, np.uint8)
+            cell[: side * 2] = cv2.resize(drawn[k], (side * 2, side * 2), interpolation=cv2.INTER_NEAREST)
+            for n, part in enumerate((captions[k][:42], captions[k][42:84])):
+                place = (3, side * 2 + 15 + 16 * n)
+                cv2.putText(cell, part, place, cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1, cv2.LINE_AA)
+            cells.append(cell)
+        lines.append(np.concatenate(cells, axis=1))
+    return cv2.imencode(".png", np.concatenate(lines)[..., ::-1])[1].tobytes()

@@ -1,0 +1,135 @@
+"""From prompts and seeds to images: the same whatever the batch and the devices, by hand, bad sizes."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_diffusion
+
+from fmda.diffusion.draw import SamplerConfig, make_draw
+from fmda.diffusion.load import load_stable_diffusion
+from fmda.diffusion.samplers import sample
+from fmda.errors import UserError
+from fmda.mesh import FSDP_RULES, make_mesh, place
+
+PROMPTS = ["a car", "a road", "", "a road a car", "a car a car"]
+SEEDS = [3, 2**32 - 1, 0, 7, 8]
+SAMPLER = SamplerConfig(steps=3)
+UNET = replace(small_diffusion.UNET, channels=(8,), attention=(True,), heads=(2,))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiles in half the time to slower programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_diffusion.stable_diffusion(tmp_path_factory.mktemp("draw") / "model", unet_config=UNET)
+
+
+@pytest.fixture(scope="module")
+def eight(model):
+    """Draws on all eight devices."""
+    return make_draw(model, SAMPLER, make_mesh())
+
+
+@pytest.fixture(scope="module")
+def one(model):
+    """Draws on one device."""
+    return make_draw(model, SAMPLER, make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def images(eight):
+    return eight(PROMPTS, SEEDS)
+
+
+def levels(ours, theirs):
+    """Returns the largest difference in levels of 0..255."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.uint8
+    return int(np.abs(ours.astype(int) - theirs.astype(int)).max())
+
+
+def test_a_number_of_prompts_that_does_not_divide_is_filled_up(images):
+    assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
+    assert all(image.std() > 5 for image in images)
+    assert min(levels(a, b) for i, a in enumerate(images) for b in images[:i]) > 20
+
+
+def test_the_seed_alone_decides_whatever_the_batch_and_the_place_in_it(eight, images):
+    again = eight(PROMPTS[::-1] + PROMPTS[:3], SEEDS[::-1] + SEEDS[:3])
+    assert levels(again[:5][::-1], images) <= 1 and levels(again[5:], images[:3]) <= 1
+    assert levels(eight(PROMPTS[1:2], SEEDS[1:2]), images[1:2]) <= 1
+
+
+def test_seed_and_prompt_both_matter(eight, images):
+    others = eight(["a car", "a car", "a road"], [3, 4, 3])
+    assert levels(others[:1], images[:1]) <= 1
+    assert levels(others[1:2], images[:1]) > 20 and levels(others[2:], images[:1]) > 0
+
+
+def test_eight_devices_equal_one(one, images):
+    assert levels(np.concatenate([one(PROMPTS[k : k + 1], SEEDS[k : k + 1]) for k in range(5)]), images) <= 1
+
+
+def test_parameters_in_parts_give_the_same_images(model, images):
+    mesh = make_mesh(2, 4)
+    shardings = jax.tree.leaves(place(model.params, FSDP_RULES, mesh))
+    assert any("fsdp" in sharding.spec for sharding in shardings)
+    assert levels(make_draw(model, SAMPLER, mesh)(PROMPTS, SEEDS), images) <= 1
+
+
+def test_the_image_is_what_the_parts_give_by_hand(model):
+    config = SamplerConfig("ddim", 2, 1.0, "is not read", (16, 32))
+    found = make_draw(model, config, make_mesh(devices=jax.devices()[:1]))(PROMPTS[:2], SEEDS[:2])
+    noise = jnp.stack([jax.random.normal(jax.random.key(np.uint32(seed)), (8, 16, 4)) for seed in SEEDS[:2]])
+    context = model.text_encoder(model.tokenize(PROMPTS[:2]))
+    latents = sample(
+        lambda x, time: model.unet(x, jnp.full(2, time), context), noise, model.schedule, sampler="ddim", steps=2
+    )
+    pictures = (np.asarray(model.vae.decode(latents / model.vae.config.scale)) + 1) * 127.5
+    assert found.shape == (2, 16, 32, 3)
+    assert levels(found, np.clip(np.round(pictures), 0, 255).astype(np.uint8)) <= 1
+
+
+def test_guidance_goes_away_from_the_negative_caption(model):
+    mesh = make_mesh(devices=jax.devices()[:1])
+
+    def drawn(guidance, negative=""):
+        config = SamplerConfig("ddim", 2, guidance, negative)
+        return make_draw(model, config, mesh)(PROMPTS[:1], SEEDS[:1])
+
+    plain = drawn(1.0)
+    assert levels(drawn(5.0, "a road"), drawn(5.0)) > 0
+    # the caption minus itself leaves nothing to go away from
+    assert levels(drawn(5.0, PROMPTS[0]), plain) <= 1 and levels(drawn(5.0), plain) > 0
+
+
+def test_another_type_of_numbers_gives_nearly_the_same(model, one, images):
+    half = load_stable_diffusion(model.folder, dtype=jnp.bfloat16)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    found = np.concatenate([make_draw(half, SAMPLER, mesh)([p], [s]) for p, s in zip(PROMPTS, SEEDS, strict=True)])
+    off = np.abs(found.astype(float) - images).mean()
+    apart = np.abs(images[0].astype(float) - images[1]).mean()
+    assert 0 < off < 0.2 * apart
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": (20, 17)}, "size: 20x17 are no multiples of 2 pixels; choose another size"),
+        ({"size": (0, 16)}, "size: 0x16 are no multiples of 2 pixels; choose another size"),
+        ({"steps": 2000}, "steps: 2000 do not fit into 1000 timesteps; take from 1 to 1000"),
+        ({"sampler": "dim"}, "sampler: 'dim' does not exist; did you mean 'ddim'?"),
+    ],
+)
+def test_bad_values_are_named_before_anything_is_compiled(model, values, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        make_draw(model, SamplerConfig(**values), make_mesh())

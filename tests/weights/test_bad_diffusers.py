@@ -1,0 +1,289 @@
+"""Every damaged or unsuited Stable Diffusion is one line with the mend: in the library, and by the command line."""
+
+import json
+import re
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from small_diffusion import UNET, stable_diffusion, unet, vae
+
+from fmda import cli, trees
+from fmda.diffusion.load import load_stable_diffusion, save_stable_diffusion
+from fmda.errors import UserError
+from fmda.weights.diffusers import load_text_encoder, load_unet, load_vae, save_part
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pristine") / "sd"
+    return folder, stable_diffusion(folder)
+
+
+@pytest.fixture
+def place(pristine, tmp_path, monkeypatch):
+    """The working directory, which holds a copy of the tiny model as `sd`."""
+    shutil.copytree(pristine[0], tmp_path / "place" / "sd")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def edit(name, **values):
+    def damage(folder):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+def config(part, **values):
+    return edit(f"{part}/config.json", **values)
+
+
+def weights(part, change):
+    def damage(folder):
+        path = next((folder / part).glob("*.safetensors"))
+        arrays = load_file(path)
+        change(arrays)
+        save_file(arrays, path)
+
+    return damage
+
+
+def remove(*names):
+    def damage(folder):
+        for name in names:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return damage
+
+
+def rename(name, to):
+    return lambda folder: (folder / name).rename(folder / to)
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+KEY = "mid_block.resnets.0.conv1.bias"
+# what is wrong -> (damage, what the line must hold, whether `models check` lists it instead of ending at once; None
+# where the command line is not tried)
+CASES = {
+    "component missing": (remove("vae"), ["sd: no vae in it"], False),
+    "components missing": (remove("scheduler", "tokenizer"), ["sd: no scheduler, tokenizer in it"], None),
+    "configuration missing": (remove("unet/config.json"), ["sd: no unet in it"], None),
+    "weights missing": (remove(f"vae/{WEIGHTS}"), ["sd/vae: holds no weights; one of diffusion_pytorch"], None),
+    "inpainting": (config("unet", in_channels=9), ["sd/unet/config.json: in_channels is 9", "inpainting"], False),
+    "other latents": (config("unet", in_channels=8), ["8-channel latents, the others give 12 and 4"], None),
+    "key missing": (weights("unet", lambda a: a.pop(KEY)), [f"sd/unet/{WEIGHTS}: ", f"1 missing: {KEY}"], True),
+    "key too many": (weights("vae", lambda a: a.update(extra=np.zeros(3))), ["1 not known to the model: extra"], True),
+    "wrong shape": (weights("unet", lambda a: a.update({KEY: np.zeros(3, np.float32)})),
+        [f"{KEY} is [3] but should be [16]"], True),
+    "text key missing": (weights("text_encoder", lambda a: a.pop("text_model.final_layer_norm.bias")),
+        ["sd/text_encoder/model.safetensors: ", "1 missing: text_model.final_layer_norm.bias"], None),
+    "pickle": (rename(f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.bin"), ["a torch pickle can run code",
+        "convert it once with: python -c", f"sd/unet/{WEIGHTS}')"], False),
+    "text pickle": (rename("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
+        ["a torch pickle can run code", "sd/text_encoder/model.safetensors')"], None),
+    "cut short": (write(f"vae/{WEIGHTS}", b"\x10"), [f"sd/vae/{WEIGHTS}: damaged or cut short"], None),
+    "unknown class": (config("unet", _class_name="UNet3DConditionModel"),
+        ["sd/unet/config.json: _class_name is 'UNet3DConditionModel', not 'UNet2DConditionModel'"], False),
+    "networks mixed up": (lambda f: shutil.copy(f / "vae/config.json", f / "unet"), ["_class_name is 'AutoencoderKL'"],
+        None),
+    "unsupported option": (config("unet", class_embed_type="timestep"),
+        ["sd/unet/config.json: class_embed_type is 'timestep', and only None can be built"], False),
+    "unsupported block": (config("unet", down_block_types=["AttnDownBlock2D", "DownBlock2D"]),
+        ["block types ['AttnDownBlock2D', 'DownBlock2D']", "cannot be built"], None),
+    "unsupported size": (config("unet", layers_per_block=[1, 2]), ["layers_per_block is [1, 2], not one whole"], None),
+    "heads that do not fit": (config("unet", attention_head_dim=[3, 2]), ["attention_head_dim [3, 2] does not fit"],
+        None),
+    "groups that do not fit": (config("vae", norm_num_groups=5), ["no multiples of norm_num_groups, 5"], None),
+    "unsupported autoencoder": (config("vae", shift_factor=0.1), ["sd/vae/config.json: shift_factor is 0.1"], None),
+    "unsupported blocks of the autoencoder": (config("vae", down_block_types=["DownEncoderBlock2D"]),
+        ["sd/vae/config.json: its block types cannot be built"], None),
+    "other text encoder": (config("text_encoder", model_type="t5"), ["model_type is 't5', not 'clip_text_model'"],
+        None),
+    "half a configuration": (write("vae/config.json", b'{"a": '), ["sd/vae/config.json: cannot be read as JSON"],
+        None),
+    "tokenizer too large": (config("text_encoder", vocab_size=500), ["tokenizer has 519 tokens, the model 500"], True),
+    "tokenizer damaged": (write("tokenizer/tokenizer.json", b"{}"), ["sd/tokenizer: its tokenizer files cannot"], None),
+    "widths that differ": (config("unet", cross_attention_dim=24), ["sd: its UNet reads 24-wide texts", "give 12"],
+        True),
+    "unknown scheduler": (edit("scheduler/scheduler_config.json", _class_name="LCMScheduler"),
+        ["sd/scheduler/scheduler_config.json: ", "'LCMScheduler'"], True),
+}  # fmt: skip
+
+
+def content(folder):
+    return {p: None if p.is_dir() else p.read_bytes() for p in sorted(folder.rglob("*"))}
+
+
+def fails(capsys, place, command):
+    """Runs a command that must exit with 2 and one line, and leave everything as it was; returns (stdout, line)."""
+    before = content(place)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command.split())
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and err.startswith("fmda: ") and err.count("\n") == 1, err
+    assert re.search(r"[;,] |: known", err), f"no mend in: {err}"
+    assert content(place) == before
+    return out, err
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_damage_is_one_line(case, place, capsys):
+    damage, fragments, listed = CASES[case]
+    damage(place / "sd")
+    with pytest.raises(UserError) as error:
+        load_stable_diffusion("sd")
+    assert all(fragment in str(error.value) for fragment in fragments), error.value
+    assert "\n" not in str(error.value) and re.search("[;,?] ", str(error.value))
+    if listed is None:
+        return
+    _, line = fails(capsys, place, "convert sd new")
+    assert all(fragment in line for fragment in fragments), line
+    out, line = fails(capsys, place, "models check sd")
+    if listed:
+        assert "sd: " in line and "not fit for use, see above" in line
+        assert fragments[-1].removeprefix("1 ").split(": ")[-1] in out and "NOT GOOD" in out
+    else:
+        assert all(fragment in line for fragment in fragments) and out == ""
+
+
+def test_what_is_not_good_is_named(place, capsys):
+    for damage, what in (
+        (CASES["wrong shape"][0], f"fmda: sd: unet/{WEIGHTS}: not fit for use"),
+        (CASES["unknown scheduler"][0], "fmda: sd: scheduler: not fit for use"),
+        (weights("unet", lambda a: a.update({KEY: np.full(16, np.nan, np.float32)})), f"sd: unet/{WEIGHTS}: not fit"),
+    ):
+        shutil.copytree(place / "sd", place / "good")
+        damage(place / "sd")
+        assert what in fails(capsys, place, "models check sd")[1]
+        shutil.rmtree(place / "sd")
+        (place / "good").rename(place / "sd")
+
+
+def test_the_command_that_converts_a_pickle_is_complete(place):
+    CASES["pickle"][0](place / "sd")
+    with pytest.raises(UserError) as error:
+        load_unet("sd")
+    code = str(error.value).split('python -c "')[1].removesuffix('"')
+    compile(code, "command", "exec")
+    assert "'sd/unet/diffusion_pytorch_model.bin'" in code and f"'sd/unet/{WEIGHTS}'" in code
+
+
+def test_a_single_network_says_the_same(place, capsys):
+    for load, part, case in ((load_unet, "unet", "key missing"), (load_vae, "vae", "key too many")):
+        damage, fragments, _ = CASES[case]
+        damage(place / "sd")
+        with pytest.raises(UserError) as error:
+            load(f"sd/{part}")
+        assert all(fragment in str(error.value) for fragment in fragments)
+        assert all(fragment in fails(capsys, place, f"convert sd/{part} new")[1] for fragment in fragments)
+        out, line = fails(capsys, place, f"models check sd/{part}")
+        assert "NOT GOOD" in out and f"sd/{part}: {WEIGHTS}: not fit for use" in line
+    config("unet", _class_name="UNet3DConditionModel")(place / "sd")
+    for command in ("convert sd/unet new", "models check sd/unet"):
+        _, line = fails(capsys, place, command)
+        assert "sd/unet/config.json: _class_name 'UNet3DConditionModel' cannot be built; did you mean 'UNet2D" in line
+
+
+@pytest.mark.parametrize(
+    ("load", "source", "what"),
+    [
+        (load_unet, "sd/vae", "_class_name is 'AutoencoderKL', not 'UNet2DConditionModel'; give the folder of that"),
+        (load_vae, "sd/tokenizer", "sd/tokenizer: holds neither vae/ nor config.json; give a folder in diffusers'"),
+        (load_text_encoder, "sd", "sd: has no folder 'text_encoder'; copy or download the whole checkpoint again"),
+        (load_stable_diffusion, "sd/unet", "sd/unet: no unet, vae, text_encoder, scheduler, tokenizer in it"),
+        (load_stable_diffusion, "nowhere", "nowhere: no such folder"),
+        (load_stable_diffusion, "some/model", "some/model: no such folder, not in the hub's local cache"),
+    ],
+)
+def test_the_wrong_folder(place, load, source, what):
+    remove("text_encoder")(place / "sd")
+    with pytest.raises(UserError) as error:
+        load(source)
+    assert what in str(error.value) and "\n" not in str(error.value)
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda: unet()(zeros(1, 5, 4, 4), zeros(1), zeros(1, 3, 12)), "latents: 5x4 are no multiples of 2; choose"),
+        (
+            lambda: unet()(zeros(1, 4, 4, 3), zeros(1), zeros(1, 3, 12)),
+            "[1, 4, 4, 3] where the UNet reads [B, h, w, 4]",
+        ),
+        (lambda: unet()(zeros(4, 4, 4), zeros(1), zeros(1, 3, 12)), "latents: of shape [4, 4, 4] where the UNet"),
+        (
+            lambda: unet()(zeros(1, 4, 4, 4), zeros(1), zeros(1, 3, 24)),
+            "context: 24 wide where the UNet reads 12; take",
+        ),
+        (lambda: vae().encode(zeros(1, 9, 8, 3)), "images: 9x8 pixels are no multiples of 2; crop or resize them"),
+        (
+            lambda: vae().encode(zeros(1, 8, 8, 1)),
+            "images: of shape [1, 8, 8, 1], not [B, H, W, 3]; convert them to RGB",
+        ),
+        (lambda: vae().encode(zeros(8, 8, 4)), "images: of shape [8, 8, 4], not [B, H, W, 3]; convert them to RGB"),
+        (
+            lambda: vae().decode(zeros(1, 4, 4, 8)),
+            "latents: of shape [1, 4, 4, 8] where the autoencoder reads [B, h, w, 4]",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit(call, what):
+    with pytest.raises(UserError) as error:
+        call()
+    assert what in str(error.value) and "; " in str(error.value)
+
+
+def test_a_text_longer_than_the_context(pristine):
+    with pytest.raises(UserError, match="text of 17 tokens, but the model has 16 positions; shorten"):
+        pristine[1].text_encoder(jnp.zeros((1, 17), jnp.int32))
+
+
+def test_a_folder_with_something_in_it_is_left_alone(place, pristine, capsys):
+    (place / "taken").mkdir()
+    (place / "taken" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="taken: is there already; name a new folder"):
+        save_stable_diffusion("taken", pristine[1])
+    for out in ("taken", "sd", "taken/notes.txt"):
+        for source in ("sd", "sd/unet"):
+            assert f"{out}: is there already; name a new folder" in fails(capsys, place, f"convert {source} {out}")[1]
+
+
+def test_parameters_of_another_shape_are_not_written(place, pristine):
+    before, model = content(place), pristine[1]
+    wrong = trees.unflatten({**trees.flatten(model.vae.params), "quant/bias": zeros(3)})
+    with pytest.raises(UserError, match="new/vae: parameters do not fit the configuration at quant/bias; nothing"):
+        save_stable_diffusion("new", model, {"vae": wrong})
+    with pytest.raises(UserError, match="parameters do not fit"):
+        save_part(place / "new", "unet", UNET, model.vae.params)
+    assert content(place) == before
+
+
+def test_a_disk_that_fills_up_leaves_nothing_and_the_same_command_goes_on(place, capsys, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmda.diffusion.load.shutil.copyfile", full)
+        assert "new: cannot be written" in fails(capsys, place, "convert sd new")[1]
+    with monkeypatch.context() as patch:
+        patch.setattr("fmda.weights.files.save_file", full)
+        line = fails(capsys, place, "convert sd new")[1]
+        assert f"new/unet/{WEIGHTS}: cannot be written" in line and ".part" not in line
+    (place / ".new.part").mkdir()  # what a killed try left
+    cli.main("convert sd new".split())
+    assert (place / "new" / "model_index.json").is_file() and not list(place.glob(".*"))

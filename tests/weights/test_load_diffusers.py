@@ -1,0 +1,261 @@
+"""Every layout in which Stable Diffusion's networks are stored gives the same parameters."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import serialization
+from safetensors.numpy import load_file, save_file
+from small_diffusion import TEXT, UNET, VAE, drawn, same, text_encoder, unet, vae
+
+import fmda
+from fmda import trees
+from fmda.models.sd_unet import UNetConfig
+from fmda.weights import check, diffusers, source
+from fmda.weights import diffusers_tables as tables
+from fmda.weights.diffusers import load_text_encoder, load_unet, load_vae, part_of, save_part, unet_graph
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+LINEAR = UNetConfig(
+    channels=(8, 16), layers=2, attention=(True, True), heads=(2, 4), context_width=6, groups=8, linear_projection=True
+)
+LOADERS = {"unet": load_unet, "vae": load_vae, "text_encoder": load_text_encoder}
+MADE = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+FILES = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+
+
+@pytest.fixture(scope="module", params=LOADERS)
+def part(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def made(part):
+    return MADE[part]()
+
+
+@pytest.fixture
+def folder(part, made, tmp_path):
+    save_part(tmp_path / part, part, made.config, made.params)
+    return tmp_path / part
+
+
+def arrays_of(folder, part):
+    """Takes the arrays out of the folder."""
+    path = folder / f"{FILES[part]}.safetensors"
+    arrays = load_file(path)
+    path.unlink()
+    return arrays
+
+
+def nested(arrays):
+    tree = {}
+    for name, array in arrays.items():
+        *path, leaf = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = array
+    return tree
+
+
+def flax_table(part):
+    return {"unet": tables.FLAX_UNET[False], "vae": tables.FLAX_VAE, "text_encoder": tables.FLAX_TEXT_ENCODER}[part]
+
+
+def test_what_was_saved_is_loaded(part, made, folder):
+    loaded = getattr(fmda, f"load_{part}")(folder)
+    assert loaded.config == made.config and loaded.graphdef == made.graphdef
+    assert same(loaded.params, made.params)
+    assert part_of(folder) == part
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", f"{FILES[part]}.safetensors"]
+
+
+def test_flax_msgpack(part, made, folder):
+    arrays_of(folder, part)
+    written = nested(flax_table(part).write(made.params))
+    name = "flax_model.msgpack" if part == "text_encoder" else "diffusion_flax_model.msgpack"
+    (folder / name).write_bytes(serialization.msgpack_serialize(written))
+    assert same(LOADERS[part](folder).params, made.params)
+    # the other file, where both are there, goes first
+    save_part(folder, part, made.config, jax.tree.map(lambda x: x + 1, made.params))
+    assert not same(LOADERS[part](folder).params, made.params)
+
+
+def test_shards(part, made, folder):
+    arrays, index = arrays_of(folder, part), {}
+    for k, names in enumerate((sorted(arrays)[::2], sorted(arrays)[1::2]), start=1):
+        shard = f"{FILES[part]}-0000{k}-of-00002.safetensors"
+        save_file({name: arrays[name] for name in names}, folder / shard)
+        index |= dict.fromkeys(names, shard)
+    (folder / f"{FILES[part]}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert same(LOADERS[part](folder).params, made.params)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_under_its_own_file_name(part, made, folder, dtype):
+    rounded = {name: array.astype(dtype) for name, array in arrays_of(folder, part).items()}
+    save_file(rounded, folder / f"{FILES[part]}.fp16.safetensors")
+    expected = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), made.params)
+    assert same(LOADERS[part](folder).params, expected)
+
+
+def test_dtype_chooses_how_parameters_are_kept_and_saved(part, made, folder, tmp_path):
+    loaded = LOADERS[part](folder, dtype=jnp.bfloat16)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"}
+    save_part(tmp_path / "half", part, made.config, made.params, np.float16)
+    stored = load_file(tmp_path / "half" / f"{FILES[part]}.safetensors")
+    assert {str(array.dtype) for array in stored.values()} == {"float16"}
+    assert check.verify(tmp_path / "half").dtypes == {"float16": len(stored)}
+
+
+def test_outputs_are_float32_whatever_computes(tmp_path):
+    for name, make in MADE.items():
+        save_part(tmp_path / name, name, make().config, make().params)
+    net, coder, words = (load(tmp_path / name, dtype=jnp.bfloat16) for name, load in LOADERS.items())
+    ids = jnp.zeros((1, 5), jnp.int32)
+    found = [
+        jax.eval_shape(net, jnp.zeros((1, 4, 4, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 5, 12))),
+        *jax.eval_shape(coder.encode, jnp.zeros((1, 8, 8, 3))),
+        jax.eval_shape(coder.decode, jnp.zeros((1, 4, 4, 4))),
+        jax.eval_shape(words, ids),
+    ]
+    assert [str(x.dtype) for x in found] == ["float32"] * 5
+    assert found[-1].shape == (1, 5, 12)
+
+
+def test_old_names_of_the_autoencoders_attention(tmp_path):
+    made = vae()
+    save_part(tmp_path, "vae", made.config, made.params)
+    old = {}
+    for name, array in load_file(tmp_path / "diffusion_pytorch_model.safetensors").items():
+        for new_name, old_name in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f".{new_name}.", f".{old_name}.")
+        old[name] = array
+    save_file(old, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in old
+    assert same(load_vae(tmp_path).params, made.params)
+    assert check.verify(tmp_path).layout == "diffusers autoencoder, names before 0.18"
+
+
+def test_names_of_the_text_encoder_since_transformers_5(tmp_path):
+    made = text_encoder()
+    save_part(tmp_path, "text_encoder", made.config, made.params)
+    arrays = load_file(tmp_path / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in arrays)
+    save_file({name.removeprefix("text_model."): x for name, x in arrays.items()}, tmp_path / "model.safetensors")
+    assert same(load_text_encoder(tmp_path).params, made.params)
+    # a counter that old releases stored
+    save_file(arrays | {"text_model.embeddings.position_ids": np.arange(16)[None]}, tmp_path / "model.safetensors")
+    assert same(load_text_encoder(tmp_path).params, made.params)
+
+
+def test_linear_projections_and_heads_by_level(tmp_path):
+    graphdef, shapes = unet_graph(LINEAR)
+    params = drawn(shapes)
+    save_part(tmp_path, "unet", LINEAR, params)
+    loaded = load_unet(tmp_path)
+    assert loaded.config == LINEAR and same(loaded.params, params)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["attention_head_dim"] == [2, 4] and config["use_linear_projection"] is True
+    assert load_file(tmp_path / "diffusion_pytorch_model.safetensors")[
+        "mid_block.attentions.0.proj_in.weight"
+    ].shape == (16, 16)
+
+
+def test_a_whole_checkpoint_serves_each_network(tmp_path):
+    for name, make in MADE.items():
+        save_part(tmp_path / name, name, make().config, make().params)
+    for name, load in LOADERS.items():
+        assert same(load(tmp_path).params, load(tmp_path / name).params)
+        assert load(tmp_path).config == {"unet": UNET, "vae": VAE, "text_encoder": TEXT}[name]
+
+
+def test_configuration_keys_left_out_have_diffusers_defaults(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768}')
+    assert diffusers.read_config("unet", tmp_path) == UNetConfig()
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    assert diffusers.read_config("vae", tmp_path).scale == 0.18215
+
+
+@pytest.mark.parametrize(
+    "name", ["flax-hf-sd1/unet", "flax-hf-sd1/vae", "flax-hf-sd1/text_encoder", "flax-hf-sd2/unet"]
+)
+def test_recorded_flax_checkpoints_are_read_whole_and_written_as_they_were(name):
+    arrays = diffusers.files.read_arrays(next((FIXTURES / name).glob("*.msgpack")))
+    part = name.split("/")[1]
+    config, table, found, _ = diffusers.read_part(part, FIXTURES / name)
+    written = table.write(table.read(found, diffusers.part_graph(part, config)[1], "test"))
+    assert written.keys() == arrays.keys()
+    assert all(np.array_equal(written[key], arrays[key]) for key in arrays)
+
+
+def test_a_record_beside_the_weights_is_compared(tmp_path):
+    report = check.verify(FIXTURES / "flax-hf-sd1/text_encoder")
+    assert report.ok and report.layout == "Hugging Face text encoder, Flax"
+    assert report.parameters == 44544 and report.deviations["last_hidden_state"] < 1e-6
+    copy = shutil.copytree(FIXTURES / "flax-hf-sd1/text_encoder", tmp_path / "copy")
+    with np.load(copy / "io.npz") as io:
+        np.savez(copy / "io.npz", **{**io, "last_hidden_state": io["last_hidden_state"] * 1.001})
+    report = check.verify(copy)
+    assert not report.ok and report.deviations["last_hidden_state"] == pytest.approx(1e-3, rel=0.01)
+
+
+def test_fingerprints_follow_content(part, made, folder, tmp_path):
+    first = check.verify(folder).fingerprint
+    assert first == check.verify(shutil.copytree(folder, tmp_path / "elsewhere")).fingerprint and len(first) == 12
+    flat = trees.flatten(made.params)
+    path = next(iter(flat))
+    save_part(tmp_path / "changed", part, made.config, trees.unflatten({**flat, path: flat[path] + 1}))
+    assert check.verify(tmp_path / "changed").fingerprint != first
+
+
+REPOSITORY = [
+    "README.md", "model_index.json", "v1-4.ckpt", "safety_checker/model.safetensors", "scheduler/scheduler_config.json",
+    "tokenizer/vocab.json", "unet/config.json", "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_flax_model.msgpack",
+    "text_encoder/config.json", "text_encoder/flax_model.msgpack",
+]  # fmt: skip
+
+
+class Hub:
+    """Stands in for the hub: answers which files a repository has, and notes what is fetched."""
+
+    def __init__(self, monkeypatch, files, folder):
+        self.folder, self.fetched = folder, None
+        monkeypatch.setattr(source.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(source.HfApi, "list_repo_files", lambda *_args, **_options: files)
+        monkeypatch.setattr(source, "snapshot_download", self.fetch)
+
+    def fetch(self, name, *, revision, allow_patterns):
+        self.fetched = (name, revision, set(allow_patterns))
+        return str(self.folder)
+
+
+def test_of_a_repository_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
+    hub = Hub(monkeypatch, REPOSITORY, tmp_path)
+    assert source.resolve("some/model", "flax", "diffusers") == source.resolve("some/model", "flax", "any") == tmp_path
+    assert hub.fetched == ("some/model", "flax", {
+        "model_index.json", "tokenizer/*", "scheduler/*", "unet/config.json", "vae/config.json",
+        "text_encoder/config.json", "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model-*-of-*.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/flax_model.msgpack",
+    })  # fmt: skip
+
+
+def test_a_repository_of_one_network_is_fetched_alone(tmp_path, monkeypatch):
+    hub = Hub(monkeypatch, ["config.json", "diffusion_pytorch_model.safetensors", "model.ckpt"], tmp_path)
+    made = vae()
+    save_part(tmp_path, "vae", made.config, made.params)
+    assert same(load_vae("some/vae").params, made.params)
+    assert hub.fetched == ("some/vae", None, {"*.json", "*.txt", "*.model", "diffusion_pytorch_model.safetensors"})
