@@ -119,7 +119,9 @@ def make_program(model: Graphs, config: SamplerConfig, shape: tuple[int, int, in
             denoise = lambda x, time: predict(x, jnp.broadcast_to(time, len(x)), context)  # noqa: E731
         else:
             denoise = guided(predict, context, encoder.hidden(empty[None])[0], config.guidance)
-        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+        # named, since other generators give under vmap what depends on the whole batch
+        keys = jax.vmap(functools.partial(jax.random.key, impl="threefry2x32"))(seeds)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         latents = sample(denoise, noise, model.schedule, sampler=config.sampler, steps=config.steps)
         images = nnx.merge(model.vae, params["vae"]).decode(latents / model.scale)
         return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_diffusion
 
-from fmda.diffusion.draw import SamplerConfig, make_draw
+from fmda.diffusion.draw import SamplerConfig, graphs, make_draw, make_program
 from fmda.diffusion.load import load_stable_diffusion
 from fmda.diffusion.samplers import sample
 from fmda.errors import UserError
@@ -86,30 +86,43 @@ def test_parameters_in_parts_give_the_same_images(model, images):
     assert levels(make_draw(model, SAMPLER, mesh)(PROMPTS, SEEDS), images) <= 1
 
 
-def test_the_image_is_what_the_parts_give_by_hand(model):
-    config = SamplerConfig("ddim", 2, 1.0, "is not read", (16, 32))
-    found = make_draw(model, config, make_mesh(devices=jax.devices()[:1]))(PROMPTS[:2], SEEDS[:2])
+@pytest.fixture(scope="module")
+def plain(model):
+    """Two oblong images without guidance."""
+    return wide(model, 1.0, "is not read")
+
+
+def wide(model, guidance, negative=""):
+    """Draws two oblong images on one device."""
+    config = SamplerConfig("ddim", 2, guidance, negative, (16, 32))
+    return make_draw(model, config, make_mesh(devices=jax.devices()[:1]))(PROMPTS[:2], SEEDS[:2])
+
+
+def test_the_image_is_what_the_parts_give_by_hand(model, plain):
     noise = jnp.stack([jax.random.normal(jax.random.key(np.uint32(seed)), (8, 16, 4)) for seed in SEEDS[:2]])
     context = model.text_encoder(model.tokenize(PROMPTS[:2]))
     latents = sample(
         lambda x, time: model.unet(x, jnp.full(2, time), context), noise, model.schedule, sampler="ddim", steps=2
     )
     pictures = (np.asarray(model.vae.decode(latents / model.vae.config.scale)) + 1) * 127.5
-    assert found.shape == (2, 16, 32, 3)
-    assert levels(found, np.clip(np.round(pictures), 0, 255).astype(np.uint8)) <= 1
+    assert plain.shape == (2, 16, 32, 3)
+    assert levels(plain, np.clip(np.round(pictures), 0, 255).astype(np.uint8)) <= 1
 
 
-def test_guidance_goes_away_from_the_negative_caption(model):
-    mesh = make_mesh(devices=jax.devices()[:1])
+def test_guidance_goes_away_from_the_negative_caption(model, plain):
+    from_nothing, from_a_car = wide(model, 5.0), wide(model, 5.0, PROMPTS[0])
+    assert levels(from_nothing, plain) > 0 and levels(from_nothing, from_a_car) > 0
+    # a caption minus itself leaves nothing to go away from
+    assert levels(from_a_car[:1], plain[:1]) <= 1 and levels(from_a_car[1:], plain[1:]) > 1
 
-    def drawn(guidance, negative=""):
-        config = SamplerConfig("ddim", 2, guidance, negative)
-        return make_draw(model, config, mesh)(PROMPTS[:1], SEEDS[:1])
 
-    plain = drawn(1.0)
-    assert levels(drawn(5.0, "a road"), drawn(5.0)) > 0
-    # the caption minus itself leaves nothing to go away from
-    assert levels(drawn(5.0, PROMPTS[0]), plain) <= 1 and levels(drawn(5.0), plain) > 0
+def test_the_noise_of_a_seed_does_not_depend_on_the_default_generator(model):
+    given = jax.eval_shape(lambda: (model.params, jnp.zeros((2, 16), int), jnp.zeros(16, int), jnp.zeros(2, np.uint32)))
+    texts = []
+    for generator in ("rbg", "threefry2x32"):
+        jax.config.update("jax_default_prng_impl", generator)
+        texts.append(str(jax.make_jaxpr(make_program(graphs(model), SAMPLER, (8, 8, 4)))(*given)))
+    assert texts[0] == texts[1] and "random" in texts[0]
 
 
 def test_another_type_of_numbers_gives_nearly_the_same(model, one, images):

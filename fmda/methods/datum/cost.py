@@ -141,20 +141,20 @@ def plan(config: Config) -> Plan:
     check_crop(config, shapes)
     counts = {part: trees.count(tree) for part, tree in _trees(shapes).items()}
     row = row_flops(config, shapes)
-    whole = row * config.batch * config.steps / 1e15
     rows = config.batch // config.accumulate
-    totals = []
+    totals, work = [], []
     for devices in (1, 4, 8):
         share = -(-rows // devices)
         name = f"{devices} device{'s' if devices > 1 else ''}, fsdp={devices}, {share} on each at once"
         totals.append((name, sum(memory(config, shapes, share, devices).values())))
+        work.append((name, row * share * config.accumulate * config.steps / 1e15))
     return Plan(
         stages=stages,
         parameters=(*counts.items(), ("trained", trained_count(config, shapes))),
         flops=(("an example in training", row),),
         memory=(*memory(config, shapes, rows, 1).items(), *totals),
         notes=(
-            f"the whole run: {whole:,.4g} PFLOP on one device, {whole / 4:,.4g} on each of 4, {whole / 8:,.4g} of 8",
+            *(f"the whole run, {name}: {share:,.4g} PFLOP a device" for name, share in work),
             *(_fit(config, shapes, *machine) for machine in MACHINES),
         ),
     )

@@ -92,6 +92,8 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
         shapes = _shapes(config)
         check_crop(config, shapes)
         check_memory(config, shapes)
+        if config.prior is not None and config.prior.images is not None:
+            ClassPictures(config.prior.images, config.crop)
         _write_png(folder / "target.png", picture)
         _write_png(folder / "crops.png", contact_sheet(picture, config.crop, config.seed))
         known = {"image": config.image, "digest": found, "height": picture.shape[0], "width": picture.shape[1]}

@@ -7,7 +7,6 @@ velocity (or the noise) of noisy latents from their caption, which is left empty
 
 import functools
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,8 +259,7 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     )  # fmt: skip
     if not (folder / "model").is_dir():
         # it appears whole: what is there was written before an interruption
-        shutil.rmtree(folder / "model", ignore_errors=True)  # of an export that was broken off
-    save_stable_diffusion(folder / "model", model, dtype=np.float16)
+        save_stable_diffusion(folder / "model", model, dtype=np.float16)
     write_summary(folder / "training.json", config, done["train"])
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
 

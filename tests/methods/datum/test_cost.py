@@ -1,0 +1,130 @@
+"""What a personalisation takes: published counts, formulas against traced programs, a batch that is too large."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_diffusion as small
+
+from fmda.diffusion.schedule import ScheduleConfig
+from fmda.errors import UserError
+from fmda.methods.datum.cost import check_memory, memory, plan, row_flops, trained_count
+from fmda.methods.datum.dreambooth import Graphs, make_loss
+from fmda.methods.datum.settings import Config, LoraConfig, PriorConfig
+from fmda.methods.generate import GIB
+from fmda.methods.kinds import open_run
+from fmda.models.catalog import CATALOG, DiffusionConfig
+from fmda.perf.flops import count_flops
+
+SHAPES = DiffusionConfig(small.UNET, small.VAE, small.TEXT)
+FULL = CATALOG["stable-diffusion-v1-4"].config
+CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "datum").glob("personalise-*.yaml"))
+
+
+def config(**changes):
+    return Config(**({"image": "target.png", "crop": 16, "resize": 16, "batch": 4} | changes))
+
+
+def test_the_plan_of_stable_diffusion_1_has_its_published_size():
+    found = plan(Config(image="target.png"))
+    assert dict(found.parameters) == {
+        "unet": 859_520_964,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "trained": 982_581_444,
+    }
+    # 1783 GMAC a step
+    assert found.flops[0][1] == pytest.approx(2 * 1783e9, rel=0.001)
+    text = found.text()
+    assert "80 GB card: 18.63 of 74.51 GiB with one example a device; 16 fit at once" in text
+    assert "v5e-8 slice: 9.21 of 16.00 GiB" in text
+    for devices in (1, 4, 8):
+        assert f"{devices} device{'s' if devices > 1 else ''}, fsdp={devices}, 1 on each at once" in text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_published_configuration_plans(path):
+    job = open_run(path)
+    assert [name for name, _ in job.plan().stages] == [stage.name for stage in job.stages()]
+
+
+def test_cityscapes_is_planned_with_the_constants_of_the_paper():
+    found = open_run(next(path for path in CONFIGS if "cityscapes" in path.name)).config
+    optim = found.optim
+    assert (optim.method, optim.schedule, optim.learning_rate, optim.warmup_steps) == ("adamw", "constant", 5e-6, 0)
+    assert (optim.b1, optim.b2, optim.eps, optim.weight_decay) == (0.9, 0.999, 1e-8, 1e-2)
+    assert (optim.no_decay, optim.clip_norm) == ((), 1.0)
+    assert (found.resize, found.crop, found.batch, found.accumulate) == (1024, 512, 1, 1)
+    assert (found.trained, found.prior, found.ema, found.precision) == ("unet+text", None, None, "float32")
+    assert found.snapshot_steps == (200, 400, 600, 800, 1000) and found.export_steps == (200,)
+    assert (found.token, found.prompt) == ("sks", "a photo of a sks urban scene")
+
+
+def traced(given, pictures):
+    """FLOPs of the gradient of a whole batch, counted on the traced program."""
+    nets = {"unet": small.unet(), "text_encoder": small.text_encoder(), "vae": small.vae()}
+    graphs = Graphs(*(nets[part].graphdef for part in ("unet", "text_encoder", "vae")), ScheduleConfig(), 1.0)
+    params = {part: nets[part].params for part in given.trained_parts}
+    frozen = {"vae": nets["vae"].params}
+    if "text_encoder" in params:
+        frozen["ids"] = np.zeros((pictures, small.TEXT.context), np.int32)
+    else:
+        frozen["context"] = np.zeros((pictures, small.TEXT.context, small.TEXT.width), np.float32)
+    rows = {"seed": np.zeros((given.batch, pictures), np.uint32)}
+    if given.bank:
+        rows["moments"] = np.zeros((given.batch, pictures, 8, 8, 8), np.float32)
+    else:
+        rows["pixels"] = np.zeros((given.batch, pictures, 16, 16, 3), np.uint8)
+    return count_flops(jax.grad(lambda params: make_loss(graphs)(params, frozen, rows, None)[0]), params)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"prior": PriorConfig()}, {"trained": "unet", "bank": 8}], ids=["all", "prior", "unet-bank"]
+)
+def test_flops_are_those_of_the_traced_step(changes):
+    given = config(**changes)
+    counted = traced(given, len(given.prompts))
+    assert row_flops(given, SHAPES) * given.batch == pytest.approx(counted, rel=0.06)
+
+
+def test_adapters_are_counted_and_their_networks_are_frozen():
+    given = Config(image="x", trained="lora", lora=LoraConfig(rank=4))
+    widths = [320] * 5 + [640] * 5 + [1280] * 6
+    unet = sum(4 * (6 * 2 * c + 2 * (c + 768)) for c in widths)
+    assert trained_count(given, FULL) == unet + 12 * 4 * 4 * 2 * 768
+    rows = memory(given, FULL, 1, 1)
+    assert rows["frozen parameters"] == 4 * (859_520_964 + 83_653_863 + 123_060_480)
+    assert rows["optimizer moments"] == 8 * trained_count(given, FULL)
+    whole = sum(memory(Config(image="x"), FULL, 1, 1).values())
+    assert sum(rows.values()) < 0.7 * whole
+
+
+def test_text_states_that_are_read_once_need_no_text_encoder():
+    rows = memory(Config(image="x", trained="unet"), FULL, 1, 1)
+    assert rows["frozen parameters"] == 4 * 83_653_863 and "activations, text" not in rows
+
+
+def test_a_batch_that_is_too_large_is_refused_by_how_much():
+    need = sum(memory(config(batch=64), SHAPES, 8, 1).values()) / GIB
+    seven = sum(memory(config(batch=64), SHAPES, 7, 1).values()) / GIB
+    check_memory(config(batch=64, device_memory=need * 1.001), SHAPES)
+    with pytest.raises(UserError) as caught:
+        check_memory(config(batch=64, device_memory=need * 0.999), SHAPES)
+    text = str(caught.value)
+    assert text.startswith(f"batch: 64 needs about {need:.2f} GiB on each of 8 devices") and "\n" not in text
+    assert "batch=56 fits" in text and seven < need * 0.999
+    with pytest.raises(UserError, match="not even one example fits"):
+        check_memory(config(batch=64, device_memory=1e-6), SHAPES)
+    # what a device does not tell is not held against it
+    check_memory(config(batch=1_000_000), SHAPES)
+
+
+def test_full_size_on_a_small_card_says_what_helps():
+    with pytest.raises(UserError, match=r"8 devices, \d+\.\d+ GiB more than the 16\.00 GiB there; not even one"):
+        check_memory(Config(image="x", batch=8, device_memory=16.0), FULL)
+
+
+def test_an_unknown_model_has_a_plan_without_sizes():
+    found = plan(Config(image="x", model="somebody/something"))
+    assert found.parameters == () and "somebody/something" in found.notes[0]

@@ -1,0 +1,358 @@
+"""Image sets through the command line: folder and manifest, resume, refusals by filters, faults, plan."""
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_diffusion
+from small_place import make_place
+
+from fmda import cli
+from fmda.diffusion.draw import SamplerConfig, make_draw
+from fmda.diffusion.generate import image_seed
+from fmda.diffusion.load import load_stable_diffusion, save_stable_diffusion
+from fmda.diffusion.manifest import Manifest, load_image
+from fmda.errors import UserError
+from fmda.mesh import make_mesh
+from fmda.methods.generate import (
+    THINGS,
+    Config,
+    FilterConfig,
+    PromptConfig,
+    check_memory,
+    clip_score,
+    draw_images,
+    embed,
+    grid_share,
+    make_prompts,
+    memory,
+    plan,
+    read_shapes,
+)
+from fmda.methods.kinds import open_run
+from fmda.models.sd_unet import UNetConfig
+from fmda.weights.clip import load_clip, save_clip
+from fmda.world.names import CLASSES
+
+UNET = UNetConfig(
+    channels=(8,), layers=1, attention=(True,), heads=(2,), context_width=12, groups=4, sample_size=16
+)  # fmt: skip
+SET = """kind: generate
+model: model
+prompts: {form: "a {class}", classes: [car, truck]}
+count: 10
+sample: {sampler: ddim, steps: 2, guidance: 2.0, negative: a road}
+"""
+RUN = "run set.yaml work_dir=new"
+CLIP = "filters.clip=clip filters.clip_score=-1.0 filters.class_presence=0.0 filters.near_duplicate=1.0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiles in half the time to slower programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def draw_clip(folder):
+    """Gives the CLIP in a folder parameters with which it tells images apart."""
+    clip = load_clip(folder)
+    params = small_diffusion.drawn(clip.params, 25)
+    save_clip(folder.parent / "other", clip.config, params, clip.tokenizer.files())
+    shutil.rmtree(folder)
+    (folder.parent / "other").rename(folder)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A folder with a diffusion model, a CLIP, `set.yaml` and the finished runs `done` and `judged` (by filters)."""
+    folder = tmp_path_factory.mktemp("generate")
+    make_place(folder)
+    draw_clip(folder / "clip")
+    small_diffusion.stable_diffusion(folder / "model", unet_config=UNET)
+    (folder / "set.yaml").write_text(SET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cli.main(shlex.split("run set.yaml work_dir=done"))
+        cli.main(shlex.split(f"run set.yaml work_dir=judged {CLIP}"))
+    return folder
+
+
+@pytest.fixture
+def place(pristine, tmp_path, monkeypatch):
+    """A copy of the folder, which the test may damage, as working directory."""
+    monkeypatch.chdir(shutil.copytree(pristine, tmp_path / "place"))
+    return Path()
+
+
+def content(folder, *without):
+    """Returns {path: bytes} of the files in a folder, but for those of some names."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in without)
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(capsys, command):
+    """Runs a command that must exit with 2 and change nothing; returns the one line it says."""
+    capsys.readouterr()
+    before = content(Path())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(shlex.split(command))
+    *progress, line = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("fmda: ") and all(text.startswith("[") for text in progress)
+    assert content(Path()) == before
+    return line
+
+
+def test_the_folder_holds_images_manifest_and_overview(pristine):
+    folder = pristine / "done/images"
+    assert {path.name for path in folder.iterdir()} == {
+        "images", "settings.json", "manifest.jsonl", "refused.jsonl", "summary.json", "contact-sheet.png", "stage.json"
+    }  # fmt: skip
+    rows = lines(folder / "manifest.jsonl")
+    assert [row["file"] for row in rows] == [f"images/im_{j:06d}_p{j % 2}.png" for j in range(10)]
+    assert rows[5] == {
+        "index": 5, "file": "images/im_000005_p1.png", "prompt": "a truck", "prompt_index": 1, "class_index": 1,
+        "class_name": "truck", "seed": image_seed(0, 5, 0), "attempt": 0, "scores": rows[5]["scores"],
+        "sampler": "ddim", "steps": 2, "guidance": 2.0, "negative": "a road", "size": [32, 32], "dtype": "float32",
+        "checkpoint": load_stable_diffusion(pristine / "model").fingerprint,
+    }  # fmt: skip
+    assert list(rows[5]["scores"]) == ["constant"] and not lines(folder / "refused.jsonl")
+    stage = json.loads((folder / "stage.json").read_text())
+    assert stage["outputs"] == {"images": 10, "refused": {}} and stage["device"].startswith("8 x ")
+    assert load_image(folder / "images/im_000005_p1.png").shape == (32, 32, 3)
+
+
+def test_any_image_is_made_again_alone_from_its_line(pristine):
+    # the type as a configuration names it: the program is then that of the run
+    model = load_stable_diffusion(pristine / "model", dtype=np.dtype("float32"))
+    picture = Manifest.read(pristine / "done/images").pictures[7]
+    facts = picture.facts
+    config = SamplerConfig(facts["sampler"], facts["steps"], facts["guidance"], facts["negative"])
+    image = make_draw(model, config, make_mesh())([picture.prompt], [picture.seed])[0]
+    found = load_image(pristine / "done/images" / picture.file)
+    assert np.abs(image.astype(int) - found).max() <= 1 and found.std() > 5
+
+
+def test_the_batch_changes_no_byte(place):
+    cli.main(shlex.split("run set.yaml work_dir=again batch=3"))
+    skipped = ("stage.json", "config.yaml")
+    assert content(Path("again"), *skipped) == content(Path("done"), *skipped)
+
+
+@pytest.mark.parametrize(
+    "lost", [["stage.json"], ["images/im_000003_p1.png"], ["stage.json", "manifest.jsonl", "images/im_000009_p1.png"]]
+)
+def test_what_was_lost_comes_back_as_it_was(place, lost):
+    folder = Path("done/images")
+    before, times = content(folder, "stage.json"), {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    for name in lost:
+        (folder / name).unlink()
+    cli.main(shlex.split("run set.yaml work_dir=done"))
+    assert content(folder, "stage.json") == before and (folder / "stage.json").is_file()
+    again = {str(path.relative_to(folder)) for path in times if path.stat().st_mtime_ns != times[path]}
+    # without the manifest nothing is known of any image
+    assert again - {"contact-sheet.png"} == set(lost) - {"stage.json"} or "manifest.jsonl" in lost
+
+
+def test_images_of_another_checkpoint_are_refused(place, capsys):
+    model = load_stable_diffusion("model")
+    before = model.fingerprint
+    shutil.rmtree("model")
+    save_stable_diffusion("model", model, {"unet": small_diffusion.unet(UNET, seed=7).params})
+    line = refused(capsys, "run set.yaml work_dir=done")
+    after = load_stable_diffusion("model").fingerprint
+    assert f"checkpoint: '{before}' -> '{after}'" in line and "choose another folder" in line
+
+
+def test_another_configuration_is_refused(place, capsys):
+    line = refused(capsys, "run set.yaml work_dir=done sample.steps=3")
+    assert "done: holds a run of another configuration" in line and "choose another work_dir=" in line
+
+
+def test_prompts_of_things_are_those_of_datum():
+    texts = [prompt.text for prompt in make_prompts(PromptConfig())]
+    assert texts == [f"a photo of sks {name}" for name in (
+        "traffic lights", "traffic signs", "persons", "riders", "cars", "trucks", "trains", "buses", "motorcycles",
+        "bicycles")]  # fmt: skip
+    one = make_prompts(PromptConfig(form="a photo of a {token}  {class}", token="", classes=("bus", "car")))
+    assert [(p.text, p.class_index, p.class_name) for p in one] == [
+        ("a photo of a bus", 0, "bus"), ("a photo of a car", 1, "car")
+    ]  # fmt: skip
+    assert list(THINGS)[7] == "bus"
+
+
+def test_prompts_come_from_a_file_or_as_they_are(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a wet street\n\n  two cars \n")
+    from_file = make_prompts(PromptConfig(file=str(tmp_path / "prompts.txt")))
+    assert [(prompt.text, prompt.class_name) for prompt in from_file] == [("a wet street", None), ("two cars", None)]
+    assert [prompt.text for prompt in make_prompts(PromptConfig(texts=("", "{x}")))] == ["", "{x}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("prompts.classes=[car,tree]", "prompts.classes: 'tree' is not one of traffic light, traffic sign, person"),
+        ("prompts.classes=[]", "prompts.classes: names no class; give some, or a file or texts"),
+        *((f"'prompts.form=\"a {slot}\"'", f"prompts.form: 'a {slot}' has another slot than {{token}}")
+          for slot in ("{thing}", "{}", "{class", "{class.x}", "{class[x]}", "{class!z}")),
+        ("prompts.file=empty.txt", "prompts.file: empty.txt holds no prompt; write one on each line"),
+        ("prompts.file=nowhere.txt", "prompts.file: nowhere.txt cannot be read"),
+        ("prompts.file=model", "prompts.file: model cannot be read"),
+        ("count=0", "count: 0; give at least 1"),
+        ("sample.size=[33,32]", "size: 33x32 are no multiples of 2 pixels; choose another size"),
+        ("sample.sampler=ddin", "sampler: 'ddin' does not exist; did you mean 'ddim'?"),
+        ("sample.steps=1001", "steps: 1001 do not fit into 1000 timesteps"),
+        ("filters.banned=[a]", "prompts: the filters refuse all 2, such as 'a car' (banned_words: holds 'a')"),
+        ("model=nowhere", "nowhere: no such folder"),
+        ("mesh=[3,1]", "mesh: data=3 times fsdp=1 is 3, but there are 8 devices"),
+        ("device_memory=0.0001", "batch: 8 needs about 0.00 GiB on each of 8 devices, "),
+    ],
+)  # fmt: skip
+def test_faults_are_one_line_before_anything_is_drawn(place, capsys, changes, message):
+    (place / "empty.txt").write_text(" \n\n")
+    assert message in refused(capsys, f"{RUN} {changes}")
+
+
+def test_scores_are_those_of_the_clip(pristine):
+    rows, clip = lines(pristine / "judged/images/manifest.jsonl"), load_clip(pristine / "clip")
+    images = np.stack([load_image(path) for path in Manifest.read(pristine / "judged/images").paths[:8]])
+    rows = rows[:8]
+    assert list(rows[0]["scores"]) == ["constant", "clip_score", "class_presence", "near_duplicate"]
+    scores = clip_score(clip, images, [row["prompt"] for row in rows])
+    np.testing.assert_allclose([row["scores"]["clip_score"] for row in rows], scores, atol=2e-4)
+    shares = grid_share(clip, ["car", "truck"], images)
+    assert [row["scores"]["class_presence"] for row in rows] == [shares[j, j % 2] for j in range(8)]
+    cosines = embed(clip, images) @ embed(clip, images).T
+    nearest = [None, *(pytest.approx(cosines[j, :j].max(), abs=2e-4) for j in range(1, 8))]
+    assert [row["scores"]["near_duplicate"] for row in rows] == nearest
+    # the filters kept all, so the images are those without filters
+    assert images.std() > 5 and {str(p): d for p, d in content(pristine / "judged/images/images").items()} == {
+        str(p): d for p, d in content(pristine / "done/images/images").items()
+    }
+
+
+@pytest.mark.parametrize("name", ["clip_score", "class_presence", "near_duplicate"])
+def test_filters_refuse_what_they_should(place, name):
+    rows = lines(Path("judged/images/manifest.jsonl"))
+    scores = [row["scores"][name] for row in rows]
+    known = sorted({score for score in scores if score is not None}, reverse=name == "near_duplicate")
+    # between the worst and the second: most are kept, and what is drawn in place of the others may be
+    threshold = round((known[0] + known[1]) / 2, 6)
+    cli.main(shlex.split(f"run set.yaml work_dir=new filters.clip=clip filters.{name}={threshold} tries=100"))
+    folder, sign = Path("new/images"), 1 if name == "near_duplicate" else -1
+    kept, gone = lines(folder / "manifest.jsonl"), lines(folder / "refused.jsonl")
+    assert len(kept) == 10 and gone and {row["filter"] for row in gone} == {name}
+    assert all(row["threshold"] == threshold and sign * (row["score"] - threshold) > 0 for row in gone)
+    assert all(row["scores"][name] is None or sign * (row["scores"][name] - threshold) <= 0 for row in kept)
+    for row, score in zip(kept, scores, strict=True):
+        tries = [line for line in gone if line["index"] == row["index"]]
+        assert row["attempt"] == len(tries) and row["seed"] == image_seed(0, row["index"], len(tries))
+        # the first try is the image that was judged before; later ones also have others beside them
+        assert bool(tries) == (score is not None and sign * (score - threshold) > 0) or name == "near_duplicate"
+    outputs = json.loads((folder / "stage.json").read_text())["outputs"]
+    assert outputs == {"images": 10, "refused": {name: len(gone)}}
+
+
+def test_shares_are_counted_over_a_grid_against_all_classes(pristine):
+    clip = load_clip(pristine / "clip")
+    names, image = ["sky", "van"], np.random.default_rng(0).integers(0, 256, (1, 34, 33, 3), np.uint8)
+    rivals = ["sky", "van", *(name for name in CLASSES if name != "sky")]
+    words = np.asarray(clip.encode_text(clip.tokenize([f"a photo of a {name}." for name in rivals])))
+    words = words / np.linalg.norm(words, axis=-1, keepdims=True)
+    crops = [image[:, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8] for y in range(4) for x in range(4)]
+    best = (embed(clip, np.concatenate(crops)) @ words.T).argmax(-1)
+    np.testing.assert_array_equal(grid_share(clip, names, image), [[(best == 0).mean(), (best == 1).mean()]])
+    assert len(set(best.tolist())) > 1 and 0 < (best == 0).mean() < 1
+
+
+def test_the_plan_of_the_published_model_is_that_of_the_papers():
+    found = plan(Config("CompVis/stable-diffusion-v1-4"))
+    assert found.parameters == (("unet", 859_520_964), ("vae", 83_653_863), ("text_encoder", 123_060_480))
+    flops = {name: value / 1e12 for name, value in found.flops}
+    assert flops["UNet, one call"] == pytest.approx(2 * 0.4016, rel=1e-3)
+    assert flops["decoder"] == pytest.approx(2 * 1.257, rel=1e-3)
+    assert flops["an image"] == pytest.approx(84.5, rel=1e-3)
+    assert any("2975 images: 251.3 PFLOP on one device, 62.82 on each of 4" in note for note in found.notes)
+    rows = dict(found.memory)
+    assert rows["parameters"] == 4 * (859_520_964 + 83_653_863 + 123_060_480)
+    assert rows["1 device, 8 images on each at once"] == rows["parameters"] + rows["activations"]
+    assert rows["4 devices, 2 images on each at once"] > rows["8 devices, 1 image on each at once"]
+    assert [note.split(":")[0] for note in found.notes[1:3]] == ["80 GB card", "v5e-8 slice"]
+    assert found.notes[3] == "prompt 0: a photo of sks traffic lights" and len(found.notes) == 13
+
+
+def test_guidance_size_type_and_shards_are_in_the_plan():
+    config = Config("stabilityai/stable-diffusion-2")
+    plain = plan(config)
+    assert dict(plain.parameters)["text_encoder"] == 340_387_840
+    alone = plan(Config(config.model, sample=SamplerConfig(guidance=1.0, steps=20, sampler="ddim", size=(512, 512))))
+    flops, less = dict(plain.flops), dict(alone.flops)
+    assert flops["an image"] == 102 * flops["UNet, one call"] + flops["decoder"] + flops["text encoder"]
+    assert less["an image"] == 20 * less["UNet, one call"] + less["decoder"] + less["text encoder"]
+    assert less["UNet, one call"] < flops["UNet, one call"] / 2
+    half = dict(plan(Config(config.model, dtype="bfloat16")).memory)
+    assert 2 * half["parameters"] == dict(plain.memory)["parameters"]
+    parted = dict(plan(Config(config.model, mesh=(1, -1), batch=1)).memory)
+    assert parted["8 devices, 1 image on each at once"] > parted["1 device, 1 image on each at once"]
+
+
+def test_the_plan_reads_a_folder_and_knows_when_it_does_not_know(place, capsys):
+    cli.main(["plan", "set.yaml"])
+    out = capsys.readouterr().out
+    count = sum(leaf.size for leaf in jax.tree.leaves(load_stable_diffusion("model").unet.params))
+    assert f"{count:,}" in out and "10 images of 2 prompts by model" in out and "prompt 1: a truck" in out
+    for model in ("runs/some/export/200", "owner/name"):
+        cli.main(["plan", "set.yaml", f"model={model}"])
+        out = capsys.readouterr().out
+        assert f"no sizes are known: model: '{model}' is no folder and not in the catalogue" in out
+        assert "GFLOP" not in out and "prompt 1: a truck" in out
+    Path("model/vae/config.json").unlink()
+    cli.main(["plan", "set.yaml"])
+    assert "no sizes are known: model/vae/config.json: no such file" in capsys.readouterr().out
+    assert "size: 33x32 are no multiples of 64 pixels" in refused(
+        capsys, "plan set.yaml model=CompVis/stable-diffusion-v1-4 sample.size=[33,32]"
+    )
+
+
+def test_a_device_that_is_too_small_is_told_by_how_much():
+    config = Config("CompVis/stable-diffusion-v1-4", batch=64, device_memory=16)
+    shapes = read_shapes(config.model)
+    with pytest.raises(UserError, match="batch: 64 needs about") as caught:
+        check_memory(config, shapes, 4, 1)
+    need = sum(memory(config, shapes, 16, 1).values()) / 2**30
+    assert f"{need:.2f} GiB on each of 4 devices, {need - 16:.2f} GiB more than the 16.00 GiB there" in str(
+        caught.value
+    )
+    fitting = int(str(caught.value).split("batch=")[1].split()[0])
+    assert fitting % 4 == 0 and sum(memory(config, shapes, fitting // 4, 1).values()) <= 16 * 2**30
+    assert sum(memory(config, shapes, fitting // 4 + 1, 1).values()) > 16 * 2**30
+    check_memory(Config(config.model, batch=fitting, device_memory=16), shapes, 4, 1)
+    with pytest.raises(UserError, match="not even one image fits"):
+        check_memory(Config(config.model, batch=1, device_memory=3), shapes, 1, 1)
+
+
+def test_images_that_were_judged_otherwise_are_never_mixed(place):
+    config, model, before = open_run("set.yaml").config, load_stable_diffusion("model"), content(place)
+    for changes, what in ({"filters": FilterConfig("clip", near_duplicate=0.99)}, "filters"), ({"seed": 1}, "seed"):
+        with pytest.raises(UserError, match=f"done/images: holds images of another generation .*{what}"):
+            draw_images(replace(config, **changes), model, Path("done/images"))
+    assert content(place) == before
+
+
+@pytest.mark.parametrize(("name", "count"), [("generate-sd14-things", 2975), ("generate-street", 200)])
+def test_published_configurations_open(name, count):
+    run = open_run(Path(__file__).parents[2] / f"configs/datum/{name}.yaml")
+    assert [stage.name for stage in run.stages()] == ["images"] and run.config.count == count
+    assert f"images  {count} images of 10 prompts by {run.config.model}" in " ".join(run.plan().text().split(" " * 30))
+    published = run.config.sample == SamplerConfig(size=(512, 512))
+    assert published == (name == "generate-sd14-things") and len(make_prompts(run.config.prompts)) == 10
