@@ -176,7 +176,7 @@ def test_a_part_that_is_lost_comes_back_as_it_was(place, networks, tmp_path, mon
         return write_latents(window, networks.vae, captions, config.data, tmp_path / "bank", 1, digest)
 
     (tmp_path / "bank").mkdir()
-    with pytest.raises(UserError, match="windows.size: 15 of a 32x64 picture is no window of whole latents"):
+    with pytest.raises(UserError, match="size: 15 of a 32x64 picture is no window .*; choose a multiple of 2 that fits"):
         write(size=15)
     with pytest.raises(UserError, match="windows.size: 34 of a 32x64 picture is no window of whole latents"):
         write(size=34)
@@ -379,6 +379,8 @@ def test_values_that_cannot_be_are_named(place, tmp_path):
         ModelConfig((8,), 1, (True,), (3,), 4)
     with pytest.raises(UserError, match="scenes is trained on too; hold other folders"):
         small(place, held=(str(place / "scenes"),))
+    with pytest.raises(UserError, match="check_images: 15; give at least 16, which the overview shows"):
+        small(place, check_images=15)
     shutil.copytree(place / "clip", tmp_path / "clip")
     for path in (tmp_path / "clip").iterdir():
         if path.name not in ("config.json", "model.safetensors", "preprocessor_config.json"):

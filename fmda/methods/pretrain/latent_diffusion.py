@@ -39,6 +39,9 @@ from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.diffusers import LoadedTextEncoder, LoadedUNet, LoadedVae, load_vae, text_graph
 from fmda.weights.tokenizer import Tokenizer
 
+SHOWN = 16
+"""Images in the overview of the check."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -94,9 +97,11 @@ class Config(TrainerConfig):
     check_sample: SamplerConfig = SamplerConfig(sampler="dpm++2m", steps=20, guidance=3.0)
 
     def __post_init__(self) -> None:
-        """Raises UserError for pictures that are trained on and held."""
+        """Raises UserError for pictures that are trained on and held, and for too few images to show."""
         if overlap := set(self.data) & set(self.held):
             raise UserError(f"held: {', '.join(sorted(overlap))} is trained on too; hold other folders")
+        if self.held and self.check_images < SHOWN:
+            raise UserError(f"check_images: {self.check_images}; give at least {SHOWN}, which the overview shows")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ def _windows(
     maps = [scene[name] for name in ("image", "labels", "instances")]
     height, width = maps[1].shape
     if config.size > min(height, width) or config.size % factor or height % factor or width % factor:
-        raise UserError(f"windows.size: {config.size} of a {height}x{width} picture is no window of whole latents")
+        raise UserError(
+            f"windows.size: {config.size} of a {height}x{width} picture is no window of whole latents; choose a "
+            f"multiple of {factor} that fits, and pictures whose sides are multiples too"
+        )
     mirrored = [np.ascontiguousarray(x[:, ::-1]) for x in maps]
     mean, logvar = vae.encode(signed(np.stack([maps[0], mirrored[0]])))
     moments = np.concatenate(jax.device_get((mean, logvar)), axis=-1).astype(np.float16)

@@ -43,7 +43,7 @@ snapshots: [1, 3, 6]
 export: [0, 3, 6]
 store: float32
 log_every: 1
-save_steps: 2
+save_steps: 1
 save_minutes: 60
 """
 
@@ -100,6 +100,12 @@ def arrays(folder, part="unet"):
     return files.read_arrays(folder / part / f"{name}.safetensors")
 
 
+def metrics(work):
+    """Returns the lines of the metrics, without how long things took."""
+    lines = (work / "train/metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "time"} for line in lines]
+
+
 @pytest.fixture(scope="module")
 def unbroken(place):
     return finish(place, "unbroken")
@@ -116,8 +122,7 @@ def test_a_run_leaves_pictures_snapshots_and_models(place, unbroken):
     ]  # fmt: skip
     last = json.loads((unbroken / "export/training.json").read_text())["last"]
     assert last["step"] == 6 and 0 < last["loss"] < 10 and last["learning_rate"] == pytest.approx(1e-3)
-    losses = [row for row in map(json.loads, (unbroken / "train/metrics.jsonl").open()) if "loss" in row]
-    assert [row["step"] for row in losses] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics(unbroken) if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
 def test_all_weights_of_unet_and_text_encoder_move_and_the_autoencoder_stays(place, unbroken):
@@ -302,7 +307,7 @@ def test_the_unet_alone(place):
 def test_adapters_are_merged_into_what_is_exported(place):
     work = finish(place, "lora", "trained=lora", "lora={rank: 3, alpha: 6.0}")
     base = load_stable_diffusion(place / "model").params
-    for part, kernels in (("unet", 16), ("text_encoder", 8)):
+    for part, kernels in (("unet", 4 * 2 * 4), ("text_encoder", 2 * 4)):
         assert len(target_kernels(base[part])) == len(moved(place, work / "export/6", part)) == kernels
     adapters = trees.flatten(read_snapshot(work / "train", 6)["unet"])
     layer = "mid_attention/cross_attention/query"
@@ -316,36 +321,31 @@ def test_prior_preservation_draws_its_class_pictures_first(place):
     prior = "prior={prompt: a road, count: 3, batch: 2, weight: 0.5, sampler: {sampler: ddim, steps: 2}}"
     work = finish(place, "prior", prior, "ema=0.5", "batch=2")
     assert len(list((work / "prepare/class/images").iterdir())) == 3
-    rows = [row for row in map(json.loads, (work / "train/metrics.jsonl").open()) if "loss" in row]
-    for row in rows:
+    for row in (row for row in metrics(work) if "loss" in row):
         assert row["loss"] == pytest.approx(row["target_loss"] + 0.5 * row["prior_loss"], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_killed_at_any_batch_the_snapshots_are_the_same_bits(place, unbroken):
-    for allowed in (0, 1, 3, 2):
+    # a save waits for the one before: with 3 steps begun, that of the first is on the disk
+    for allowed in (0, 3, 3, 1):
         process = launch(place, "killed")
         for _ in range(allowed):
             assert process.stdout.readline() == "drawn\n"
             process.stdin.write("\n")
             process.stdin.flush()
-        # one more batch is drawn and held back: the run stands somewhere in the step before, or its save
+        # one more batch is drawn and held back: the run stands somewhere in the last step begun, or the save before
         assert process.stdout.readline() == "drawn\n"
         process.kill()
         process.communicate(timeout=60)
     killed = finish(place, "killed")
-    assert "resuming at step" in (place / "killed.log").read_text()
+    assert (place / "killed.log").read_text().count("resuming at step") >= 2
     for step in ("000001", "000003", "000006"):
         name = f"train/snapshots/{step}.safetensors"
         assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
     for part in ("unet", "text_encoder"):
         assert small.same(arrays(killed / "export/6", part), arrays(unbroken / "export/6", part))
-
-    def records(work):
-        lines = map(json.loads, (work / "train/metrics.jsonl").open())
-        return [{name: value for name, value in line.items() if name != "time"} for line in lines]
-
-    assert records(killed) == records(unbroken)
+    assert metrics(killed) == metrics(unbroken)
 
 
 @pytest.mark.slow
