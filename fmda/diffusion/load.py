@@ -5,7 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class StableDiffusion:
     def params(self) -> dict[str, trees.Tree]:
         """{"unet", "vae", "text_encoder"}: the parameters of all networks as one tree."""
         return {"unet": self.unet.params, "vae": self.vae.params, "text_encoder": self.text_encoder.params}
+
+    def with_params(self, params: Mapping[str, trees.Tree]) -> "StableDiffusion":
+        """Returns the model with other parameters of some networks; their number format must be the same."""
+        changed = {part: replace(getattr(self, part), params=tree) for part, tree in params.items()}
+        return replace(self, **changed)
 
     @property
     def size(self) -> int:

@@ -176,7 +176,7 @@ def test_a_part_that_is_lost_comes_back_as_it_was(place, networks, tmp_path, mon
         return write_latents(window, networks.vae, captions, config.data, tmp_path / "bank", 1, digest)
 
     (tmp_path / "bank").mkdir()
-    with pytest.raises(UserError, match="size: 15 of a 32x64 picture is no window .*; choose a multiple of 2 that fits"):
+    with pytest.raises(UserError, match="size: 15 of a .* is no window .*; choose a multiple of 2"):
         write(size=15)
     with pytest.raises(UserError, match="windows.size: 34 of a 32x64 picture is no window of whole latents"):
         write(size=34)

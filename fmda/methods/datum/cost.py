@@ -132,7 +132,8 @@ def plan(config: Config) -> Plan:
     stages = (
         ("prepare", _preparation(config)),
         ("train", f"{config.trained} of {config.model}, {config.steps} steps of {config.batch}, kept at {kept}"),
-        ("export", f"steps {', '.join(map(str, config.export_steps))} in diffusers' layout, {config.store}"),
+        *_probing(config),
+        ("export", f"{_exported(config)} in diffusers' layout, {config.store}"),
     )
     try:
         shapes = read_shapes(config.model)
@@ -167,6 +168,19 @@ def _preparation(config: Config) -> str:
     if config.bank:
         words.append(f"{config.bank} crops encoded")
     return ", ".join(words)
+
+
+def _probing(config: Config) -> tuple[tuple[str, str], ...]:
+    if config.probe is None:
+        return ()
+    each = f"{config.probe.count} images of each of {len(config.probed_steps)} steps"
+    return ("probe", each), ("choose", f"a step by alignment, diversity and coverage, seen by {config.probe.clip}")
+
+
+def _exported(config: Config) -> str:
+    if config.export is not None:
+        return f"steps {', '.join(map(str, config.export))}"
+    return f"step {config.snapshot_steps[-1]}" if config.probe is None else "the chosen step"
 
 
 def _fit(config: Config, shapes: DiffusionConfig, what: str, devices: int, limit: float) -> str:

@@ -7,7 +7,7 @@ The networks learn that a rare word stands for the target: DreamBooth on random 
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from fmda.methods.datum.dreambooth import Graphs, make_loss
 from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.settings import Config
 from fmda.methods.datum.snapshots import SnapshotWriter, snapshot_model
+from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
 from fmda.methods.datum.target import (
     ClassPictures,
     Encoded,
@@ -59,17 +60,24 @@ __all__ = ["Config", "export_steps", "plan", "prepare", "stages", "train"]
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns prepare, train and export.
+    """Returns prepare, train, probe and choose where probes are asked for, and export.
 
     prepare: `target.png` (the picture as it is cropped), `crops.png`, and, if asked for, class pictures and encoded
-    crops. train: `snapshots/`, which `snapshot_model` opens. export: a folder in diffusers' layout for each step in
-    `config.export_steps`, named by the step.
+    crops. train: `snapshots/`, which `snapshot_model` opens. probe: images of each step. choose: `choice.json` and what
+    the report shows. export: folders in diffusers' layout, `chosen` or named by the step.
     """
-    return [
+    chain = [
         # always: it is cheap when done, and tells a folder of another picture
         Stage("prepare", lambda folder, done: prepare(config, folder), config, always=True),
         Stage("train", lambda folder, done: train(config, folder, done["prepare"]), config, ("prepare",)),
-        Stage("export", functools.partial(_export, config), config, ("train",), alone=True),
+    ]
+    if config.probe is None:
+        return [*chain, Stage("export", functools.partial(_export, config), config, ("train",), alone=True)]
+    return [
+        *chain,
+        Stage("probe", functools.partial(_probe, config), config, ("train",)),
+        Stage("choose", functools.partial(_choose, config), config, ("probe",), alone=True),
+        Stage("export", functools.partial(_export, config), config, ("train", "choose"), alone=True),
     ]
 
 
@@ -264,29 +272,56 @@ def _moments(vae: LoadedVae, crop: Picture) -> np.ndarray:
     return np.concatenate(jax.device_get(pair), axis=-1)[0]
 
 
+def _probe(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    assert config.probe is not None
+    dtype = jnp.dtype(config.precision)
+    base = load_stable_diffusion(config.model, config.revision)
+    # what draws computes in the number format of the run; snapshots are told by the parameters as they are stored
+    frame = base if dtype == jnp.float32 else load_stable_diffusion(config.model, config.revision, dtype)
+
+    def model_after(step: int) -> StableDiffusion:
+        return frame.with_params(cast(snapshot_model(config, done["train"], step, base).params, dtype))
+
+    drawing = probe_config(config.probe, config.token, config.precision, config.device_memory)
+    return {"images": draw_probes(drawing, model_after, config.probed_steps, folder)}
+
+
+def _choose(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    assert config.probe is not None
+    target = done["prepare"] / "target.png"
+    return write_choice(config.probe, config.probed_steps, done["probe"], target, config.crop, folder)
+
+
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    paths = export_steps(config, done["train"], folder, config.export_steps)
+    if config.export is not None:
+        named = {str(step): step for step in config.export}
+    elif config.probe is not None:
+        named = {"chosen": json.loads((done["choose"] / "choice.json").read_text(encoding="utf-8"))["step"]}
+    else:
+        named = {str(step): step for step in config.snapshot_steps[-1:]}
+    paths = export_steps(config, done["train"], folder, named)
     lines = (done["train"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = next(row for row in map(json.loads, reversed(lines)) if "loss" in row)
-    write_atomic(folder / "training.json", json.dumps({"config": to_dict(config), "last": last}, indent=1) + "\n")
+    record = {"config": to_dict(config), "last": last, "models": named}
+    write_atomic(folder / "training.json", json.dumps(record, indent=1) + "\n")
     return {"models": [str(path) for path in paths]}
 
 
-def export_steps(config: Config, train: Path, folder: Path, steps: Sequence[int]) -> list[Path]:
-    """Returns the folders `<step>`, in diffusers' layout, of some snapshots of the folder `train`.
+def export_steps(config: Config, train: Path, folder: Path, named: Mapping[str, int]) -> list[Path]:
+    """Returns the folders, in diffusers' layout, of some snapshots of the folder `train`: {name of folder: step}.
 
     A folder appears whole or not at all; one that is there already stays.
     """
     base = None
-    for step in steps:
-        path, part = folder / str(step), folder / f".{step}.part"
+    for name, step in named.items():
+        path, part = folder / name, folder / f".{name}.part"
         if path.is_dir():
             continue
         shutil.rmtree(part, ignore_errors=True)
         base = base or load_stable_diffusion(config.model, config.revision)
         save_stable_diffusion(part, snapshot_model(config, train, step, base), dtype=jnp.dtype(config.store))
         part.rename(path)
-    return [folder / str(step) for step in steps]
+    return [folder / name for name in named]
 
 
 def _write_png(path: Path, picture: Picture) -> None:

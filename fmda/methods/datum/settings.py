@@ -5,6 +5,7 @@ from typing import Literal
 
 from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
+from fmda.methods.datum.stop import ProbeConfig
 from fmda.methods.trainer import TrainerConfig
 from fmda.models.sd_unet import Remat
 from fmda.train import OptimConfig
@@ -80,7 +81,9 @@ class Config(TrainerConfig):
         accumulate: parts that a batch is taken in.
         ema: share that an average of the weights keeps at each step; None keeps none.
         snapshots: steps at which the weights are kept; None for every fifth of the run.
-        export: of these steps (0 is the untouched model) those written in diffusers' layout; None for the last.
+        probe: images of every snapshot, whose curves choose a step without labels; None draws none.
+        export: of the snapshots (0 is the untouched model) those written in diffusers' layout, by their step; None for
+            the chosen one, as `chosen`, and without probes for the last.
         store: number format of snapshots and exported models.
         precision: "bfloat16" computes in it; parameters, moments and losses stay in float32.
         remat: what is kept for the backward pass of the UNet.
@@ -104,6 +107,7 @@ class Config(TrainerConfig):
     optim: Optimizer = field(default_factory=Optimizer)
     ema: float | None = None
     snapshots: tuple[int, ...] | None = None
+    probe: ProbeConfig | None = None
     export: tuple[int, ...] | None = None
     store: Literal["float16", "bfloat16", "float32"] = "float16"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -127,7 +131,7 @@ class Config(TrainerConfig):
             raise UserError(
                 f"snapshots: {list(steps)} must rise from 1 or later to {self.steps} at most; mend the list"
             )
-        for step in self.export_steps:
+        for step in self.export or ():
             if step not in (0, *steps):
                 raise UserError(f"export: step {step} is no snapshot; choose of {[0, *steps]}, or add it to snapshots")
 
@@ -139,9 +143,9 @@ class Config(TrainerConfig):
         return tuple(sorted({max(1, round(self.steps * part / 5)) for part in range(1, 6)}))
 
     @property
-    def export_steps(self) -> tuple[int, ...]:
-        """The steps whose models are written in diffusers' layout."""
-        return self.snapshot_steps[-1:] if self.export is None else self.export
+    def probed_steps(self) -> tuple[int, ...]:
+        """The steps that probes are drawn of: the untouched model and every snapshot."""
+        return (0, *self.snapshot_steps)
 
     @property
     def trained_parts(self) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """The trained weights at chosen steps, and the model that they make of the untouched one."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,14 +90,7 @@ def snapshot_model(config: Config, train: Path, step: int, base: StableDiffusion
     begun = files.read_json(train / "train.json")["config"]["weights"]
     if base.fingerprint != begun:
         raise UserError(f"{config.model}: its weights are not those that {train} began with; give the same model again")
-    params = {part: _whole(config, base.params[part], weights) for part, weights in trained.items()}
-    return dataclasses.replace(
-        base,
-        unet=dataclasses.replace(base.unet, params=params.get("unet", base.unet.params)),
-        text_encoder=dataclasses.replace(
-            base.text_encoder, params=params.get("text_encoder", base.text_encoder.params)
-        ),
-    )
+    return base.with_params({part: _whole(config, base.params[part], weights) for part, weights in trained.items()})
 
 
 def _whole(config: Config, own: Tree, trained: Tree) -> Tree:

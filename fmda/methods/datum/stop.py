@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -21,12 +21,16 @@ from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import StableDiffusion
 from fmda.diffusion.manifest import Manifest
 from fmda.evaluate.quality import alignment, pairwise_diversity, spread
+from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.evaluate.stopping import Choice, choose_step
 from fmda.methods.generate import Config as GenerateConfig
 from fmda.methods.generate import PromptConfig, draw_images, embed, grid_share
 from fmda.weights.clip import LoadedClip, load_clip
 
+Precision = Literal["float32", "bfloat16"]
 BLOCK = 32
+SHOWN = 8
+"""Images of each model in the report."""
 MEASURES = ("alignment", "nearest", "diversity", "coverage", "alignment_error", "diversity_error")
 
 
@@ -55,16 +59,24 @@ class ProbeConfig:
     seed: int = 0
 
 
+def probe_config(probe: ProbeConfig, token: str, dtype: Precision, device_memory: float | None) -> GenerateConfig:
+    """Returns what draws the images of one snapshot; the model's name is left to `draw_probes`."""
+    return GenerateConfig(
+        model="", prompts=dataclasses.replace(probe.prompts, token=token), count=probe.count, batch=probe.batch,
+        seed=probe.seed, sample=probe.sample, dtype=dtype, device_memory=device_memory,
+    )  # fmt: skip
+
+
 def draw_probes(
-    probe: ProbeConfig, model_after: Callable[[int], StableDiffusion], steps: Sequence[int], folder: Path
-) -> None:
-    """Fills `folder/<step>` with images of the model after each step; what is there already stays."""
+    drawing: GenerateConfig, model_after: Callable[[int], StableDiffusion], steps: Sequence[int], folder: Path
+) -> int:
+    """Fills `folder/<step>` with images of the model after each step and returns their number.
+
+    What is there already stays.
+    """
     for step in steps:
-        config = GenerateConfig(
-            model=str(step), prompts=probe.prompts, count=probe.count, batch=probe.batch, seed=probe.seed,
-            sample=probe.sample,
-        )  # fmt: skip
-        draw_images(config, model_after(step), folder / str(step))
+        draw_images(dataclasses.replace(drawing, model=f"step {step}"), model_after(step), folder / str(step))
+    return len(steps) * drawing.count
 
 
 def read_images(folder: Path) -> np.ndarray:
@@ -134,7 +146,7 @@ def choose(curves: Curves, floor: float) -> Choice:
 def write_choice(
     probe: ProbeConfig, steps: Sequence[int], probes: Path, target: Path, crop: int, folder: Path
 ) -> dict[str, Any]:
-    """Writes `choice.json`, `curves.png` and `before-after.png`; returns {"step", "reason"}."""
+    """Writes `choice.json`, `curves.png`, `before-after.png` and the report's sections; returns {"step", "reason"}."""
     clip, picture = load_clip(probe.clip), read_image(target)
     curves = measure(probe, steps, probes, target_crops(picture, crop, probe.crops, probe.seed), clip)
     found = choose(curves, probe.floor)
@@ -146,14 +158,32 @@ def write_choice(
         **{name: np.asarray(values).tolist() for name, values in rows.items()},
     }
     write_atomic(folder / "curves.png", _chart(curves, found))
-    before, after = (read_images(probes / str(step))[:8] for step in (0, found.step))
+    before, after = (read_images(probes / str(step))[:SHOWN] for step in (0, found.step))
     write_atomic(folder / "before-after.png", _before_after(picture, before, after))
+    write_sections(folder, _sections(curves, found))
     write_atomic(folder / "choice.json", json.dumps(record, indent=1) + "\n")
     return {"step": found.step, "reason": found.reason}
 
 
 def _blocks(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
     return np.concatenate([embed(clip, images[i : i + BLOCK]) for i in range(0, len(images), BLOCK)])
+
+
+def _sections(curves: Curves, found: Choice) -> list[Section]:
+    columns = ("step", "distance to the target's crops", "diversity", "classes found", "gain", "diversity kept")
+    values = zip(
+        curves.steps, curves.alignment, curves.diversity, curves.coverage, found.gain, found.kept, strict=True
+    )  # fmt: skip
+    rows = tuple((step, *(round(float(value), 4) for value in row)) for step, *row in values)
+    return [
+        Section(
+            "Personalised on one picture",
+            "On top the target; below it images of the untouched model, and the same prompts and seeds after "
+            f"{found.step} steps.",
+            image="before-after.png",
+        ),
+        Section("When to stop", found.reason, Table(columns, rows), "curves.png"),
+    ]
 
 
 def _chart(curves: Curves, found: Choice) -> bytes:

@@ -57,7 +57,7 @@ def test_cityscapes_is_planned_with_the_constants_of_the_paper():
     assert (optim.no_decay, optim.clip_norm) == ((), 1.0)
     assert (found.resize, found.crop, found.batch, found.accumulate) == (1024, 512, 1, 1)
     assert (found.trained, found.prior, found.ema, found.precision) == ("unet+text", None, None, "float32")
-    assert found.snapshot_steps == (200, 400, 600, 800, 1000) and found.export_steps == (200,)
+    assert found.snapshot_steps == (200, 400, 600, 800, 1000) and found.export == (200,)
     assert (found.token, found.prompt) == ("sks", "a photo of a sks urban scene")
 
 

@@ -22,6 +22,7 @@ from fmda.config import from_dict, read_yaml
 from fmda.data.files import read_image
 from fmda.diffusion.load import load_stable_diffusion
 from fmda.errors import UserError
+from fmda.evaluate.report import report
 from fmda.methods.datum.lora import target_kernels
 from fmda.methods.datum.personalise import export_steps, prepare, starting_point
 from fmda.methods.datum.settings import Config
@@ -155,7 +156,7 @@ def test_a_snapshot_goes_with_the_model_it_began_from(place, unbroken):
 
 def test_an_export_that_was_broken_off_is_made_again(place, unbroken, tmp_path):
     (tmp_path / ".6.part/unet").mkdir(parents=True)
-    paths = export_steps(configured(place, store="float16"), unbroken / "train", tmp_path, (6,))
+    paths = export_steps(configured(place, store="float16"), unbroken / "train", tmp_path, {"6": 6})
     assert paths == [tmp_path / "6"] and [path.name for path in tmp_path.iterdir()] == ["6"]
     stored = arrays(tmp_path / "6")
     assert {array.dtype for array in stored.values()} == {np.dtype("float16")}
@@ -325,6 +326,22 @@ def test_prior_preservation_draws_its_class_pictures_first(place):
         assert row["loss"] == pytest.approx(row["target_loss"] + 0.5 * row["prior_loss"], rel=1e-5)
 
 
+def test_probes_choose_the_step_that_is_exported(place):
+    prompts = "prompts: {form: '{token} {class}', classes: [car, bus]}"
+    probe = f"probe={{count: 4, batch: 2, crops: 4, clip: street-clip, {prompts}, sample: {{steps: 2}}}}"
+    work = finish(place, "probed", probe, "export=null", "steps=2", "snapshots=[2]")
+    drawn_of = [line["prompt"] for line in map(json.loads, (work / "probe/2/manifest.jsonl").read_text().splitlines())]
+    assert drawn_of == ["sks car", "sks bus"] * 2
+    drawn = [(work / f"probe/{step}/images/im_000000_p0.png").read_bytes() for step in (0, 2)]
+    assert drawn[0] != drawn[1]
+    choice = json.loads((work / "choose/choice.json").read_text())
+    assert choice["curves"]["steps"] == [0, 2] and choice["step"] in (0, 2)
+    model = load_stable_diffusion(work / "export/chosen")
+    assert small.same(model.params, snapshot_model(configured(place), work / "train", choice["step"]).params)
+    page = report([work], work / "report.html").read_text()
+    assert "Personalised on one picture" in page and "When to stop" in page and page.count("data:image/") >= 2
+
+
 @pytest.mark.slow
 def test_killed_at_any_batch_the_snapshots_are_the_same_bits(place, unbroken):
     # a save waits for the one before: with 3 steps begun, that of the first is on the disk
@@ -409,5 +426,5 @@ def test_two_processes_equal_one(place, one):
 
 def test_defaults_are_the_paper_s():
     config = Config(image="target.png")
-    assert config.snapshot_steps == (200, 400, 600, 800, 1000) and config.export_steps == (1000,)
+    assert config.snapshot_steps == (200, 400, 600, 800, 1000) and config.export is None
     assert dataclasses.replace(config, steps=3).snapshot_steps == (1, 2, 3)
