@@ -18,10 +18,11 @@ from fmda import trees
 from fmda.diffusion.draw import SamplerConfig, check_size, make_draw
 from fmda.diffusion.filters import BannedWords, ClassPresence, ClipScore, DuplicatePrompt, LongPrompt, NearDuplicate
 from fmda.diffusion.filters import PromptFilter as AnyPromptFilter
-from fmda.diffusion.generate import generate
+from fmda.diffusion.generate import SHEET, generate
 from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
 from fmda.diffusion.manifest import Prompt
 from fmda.errors import UserError
+from fmda.evaluate.sections import Section, write_sections
 from fmda.mesh import make_mesh
 from fmda.methods.pipeline import Plan, Stage
 from fmda.models.catalog import ENTRIES, DiffusionConfig
@@ -342,7 +343,12 @@ def draw_images(
 
 def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     model = load_stable_diffusion(config.model, config.revision, jnp.dtype(config.dtype))
-    return draw_images(config, model, folder)
+    counts = draw_images(config, model, folder)
+    if jax.process_index() == 0:
+        refused = ", ".join(f"{number} by {name}" for name, number in counts["refused"].items()) or "none"
+        text = f"{counts['images']} images by {config.model}; refused and drawn again: {refused}. The first of each prompt:"
+        write_sections(folder, [Section("Images from prompts", text, image=SHEET)])
+    return counts
 
 
 def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> list[Any]:

@@ -1,0 +1,141 @@
+"""Does personalisation on ONE picture bring generated images nearer to the picture's domain, and is the step well chosen?
+
+    python benchmarks/personalise_world.py --out benchmarks/results/personalise-world.json
+
+For each domain of the street world and each of its target pictures, runs a personalisation with probes. Its images
+before and after are measured against held pictures of the same domain: CMMD with the small CLIP (unbiased, so that 0 is
+what two samples of one distribution have), and the share of the prompted classes that a classifier finds, which is
+fitted to real pictures of all domains. The step that the label-free curves choose stands beside the best in hindsight:
+that of least CMMD among those that keep the coverage.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmda.config import from_dict, merge, read_yaml
+from fmda.diffusion.manifest import Manifest
+from fmda.evaluate.quality import cmmd
+from fmda.methods.datum import personalise
+from fmda.methods.datum.settings import Config
+from fmda.methods.datum.stop import read_images
+from fmda.methods.pipeline import run_stages
+from fmda.methods.pretrain.crops import TAGS
+from fmda.methods.pretrain.diffusion_check import Images, Probe, Windows, cut_windows, described, embeddings
+from fmda.methods.pretrain.latent_diffusion import Padded
+from fmda.methods.pretrain.latents import WindowConfig, caption_maker
+from fmda.methods.render import RenderConfig, write_world
+from fmda.perf.record import record, write_record
+from fmda.weights.clip import LoadedClip, load_clip
+from fmda.weights.files import read_json
+
+FLOOR = 0.8
+"""Share of the untouched model's coverage that a step must keep."""
+
+
+def windows(clip: LoadedClip, roots: Sequence[Path], side: int, count: int) -> Windows:
+    """Returns windows of rendered pictures with what they show."""
+    assert clip.tokenizer is not None
+    config = WindowConfig(size=side)
+    captions = caption_maker(config, Padded(clip.tokenizer, clip.config.text.context))
+    return cut_windows(config, captions, [str(root) for root in roots], count, seed=3)
+
+
+def coverage(clip: LoadedClip, probe: Probe, folder: Path, images: Images) -> float:
+    """Returns the share of images in which the prompted class is found, mean over the classes."""
+    asked = [picture.class_name for picture in Manifest.read(folder).pictures]
+    found = probe(described(clip, images))
+    there = np.array([found[i, TAGS.index(name)] for i, name in enumerate(asked)])
+    return float(np.mean([there[[k == name for k in asked]].mean() for name in dict.fromkeys(asked)]))
+
+
+def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, Any]:
+    """Runs one personalisation; returns its curves against held pictures, the chosen step and the best."""
+    done = run_stages(personalise.stages(config), work, config)
+    rows = []
+    for step in config.probed_steps:
+        images = read_images(done["probe"] / str(step))
+        rows.append({
+            "step": step,
+            "cmmd": round(cmmd(held, embeddings(clip, images), unbiased=True), 4),
+            "coverage": round(coverage(clip, probe, done["probe"] / str(step), images), 4),
+        })  # fmt: skip
+    chosen = read_json(done["choose"] / "choice.json")
+    kept = [row for row in rows if row["coverage"] >= FLOOR * rows[0]["coverage"]]
+    after = next(row for row in rows if row["step"] == chosen["step"])
+    return {
+        "chosen": after["step"],
+        "hindsight": min(kept, key=lambda row: row["cmmd"])["step"],
+        "cmmd_before": rows[0]["cmmd"],
+        "cmmd_after": after["cmmd"],
+        "cmmd_hindsight": min(row["cmmd"] for row in kept),
+        "coverage_kept": round(after["coverage"] / max(rows[0]["coverage"], 1e-9), 4),
+        "reason": chosen["reason"],
+        "steps": rows,
+    }
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Returns the means over the target pictures of each domain."""
+    found = {}
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        own = [row for row in rows if row["domain"] == domain]
+        values = {
+            name: float(np.mean([row[name] for row in own]))
+            for name in ("cmmd_before", "cmmd_after", "cmmd_hindsight", "coverage_kept", "cmmd_floor")
+        }
+        found[domain] = {name: round(value, 4) for name, value in values.items()}
+        found[domain]["ratio"] = round(values["cmmd_after"] / values["cmmd_before"], 4)
+    return found
+
+
+def main() -> None:
+    """Runs every target of every domain, prints a line for each and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/datum/personalise-street.yaml"))
+    parser.add_argument("--model", default="street-diffusion")
+    parser.add_argument("--domains", nargs="+", default=["night", "fog"])
+    parser.add_argument("--targets", type=int, default=3, help="target pictures of a domain")
+    parser.add_argument("--held", type=int, default=200, help="held pictures of a domain, one window of each")
+    parser.add_argument("--count", type=int, default=100, help="images of each step")
+    parser.add_argument("--clip", default="street-clip")
+    parser.add_argument("--work", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="personalise-world-"))
+    every = ("photo", "styles", "game", "night", "fog", "dusk", "rain", "snow")
+    known = write_world(RenderConfig(dict.fromkeys(every, 100), seed=21), work / "known")
+    targets = write_world(RenderConfig(dict.fromkeys(options.domains, options.targets), seed=22), work / "targets")
+    held = write_world(RenderConfig(dict.fromkeys(options.domains, options.held), seed=23), work / "held")
+    values = merge(read_yaml(options.config), {"model": options.model, "probe": {"count": options.count}})
+    values.pop("kind")
+    side = values["crop"]
+    clip = load_clip(options.clip)
+    seen = windows(clip, known, side, 1600)
+    probe = Probe.fit(described(clip, seen.images), seen.present)
+    rows = []
+    for domain, target, root in zip(options.domains, targets, held, strict=True):
+        real = embeddings(clip, windows(clip, [root], side, options.held).images)
+        floor = cmmd(
+            real, embeddings(clip, windows(clip, [known[every.index(domain)]], side, 100).images), unbiased=True
+        )
+        for number, picture in enumerate(sorted((target / "images").iterdir())):
+            config = from_dict(Config, values | {"image": str(picture)})
+            row = {"domain": domain, "target": number, "cmmd_floor": round(floor, 4)}
+            row |= measured(config, work / f"{domain}-{number}", real, clip, probe)
+            print(
+                f"{domain:8} {number}  CMMD {row['cmmd_before']:.3f} -> {row['cmmd_after']:.3f} at step {row['chosen']}"
+                f" (best {row['cmmd_hindsight']:.3f} at {row['hindsight']}), coverage kept {row['coverage_kept']:.0%}",
+                flush=True,
+            )
+            rows.append(row)
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("work", "out")}
+    write_record(record("personalise-world", settings=settings, means=means(rows), rows=rows), options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""From captions to pictures with Stable Diffusion 1.4 at full size: ours against the same loop in diffusers' torch.
+
+Text encoder, guided sampling (captioned and empty in one batched call), decoder, bytes. Each side runs in a process of
+its own, one after another, so that each has the device to itself and its peak memory is its own. All hold the same
+random weights, every leaf off the value where a fresh network has it, stored and computed with in the type asked for,
+and take four batches of random captions and noise in turn; the first pictures are compared. Ours is the one program
+that generation runs; the peer is a plain loop over diffusers' scheduler with the noise ready-made, and as `compiled`
+its networks go through torch.compile. Both work out the empty caption's states in each call.
+
+    python benchmarks/sd_sampling.py --out benchmarks/results/sd-sampling.json
+
+On a GPU 512 pixels in bfloat16, 50 steps; `--small`, and any CPU, takes 128 pixels in float32 and 4 steps.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# this process only starts others: it must not claim the device's memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# `fmda bench` runs this file from elsewhere
+sys.path.insert(0, str(Path(__file__).parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sd_vae import (
+    BATCHES,
+    PEERS,
+    answer,
+    arguments,
+    check_memory,
+    compared,
+    finish,
+    networks,
+    parsed,
+    random_parameters,
+    run_side,
+    shown,
+    timed,
+    torch_device,
+    torch_network,
+    wait_for_torch,
+)
+
+from fmda import trees
+from fmda.diffusion.draw import Graphs, SamplerConfig, make_program
+from fmda.diffusion.samplers import timesteps
+from fmda.diffusion.schedule import CLASSES, SAMPLERS, ScheduleConfig
+from fmda.perf import compiled_memory, text_flops
+from fmda.perf.diffusion_flops import sampling_flops, unet_flops, vae_decode_flops
+from fmda.trees import Tree
+from fmda.weights.diffusers import text_graph, unet_graph, vae_graph
+
+GUIDANCE = 7.5
+PARTS = ("unet", "vae", "text_encoder")
+
+
+def shapes(options: argparse.Namespace) -> dict[str, Tree]:
+    """Returns the parameters' shapes of all three networks."""
+    config = networks(options)
+    graphs = (unet_graph(config.unet), vae_graph(config.vae), text_graph(config.text_encoder))
+    return {part: tree for part, (_, tree) in zip(PARTS, graphs, strict=True)}
+
+
+def inputs(options: argparse.Namespace) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Returns the ids of no caption [T], and the batches: ids [B, T] and seeds [B]."""
+    text, (batch,), rng = networks(options).text_encoder, options.batch, np.random.default_rng(2)
+
+    def ids(*rows: int) -> np.ndarray:
+        return rng.integers(text.vocab_size, size=(*rows, text.context), dtype=np.int32)
+
+    return ids(), [(ids(batch), rng.integers(2**32, size=batch, dtype=np.uint32)) for _ in range(BATCHES)]
+
+
+def ours(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns times, memory and first pictures of ours."""
+    config, dtype = networks(options), options.dtype
+    graphs = Graphs(
+        unet_graph(config.unet, dtype)[0],
+        vae_graph(config.vae, dtype)[0],
+        text_graph(config.text_encoder, dtype)[0],
+        ScheduleConfig(),
+        config.vae.scale,
+    )
+    (sampler,), shape = options.sampler, (options.latent, options.latent, config.unet.in_channels)
+    program = make_program(graphs, SamplerConfig(sampler, options.steps, GUIDANCE), shape)
+    params = {
+        part: random_parameters(tree, lambda leaf: jnp.array(leaf, dtype)) for part, tree in shapes(options).items()
+    }
+    empty, batches = jax.tree.map(jnp.asarray, inputs(options))
+    begin = time.perf_counter()
+    compiled = jax.jit(program).lower(params, batches[0][0], empty, batches[0][1]).compile()
+    seconds = time.perf_counter() - begin
+
+    def launch(i: int) -> jax.Array:
+        ids, seeds = batches[i % BATCHES]
+        return compiled(params, ids, empty, seeds)
+
+    times = timed(launch, jax.block_until_ready, options)
+    found = {"pictures": shown(launch(0))}
+    return times | {"found": found, "compile_s": seconds, "compiled_bytes": compiled_memory(compiled)}
+
+
+def peer(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns times and first pictures of the peer."""
+    import diffusers
+    import torch
+
+    device, config = torch_device(), networks(options)
+    dtype, (sampler,) = getattr(torch, options.dtype), options.sampler
+    name = next(name for name, ours in CLASSES.items() if ours == sampler)
+    scheduler = getattr(diffusers, name).from_config(ScheduleConfig().to_json())
+    unet, vae, text = (
+        torch_network(part, getattr(config, part), device, options.dtype).eval().requires_grad_(False) for part in PARTS
+    )
+    decode = vae.decode
+    if options.side == "compiled":
+        unet, decode, text = (torch.compile(call, mode=options.compile_mode) for call in (unet, decode, text))
+    empty, batches = inputs(options)
+    shape = (options.latent, options.latent, config.unet.in_channels)
+    given = []
+    for ids, seeds in batches:
+        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(jnp.asarray(seeds))
+        start = torch.tensor(np.asarray(noise)).permute(0, 3, 1, 2).to(device)
+        given.append((torch.tensor(ids).to(device), start))
+    nothing = torch.tensor(empty)[None].to(device)
+
+    @torch.no_grad()
+    def launch(i: int) -> Any:
+        ids, start = given[i % BATCHES]
+        without = text(nothing).last_hidden_state.expand(len(ids), -1, -1)
+        states = torch.cat([without, text(ids).last_hidden_state])
+        scheduler.set_timesteps(options.steps, device=device)
+        # the steps are taken in float32, as ours: in bfloat16 the noise level itself is rounded
+        latents = start * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            twice = scheduler.scale_model_input(torch.cat([latents, latents]), t).to(dtype)
+            first, second = unet(twice, t, states, return_dict=False)[0].float().chunk(2)
+            latents = scheduler.step(first + GUIDANCE * (second - first), t, latents, return_dict=False)[0]
+        images = decode((latents / config.vae.scale).to(dtype), return_dict=False)[0].float()
+        return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    times = timed(launch, wait_for_torch, options)
+    return times | {"found": {"pictures": shown(launch(0).cpu().numpy())}}
+
+
+def image_flops(options: argparse.Namespace, sampler: str, batch: int) -> float:
+    """Returns the FLOPs of one picture by formula; the empty caption is read once for the batch."""
+    config, pixels = networks(options), options.latent * networks(options).vae.factor
+    u, v, t = config.unet, config.vae, config.text_encoder
+    unet = unet_flops(
+        options.latent, t.context, channels=u.channels, layers=u.layers, attention=u.attention,
+        context_width=u.context_width,
+    )  # fmt: skip
+    return sampling_flops(
+        len(timesteps(ScheduleConfig(), sampler, options.steps)),
+        unet=unet,
+        decode=vae_decode_flops(pixels, channels=v.channels, layers=v.layers, latent_channels=v.latent_channels),
+        text=(1 + 1 / batch) * text_flops(t.context, width=t.width, layers=t.layers, mlp_width=t.mlp_width),
+    )
+
+
+def main() -> None:
+    """Runs the benchmark and prints its record."""
+    parser = arguments(__doc__)
+    parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=["ddim", "plms"])
+    parser.add_argument("--steps", type=int)
+    small = {"batch": [1], "latent": 16, "dtype": "float32", "repeats": 3, "warmup": 1, "peers": ["eager"], "steps": 4}
+    full = {"batch": [1, 4, 16], "latent": 64, "dtype": "bfloat16", "repeats": 5, "warmup": 2, "peers": list(PEERS)}
+    options = parsed(parser, small, full | {"steps": 50})
+    if options.side:
+        return answer(options, ours(options) if options.side == "ours" else peer(options))
+    # torch takes the weights from copies of them
+    check_memory(2 * 4 * trees.count(shapes(options)))
+    rows = []
+    for sampler in options.sampler:
+        for batch in options.batch:
+            one = {"batch": [batch], "sampler": [sampler]}
+            sides = {side: run_side(__file__, side, options, **one) for side in ("ours", *options.peers)}
+            flops = batch * image_flops(options, sampler, batch)
+            rows.append({"sampler": sampler, "batch": batch} | compared(sides, batch, flops, options.dtype))
+    finish(
+        "sd-sampling", rows, options, steps=options.steps, guidance=GUIDANCE,
+        pixels=options.latent * networks(options).vae.factor, synthetic="random weights, captions and noise",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

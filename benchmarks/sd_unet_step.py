@@ -1,0 +1,255 @@
+"""A DreamBooth step of Stable Diffusion 1.4 at full size: ours against diffusers' torch UNet.
+
+Forward, backward, clipping and AdamW, the UNet alone or with its text encoder. Each side runs in a process of its own,
+one after another, so that each has the device to itself and its peak memory is its own. All hold the same random
+weights, every leaf off the value where a fresh network has it, and take the same four random batches in turn. Losses
+and gradient norms of the first steps are compared.
+
+Ours is the step that personalisation trains with: compiled ahead of time, its state donated. The peer has noisy
+latents and targets ready-made, runs under autocast where the type is bfloat16 (parameters and moments stay float32, as
+ours), with channels-last weights and fused AdamW. Neither keeps an average of the weights.
+
+    python benchmarks/sd_unet_step.py --out benchmarks/results/sd-unet-step.json
+
+On a GPU latents of 64x64 (512 pixels) in bfloat16; `--small`, and any CPU, takes 16x16 (128 pixels) in float32.
+`launch_s` is how long the host takes to start a call; `dispatch` is that of programs that do next to nothing, with as
+many arrays as the step and with one.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# this process only starts others: it must not claim the device's memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# `fmda bench` runs this file from elsewhere
+sys.path.insert(0, str(Path(__file__).parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sd_vae import (
+    BATCHES,
+    PEERS,
+    answer,
+    arguments,
+    check_memory,
+    compared,
+    finish,
+    networks,
+    parsed,
+    random_parameters,
+    run_side,
+    timed,
+    torch_device,
+    torch_network,
+    wait_for_torch,
+)
+
+from fmda import trees
+from fmda.diffusion.schedule import ScheduleConfig
+from fmda.methods.datum.dreambooth import Graphs, make_loss, noised
+from fmda.methods.datum.settings import Optimizer
+from fmda.perf import compiled_memory, text_flops
+from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_flops
+from fmda.perf.diffusion_memory import personalisation_memory, unet_training_bytes
+from fmda.precision import Policy
+from fmda.train.optim import make_optimizer
+from fmda.train.state import create_state
+from fmda.train.step import make_step
+from fmda.trees import Tree
+from fmda.weights.diffusers import text_graph, unet_graph, vae_graph
+
+COMPARED = 3
+"""First steps whose losses are compared."""
+
+
+def graphs(options: argparse.Namespace) -> tuple[Graphs, dict[str, Tree]]:
+    """Returns the networks and the shapes of what trains."""
+    config, dtype = networks(options), Policy.named(options.dtype).compute
+    unet, shapes = unet_graph(config.unet, dtype, options.remat)
+    text, text_shapes = text_graph(config.text_encoder, dtype)
+    trained = {"unet": shapes} | ({"text_encoder": text_shapes} if options.trained == "unet+text" else {})
+    return Graphs(unet, text, vae_graph(config.vae, dtype)[0], ScheduleConfig(), config.vae.scale), trained
+
+
+def inputs(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+    """Returns what all steps share, the caption's ids or states, and the batches: moments of latents, and seeds."""
+    config, (batch,), side = networks(options), options.batch, options.latent
+    rng = np.random.default_rng(2)
+    text = config.text_encoder
+    if options.trained == "unet+text":
+        caption = {"ids": rng.integers(text.vocab_size, size=(1, text.context), dtype=np.int32)}
+    else:
+        caption = {"context": rng.normal(size=(1, text.context, text.width)).astype(np.float32)}
+    found = []
+    for _ in range(BATCHES):
+        mean = 5 * rng.normal(size=(batch, 1, side, side, config.vae.latent_channels))
+        moments = np.concatenate([mean, np.full_like(mean, -5.0)], axis=-1).astype(np.float32)
+        found.append({"moments": moments, "seed": rng.integers(2**32, size=(batch, 1), dtype=np.uint32)})
+    return caption, found
+
+
+def our_step(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns times, memory and losses of ours."""
+    modules, shapes = graphs(options)
+    tx = optax.set_to_zero() if options.optimizer == "none" else make_optimizer(Optimizer(), 1000)
+    step = make_step(make_loss(modules), tx)
+    frozen, batches = (jax.tree.map(jnp.asarray, tree) for tree in inputs(options))
+    key = jax.random.key(0)
+
+    def init(params: Tree) -> Any:
+        return create_state(params, tx, ema=False)
+
+    begin = time.perf_counter()
+    abstract = jax.eval_shape(init, shapes)
+    compiled = jax.jit(step, donate_argnums=0).lower(abstract, frozen, batches[0], key).compile()
+    seconds = time.perf_counter() - begin
+    params = {part: random_parameters(tree, jnp.array) for part, tree in shapes.items()}
+    state = jax.jit(init, donate_argnums=0)(params)
+    del params
+    seen = []
+
+    def launch(i: int) -> Any:
+        nonlocal state
+        state, metrics = compiled(state, frozen, batches[i % BATCHES], key)
+        seen.append(metrics)
+        return state
+
+    times = timed(launch, jax.block_until_ready, options)
+    found = {name: [float(step[name]) for step in seen[:COMPARED]] for name in ("loss", "grad_norm")}
+    leaves = len(jax.tree.leaves((abstract, frozen, batches[0]))) + 1
+    return times | {
+        "found": found,
+        "compile_s": seconds,
+        "compiled_bytes": compiled_memory(compiled),
+        "dispatch": dispatch(leaves),
+    }
+
+
+def dispatch(leaves: int) -> dict[str, Any]:
+    """Returns the times of programs that add one to each of so many donated scalars, and to one."""
+    found: dict[str, Any] = {"leaves": leaves}
+    for name, count in (("all", leaves), ("one", 1)):
+        state = [jnp.zeros(()) for _ in range(count)]
+        compiled = jax.jit(lambda state: [x + 1 for x in state], donate_argnums=0).lower(state).compile()
+
+        def launch(i: int, compiled: Any = compiled) -> Any:
+            nonlocal state
+            state = compiled(state)
+            return state
+
+        times = timed(launch, jax.block_until_ready, argparse.Namespace(warmup=3, repeats=20))
+        found[name] = {key: times[key] for key in ("launch_s", "median_s", "spread")}
+    return found
+
+
+def peer_step(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns times, memory and losses of the peer."""
+    import torch
+
+    device, config = torch_device(), networks(options)
+    caption, batches = inputs(options)
+    modules, shapes = graphs(options)
+    asked = []
+    for batch in batches:
+        moments = jnp.asarray(batch["moments"][:, 0])
+        latents, times, target = noised(modules, *jnp.split(moments, 2, axis=-1), jnp.asarray(batch["seed"][:, 0]))
+        pictures = [torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).to(device) for x in (latents, target)]
+        asked.append((pictures[0], torch.tensor(np.asarray(times)).to(device), pictures[1]))
+    parts = {part: torch_network(part, getattr(config, part), device).train() for part in shapes}
+    if options.remat == "blocks":
+        parts["unet"].enable_gradient_checkpointing()
+    call = parts
+    if options.side == "compiled":
+        call = {part: torch.compile(network, mode=options.compile_mode) for part, network in parts.items()}
+    parameters = [p for network in parts.values() for p in network.parameters()]
+    o = Optimizer()
+    optimizer = None
+    if options.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(
+            parameters, o.learning_rate, (o.b1, o.b2), o.eps, o.weight_decay, fused=True
+        )  # fmt: skip
+    given = {name: torch.tensor(value).to(device) for name, value in caption.items()}
+    seen = []
+
+    def launch(i: int) -> None:
+        latents, times, target = asked[i % BATCHES]
+        with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            states = given["context"] if "context" in given else call["text_encoder"](given["ids"]).last_hidden_state
+            states = states.expand(len(latents), -1, -1)
+            prediction = call["unet"](latents, times, states, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(prediction.float(), target)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, o.clip_norm)
+        if optimizer is not None:
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        seen.append((loss.detach(), norm.detach()))
+
+    times = timed(launch, wait_for_torch, options)
+    losses, norms = zip(*((float(loss), float(norm)) for loss, norm in seen[:COMPARED]), strict=True)
+    return times | {"found": {"loss": list(losses), "grad_norm": list(norms)}}
+
+
+def step_flops(options: argparse.Namespace, batch: int) -> float:
+    """Returns the FLOPs of a step by formula; the caption is read once for all rows."""
+    config = networks(options)
+    u, t = config.unet, config.text_encoder
+    unet = unet_flops(
+        options.latent, t.context, channels=u.channels, layers=u.layers, attention=u.attention,
+        context_width=u.context_width,
+    )  # fmt: skip
+    text = text_flops(t.context, width=t.width, layers=t.layers, mlp_width=t.mlp_width)
+    return batch * dreambooth_step_flops(unet=unet, text=text / batch if options.trained == "unet+text" else 0)
+
+
+def needed_bytes(options: argparse.Namespace, batch: int) -> int:
+    """Returns what a process of either side needs at most on a CPU, by formula."""
+    u = networks(options).unet
+    activations = unet_training_bytes(
+        options.latent, channels=u.channels, layers=u.layers, attention=u.attention, heads=u.heads,
+        dtype=options.dtype, remat=options.remat,
+    )  # fmt: skip
+    count = trees.count(graphs(options)[1])
+    # without moments one more set of parameters: the weights while they are given to torch; with them, XLA's clipped
+    # gradients
+    rows = personalisation_memory(count, 0, activations=activations, images=batch, dtype=options.dtype,
+                                  moments=2 if options.optimizer == "adamw" else 0)  # fmt: skip
+    return sum(rows.values()) + 4 * count
+
+
+def main() -> None:
+    """Runs the benchmark and prints its record."""
+    parser = arguments(__doc__)
+    parser.add_argument("--trained", choices=("unet", "unet+text"), default="unet")
+    parser.add_argument("--remat", choices=("none", "blocks"), default="none")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "none"), default="adamw",
+        help="none: forward, backward and norm of the gradients, where memory is short",
+    )  # fmt: skip
+    small = {"batch": [1], "latent": 16, "dtype": "float32", "repeats": 5, "warmup": 1, "peers": ["eager"]}
+    full = {"batch": [1, 4, 8], "latent": 64, "dtype": "bfloat16", "repeats": 20, "warmup": 3, "peers": list(PEERS)}
+    options = parsed(parser, small, full)
+    if options.side:
+        return answer(options, our_step(options) if options.side == "ours" else peer_step(options))
+    rows = []
+    for batch in options.batch:
+        if jax.default_backend() == "cpu":
+            check_memory(needed_bytes(options, batch))
+        sides = {side: run_side(__file__, side, options, batch=[batch]) for side in ("ours", *options.peers)}
+        rows.append({"batch": batch} | compared(sides, batch, step_flops(options, batch), options.dtype))
+    finish(
+        "sd-unet-step", rows, options, trained=options.trained, optimizer=options.optimizer, remat=options.remat,
+        pixels=networks(options).vae.factor * options.latent, parameters=trees.count(graphs(options)[1]),
+        synthetic="random weights, latents, noise and caption",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
