@@ -1,4 +1,4 @@
-"""Does personalisation on ONE picture bring generated images nearer to the picture's domain, and is the step well chosen?
+"""Does personalisation on ONE picture bring images nearer to its domain, and is the step well chosen?
 
     python benchmarks/personalise_world.py --out benchmarks/results/personalise-world.json
 

@@ -346,7 +346,8 @@ def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     counts = draw_images(config, model, folder)
     if jax.process_index() == 0:
         refused = ", ".join(f"{number} by {name}" for name, number in counts["refused"].items()) or "none"
-        text = f"{counts['images']} images by {config.model}; refused and drawn again: {refused}. The first of each prompt:"
+        made = f"{counts['images']} images by {Path(config.model).name}"
+        text = f"{made}; refused and drawn again: {refused}. Shown is the first of each prompt."
         write_sections(folder, [Section("Images from prompts", text, image=SHEET)])
     return counts
 
