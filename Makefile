@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest -q
+# one process for each core; the tests of a file stay together and share what they made
+PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 .PHONY: demo test test-slow parity lint clean
 

@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -297,8 +298,15 @@ def _joined(arguments: list[str]) -> list[str]:
     return [two, *arguments[2:]] if two in VERBS else arguments
 
 
+def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Returns a warning as one line; where it comes from is shown of those that are not meant for users."""
+    where = "" if issubclass(category, UserWarning) else f"{filename}:{lineno}: {category.__name__}: "
+    return f"fmda: {where}{message}\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs one verb; exits with 2 and one line for a fault that the user can mend, 130 when interrupted."""
+    warnings.formatwarning = _said
     try:
         app = tyro.extras.SubcommandApp()
         for name, verb in VERBS.items():

@@ -77,7 +77,7 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """What is refused; None leaves a filter out. All but `banned` read the images with a CLIP.
+    """What is refused; None leaves a filter out. Scores and presence are read from the images by a CLIP.
 
     Attributes:
         clip: the CLIP that judges.
@@ -85,6 +85,8 @@ class FilterConfig:
         near_duplicate: largest cosine of two images.
         class_presence: least share of a 4 x 4 grid of crops in which the prompt's class is the likeliest of all.
         banned: words that no prompt may hold.
+        long_prompt: whether prompts that the text encoder does not read to their end are refused; else they are cut,
+            with a warning that shows what was lost.
     """
 
     clip: str = "openai/clip-vit-base-patch16"
@@ -92,6 +94,7 @@ class FilterConfig:
     near_duplicate: float | None = None
     class_presence: float | None = None
     banned: tuple[str, ...] = ()
+    long_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -326,10 +329,9 @@ def draw_images(
         "dtype": config.dtype,
         "checkpoint": checkpoint or model.fingerprint,
     }
-    prompt_filters: list[AnyPromptFilter] = [
-        DuplicatePrompt(),
-        LongPrompt(model.tokenizer.length, model.text_encoder.config.context),
-    ]
+    prompt_filters: list[AnyPromptFilter] = [DuplicatePrompt()]
+    if config.filters.long_prompt:
+        prompt_filters.append(LongPrompt(model.tokenizer.length, model.text_encoder.config.context))
     if config.filters.banned:
         prompt_filters.append(BannedWords(config.filters.banned))
     manifest = generate(
@@ -346,7 +348,7 @@ def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     counts = draw_images(config, model, folder)
     if jax.process_index() == 0:
         refused = ", ".join(f"{number} by {name}" for name, number in counts["refused"].items()) or "none"
-        made = f"{counts['images']} images by {Path(config.model).name}"
+        made = f"{counts['images']} images by {config.model}"
         text = f"{made}; refused and drawn again: {refused}. Shown is the first of each prompt."
         write_sections(folder, [Section("Images from prompts", text, image=SHEET)])
     return counts

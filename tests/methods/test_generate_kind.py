@@ -116,7 +116,8 @@ def refused(capsys, command):
 def test_the_folder_holds_images_manifest_and_overview(pristine):
     folder = pristine / "done/images"
     assert {path.name for path in folder.iterdir()} == {
-        "images", "settings.json", "manifest.jsonl", "refused.jsonl", "summary.json", "contact-sheet.png", "stage.json"
+        "images", "settings.json", "manifest.jsonl", "refused.jsonl", "summary.json", "contact-sheet.png", "sections.json",
+        "stage.json",
     }  # fmt: skip
     rows = lines(folder / "manifest.jsonl")
     assert [row["file"] for row in rows] == [f"images/im_{j:06d}_p{j % 2}.png" for j in range(10)]
@@ -221,6 +222,16 @@ def test_prompts_come_from_a_file_or_as_they_are(tmp_path):
 def test_faults_are_one_line_before_anything_is_drawn(place, capsys, changes, message):
     (place / "empty.txt").write_text(" \n\n")
     assert message in refused(capsys, f"{RUN} {changes}")
+
+
+def test_a_long_prompt_is_cut_with_a_warning_or_refused(place, capsys):
+    long = "a road " * 20
+    options = f"'prompts.texts=[\"{long}\"]' prompts.classes=[] count=1"
+    with pytest.warns(UserWarning, match="is longer than the 16 tokens that model reads; lost: '"):
+        cli.main(shlex.split(f"{RUN} {options}"))
+    assert len(lines(Path("new/images/manifest.jsonl"))) == 1
+    line = refused(capsys, f"run set.yaml work_dir=other {options} filters.long_prompt=true")
+    assert "prompts: the filters refuse all 1" in line and "tokens, more than 16" in line
 
 
 def test_scores_are_those_of_the_clip(pristine):
