@@ -116,8 +116,8 @@ def refused(capsys, command):
 def test_the_folder_holds_images_manifest_and_overview(pristine):
     folder = pristine / "done/images"
     assert {path.name for path in folder.iterdir()} == {
-        "images", "settings.json", "manifest.jsonl", "refused.jsonl", "summary.json", "contact-sheet.png", "sections.json",
-        "stage.json",
+        "images", "settings.json", "manifest.jsonl", "refused.jsonl", "summary.json", "contact-sheet.png",
+        "sections.json", "stage.json",
     }  # fmt: skip
     rows = lines(folder / "manifest.jsonl")
     assert [row["file"] for row in rows] == [f"images/im_{j:06d}_p{j % 2}.png" for j in range(10)]
