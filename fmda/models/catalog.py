@@ -144,7 +144,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "stable-diffusion-2",
         "stabilityai/stable-diffusion-2",
-        "CreativeML OpenRAIL++-M",
+        "CreativeML Open RAIL++-M",
         _SD2,
         865_910_724 + 83_653_863 + 340_387_840,
         **_DIFFUSION,

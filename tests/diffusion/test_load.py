@@ -157,4 +157,4 @@ def test_the_known_models_are_listed(capsys):
     cli.main(["models", "list"])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert rows["stable-diffusion-v1-4"] == ["1,066,235,307", "CreativeML", "OpenRAIL-M"]
-    assert rows["stable-diffusion-2"] == ["1,289,952,427", "CreativeML", "OpenRAIL++-M"]
+    assert rows["stable-diffusion-2"] == ["1,289,952,427", "CreativeML", "Open", "RAIL++-M"]
