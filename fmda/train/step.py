@@ -73,6 +73,14 @@ def make_step(
     return step
 
 
+def rising(decay: float) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+    """Returns the share that an average keeps at each step, min(decay, (1 + step) / (10 + step)).
+
+    The parameters that a network begins with are forgotten at once, where a constant share carries decay^steps of them.
+    """
+    return lambda step: jnp.minimum(decay, (1 + step) / (10 + step))
+
+
 def _parts(leaf: Any, count: int) -> Any:
     """Returns [B, ...] as [count, B / count, ...]; every part takes examples from all devices, none has to move."""
     if leaf.ndim == 0:

@@ -8,6 +8,7 @@ import pytest
 
 from fmda.errors import UserError
 from fmda.train import create_state, make_step
+from fmda.train.step import rising
 
 
 def loss_fn(params, frozen, batch, key):
@@ -39,6 +40,13 @@ def test_average_with_a_decay_that_depends_on_the_step():
     np.testing.assert_allclose(state.ema["w"], state.params["w"])
     state, _ = step(state, 2.0, BATCH, jax.random.key(0))
     np.testing.assert_allclose(state.ema["w"], [(1.0 - 2.0) / 2])
+
+
+def test_a_rising_average_forgets_the_first_parameters():
+    keep = rising(0.99)
+    assert [float(keep(step)) for step in (0, 1, 90)] == pytest.approx([0.1, 2 / 11, 0.91])
+    assert float(keep(10_000)) == pytest.approx(0.99)
+    assert float(jnp.prod(keep(jnp.arange(100)))) < 1e-9
 
 
 def test_no_average_unless_asked():

@@ -34,7 +34,7 @@ from fmda.perf.diffusion_flops import unet_flops
 from fmda.perf.flops import text_flops, training_flops
 from fmda.progress import track
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
-from fmda.train.step import LossFn, Metrics
+from fmda.train.step import LossFn, Metrics, rising
 from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.diffusers import LoadedTextEncoder, LoadedUNet, LoadedVae, load_vae, text_graph
 from fmda.weights.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ class Config(TrainerConfig):
         windows: what of the pictures is learned, and how it is described.
         prediction: what the UNet predicts.
         drop: share of the examples whose caption is left empty.
-        ema: share that the weight average keeps at each step.
+        ema: share that the weight average keeps at each step, once it has risen to it.
         check_images: images that the check draws from captions of held windows.
         check_sample: how it samples them.
     """
@@ -238,7 +238,7 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     tx = make_optimizer(config.optim, config.steps)
     text = networks.text
     loss = make_loss(abstract(make)[0], text.graphdef, networks.schedule, networks.vae.config.scale, config.drop)
-    step = make_step(loss, tx, config.ema, schedule=make_schedule(config.optim, config.steps))
+    step = make_step(loss, tx, rising(config.ema), schedule=make_schedule(config.optim, config.steps))
 
     def start(key: Array) -> TrainState:
         return create_state(init(make, key), tx)
