@@ -23,9 +23,10 @@ from fmda.evaluate.quality import cmmd
 from fmda.methods.datum import personalise
 from fmda.methods.datum.settings import Config
 from fmda.methods.datum.stop import read_images
+from fmda.methods.generate import embed
 from fmda.methods.pipeline import run_stages
 from fmda.methods.pretrain.crops import TAGS
-from fmda.methods.pretrain.diffusion_check import Images, Probe, Windows, cut_windows, described, embeddings
+from fmda.methods.pretrain.diffusion_check import Images, Probe, Windows, cut_windows, described
 from fmda.methods.pretrain.latent_diffusion import Padded
 from fmda.methods.pretrain.latents import WindowConfig, caption_maker
 from fmda.methods.render import RenderConfig, write_world
@@ -61,7 +62,7 @@ def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, pro
         images = read_images(done["probe"] / str(step))
         rows.append({
             "step": step,
-            "cmmd": round(cmmd(held, embeddings(clip, images), unbiased=True), 4),
+            "cmmd": round(cmmd(held, embed(clip, images), unbiased=True), 4),
             "coverage": round(coverage(clip, probe, done["probe"] / str(step), images), 4),
         })  # fmt: skip
     chosen = read_json(done["choose"] / "choice.json")
@@ -119,10 +120,8 @@ def main() -> None:
     probe = Probe.fit(described(clip, seen.images), seen.present)
     rows = []
     for domain, target, root in zip(options.domains, targets, held, strict=True):
-        real = embeddings(clip, windows(clip, [root], side, options.held).images)
-        floor = cmmd(
-            real, embeddings(clip, windows(clip, [known[every.index(domain)]], side, 100).images), unbiased=True
-        )
+        real = embed(clip, windows(clip, [root], side, options.held).images)
+        floor = cmmd(real, embed(clip, windows(clip, [known[every.index(domain)]], side, 100).images), unbiased=True)
         for number, picture in enumerate(sorted((target / "images").iterdir())):
             config = from_dict(Config, values | {"image": str(picture)})
             row = {"domain": domain, "target": number, "cmmd_floor": round(floor, 4)}

@@ -51,6 +51,8 @@ THINGS: dict[str, str] = {
 }
 """Cityscapes' classes that DATUM prompts for, in its order, and their plurals."""
 
+EMBEDDED = 32
+"""Images that the CLIP reads at once."""
 GIB = 2**30
 MACHINES = (("80 GB card", 1, 80e9), ("v5e-8 slice", 8, 16.0 * GIB))
 """What a plan is made for: name, devices, bytes of each."""
@@ -373,9 +375,12 @@ def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> list[Any]:
 def embed(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
     """Returns unit-length CLIP embeddings [n, d] of uint8 images [n, H, W, 3], squeezed to the size CLIP reads."""
     side = clip.config.vision.image_size
-    pixels = resize(jnp.asarray(images, jnp.float32) / 255.0, (side, side))
-    mean, std = (jnp.asarray(v, jnp.float32) for v in (clip.config.image_mean, clip.config.image_std))
-    return np.asarray(unit(clip.encode_image((pixels - mean[None, None, None]) / std[None, None, None])))
+    mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (clip.config.image_mean, clip.config.image_std))
+    rows = []
+    for first in range(0, len(images), EMBEDDED):
+        pixels = resize(jnp.asarray(images[first : first + EMBEDDED], jnp.float32) / 255.0, (side, side))
+        rows.append(np.asarray(unit(clip.encode_image((pixels - mean) / std))))
+    return np.concatenate(rows)
 
 
 def clip_score(clip: LoadedClip, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:

@@ -28,7 +28,6 @@ from fmda.methods.generate import PromptConfig, draw_images, embed, grid_share
 from fmda.weights.clip import LoadedClip, load_clip
 
 Precision = Literal["float32", "bfloat16"]
-BLOCK = 32
 SHOWN = 8
 """Images of each model in the report."""
 MEASURES = ("alignment", "nearest", "diversity", "coverage", "alignment_error", "diversity_error")
@@ -108,12 +107,12 @@ class Curves:
 
 def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.ndarray, clip: LoadedClip) -> Curves:
     """Returns the curves over the snapshots whose images lie in `folder/<step>`."""
-    near = _blocks(clip, crops)
+    near = embed(clip, crops)
     rows = []
     for step in steps:
         manifest = Manifest.read(folder / str(step))
         images = read_images(folder / str(step))
-        found = _blocks(clip, images)
+        found = embed(clip, images)
         covered = found_classes(clip, images, [picture.class_name for picture in manifest.pictures])
         near_error = spread(lambda x: alignment(x, near).mean, found, seed=probe.seed).error
         wide_error = spread(pairwise_diversity, found, seed=probe.seed).error
@@ -163,10 +162,6 @@ def write_choice(
     write_sections(folder, _sections(curves, found))
     write_atomic(folder / "choice.json", json.dumps(record, indent=1) + "\n")
     return {"step": found.step, "reason": found.reason}
-
-
-def _blocks(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
-    return np.concatenate([embed(clip, images[i : i + BLOCK]) for i in range(0, len(images), BLOCK)])
 
 
 def _sections(curves: Curves, found: Choice) -> list[Section]:

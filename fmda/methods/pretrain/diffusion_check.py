@@ -5,21 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import cv2
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from fmda.evaluate.quality import cmmd, frechet_distance, pairwise_diversity
+from fmda.methods.generate import embed
 from fmda.methods.pretrain.crops import TAGS, Crops, Scenes
 from fmda.methods.pretrain.latents import WindowConfig
-from fmda.nn.norm import unit
-from fmda.nn.resize import resize
 from fmda.progress import track
 from fmda.weights.clip import LoadedClip
 from fmda.world.captions import crop_facts
 
 Images = UInt8[np.ndarray, "n H W 3"]
-BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -51,22 +48,11 @@ def cut_windows(config: WindowConfig, captions: Crops, roots: Sequence[str], cou
     return Windows(np.stack(images), tuple(texts), np.stack(present), np.stack(stated))
 
 
-def embeddings(clip: LoadedClip, images: Images) -> Float[np.ndarray, "n d"]:
-    """Returns unit-length CLIP embeddings of whole images."""
-    side = clip.config.vision.image_size
-    mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (clip.config.image_mean, clip.config.image_std))
-    rows = []
-    for first in range(0, len(images), BLOCK):
-        pixels = resize(jnp.asarray(images[first : first + BLOCK], jnp.float32) / 255.0, (side, side))
-        rows.append(np.asarray(unit(clip.encode_image((pixels - mean) / std))))
-    return np.concatenate(rows)
-
-
 def described(clip: LoadedClip, images: Images) -> Float[np.ndarray, "n d"]:
     """Returns what the probe reads: embeddings of the image and of its four quarters, side by side."""
     half = images.shape[1] // 2
     quarters = [images[:, y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
-    return np.concatenate([embeddings(clip, part) for part in (images, *quarters)], axis=1)
+    return np.concatenate([embed(clip, part) for part in (images, *quarters)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -116,7 +102,7 @@ def compare(clip: LoadedClip, train: Windows, held: Windows, drawn: Images) -> d
     "cmmd" and "frechet" are between held windows and drawn images; the floors are between held and training windows.
     The probe is fitted to `train`.
     """
-    reals, fakes, seen = (embeddings(clip, images) for images in (held.images, drawn, train.images))
+    reals, fakes, seen = (embed(clip, images) for images in (held.images, drawn, train.images))
     probe = Probe.fit(described(clip, train.images), train.present)
     found, real = probe(described(clip, drawn)), probe(described(clip, held.images))
     return {
