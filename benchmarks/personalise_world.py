@@ -23,7 +23,7 @@ from fmda.evaluate.quality import cmmd
 from fmda.methods.datum import personalise
 from fmda.methods.datum.settings import Config
 from fmda.methods.datum.stop import read_images
-from fmda.methods.generate import embed
+from fmda.methods.judges import embed
 from fmda.methods.pipeline import run_stages
 from fmda.methods.pretrain.crops import TAGS
 from fmda.methods.pretrain.diffusion_check import Images, Probe, Windows, cut_windows, described

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 
 from fmda import trees
@@ -24,18 +23,16 @@ from fmda.diffusion.manifest import Prompt
 from fmda.errors import UserError
 from fmda.evaluate.sections import Section, write_sections
 from fmda.mesh import make_mesh
+from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.methods.pipeline import Plan, Stage
 from fmda.models.catalog import ENTRIES, DiffusionConfig
-from fmda.nn.norm import unit
-from fmda.nn.resize import resize
 from fmda.perf.diffusion_flops import sampling_flops, unet_flops, vae_decode_flops
 from fmda.perf.diffusion_memory import generation_memory, unet_sampling_bytes, vae_decode_bytes
 from fmda.perf.flops import text_flops
 from fmda.perf.memory import device_memory
-from fmda.weights.clip import LoadedClip, load_clip
+from fmda.weights.clip import load_clip
 from fmda.weights.diffusers import part_graph, read_config
 from fmda.weights.source import PARTS, asset_names, assets_folder
-from fmda.world.names import CLASSES
 
 THINGS: dict[str, str] = {
     "traffic light": "traffic lights",
@@ -51,8 +48,6 @@ THINGS: dict[str, str] = {
 }
 """Cityscapes' classes that DATUM prompts for, in its order, and their plurals."""
 
-EMBEDDED = 32
-"""Images that the CLIP reads at once."""
 GIB = 2**30
 MACHINES = (("80 GB card", 1, 80e9), ("v5e-8 slice", 8, 16.0 * GIB))
 """What a plan is made for: name, devices, bytes of each."""
@@ -370,35 +365,3 @@ def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> list[Any]:
     if config.near_duplicate is not None:
         found.append(NearDuplicate(functools.partial(embed, clip), config.near_duplicate, clip.fingerprint))
     return found
-
-
-def embed(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
-    """Returns unit-length CLIP embeddings [n, d] of uint8 images [n, H, W, 3], squeezed to the size CLIP reads."""
-    side = clip.config.vision.image_size
-    mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (clip.config.image_mean, clip.config.image_std))
-    rows = []
-    for first in range(0, len(images), EMBEDDED):
-        pixels = resize(jnp.asarray(images[first : first + EMBEDDED], jnp.float32) / 255.0, (side, side))
-        rows.append(np.asarray(unit(clip.encode_image((pixels - mean) / std))))
-    return np.concatenate(rows)
-
-
-def clip_score(clip: LoadedClip, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """Returns the cosine of each image and its text."""
-    words = np.asarray(unit(clip.encode_text(clip.tokenize(texts))))
-    return (embed(clip, images) * words).sum(-1)
-
-
-def grid_share(clip: LoadedClip, names: Sequence[str], images: np.ndarray, cells: int = 4) -> np.ndarray:
-    """Returns [n, names]: the share of cells x cells crops that look most like "a photo of a {name}.".
-
-    Each name competes with all others and with Cityscapes' 19 classes, so that a crop of road is no thing.
-    """
-    n, height, width, _ = images.shape
-    rows, columns = height // cells, width // cells
-    crops = images[:, : rows * cells, : columns * cells].reshape(n, cells, rows, cells, columns, 3)
-    crops = crops.transpose(0, 1, 3, 2, 4, 5).reshape(n * cells**2, rows, columns, 3)
-    rivals = list(dict.fromkeys([*names, *CLASSES]))
-    words = np.asarray(unit(clip.encode_text(clip.tokenize([f"a photo of a {name}." for name in rivals]))))
-    best = (embed(clip, crops) @ words.T).argmax(-1).reshape(n, cells**2)
-    return np.stack([(best == rivals.index(name)).mean(-1) for name in names], -1)

@@ -6,6 +6,7 @@ classes a CLIP still finds in them, decide (`fmda.evaluate.stopping.choose_step`
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from fmda.evaluate.quality import alignment, pairwise_diversity, spread
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.evaluate.stopping import Choice, choose_step
 from fmda.methods.generate import Config as GenerateConfig
-from fmda.methods.generate import PromptConfig, draw_images, embed, grid_share
+from fmda.methods.generate import PromptConfig, draw_images
+from fmda.methods.judges import embed, grid_share
 from fmda.weights.clip import LoadedClip, load_clip
 
 Precision = Literal["float32", "bfloat16"]
@@ -183,8 +185,6 @@ def _sections(curves: Curves, found: Choice) -> list[Section]:
 
 def _chart(curves: Curves, found: Choice) -> bytes:
     """Returns a PNG: distance to the target, diversity and coverage over the steps, the chosen one marked."""
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.6))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from fmda.evaluate.quality import cmmd, frechet_distance, pairwise_diversity
-from fmda.methods.generate import embed
+from fmda.methods.judges import embed
 from fmda.methods.pretrain.crops import TAGS, Crops, Scenes
 from fmda.methods.pretrain.latents import WindowConfig
 from fmda.progress import track

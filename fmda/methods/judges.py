@@ -1,0 +1,46 @@
+"""What a CLIP sees in images: embeddings, agreement with a text, the share of an image that shows a class."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from fmda.nn.norm import unit
+from fmda.nn.resize import resize
+from fmda.weights.clip import LoadedClip
+from fmda.world.names import CLASSES
+
+EMBEDDED = 32
+"""Images that the CLIP reads at once."""
+
+
+def embed(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
+    """Returns unit-length CLIP embeddings [n, d] of uint8 images [n, H, W, 3], squeezed to the size CLIP reads."""
+    side = clip.config.vision.image_size
+    mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (clip.config.image_mean, clip.config.image_std))
+    rows = []
+    for first in range(0, len(images), EMBEDDED):
+        pixels = resize(jnp.asarray(images[first : first + EMBEDDED], jnp.float32) / 255.0, (side, side))
+        rows.append(np.asarray(unit(clip.encode_image((pixels - mean) / std))))
+    return np.concatenate(rows)
+
+
+def clip_score(clip: LoadedClip, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Returns the cosine of each image and its text."""
+    words = np.asarray(unit(clip.encode_text(clip.tokenize(texts))))
+    return (embed(clip, images) * words).sum(-1)
+
+
+def grid_share(clip: LoadedClip, names: Sequence[str], images: np.ndarray, cells: int = 4) -> np.ndarray:
+    """Returns [n, names]: the share of cells x cells crops that look most like "a photo of a {name}.".
+
+    Each name competes with all others and with Cityscapes' 19 classes, so that a crop of road is no thing.
+    """
+    n, height, width, _ = images.shape
+    rows, columns = height // cells, width // cells
+    crops = images[:, : rows * cells, : columns * cells].reshape(n, cells, rows, cells, columns, 3)
+    crops = crops.transpose(0, 1, 3, 2, 4, 5).reshape(n * cells**2, rows, columns, 3)
+    rivals = list(dict.fromkeys([*names, *CLASSES]))
+    words = np.asarray(unit(clip.encode_text(clip.tokenize([f"a photo of a {name}." for name in rivals]))))
+    best = (embed(clip, crops) @ words.T).argmax(-1).reshape(n, cells**2)
+    return np.stack([(best == rivals.index(name)).mean(-1) for name in names], -1)
