@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sd_vae import (
-    BATCHES,
-    PEERS,
-    answer,
-    arguments,
-    check_memory,
-    compared,
-    finish,
-    networks,
-    parsed,
-    random_parameters,
-    run_side,
-    shown,
-    timed,
-    torch_device,
-    torch_network,
-    wait_for_torch,
-)
+from sides.networks import networks, random_parameters, torch_compiled, torch_device, torch_network, wait_for_torch
+from sides.processes import AGREE, BATCHES, answer, arguments, check_memory, parsed, shown, sweep, timed
 
 from fmda import trees
 from fmda.diffusion.draw import Graphs, SamplerConfig, make_program
@@ -57,6 +42,9 @@ from fmda.weights.diffusers import text_graph, unet_graph, vae_graph
 
 GUIDANCE = 7.5
 PARTS = ("unet", "vae", "text_encoder")
+# In bfloat16 the networks of both sides round differently, and guidance multiplies the difference of two predictions:
+# over 50 steps, each of which starts from the last, that becomes visible where one call agrees within 1e-1.
+SAMPLES_AGREE = AGREE | {"bfloat16": 0.25}
 
 
 def shapes(options: argparse.Namespace) -> dict[str, Tree]:
@@ -110,16 +98,14 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
     import diffusers
     import torch
 
-    device, config = torch_device(), networks(options)
+    device, config = torch_device(options), networks(options)
     dtype, (sampler,) = getattr(torch, options.dtype), options.sampler
     name = next(name for name, ours in CLASSES.items() if ours == sampler)
     scheduler = getattr(diffusers, name).from_config(ScheduleConfig().to_json())
     unet, vae, text = (
         torch_network(part, getattr(config, part), device, options.dtype).eval().requires_grad_(False) for part in PARTS
     )
-    decode = vae.decode
-    if options.side == "compiled":
-        unet, decode, text = (torch.compile(call, mode=options.compile_mode) for call in (unet, decode, text))
+    unet, decode, text = (torch_compiled(call, options) for call in (unet, vae.decode, text))
     empty, batches = inputs(options)
     shape = (options.latent, options.latent, config.unet.in_channels)
     given = []
@@ -128,18 +114,22 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
         start = torch.tensor(np.asarray(noise)).permute(0, 3, 1, 2).to(device)
         given.append((torch.tensor(ids).to(device), start))
     nothing = torch.tensor(empty)[None].to(device)
+    # the scheduler looks its timesteps up in tables of the host: on the device each look would wait for all that was
+    # started; the network has its own copy
+    scheduler.set_timesteps(options.steps)
+    places = scheduler.timesteps.to(device)
 
     @torch.no_grad()
     def launch(i: int) -> Any:
         ids, start = given[i % BATCHES]
         without = text(nothing).last_hidden_state.expand(len(ids), -1, -1)
         states = torch.cat([without, text(ids).last_hidden_state])
-        scheduler.set_timesteps(options.steps, device=device)
+        scheduler.set_timesteps(options.steps)
         # the steps are taken in float32, as ours: in bfloat16 the noise level itself is rounded
         latents = start * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
+        for t, place in zip(scheduler.timesteps, places, strict=True):
             twice = scheduler.scale_model_input(torch.cat([latents, latents]), t).to(dtype)
-            first, second = unet(twice, t, states, return_dict=False)[0].float().chunk(2)
+            first, second = unet(twice, place, states, return_dict=False)[0].float().chunk(2)
             latents = scheduler.step(first + GUIDANCE * (second - first), t, latents, return_dict=False)[0]
         images = decode((latents / config.vae.scale).to(dtype), return_dict=False)[0].float()
         return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -164,27 +154,28 @@ def image_flops(options: argparse.Namespace, sampler: str, batch: int) -> float:
     )
 
 
+def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
+    """Gives sampler and batch of each row with its FLOPs by formula."""
+    for sampler in options.sampler:
+        for batch in options.batch:
+            yield {"sampler": sampler, "batch": batch}, batch * image_flops(options, sampler, batch)
+
+
 def main() -> None:
     """Runs the benchmark and prints its record."""
     parser = arguments(__doc__)
     parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=["ddim", "plms"])
     parser.add_argument("--steps", type=int)
-    small = {"batch": [1], "latent": 16, "dtype": "float32", "repeats": 3, "warmup": 1, "peers": ["eager"], "steps": 4}
-    full = {"batch": [1, 4, 16], "latent": 64, "dtype": "bfloat16", "repeats": 5, "warmup": 2, "peers": list(PEERS)}
-    options = parsed(parser, small, full | {"steps": 50})
+    small = {"batch": [1], "repeats": 3, "window": 1, "steps": 4}
+    # a call is 50 steps long: what the host does between two calls is little beside it
+    full = {"batch": [1, 4, 16], "repeats": 5, "window": 2, "warmup": 2, "steps": 50}
+    options = parsed(parser, small, full)
     if options.side:
-        return answer(options, ours(options) if options.side == "ours" else peer(options))
+        return answer(options, ours if options.side == "ours" else peer)
     # torch takes the weights from copies of them
     check_memory(2 * 4 * trees.count(shapes(options)))
-    rows = []
-    for sampler in options.sampler:
-        for batch in options.batch:
-            one = {"batch": [batch], "sampler": [sampler]}
-            sides = {side: run_side(__file__, side, options, **one) for side in ("ours", *options.peers)}
-            flops = batch * image_flops(options, sampler, batch)
-            rows.append({"sampler": sampler, "batch": batch} | compared(sides, batch, flops, options.dtype))
-    finish(
-        "sd-sampling", rows, options, steps=options.steps, guidance=GUIDANCE,
+    sweep(
+        "sd-sampling", __file__, cases(options), options, SAMPLES_AGREE, steps=options.steps, guidance=GUIDANCE,
         pixels=options.latent * networks(options).vae.factor, synthetic="random weights, captions and noise",
     )  # fmt: skip
 

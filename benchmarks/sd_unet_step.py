@@ -20,6 +20,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sd_vae import (
-    BATCHES,
-    PEERS,
-    answer,
-    arguments,
-    check_memory,
-    compared,
-    finish,
-    networks,
-    parsed,
-    random_parameters,
-    run_side,
-    timed,
-    torch_device,
-    torch_network,
-    wait_for_torch,
-)
+from sides.networks import networks, random_parameters, torch_compiled, torch_device, torch_network, wait_for_torch
+from sides.processes import BATCHES, answer, arguments, check_memory, parsed, sweep, timed
 
 from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig
@@ -143,7 +129,7 @@ def dispatch(leaves: int) -> dict[str, Any]:
             state = compiled(state)
             return state
 
-        times = timed(launch, jax.block_until_ready, argparse.Namespace(warmup=3, repeats=20))
+        times = timed(launch, jax.block_until_ready, argparse.Namespace(warmup=3, repeats=20, window=1))
         found[name] = {key: times[key] for key in ("launch_s", "median_s", "spread")}
     return found
 
@@ -152,7 +138,7 @@ def peer_step(options: argparse.Namespace) -> dict[str, Any]:
     """Returns times, memory and losses of the peer."""
     import torch
 
-    device, config = torch_device(), networks(options)
+    device, config = torch_device(options), networks(options)
     caption, batches = inputs(options)
     modules, shapes = graphs(options)
     asked = []
@@ -164,9 +150,7 @@ def peer_step(options: argparse.Namespace) -> dict[str, Any]:
     parts = {part: torch_network(part, getattr(config, part), device).train() for part in shapes}
     if options.remat == "blocks":
         parts["unet"].enable_gradient_checkpointing()
-    call = parts
-    if options.side == "compiled":
-        call = {part: torch.compile(network, mode=options.compile_mode) for part, network in parts.items()}
+    call = {part: torch_compiled(network, options) for part, network in parts.items()}
     parameters = [p for network in parts.values() for p in network.parameters()]
     o = Optimizer()
     optimizer = None
@@ -224,6 +208,14 @@ def needed_bytes(options: argparse.Namespace, batch: int) -> int:
     return sum(rows.values()) + 4 * count
 
 
+def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
+    """Gives the batch of each row with its FLOPs by formula, where memory is enough for it."""
+    for batch in options.batch:
+        if options.backend == "cpu":
+            check_memory(needed_bytes(options, batch))
+        yield {"batch": batch}, step_flops(options, batch)
+
+
 def main() -> None:
     """Runs the benchmark and prints its record."""
     parser = arguments(__doc__)
@@ -233,19 +225,15 @@ def main() -> None:
         "--optimizer", choices=("adamw", "none"), default="adamw",
         help="none: forward, backward and norm of the gradients, where memory is short",
     )  # fmt: skip
-    small = {"batch": [1], "latent": 16, "dtype": "float32", "repeats": 5, "warmup": 1, "peers": ["eager"]}
-    full = {"batch": [1, 4, 8], "latent": 64, "dtype": "bfloat16", "repeats": 20, "warmup": 3, "peers": list(PEERS)}
+    small = {"batch": [1], "repeats": 5, "window": 2}
+    # in smaller batches AdamW, whose work does not grow with them, takes most of the time
+    full = {"batch": [8, 16, 32], "repeats": 10, "window": 10, "warmup": 3}
     options = parsed(parser, small, full)
     if options.side:
-        return answer(options, our_step(options) if options.side == "ours" else peer_step(options))
-    rows = []
-    for batch in options.batch:
-        if jax.default_backend() == "cpu":
-            check_memory(needed_bytes(options, batch))
-        sides = {side: run_side(__file__, side, options, batch=[batch]) for side in ("ours", *options.peers)}
-        rows.append({"batch": batch} | compared(sides, batch, step_flops(options, batch), options.dtype))
-    finish(
-        "sd-unet-step", rows, options, trained=options.trained, optimizer=options.optimizer, remat=options.remat,
+        return answer(options, our_step if options.side == "ours" else peer_step)
+    sweep(
+        "sd-unet-step", __file__, cases(options), options,
+        trained=options.trained, optimizer=options.optimizer, remat=options.remat,
         pixels=networks(options).vae.factor * options.latent, parameters=trees.count(graphs(options)[1]),
         synthetic="random weights, latents, noise and caption",
     )  # fmt: skip

@@ -21,6 +21,10 @@ from fmda.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
+FREE: Mapping[str, Any] = types.MappingProxyType({"free": True})
+"""`dataclasses.field(metadata=FREE)`: a value that may change between the parts of a run, since it decides how far a
+run goes, how it is told of or how it is cut to the machine, and not what it makes."""
+
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML without silent surprises: a key given twice is an error, and 1e-4 is a number."""
@@ -240,6 +244,26 @@ def fingerprint(config: Any) -> str:
     """Returns 12 hexadecimal digits that change whenever a resolved value changes."""
     text = json.dumps(to_dict(config), sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def identity(config: Any, values: Any = None) -> Any:
+    """Returns `to_dict(config)` without the fields that are `FREE`, at any depth.
+
+    With `values`, those values in place of the configuration's own: what a file recorded of such a configuration.
+    """
+    values = to_dict(config) if values is None else values
+    if not isinstance(values, Mapping):
+        return values
+    if isinstance(config, Mapping):
+        return {name: identity(config[name], value) if name in config else value for name, value in values.items()}
+    if not dataclasses.is_dataclass(config):
+        return values
+    known = {field.name: field for field in dataclasses.fields(config)}
+    return {
+        name: identity(getattr(config, name), value) if name in known else value
+        for name, value in values.items()
+        if name not in known or "free" not in known[name].metadata
+    }
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

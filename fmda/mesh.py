@@ -52,10 +52,11 @@ FSDP_RULES: tuple[Rule, ...] = (("*", LARGEST_AXIS),)
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh with axes `data` and `fsdp` (both Auto) over `devices`, by default all of every process.
 
-    One of the two sizes may be -1: whatever the other leaves over. Raises UserError when the sizes do not make up the
-    number of devices.
+    One of the two sizes may be -1: whatever the other leaves over. A single process may take fewer devices than there
+    are: the first ones. Raises UserError for more devices than there are, and in a run of several processes for any
+    number but all.
     """
-    devices = jax.devices() if devices is None else devices
+    given, devices = devices is not None, jax.devices() if devices is None else devices
     for name, size in (("data", data), ("fsdp", fsdp)):
         if size == 0 or size < -1:
             raise UserError(f"mesh.{name}: {size} is no size; give a positive number, or -1 for the rest")
@@ -70,6 +71,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             )
         rest = len(devices) // known
         data, fsdp = (rest, fsdp) if data == -1 else (data, rest)
+    if data * fsdp < len(devices) and not given and jax.process_count() == 1:
+        devices = devices[: data * fsdp]
     if data * fsdp != len(devices):
         raise UserError(
             f"mesh: data={data} times fsdp={fsdp} is {data * fsdp}, but there are {len(devices)} devices; "

@@ -23,6 +23,18 @@ def test_make_mesh_shape(sizes, shape):
 
 def test_make_mesh_takes_a_list_of_devices():
     assert make_mesh(devices=jax.devices()[:3]).shape["data"] == 3
+    with pytest.raises(UserError, match="data=2 times fsdp=1 is 2, but there are 3"):
+        make_mesh(2, 1, devices=jax.devices()[:3])
+
+
+def test_make_mesh_of_fewer_devices_takes_the_first():
+    assert make_mesh(2, 2).devices.ravel().tolist() == jax.devices()[:4]
+
+
+def test_one_of_several_processes_must_use_all_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="is 1, but there are 8 devices"):
+        make_mesh(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +42,7 @@ def test_make_mesh_takes_a_list_of_devices():
     [
         ((-1, 3), "mesh.fsdp: 3 does not divide the 8 devices"),
         ((5, -1), "mesh.data: 5 does not divide the 8 devices"),
-        ((2, 2), "data=2 times fsdp=2 is 4, but there are 8"),
+        ((4, 4), "data=4 times fsdp=4 is 16, but there are 8"),
         ((-1, -1), "both -1"),
         ((0, 1), "mesh.data: 0 is no size"),
         ((1, -2), "mesh.fsdp: -2 is no size"),

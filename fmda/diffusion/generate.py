@@ -44,6 +44,7 @@ Draw = Callable[[Sequence[str], Sequence[int]], UInt8[np.ndarray, "n H W 3"]]
 
 SHEET = "contact-sheet.png"
 SHEET_WIDTH = 1800
+SHEET_CELLS = 100
 _CAPTION_HEIGHT = 18
 
 
@@ -147,6 +148,7 @@ def image_seed(seed: int, index: int, attempt: int) -> int:
 def contact_sheet(folder: str | Path, columns: int = 10) -> UInt8[np.ndarray, "H W 3"]:
     """Returns an overview of a generated folder, RGB: the first image of each prompt over its class or text.
 
+    Of many prompts `SHEET_CELLS` are shown, taken evenly.
     Raises UserError for a folder without a manifest or with a damaged image.
     """
     if columns < 1:
@@ -155,7 +157,8 @@ def contact_sheet(folder: str | Path, columns: int = 10) -> UInt8[np.ndarray, "H
     first: dict[int, Picture] = {}
     for picture in manifest:
         first.setdefault(picture.prompt_index, picture)
-    shown = [first[p] for p in sorted(first)]
+    order, count = sorted(first), min(len(first), SHEET_CELLS)
+    shown = [first[order[k * len(order) // count]] for k in range(count)]
     columns = min(columns, len(shown))
     cells = [_cell(load_image(manifest.folder / p.file), p, SHEET_WIDTH // columns) for p in shown]
     height, width = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))

@@ -32,7 +32,7 @@ from fmda.weights.diffusers import (
     read_config,
     save_part,
 )
-from fmda.weights.source import PARTS, resolve
+from fmda.weights.source import PARTS, resolve, weight_file
 from fmda.weights.tokenizer import Tokenizer
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -56,8 +56,19 @@ class StableDiffusion:
 
     def with_params(self, params: Mapping[str, trees.Tree]) -> "StableDiffusion":
         """Returns the model with other parameters of some networks; their number format must be the same."""
-        changed = {part: replace(getattr(self, part), params=tree) for part, tree in params.items()}
+        changed = {part: replace(getattr(self, part), params=tree, stored=None) for part, tree in params.items()}
         return replace(self, **changed)
+
+    def as_saved(self) -> "StableDiffusion":
+        """Returns the model that `load_stable_diffusion` opens after `save_stable_diffusion`; itself where it is that.
+
+        It computes as PyTorch's diffusers does, with the same arrays as parameters. That differs for the UNet of a Flax
+        release (see `UNetConfig.gate`), and for a schedule that Stable Diffusion is not run with.
+        """
+        unet, schedule = self.unet.as_saved(), self.schedule.in_stable_diffusion()
+        if unet is self.unet and schedule == self.schedule:
+            return self
+        return replace(self, unet=unet, schedule=schedule)
 
     @property
     def size(self) -> int:
@@ -81,9 +92,13 @@ class StableDiffusion:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """12 hex digits that change with any parameter, the configuration, or the schedule."""
+        """12 hex digits that change with any parameter, the configuration, or the schedule.
+
+        A checkpoint's is that of what it stores, whichever `dtype` it is loaded in.
+        """
+        stored = {part: getattr(self, part).stored for part in PARTS}
         return params_fingerprint(
-            self.params, self.unet.config, self.vae.config, self.text_encoder.config, self.schedule
+            self.params, self.unet.config, self.vae.config, self.text_encoder.config, self.schedule, stored=stored
         )
 
 
@@ -100,13 +115,31 @@ def load_stable_diffusion(
     each other.
     """
     folder = resolve(source, revision, "diffusers")
+    schedule, tokenizer = _opened(folder)
+    unet = load_unet(folder, dtype=dtype, remat=remat)
+    vae, text = load_vae(folder, dtype=dtype), load_text_encoder(folder, dtype=dtype)
+    return StableDiffusion(unet, vae, text, tokenizer, schedule, folder)
+
+
+def check_stable_diffusion(source: str | os.PathLike[str], revision: str | None = None) -> ScheduleConfig:
+    """Returns the schedule of a checkpoint that `load_stable_diffusion` should open; no arrays are read.
+
+    `source` and `revision` as there; a checkpoint on the hub is downloaded. Raises UserError for components, weight
+    files or shards that are missing, for pickles and safetensors cut short, for what cannot be built or run here, and
+    for networks, tokenizer or schedule that do not fit each other. Whether the arrays fit only loading tells.
+    """
+    return _opened(resolve(source, revision, "diffusers"))[0]
+
+
+def _opened(folder: Path) -> tuple[ScheduleConfig, Tokenizer]:
+    """Returns what a checkpoint's folder holds besides networks, once it is known that everything is there and fits."""
     check_components(folder)
     configs = {part: read_config(part, folder / part) for part in PARTS}
     check_fit(folder, configs)
     schedule, tokenizer = read_schedule(folder), read_tokenizer(folder, configs["text_encoder"])
-    unet = load_unet(folder, dtype=dtype, remat=remat)
-    vae, text = load_vae(folder, dtype=dtype), load_text_encoder(folder, dtype=dtype)
-    return StableDiffusion(unet, vae, text, tokenizer, schedule, folder)
+    for part, names in PARTS.items():
+        files.check_file(weight_file(folder / part, names))
+    return schedule, tokenizer
 
 
 def is_stable_diffusion(folder: Path) -> bool:
@@ -138,8 +171,20 @@ def check_fit(folder: Path, configs: Mapping[str, Any]) -> None:
 
 
 def read_schedule(folder: Path) -> ScheduleConfig:
-    """Returns the schedule of a checkpoint's folder. Raises UserError for one that does not exist here."""
-    return ScheduleConfig.from_json(files.read_json(folder / SCHEDULER_FILE), str(folder / SCHEDULER_FILE))
+    """Returns the schedule that a checkpoint's folder is run with. Raises UserError for one that does not exist here.
+
+    Where the file says otherwise than `ScheduleConfig.in_stable_diffusion`, a warning tells.
+    """
+    path = folder / SCHEDULER_FILE
+    named = ScheduleConfig.from_json(files.read_json(path), str(path))
+    schedule = named.in_stable_diffusion()
+    if schedule != named:
+        warnings.warn(
+            f"{path}: steps_offset counts as 1 and clip_sample as false, as in diffusers' StableDiffusionPipeline, "
+            "whatever the file says; set them so",
+            stacklevel=2,
+        )
+    return schedule
 
 
 def read_tokenizer(folder: Path, text: TextConfig) -> Tokenizer:
@@ -157,11 +202,19 @@ def save_stable_diffusion(
     """Writes a checkpoint that `load_stable_diffusion` and PyTorch's diffusers open. Returns the folder.
 
     `params` replaces the model's own, whole or by network; arrays are stored in `dtype`, by default in their own.
-    The folder appears when all is written. Raises UserError where it is there already and not empty, or cannot be
-    written, or where `params` do not fit.
+    What is written computes as `model.as_saved()`; a warning tells where `model` does not. The folder appears when all
+    is written. Raises UserError where it is there already and not empty, or cannot be written, or where `params` do
+    not fit.
     """
     folder = Path(folder)
-    params = {**model.params, **(params or {})}
+    saved = model.as_saved()
+    if saved is not model:
+        warnings.warn(
+            f"{folder}: will compute as PyTorch's diffusers does, which is not quite what this model computed; "
+            "take model.as_saved() to compute the same here",
+            stacklevel=2,
+        )
+    model, params = saved, {**model.params, **(params or {})}
     configs: dict[str, Config] = {
         "unet": model.unet.config,
         "vae": model.vae.config,

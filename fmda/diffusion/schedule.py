@@ -9,7 +9,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -141,6 +141,13 @@ class ScheduleConfig:
             return cls(**_fields(values))
         except UserError as fault:
             raise UserError(f"{where}: {fault}") from None
+
+    def in_stable_diffusion(self) -> "ScheduleConfig":
+        """Returns the schedule as diffusers' StableDiffusionPipeline runs it: a steps_offset of 1, no clipping.
+
+        Early checkpoints' files hold other values, with which those were not meant to be run.
+        """
+        return replace(self, steps_offset=1, clip=None)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of a scheduler_config.json that diffusers and `from_json` read."""

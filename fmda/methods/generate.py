@@ -5,7 +5,7 @@ The folder of the stage `images` holds the images, `manifest.jsonl` and a contac
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from fmda import trees
+from fmda.config import FREE
 from fmda.diffusion.draw import SamplerConfig, check_size, make_draw
 from fmda.diffusion.filters import BannedWords, ClassPresence, ClipScore, DuplicatePrompt, LongPrompt, NearDuplicate
 from fmda.diffusion.filters import PromptFilter as AnyPromptFilter
@@ -32,7 +33,7 @@ from fmda.perf.flops import text_flops
 from fmda.perf.memory import device_memory
 from fmda.weights.clip import load_clip
 from fmda.weights.diffusers import part_graph, read_config
-from fmda.weights.source import PARTS, asset_names, assets_folder
+from fmda.weights.source import PARTS, asset_names, assets_folder, resolve
 
 THINGS: dict[str, str] = {
     "traffic light": "traffic lights",
@@ -49,6 +50,7 @@ THINGS: dict[str, str] = {
 """Cityscapes' classes that DATUM prompts for, in its order, and their plurals."""
 
 GIB = 2**30
+LIMIT = " (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets JAX take more of a GPU)"
 MACHINES = (("80 GB card", 1, 80e9), ("v5e-8 slice", 8, 16.0 * GIB))
 """What a plan is made for: name, devices, bytes of each."""
 
@@ -102,7 +104,7 @@ class Config:
         model: a latent diffusion model: folder in diffusers' layout, model of the package, or hub id.
         revision: of a hub id.
         prompts: what to draw.
-        count: images; image j shows prompt j modulo their number.
+        count: images; image j shows prompt j modulo their number. A later run may ask for more.
         batch: images drawn at once, on all devices of a process.
         seed: decides every image, together with its index.
         sample: how images are sampled.
@@ -116,15 +118,15 @@ class Config:
     model: str
     revision: str | None = None
     prompts: PromptConfig = PromptConfig()
-    count: int = 2975
-    batch: int = 8
+    count: int = field(default=2975, metadata=FREE)
+    batch: int = field(default=8, metadata=FREE)
     seed: int = 0
     sample: SamplerConfig = SamplerConfig()
     filters: FilterConfig = FilterConfig()
-    tries: int = 8
+    tries: int = field(default=8, metadata=FREE)
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: tuple[int, int] = (-1, 1)
-    device_memory: float | None = None
+    device_memory: float | None = field(default=None, metadata=FREE)
 
 
 def stages(config: Config) -> list[Stage]:
@@ -241,7 +243,8 @@ def check_memory(config: Config, shapes: DiffusionConfig, devices: int, shards: 
         raise UserError(
             f"batch: {config.batch} needs about {need / GIB:.2f} GiB on each of {devices} "
             f"device{'s' if devices > 1 else ''}, {(need - told) / GIB:.2f} GiB more than the {told / GIB:.2f} GiB "
-            f"there; {f'batch={fitting} fits' if fitting else 'not even one image fits'}; dtype=bfloat16, a smaller "
+            f"there{LIMIT if config.device_memory is None else ''}; "
+            f"{f'batch={fitting} fits' if fitting else 'not even one image fits'}; dtype=bfloat16, a smaller "
             "sample.size or more devices (mesh=) help too"
         )
 
@@ -341,6 +344,10 @@ def draw_images(
 
 
 def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    # before the networks are loaded, which might be too large already
+    mesh = make_mesh(*config.mesh, devices=jax.local_devices())
+    shapes = read_shapes(str(resolve(config.model, config.revision, "diffusers")))
+    check_memory(config, shapes, mesh.size, mesh.shape["fsdp"])
     model = load_stable_diffusion(config.model, config.revision, jnp.dtype(config.dtype))
     counts = draw_images(config, model, folder)
     if jax.process_index() == 0:

@@ -27,7 +27,9 @@ def embed(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
 
 def clip_score(clip: LoadedClip, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     """Returns the cosine of each image and its text."""
-    words = np.asarray(unit(clip.encode_text(clip.tokenize(texts))))
+    # the whole context, so that no other length of a text compiles anew
+    ids = clip.tokenize(texts, clip.config.text.context)
+    words = np.asarray(unit(clip.encode_text(ids)))
     return (embed(clip, images) * words).sum(-1)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from fmda.atomic import occupied, write_atomic
-from fmda.config import differences, fingerprint, to_dict, to_yaml
+from fmda.config import differences, fingerprint, identity, to_dict, to_yaml
 from fmda.errors import UserError
 
 RunStage = Callable[[Path, dict[str, Path]], dict[str, Any] | None]
@@ -33,7 +33,8 @@ class Stage:
     Attributes:
         name: the stage's folder under the work folder.
         run: called with (its folder, folders of all earlier stages by name); returns plain values to record.
-        config: everything that determines the result, as dataclass or plain values; hashed.
+        config: everything that determines the result, as dataclass or plain values; hashed, but for fields that are
+            `fmda.config.FREE`.
         inputs: names of earlier stages it reads. Their fingerprints enter this stage's own.
         always: run even when finished (cheap stages such as a report).
         alone: of several processes the first one runs it, and the others wait; else all of them do, as one.
@@ -112,7 +113,7 @@ def _run_all(stages: Sequence[Stage], work: Path, say: Callable[[str], None]) ->
     marks: dict[str, str] = {}
     for index, stage in enumerate(stages, 1):
         folder = work / stage.name
-        marks[stage.name] = fingerprint([stage.name, to_dict(stage.config), [marks[i] for i in stage.inputs]])
+        marks[stage.name] = fingerprint([stage.name, identity(stage.config), [marks[i] for i in stage.inputs]])
         title = f"[{index}/{len(stages)}] {stage.name}"
         if not stage.always and _finished(folder, marks[stage.name]):
             say(f"{title}: finished before, skipped")
@@ -156,7 +157,10 @@ def _check(stages: Sequence[Stage]) -> None:
 
 
 def _claim(work: Path, config: Any) -> None:
-    """Makes the run folder and writes `config.yaml`, or checks that the folder belongs to this configuration."""
+    """Makes the run folder and writes `config.yaml`, or checks that the folder belongs to this configuration.
+
+    What is free to change is written anew.
+    """
     path = work / "config.yaml"
     text = to_yaml(config)
     if path.is_file():
@@ -164,18 +168,24 @@ def _claim(work: Path, config: Any) -> None:
             recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             raise _Taken(f"{path}: is not what a run wrote; choose another work_dir=") from None
-        changed = differences(recorded, to_dict(config))
+        changed = differences(identity(config, recorded), identity(config))
         if changed:
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise _Taken(f"{work}: holds a run of another configuration ({shown}); choose another work_dir=")
+        if recorded != to_dict(config):
+            _write_config(path, text)
         return
     if occupied(work):
         raise _Taken(f"{work}: is not empty and no run of ours (no config.yaml); choose another work_dir=")
+    _write_config(path, text)
+
+
+def _write_config(path: Path, text: str) -> None:
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
     except OSError as fault:
-        raise UserError(f"{work}: cannot be written ({fault.strerror}); choose another work_dir=") from None
+        raise UserError(f"{path.parent}: cannot be written ({fault.strerror}); choose another work_dir=") from None
 
 
 class _Taken(UserError):

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from fmda.atomic import write_atomic
-from fmda.config import to_dict
+from fmda.config import FREE, identity, to_dict
 from fmda.data.loader import Transform, batches
 from fmda.mesh import FSDP_RULES, Rule, make_mesh
 from fmda.perf.peaks import peak_flops
@@ -37,10 +37,10 @@ class TrainerConfig:
     seed: int = 0
     mesh: tuple[int, int] = (-1, 1)
     workers: int = 0
-    log_every: int = 25
-    save_steps: int = 250
-    save_minutes: float = 5.0
-    tensorboard: bool = False
+    log_every: int = field(default=25, metadata=FREE)
+    save_steps: int = field(default=250, metadata=FREE)
+    save_minutes: float = field(default=5.0, metadata=FREE)
+    tensorboard: bool = field(default=False, metadata=FREE)
 
 
 def train(
@@ -56,7 +56,7 @@ def train(
     flops_per_row: float,
     rules: Sequence[Rule] = FSDP_RULES,
     rows: int | None = None,
-    identity: Mapping[str, Any] | None = None,
+    marks: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Returns the state after `config.steps`, from `start(key)` or from the last checkpoint in the folder.
 
@@ -69,7 +69,7 @@ def train(
         flops_per_row: of one row of a batch, forward and backward.
         rules: how parameters are sharded.
         rows: rows of a batch, where they are not `config.batch`.
-        identity: further values that must not change between the parts of a run.
+        marks: further values that must not change between the parts of a run.
     """
     loader = batches(
         source, transform, rows or config.batch, seed=config.seed, workers=config.workers,
@@ -79,7 +79,7 @@ def train(
         return fit(
             step, start, frozen, loader, steps=config.steps, mesh=make_mesh(*config.mesh), rules=rules,
             folder=folder, key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
-            save_minutes=config.save_minutes, config=to_dict(config) | dict(identity or {}),
+            save_minutes=config.save_minutes, config=identity(config) | dict(marks or {}),
             tensorboard=config.tensorboard, what=what, flops_per_example=flops_per_row, peak_flops=peak_flops(),
         )  # fmt: skip
 

@@ -1,8 +1,12 @@
 """Memory: of a process on the host, of a compiled program, of a device, and of a training state before it exists."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +42,71 @@ with open(sys.argv[1], "w") as file:
 """
 
 
-def run_measured(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Usage:
-    """Returns peak memory and time of a command, run to its end with this process's output streams."""
+def run_measured(
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float | None = None
+) -> Usage:
+    """Returns peak memory and time of a command, run to its end with this process's output streams.
+
+    Nothing that the command started goes on when `timeout` seconds have passed or the wait is interrupted.
+
+    Raises:
+        subprocess.TimeoutExpired: the command took longer than `timeout` seconds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "usage"
         between = [sys.executable, "-I", "-S", "-c", _BETWEEN, str(path), *command]
-        subprocess.run(between, env=None if env is None else dict(env), check=True)
+        process = subprocess.Popen(between, env=None if env is None else dict(env))
+        try:
+            ended = process.wait(timeout)
+        finally:
+            if process.poll() is None:
+                _kill_tree(process.pid)
+                process.wait()
+        if ended:
+            raise subprocess.CalledProcessError(ended, list(command))
         code, peak, seconds = path.read_text().split()
     # Linux counts kibibytes, macOS bytes
     return Usage(int(code), int(peak) * (1 if sys.platform == "darwin" else 1024), float(seconds))
+
+
+def _kill_tree(root: int, patience: float = 10) -> None:
+    """Kills a process and all that descend from it, and waits up to `patience` seconds until they have ended.
+
+    The family is found by its parents: compilers' workers are in sessions of their own, where no signal to a group
+    would reach them. All are stopped before the first is killed, so that none is born or adopted meanwhile.
+    """
+    found: set[int] = set()
+    new = {root}
+    while new:
+        _signal(new, signal.SIGSTOP)
+        found |= new
+        new = {child for child, parent in _parents().items() if parent in found} - found
+    _signal(found, signal.SIGKILL)
+    end = time.monotonic() + patience
+    while found & _parents().keys() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _signal(processes: set[int], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def _parents() -> dict[int, int]:
+    """Returns the parent of every process that has not ended."""
+    rows: list[list[str]] = []
+    if Path("/proc/self/stat").exists():
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            # it may have ended since it was listed
+            with contextlib.suppress(OSError):
+                # number (name, which may hold anything) state parent ...
+                state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+                rows.append([path.parent.name, parent, state])
+    else:
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)
+        rows = [line.split() for line in listed.stdout.splitlines()]
+    return {int(number): int(parent) for number, parent, state in rows if state[0] not in "ZX"}
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -12,7 +12,7 @@ from fmda.atomic import write_atomic
 from fmda.errors import UserError
 
 PLACES = ("--out", "--work")
-PACKAGES = ("fmda", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "grain")
+PACKAGES = ("fmda", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "diffusers", "grain")
 
 
 def record(name: str, **values: Any) -> dict[str, Any]:

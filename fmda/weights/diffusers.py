@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,19 @@ class LoadedUNet:
     config: UNetConfig
     graphdef: nnx.GraphDef
     params: trees.Tree
+    stored: str | None = None
+    """Fingerprint of the parameters before they were rounded, where loading did that."""
+
+    def as_saved(self) -> "LoadedUNet":
+        """Returns the UNet in the arithmetic of PyTorch's diffusers, in which it is saved; itself where it has that.
+
+        Parameters are the same arrays. A Flax release computed the GELU and one epsilon otherwise (see `UNetConfig`).
+        """
+        config = diffusers_configs.saved_unet(self.config)
+        if config == self.config:
+            return self
+        module = nnx.merge(self.graphdef, self.params)
+        return replace(self, config=config, graphdef=unet_graph(config, module.dtype, module.remat)[0])
 
     def __call__(
         self,
@@ -63,6 +76,8 @@ class LoadedVae:
     config: VaeConfig
     graphdef: nnx.GraphDef
     params: trees.Tree
+    stored: str | None = None
+    """As in `LoadedUNet`."""
 
     def encode(
         self, images: Float[Array | np.ndarray, "b H W 3"]
@@ -95,6 +110,8 @@ class LoadedTextEncoder:
     config: TextConfig
     graphdef: nnx.GraphDef
     params: trees.Tree
+    stored: str | None = None
+    """As in `LoadedUNet`."""
 
     def __call__(self, ids: Int[Array | np.ndarray, "b t"]) -> Float[Array, "b t width"]:
         """Returns the last hidden state after the final norm, for all places, float32."""
@@ -244,11 +261,21 @@ def part_of(folder: Path) -> str | None:
     return "text_encoder" if config.get("model_type") == diffusers_configs.TEXT_MODEL else None
 
 
-def params_fingerprint(params: Mapping[Any, Any], *configs: Any) -> str:
-    """Returns 12 hex digits that change with any parameter, any dtype, or a configuration."""
+def params_fingerprint(params: Mapping[Any, Any], *configs: Any, stored: Mapping[str, str | None] | None = None) -> str:
+    """Returns 12 hex digits that change with the value of any parameter, or a configuration.
+
+    Values count as float32, in which float16 and bfloat16 are exact: numbers that were widened keep their fingerprint.
+    The networks of a whole Stable Diffusion count one by one, so that `stored` can hold the fingerprints of those that
+    were rounded since.
+    """
     digest = hashlib.blake2b(repr(configs).encode(), digest_size=6)
+    if params.keys() == PARTS.keys():
+        for part in PARTS:
+            known = (stored or {}).get(part)
+            digest.update(f"{part}{known or params_fingerprint(params[part])}".encode())
+        return digest.hexdigest()
     for path, leaf in sorted(trees.flatten(params).items()):
-        array = np.asarray(leaf)
+        array = np.asarray(leaf).astype(np.float32, copy=False)
         digest.update(f"{path}{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
@@ -267,10 +294,15 @@ def _table(part: str, config: Any, flax: bool, arrays: Mapping[str, np.ndarray])
     return diffusers_tables.OLD_VAE if any(".proj_attn." in name for name in arrays) else diffusers_tables.VAE
 
 
-def _load(part: str, folder: Path, dtype: DTypeLike, **options: Any) -> tuple[Any, nnx.GraphDef, trees.Tree]:
+def _load(
+    part: str, folder: Path, dtype: DTypeLike, **options: Any
+) -> tuple[Any, nnx.GraphDef, trees.Tree, str | None]:
     config, table, arrays, where = read_part(part, folder)
     graphdef, shapes = _KINDS[part][2](config, dtype, **options)
-    return config, graphdef, store(table.read(arrays, shapes, str(where)), dtype)
+    params = table.read(arrays, shapes, str(where))
+    # What was only widened can be hashed later, should anyone ask.
+    exact = all(jnp.promote_types(leaf.dtype, dtype) == dtype for leaf in trees.flatten(params).values())
+    return config, graphdef, store(params, dtype), None if exact else params_fingerprint(params)
 
 
 def save_part(

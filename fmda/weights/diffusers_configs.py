@@ -1,6 +1,8 @@
 """Configurations of Stable Diffusion's networks out of and into the JSON files of diffusers' layout."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +150,27 @@ def read_unet(folder: Path) -> UNetConfig:
         context_width=sizes["cross_attention_dim"],
         linear_projection=config.get("use_linear_projection", False),
         groups=sizes["norm_num_groups"],
-        sample_size=sizes["sample_size"],
+        # the first releases of 1.x name 32, and diffusers' pipeline does not believe them either
+        sample_size=max(64, sizes["sample_size"]) if _before_0_9(config) else sizes["sample_size"],
         # each library's own arithmetic, so that a checkpoint gives here what it gave there
         gate="gelu_tanh" if flax else "gelu",
         transformer_eps=1e-5 if flax else 1e-6,
     )
 
 
+def _before_0_9(config: Json) -> bool:
+    """Returns whether a configuration names a release of diffusers before 0.9."""
+    numbers = re.match(r"(\d+)(?:\.(\d+))?", str(config.get("_diffusers_version", "")))
+    return numbers is not None and (int(numbers[1]), int(numbers[2] or 0)) < (0, 9)
+
+
+def saved_unet(config: UNetConfig) -> UNetConfig:
+    """Returns the configuration that a UNet has when what `write_unet` gives is read: PyTorch's arithmetic."""
+    return replace(config, gate="gelu", transformer_eps=1e-6)
+
+
 def write_unet(config: UNetConfig) -> Json:
-    """Returns the `config.json` object that diffusers' UNet2DConditionModel opens; it computes the exact GELU."""
+    """Returns the `config.json` object that diffusers' UNet2DConditionModel opens, which computes as `saved_unet`."""
     down = [_CROSS_DOWN if attends else _DOWN for attends in config.attention]
     fixed = {key: allowed[0] for key, allowed in _UNET_FIXED.items()}
     return fixed | {

@@ -107,7 +107,10 @@ TEXT_ENCODER = Table((*torch_rows(hf_text_layers("")), drop("text_model.embeddin
 """transformers' CLIPTextModel before release 5, which later ones open too."""
 
 BARE_TEXT_ENCODER = Table(
-    torch_rows((source.removeprefix("text_model."), target, kind) for source, target, kind in hf_text_layers(""))
+    (
+        *torch_rows((source.removeprefix("text_model."), target, kind) for source, target, kind in hf_text_layers("")),
+        drop("embeddings.position_ids"),
+    )
 )
 """The same since release 5, whose names do not begin with "text_model."."""
 

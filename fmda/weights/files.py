@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from fmda.atomic import replacing, write_atomic
 from fmda.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+INDICES = (".safetensors.index.json", ".safetensors.index.fp16.json", ".safetensors.fp16.index.json")
+"""Ends of the names of a sharded checkpoint's index, without and with float16 in the name."""
 _CONVERT = (
     'python -c "import torch; from safetensors.torch import save_file; '
     "d = torch.load('{source}', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
@@ -29,9 +32,22 @@ _CONVERT = (
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Returns {stored name: array} of a checkpoint file, in the stored dtype (bfloat16 included).
 
-    `path` is a .safetensors file, the .safetensors.index.json of a sharded one, or a Flax .msgpack; the nested names of
+    `path` is a .safetensors file, the index of a sharded one (see INDICES), or a Flax .msgpack; the nested names of
     the last are joined by dots. Raises UserError for a torch pickle (with the command that converts it), for a file
     that is missing or damaged, and for any other kind.
+    """
+    check_file(path)
+    if path.name.endswith(INDICES):
+        return _read_sharded(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_msgpack(path)
+
+
+def check_file(path: Path) -> None:
+    """Raises UserError as `read_arrays` does, as far as that can be told without reading arrays.
+
+    Noticed are pickles, other kinds of files, files and shards that are missing, and safetensors that are cut short.
     """
     if path.suffix in PICKLES:
         target = path.with_name(_safetensors_name(path.name))
@@ -41,42 +57,62 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         )
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder that holds the checkpoint")
-    if path.name.endswith(".safetensors.index.json"):
-        return _read_sharded(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix == ".msgpack":
-        return _read_msgpack(path)
-    raise UserError(f"{path}: not a known kind of weight file; give .safetensors or .msgpack")
+    if path.name.endswith(INDICES):
+        for shard in set(_weight_map(path).values()):
+            _names(_shard(path, shard))
+    elif path.suffix == ".safetensors":
+        _names(path)
+    elif path.suffix != ".msgpack":
+        raise UserError(f"{path}: not a known kind of weight file; give .safetensors or .msgpack")
 
 
 def _safetensors_name(name: str) -> str:
     """Returns the name under which a converted pickle is found again."""
-    known = {
-        "pytorch_model.bin": "model.safetensors",
-        "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
-    }
-    return known.get(name, str(Path(name).with_suffix(".safetensors")))
+    return re.sub(r"^(open_clip_)?pytorch_model\b", r"\1model", str(Path(name).with_suffix(".safetensors")))
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Gives a safetensors file, whose header is read. Raises UserError where it is damaged."""
     try:
         with safe_open(path, "numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            yield file
     except (SafetensorError, struct.error, ValueError) as error:
         raise UserError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
 
 
-def _read_sharded(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of all shards; index and shards must agree name for name."""
+def _names(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Returns {stored name: file name of its shard} of an index."""
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict):
         raise UserError(f"{path}: has no 'weight_map'; copy or download it again")
+    return index
+
+
+def _shard(path: Path, name: str) -> Path:
+    """Returns the file of a shard beside its index. Raises UserError where it is missing."""
+    file = path.parent / name
+    if not file.is_file():
+        raise UserError(f"{file}: shard named in {path.name} is not there; copy or download it")
+    return file
+
+
+def _read_sharded(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of all shards; index and shards must agree name for name."""
+    index = _weight_map(path)
     arrays: dict[str, np.ndarray] = {}
     for shard in sorted(set(index.values())):
-        file = path.parent / shard
-        if not file.is_file():
-            raise UserError(f"{file}: shard named in {path.name} is not there; copy or download it")
+        file = _shard(path, shard)
         part = _read_safetensors(file)
         stray = sorted(name for name in part if index.get(name) != shard)
         absent = sorted(name for name, home in index.items() if home == shard and name not in part)

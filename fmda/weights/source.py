@@ -11,9 +11,24 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 
 import fmda
 from fmda.errors import UserError, did_you_mean
-from fmda.weights.files import PICKLES
+from fmda.weights.files import INDICES, PICKLES
 
-WEIGHT_FILES = (
+_HALF = "fp16"
+
+
+def _with_halves(*names: str) -> tuple[str, ...]:
+    """Returns the names and, after them all, those of the float16 variants of the safetensors among them."""
+    halves = []
+    for name in names:
+        stem, kind, end = name.partition(".safetensors")
+        if kind and end:  # an index; libraries and releases differ in where the variant stands
+            halves += [f"{stem}{kind}.index.{_HALF}.json", f"{stem}{kind}.{_HALF}{end}"]
+        if kind:
+            halves.append(f"{stem}.{_HALF}{kind}{end}")
+    return *names, *halves
+
+
+WEIGHT_FILES = _with_halves(
     "open_clip_model.safetensors",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -21,15 +36,14 @@ WEIGHT_FILES = (
 )
 """Names under which weights are looked for, best first. timm's repositories hold a bare trunk as model.safetensors."""
 
-DIFFUSION_FILES = (
+DIFFUSION_FILES = _with_halves(
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_flax_model.msgpack",
-    "diffusion_pytorch_model.fp16.safetensors",
 )
 """Names of the weights of a UNet or an autoencoder in diffusers' layout, best first."""
 
-TEXT_FILES = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack", "model.fp16.safetensors")
+TEXT_FILES = _with_halves("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 """Names of the weights of a text encoder in diffusers' layout, best first."""
 
 PARTS = {"unet": DIFFUSION_FILES, "vae": DIFFUSION_FILES, "text_encoder": TEXT_FILES}
@@ -88,7 +102,12 @@ def weight_file(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return pickles[0]  # reading it raises the error that says how to convert it
-    raise UserError(f"{folder}: holds no weights; one of {', '.join(names)} is needed")
+    raise UserError(f"{folder}: holds no weights; one of {_listed(names)} is needed")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Returns the names for an error, without those of float16 variants."""
+    return ", ".join(name for name in names if _HALF not in name)
 
 
 def _download(name: str, revision: str | None, layout: Layout) -> Path:
@@ -146,8 +165,7 @@ def _weights_wanted(files: list[str], at: str, names: Sequence[str] = WEIGHT_FIL
     """Returns the patterns of the best weight file among a repository's files, with all its shards."""
     for name in names:
         if name in files:
-            stem = name.removesuffix(".safetensors.index.json")
-            return [name] if stem == name else [name, f"{stem}-*-of-*.safetensors"]
+            return [name, *(file for file in files if name.endswith(INDICES) and _shard_of(name, file))]
     # A pickle is not fetched: the error that names it needs no more than an empty place.
     pickles = [file for file in files if Path(file).suffix in PICKLES]
     if pickles:
@@ -155,4 +173,11 @@ def _weights_wanted(files: list[str], at: str, names: Sequence[str] = WEIGHT_FIL
             f"{at}: holds its weights only as a torch pickle ({pickles[0]}), which is not read; "
             "download it and convert it to model.safetensors with safetensors.torch.save_file, then give the folder"
         )
-    raise UserError(f"{at}: the repository holds none of {', '.join(names)}; give another one")
+    raise UserError(f"{at}: the repository holds none of {_listed(names)}; give another one")
+
+
+def _shard_of(index: str, file: str) -> bool:
+    """Returns whether a file has the name of a shard that an index of that name lists."""
+    stem, half = re.escape(index.split(".")[0]), rf"\.{_HALF}" if f".{_HALF}." in index else ""
+    # old releases name the variant after the number of the shard
+    return re.fullmatch(rf"{stem}({half}-\d+-of-\d+|-\d+-of-\d+{half})\.safetensors", file) is not None

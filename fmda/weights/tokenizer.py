@@ -19,6 +19,9 @@ FILES = (
     "merges.txt",
 )
 
+# The `eos_token_id` of old configuration files, which stands for the largest id.
+_LARGEST = 2
+
 
 def has_tokenizer(folder: Path) -> bool:
     """Returns whether a folder holds tokenizer.json, or vocab.json and merges.txt."""
@@ -38,10 +41,14 @@ class Tokenizer:
                 f"{folder}: its tokenizer has {len(self._inner)} tokens, the model {vocab_size}; "
                 "take both from the same source"
             )
-        if eos_token_id not in (2, self._inner.eos_token_id):
+        end, expected = self._inner.eos_token_id, eos_token_id
+        if eos_token_id == _LARGEST:
+            # The end is the last of CLIP's ids. Tokens that were added later follow it, with a row in the model each.
+            expected = end if len(self._inner) == vocab_size else vocab_size - 1
+        if end != expected:
             raise UserError(
-                f"{folder}: its tokenizer ends sentences with id {self._inner.eos_token_id}, "
-                f"the model reads them off at {eos_token_id}; take both from the same source"
+                f"{folder}: its tokenizer ends sentences with id {end}, "
+                f"the model reads them off at {expected}; take both from the same source"
             )
 
     def __call__(self, texts: Sequence[str], limit: int, context: int | None = None) -> Int[np.ndarray, "b t"]:
@@ -88,7 +95,12 @@ class Tokenizer:
         return len(self._inner)
 
     def files(self) -> list[Path]:
-        """Returns the tokenizer's files, for copying them beside exported weights."""
+        """Returns the tokenizer's files, for copying them beside exported weights.
+
+        Raises UserError where they are gone since they were read.
+        """
+        if not has_tokenizer(self.folder):
+            raise UserError(f"{self.folder}: its tokenizer files are gone; put them back, they are to be copied")
         return [self.folder / name for name in FILES if (self.folder / name).is_file()]
 
 
@@ -96,6 +108,9 @@ def _load(folder: Path) -> Any:
     """Returns the transformers tokenizer in a folder, read from its files alone."""
     # transformers advises about missing torch on import; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if not has_tokenizer(folder):
+        # transformers would make one up
+        raise UserError(f"{folder}: holds no tokenizer.json, nor vocab.json and merges.txt; copy them from the model")
     from transformers import CLIPTokenizer
 
     try:

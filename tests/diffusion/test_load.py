@@ -1,5 +1,6 @@
 """A whole Stable Diffusion: written and read back bit for bit, its tokenizer's padding, its fingerprint, its check."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -15,7 +16,7 @@ from small_diffusion import END, TEXT, UNET, VAE, same, stable_diffusion
 import fmda
 from fmda import cli
 from fmda.diffusion.checkpoints import convert, verify
-from fmda.diffusion.load import load_stable_diffusion, save_stable_diffusion
+from fmda.diffusion.load import check_stable_diffusion, load_stable_diffusion, save_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.weights import diffusers_tables as tables
 from fmda.weights.diffusers import load_unet
@@ -73,6 +74,44 @@ def test_the_fingerprint_follows_content_not_place(model, tmp_path):
     assert load_stable_diffusion(elsewhere).fingerprint != model.fingerprint
 
 
+def test_the_fingerprint_is_that_of_what_is_stored_in_whichever_format_it_is_loaded(model):
+    loaded = load_stable_diffusion(model.folder, dtype=jnp.bfloat16)
+    assert loaded.fingerprint == model.fingerprint == loaded.as_saved().fingerprint
+    # other weights in memory count as they are, beside what is stored of the rest
+    moved = jax.tree.map(lambda x: x + 1, model.vae.params)
+    assert loaded.with_params({"vae": moved}).fingerprint == model.with_params({"vae": moved}).fingerprint
+    same_but_rounded = loaded.with_params({"vae": loaded.vae.params})
+    assert same_but_rounded.fingerprint != model.fingerprint
+
+
+def test_weights_in_memory_have_the_fingerprint_that_their_export_has(model, tmp_path):
+    half = jax.tree.map(lambda x: np.float32(np.float16(x)), model.params)
+    saved = save_stable_diffusion(tmp_path / "sd", model, dtype=np.float16)
+    assert load_stable_diffusion(saved).fingerprint == model.with_params(half).fingerprint != model.fingerprint
+
+
+@pytest.mark.parametrize("change", [{"steps_offset": 0}, {"clip_sample": True}])
+def test_old_schedules_are_run_as_diffusers_pipeline_runs_them(change, model, tmp_path):
+    folder = shutil.copytree(model.folder, tmp_path / "sd")
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.warns(
+        UserWarning, match="steps_offset counts as 1 and clip_sample as false, .*; set them so"
+    ) as caught:
+        assert check_stable_diffusion(folder) == SCHEDULE
+    assert len(caught) == 1 and str(path) in str(caught[0].message) and "\n" not in str(caught[0].message)
+    with pytest.warns(UserWarning, match="steps_offset counts as 1"):
+        loaded = load_stable_diffusion(folder)
+    assert loaded.schedule == SCHEDULE and loaded.fingerprint == model.fingerprint
+
+
+def test_what_is_saved_of_an_old_schedule_is_what_will_be_run(model, tmp_path):
+    old = dataclasses.replace(model, schedule=dataclasses.replace(SCHEDULE, steps_offset=0, clip=1.0))
+    with pytest.warns(UserWarning, match="take model.as_saved"):
+        folder = save_stable_diffusion(tmp_path / "sd", old)
+    assert load_stable_diffusion(folder).schedule == old.as_saved().schedule == SCHEDULE
+
+
 @pytest.mark.parametrize(
     ("special", "expected"),
     [({}, END), ({"pad_token": "<|endoftext|>"}, END), ({"pad_token": "!"}, 0)],
@@ -127,6 +166,25 @@ def test_a_flax_checkpoint_becomes_what_pytorch_opens(model, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "new")
     for path in sorted(model.folder.rglob("*.*")):
         assert (tmp_path / "new" / path.relative_to(model.folder)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_flax_checkpoint_is_saved_as_it_says(model, tmp_path):
+    flax = load_stable_diffusion(to_flax(model, tmp_path / "flax"), remat="blocks")
+    with pytest.warns(
+        UserWarning, match="one: will compute as PyTorch's diffusers does.*; take model.as_saved"
+    ) as caught:
+        save_stable_diffusion(tmp_path / "one", flax)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    saved = flax.as_saved()
+    assert saved.as_saved() is saved and saved.unet.params is flax.unet.params and saved.vae is flax.vae
+    assert saved.fingerprint == model.fingerprint != flax.fingerprint
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load_stable_diffusion(save_stable_diffusion(tmp_path / "two", saved), remat="blocks")
+    assert loaded.unet.config == saved.unet.config and loaded.unet.graphdef == saved.unet.graphdef
+    assert same(loaded.params, saved.params) and loaded.fingerprint == saved.fingerprint
+    for path in sorted((tmp_path / "one").rglob("*.*")):
+        assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes(), path
 
 
 def test_one_network_is_converted_alone_and_a_storage_type_can_be_chosen(model, tmp_path):

@@ -132,6 +132,16 @@ def test_clipping_is_read_with_its_range():
     assert ScheduleConfig.from_json(SD2 | {"clip_sample": True, "clip_sample_range": 3.0}).clip == 3.0
 
 
+def test_stable_diffusion_runs_without_clipping_from_step_1_whatever_the_file_says():
+    old = ScheduleConfig.from_json(SD2 | {"clip_sample": True, "steps_offset": 0})
+    assert (old.clip, old.steps_offset) == (1.0, 0)
+    assert (
+        old.in_stable_diffusion()
+        == ScheduleConfig.from_json(SD2)
+        == ScheduleConfig.from_json(SD2).in_stable_diffusion()
+    )
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -168,8 +168,12 @@ def test_what_was_lost_comes_back_as_it_was(place, lost):
 def test_images_of_another_checkpoint_are_refused(place, capsys):
     model = load_stable_diffusion("model")
     before = model.fingerprint
+    save_stable_diffusion("other", model, {"unet": small_diffusion.unet(UNET, seed=7).params})
     shutil.rmtree("model")
-    save_stable_diffusion("model", model, {"unet": small_diffusion.unet(UNET, seed=7).params})
+    with pytest.raises(UserError, match="model/tokenizer: its tokenizer files are gone"):
+        save_stable_diffusion("third", model)
+    assert not Path("third").exists()
+    Path("other").rename("model")
     line = refused(capsys, "run set.yaml work_dir=done")
     after = load_stable_diffusion("model").fingerprint
     assert f"checkpoint: '{before}' -> '{after}'" in line and "choose another folder" in line
@@ -178,6 +182,14 @@ def test_images_of_another_checkpoint_are_refused(place, capsys):
 def test_another_configuration_is_refused(place, capsys):
     line = refused(capsys, "run set.yaml work_dir=done sample.steps=3")
     assert "done: holds a run of another configuration" in line and "choose another work_dir=" in line
+
+
+def test_more_images_in_other_batches_are_added_to_a_finished_run(place):
+    before = content(Path("done/images/images"))
+    cli.main(shlex.split("run set.yaml work_dir=done count=13 batch=2 tries=3"))
+    after = content(Path("done/images/images"))
+    assert len(after) == 13 and {path: after[path] for path in before} == before
+    assert len(Manifest.read("done/images")) == 13 and "count: 13" in Path("done/config.yaml").read_text()
 
 
 def test_prompts_of_things_are_those_of_datum():
@@ -367,3 +379,13 @@ def test_published_configurations_open(name, count):
     assert f"images  {count} images of 10 prompts by {run.config.model}" in " ".join(run.plan().text().split(" " * 30))
     published = run.config.sample == SamplerConfig(size=(512, 512))
     assert published == (name == "generate-sd14-things") and len(make_prompts(run.config.prompts)) == 10
+
+
+def test_stable_diffusion_2_is_planned_at_full_size_with_its_file_of_prompts(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    run = open_run("configs/datum/generate-sd2.yaml")
+    found = run.plan()
+    assert dict(found.parameters) == {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}
+    assert len(make_prompts(run.config.prompts)) == 24
+    text = found.text()
+    assert "80 GB card: " in text and "v5e-8 slice: " in text and "does not fit" not in text

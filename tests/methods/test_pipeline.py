@@ -1,5 +1,6 @@
 """Stages: finished ones are skipped, interrupted ones resume, foreign folders are left alone."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fmda.config import FREE
 from fmda.errors import UserError
 from fmda.methods.kinds import open_run
 from fmda.methods.pipeline import Plan, Stage, run_stages
@@ -53,6 +55,34 @@ def test_another_configuration_is_refused_and_named(tmp_path):
     with pytest.raises(UserError, match="made from other inputs or settings"):
         run_stages(stages([], second=2), tmp_path, {"a": 1}, lambda _: None)
     assert (tmp_path / "config.yaml").read_text() == before
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    steps: int = 1
+    log_every: int = dataclasses.field(default=5, metadata=FREE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    name: str = "a"
+    inner: Inner = Inner()
+    count: int = dataclasses.field(default=1, metadata=FREE)
+
+
+def test_what_is_free_may_change_between_the_parts_of_a_run(tmp_path):
+    def chain(config):
+        return [Stage("one", lambda folder, done: log.append(config), config)]
+
+    log: list[Outer] = []
+    first = Outer()
+    run_stages(chain(first), tmp_path, {"kind": "x", "config": first}, lambda _: None)
+    again = Outer(inner=Inner(log_every=9), count=2)
+    run_stages(chain(again), tmp_path, {"kind": "x", "config": again}, lambda _: None)
+    assert log == [first]  # finished, and still so
+    assert "count: 2" in (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"config\.inner\.steps: 1 -> 2"):
+        run_stages(chain(first), tmp_path, {"kind": "x", "config": Outer(inner=Inner(steps=2))}, lambda _: None)
 
 
 def test_a_folder_with_foreign_files_is_left_alone(tmp_path):

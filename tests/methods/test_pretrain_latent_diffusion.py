@@ -227,16 +227,17 @@ def losses(networks, unet):
     """Makes loss(params, frozen, batch, key) for a prediction and a share of dropped captions, compiled once each."""
 
     @functools.cache
-    def make(prediction="epsilon", drop=0.0):
+    def make(prediction="epsilon", drop=0.0, min_snr=None):
         scale, text = networks.vae.config.scale, networks.text.graphdef
-        loss = make_loss(unet.graphdef, text, ScheduleConfig(prediction=prediction), scale, drop)
+        loss = make_loss(unet.graphdef, text, ScheduleConfig(prediction=prediction), scale, drop, min_snr)
         return jax.jit(lambda *given: loss(*given)[0])
 
     return make
 
 
+@pytest.mark.parametrize("min_snr", [None, 0.5])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_by_hand(networks, losses, unet, frozen, batch, prediction):
+def test_the_loss_by_hand(networks, losses, unet, frozen, batch, prediction, min_snr):
     key = jax.random.key(4)
     keys = jax.random.split(key, 4)
     mean, logvar = np.split(batch["moments"].astype(np.float64), 2, axis=-1)
@@ -247,8 +248,12 @@ def test_the_loss_by_hand(networks, losses, unet, frozen, batch, prediction):
     noisy = np.sqrt(left) * clean + np.sqrt(1 - left) * noise
     found = np.asarray(unet(noisy.astype(np.float32), times, networks.text(batch["ids"])), np.float64)
     target = noise if prediction == "epsilon" else np.sqrt(left) * noise - np.sqrt(1 - left) * clean
-    value = float(losses(prediction)(unet.params, frozen, batch, key))
-    assert value == pytest.approx(((found - target) ** 2).mean(), rel=1e-4)
+    # an error of the clean latents counts as much as there is signal, min_snr at most
+    snr = left / (1 - left)
+    of_clean = np.sqrt((1 - left) / left) if prediction == "epsilon" else np.sqrt(1 - left)
+    error = (found - target) * (1 if min_snr is None else of_clean * np.sqrt(np.minimum(snr, min_snr)))
+    value = float(losses(prediction, min_snr=min_snr)(unet.params, frozen, batch, key))
+    assert value == pytest.approx((error**2).mean(), rel=1e-4)
     assert len(set(times.tolist())) == 3
 
 

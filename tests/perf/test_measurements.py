@@ -1,5 +1,7 @@
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,28 @@ def test_peak_memory_of_a_process_is_seen():
     assert usage.returncode == 3
     assert 80e6 < usage.peak_bytes < 120e6  # not this process's own, which is larger
     assert usage.seconds > 0
+
+
+def test_a_timeout_kills_all_that_the_command_started(tmp_path):
+    told = tmp_path / "child"
+    code = """
+import os, sys, time
+child = os.fork()
+if child:
+    open(sys.argv[1], "w").write(str(child))
+else:
+    os.setsid()  # out of reach of a signal to the parent's group or session
+time.sleep(600)
+"""
+    with pytest.raises(subprocess.TimeoutExpired, match="timed out after 3 seconds"):
+        run_measured([sys.executable, "-I", "-S", "-c", code, str(told)], timeout=3)
+    stat = Path(f"/proc/{told.read_text()}/stat")
+    # what has ended stays listed until its new parent asks for it
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_a_command_within_its_time_is_as_without():
+    assert run_measured([sys.executable, "-I", "-S", "-c", "raise SystemExit(4)"], timeout=60).returncode == 4
 
 
 def test_compiled_memory_counts_arguments_outputs_and_donation():

@@ -11,9 +11,11 @@ from safetensors.numpy import load_file, save_file
 from small_diffusion import UNET, stable_diffusion, unet, vae
 
 from fmda import cli, trees
-from fmda.diffusion.load import load_stable_diffusion, save_stable_diffusion
+from fmda.diffusion.load import check_stable_diffusion, load_stable_diffusion, save_stable_diffusion
 from fmda.errors import UserError
 from fmda.weights.diffusers import load_text_encoder, load_unet, load_vae, save_part
+from fmda.weights.files import check_file
+from fmda.weights.source import WEIGHT_FILES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -112,12 +114,17 @@ CASES = {
     "half a configuration": (write("vae/config.json", b'{"a": '), ["sd/vae/config.json: cannot be read as JSON"],
         None),
     "tokenizer too large": (config("text_encoder", vocab_size=500), ["tokenizer has 519 tokens, the model 500"], True),
+    "tokenizer of a smaller model": (config("text_encoder", vocab_size=49408),
+        ["sd/tokenizer: its tokenizer ends sentences with id 518, the model reads them off at 49407; take both"], None),
     "tokenizer damaged": (write("tokenizer/tokenizer.json", b"{}"), ["sd/tokenizer: its tokenizer files cannot"], None),
     "widths that differ": (config("unet", cross_attention_dim=24), ["sd: its UNet reads 24-wide texts", "give 12"],
         True),
     "unknown scheduler": (edit("scheduler/scheduler_config.json", _class_name="LCMScheduler"),
         ["sd/scheduler/scheduler_config.json: ", "'LCMScheduler'"], True),
 }  # fmt: skip
+
+
+ARRAYS = ("key missing", "key too many", "wrong shape", "text key missing")
 
 
 def content(folder):
@@ -145,6 +152,13 @@ def test_damage_is_one_line(case, place, capsys):
         load_stable_diffusion("sd")
     assert all(fragment in str(error.value) for fragment in fragments), error.value
     assert "\n" not in str(error.value) and re.search("[;,?] ", str(error.value))
+    # all of it is known before a long run, but for what only the arrays tell
+    if case in ARRAYS:
+        assert check_stable_diffusion("sd").sampler == "ddim"
+    else:
+        with pytest.raises(UserError) as early:
+            check_stable_diffusion("sd")
+        assert str(early.value) == str(error.value)
     if listed is None:
         return
     _, line = fails(capsys, place, "convert sd new")
@@ -177,6 +191,21 @@ def test_the_command_that_converts_a_pickle_is_complete(place):
     code = str(error.value).split('python -c "')[1].removesuffix('"')
     compile(code, "command", "exec")
     assert "'sd/unet/diffusion_pytorch_model.bin'" in code and f"'sd/unet/{WEIGHTS}'" in code
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.fp16.bin", "open_clip_pytorch_model.bin"])
+def test_a_converted_pickle_is_found_again(name, tmp_path):
+    with pytest.raises(UserError) as error:
+        check_file(tmp_path / name)
+    assert str(error.value).split("'")[-2].rsplit("/", 1)[-1] in WEIGHT_FILES
+
+
+def test_a_missing_shard_is_known_before_loading(place):
+    (place / "sd/vae" / WEIGHTS).rename(place / "sd/vae/one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (place / "sd/vae" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="sd/vae/two.safetensors: shard named in .*index.json is not there; copy"):
+        check_stable_diffusion("sd")
 
 
 def test_a_single_network_says_the_same(place, capsys):

@@ -11,14 +11,22 @@ import numpy as np
 import pytest
 from flax import serialization
 from safetensors.numpy import load_file, save_file
-from small_diffusion import TEXT, UNET, VAE, drawn, same, text_encoder, unet, vae
+from small_diffusion import TEXT, UNET, VAE, deviation, drawn, same, text_encoder, unet, vae
 
 import fmda
 from fmda import trees
 from fmda.models.sd_unet import UNetConfig
 from fmda.weights import check, diffusers, source
 from fmda.weights import diffusers_tables as tables
-from fmda.weights.diffusers import load_text_encoder, load_unet, load_vae, part_of, save_part, unet_graph
+from fmda.weights.diffusers import (
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    params_fingerprint,
+    part_of,
+    save_part,
+    unet_graph,
+)
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 LINEAR = UNetConfig(
@@ -109,6 +117,34 @@ def test_half_precision_under_its_own_file_name(part, made, folder, dtype):
     assert same(LOADERS[part](folder).params, expected)
 
 
+@pytest.mark.parametrize(
+    ("index", "shard"),
+    [
+        ("safetensors.index.fp16.json", "{0}.fp16-0000{1}-of-00002.safetensors"),
+        ("safetensors.fp16.index.json", "{0}-0000{1}-of-00002.fp16.safetensors"),
+        ("fp16.safetensors.index.json", "{0}-0000{1}-of-00002.fp16.safetensors"),
+    ],
+)
+def test_shards_in_half_precision_are_read_where_nothing_fuller_lies(index, shard, part, made, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "full")
+    arrays, homes = {name: array.astype(np.float16) for name, array in arrays_of(folder, part).items()}, {}
+    for k, names in enumerate((sorted(arrays)[::2], sorted(arrays)[1::2]), start=1):
+        file = shard.format(FILES[part], k)
+        save_file({name: arrays[name] for name in names}, folder / file)
+        homes |= dict.fromkeys(names, file)
+    (folder / f"{FILES[part]}.{index}").write_text(json.dumps({"weight_map": homes}))
+    expected = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), made.params)
+    assert same(LOADERS[part](folder).params, expected)
+    # all of them are what the hub is asked for
+    found = source._weights_wanted([p.name for p in folder.iterdir()], "here", source.PARTS[part])
+    assert sorted([*found, "config.json"]) == sorted(p.name for p in folder.iterdir())
+    shutil.copy(tmp_path / "full" / f"{FILES[part]}.safetensors", folder)
+    assert same(LOADERS[part](folder).params, made.params)
+    assert source._weights_wanted([p.name for p in folder.iterdir()], "here", source.PARTS[part]) == [
+        f"{FILES[part]}.safetensors"
+    ]
+
+
 def test_dtype_chooses_how_parameters_are_kept_and_saved(part, made, folder, tmp_path):
     loaded = LOADERS[part](folder, dtype=jnp.bfloat16)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"}
@@ -154,9 +190,11 @@ def test_names_of_the_text_encoder_since_transformers_5(tmp_path):
     assert all(name.startswith("text_model.") for name in arrays)
     save_file({name.removeprefix("text_model."): x for name, x in arrays.items()}, tmp_path / "model.safetensors")
     assert same(load_text_encoder(tmp_path).params, made.params)
-    # a counter that old releases stored
-    save_file(arrays | {"text_model.embeddings.position_ids": np.arange(16)[None]}, tmp_path / "model.safetensors")
-    assert same(load_text_encoder(tmp_path).params, made.params)
+    # a counter that old releases stored, under names of either kind
+    counted = arrays | {"text_model.embeddings.position_ids": np.arange(16)[None]}
+    for names in (counted, {name.removeprefix("text_model."): x for name, x in counted.items()}):
+        save_file(names, tmp_path / "model.safetensors")
+        assert same(load_text_encoder(tmp_path).params, made.params)
 
 
 def test_linear_projections_and_heads_by_level(tmp_path):
@@ -185,6 +223,38 @@ def test_configuration_keys_left_out_have_diffusers_defaults(tmp_path):
     assert diffusers.read_config("unet", tmp_path) == UNetConfig()
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     assert diffusers.read_config("vae", tmp_path).scale == 0.18215
+
+
+@pytest.mark.parametrize(
+    ("version", "size", "expected"),
+    [
+        ("0.8.1", 32, 64), ("0.2.2", 32, 64), ("0.0.4", 96, 96), ("0.9.0.dev0", 32, 32), ("0.30.0", 32, 32),
+        ("1.0", 32, 32), (None, 32, 32),
+    ],
+)  # fmt: skip
+def test_sample_sizes_of_releases_before_0_9_are_64_at_least(version, size, expected, tmp_path):
+    config = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "sample_size": size}
+    named = {} if version is None else {"_diffusers_version": version}
+    (tmp_path / "config.json").write_text(json.dumps(config | named))
+    assert diffusers.read_config("unet", tmp_path).sample_size == expected
+
+
+def test_a_flax_unet_as_saved_computes_here_what_it_computes_from_the_saved_folder(tmp_path):
+    flax = load_unet(FIXTURES / "flax-hf-sd1/unet", remat="blocks")
+    saved = flax.as_saved()
+    assert (saved.config.gate, saved.config.transformer_eps) == ("gelu", 1e-6)
+    assert saved.as_saved() is saved and saved.params is flax.params
+    save_part(tmp_path, "unet", flax.config, flax.params)
+    loaded = load_unet(tmp_path, remat="blocks")
+    assert loaded.config == saved.config and loaded.graphdef == saved.graphdef
+    with np.load(FIXTURES / "flax-hf-sd1/unet/io.npz") as io:
+        latents = io["sample"].transpose(0, 2, 3, 1)
+        given, recorded = (latents, io["timesteps"], io["encoder_hidden_states"]), io["out"].transpose(0, 2, 3, 1)
+    with jax.default_matmul_precision("highest"):
+        ours, theirs = np.asarray(saved(*given)), np.asarray(loaded(*given))
+    np.testing.assert_array_equal(ours, theirs)
+    # Flax's own output is another by about 1e-4 of the largest value: more than rounding, less than anyone sees
+    assert 1e-5 < deviation(ours, recorded) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -219,10 +289,26 @@ def test_fingerprints_follow_content(part, made, folder, tmp_path):
     assert check.verify(tmp_path / "changed").fingerprint != first
 
 
+def test_fingerprints_follow_values_not_number_formats(part, made, folder, tmp_path):
+    first = params_fingerprint(made.params, made.config)
+    assert check.verify(folder).fingerprint == first
+    exact, rounded = (LOADERS[part](folder, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert exact.stored is None and rounded.stored == params_fingerprint(made.params)
+    assert params_fingerprint(rounded.params) != rounded.stored
+    # what was stored in few digits is exact in more
+    save_part(tmp_path / "half", part, made.config, made.params, jnp.bfloat16)
+    few = [LOADERS[part](tmp_path / "half", dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)]
+    assert [loaded.stored for loaded in few] == [None, None]
+    found = {params_fingerprint(loaded.params, made.config) for loaded in few}
+    assert found == {check.verify(tmp_path / "half").fingerprint} != {first}
+
+
 REPOSITORY = [
     "README.md", "model_index.json", "v1-4.ckpt", "safety_checker/model.safetensors", "scheduler/scheduler_config.json",
     "tokenizer/vocab.json", "unet/config.json", "unet/diffusion_pytorch_model.bin",
     "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "vae/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
     "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_flax_model.msgpack",
     "text_encoder/config.json", "text_encoder/flax_model.msgpack",
 ]  # fmt: skip
@@ -248,7 +334,7 @@ def test_of_a_repository_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
     assert hub.fetched == ("some/model", "flax", {
         "model_index.json", "tokenizer/*", "scheduler/*", "unet/config.json", "vae/config.json",
         "text_encoder/config.json", "unet/diffusion_pytorch_model.safetensors.index.json",
-        "unet/diffusion_pytorch_model-*-of-*.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/flax_model.msgpack",
     })  # fmt: skip
 

@@ -96,6 +96,21 @@ def test_what_diffusers_saves_opens_here_and_comes_back_bit_for_bit(tmp_path):
     assert again.tokenizer(PROMPTS).input_ids == pipeline.tokenizer(PROMPTS).input_ids
 
 
+def test_old_configurations_mean_what_the_pipeline_makes_of_them(tmp_path):
+    folder = stable_diffusion(tmp_path / "sd", ScheduleConfig(sampler="ddim")).folder
+    for name, change in (
+        ("scheduler/scheduler_config.json", {"steps_offset": 0, "clip_sample": True}),
+        ("unet/config.json", {"_diffusers_version": "0.8.1", "sample_size": 32}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    with pytest.warns(UserWarning, match="steps_offset counts as 1"):
+        model = load_stable_diffusion(folder)
+    pipeline = opened(folder)
+    theirs = pipeline.scheduler.config
+    assert (theirs.steps_offset, theirs.clip_sample, pipeline.unet.config.sample_size) == (1, False, 64)
+    assert (model.schedule.steps_offset, model.schedule.clip, model.unet.config.sample_size) == (1, None, 64)
+
+
 def test_large_checkpoints_in_shards_and_half_precision_variants_open_here(tmp_path):
     import torch
 
@@ -110,6 +125,15 @@ def test_large_checkpoints_in_shards_and_half_precision_variants_open_here(tmp_p
     pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     assert (tmp_path / "half/unet/diffusion_pytorch_model.fp16.safetensors").is_file()
     half = jax.tree.map(lambda x: np.float32(np.float16(x)), first.params)
+    assert same(load_stable_diffusion(tmp_path / "half").params, half)
+    # both at once, under the names that either library gives
+    shutil.rmtree(tmp_path / "half/unet")
+    pipeline.unet.save_pretrained(tmp_path / "half/unet", variant="fp16", max_shard_size="20KB")
+    shutil.rmtree(tmp_path / "half/text_encoder")
+    pipeline.text_encoder.save_pretrained(tmp_path / "half/text_encoder", variant="fp16", max_shard_size="10KB")
+    for part in ("unet", "text_encoder"):
+        assert len(list((tmp_path / "half" / part).glob("*fp16*-of-*.safetensors"))) > 1
+        assert len(list((tmp_path / "half" / part).glob("*.safetensors.index.fp16.json"))) == 1
     assert same(load_stable_diffusion(tmp_path / "half").params, half)
 
 

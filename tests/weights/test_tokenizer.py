@@ -7,6 +7,7 @@ import pytest
 
 from fmda.errors import UserError
 from fmda.weights.clip import load_clip
+from fmda.weights.source import assets_folder
 from fmda.weights.tokenizer import Tokenizer
 
 START, END = 517, 518
@@ -55,6 +56,26 @@ def test_two_files_serve_as_well_as_one(tokenizer_folder, words, tmp_path):
 def test_a_larger_vocabulary_than_the_models_is_a_user_error(tokenizer_folder):
     with pytest.raises(UserError, match="519 tokens, the model 100; take both"):
         Tokenizer(tokenizer_folder, 2, 100)
+
+
+def test_with_the_end_of_old_configurations_the_tokenizer_must_be_as_large_as_the_model(tokenizer_folder, tmp_path):
+    assert Tokenizer(tokenizer_folder, 2, 519).vocab_size == 519
+    with pytest.raises(UserError, match="ends sentences with id 518, the model reads them off at 49407; take both"):
+        Tokenizer(tokenizer_folder, 2, 49408)
+    # words that were added, as for textual inversion, come after the end
+    from transformers import CLIPTokenizer
+
+    more = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    more.add_tokens(["<street>"])
+    more.save_pretrained(tmp_path)
+    assert Tokenizer(tmp_path, 2, 520).vocab_size == 520
+    with pytest.raises(UserError, match="ends sentences with id 518, the model reads them off at 520; take both"):
+        Tokenizer(tmp_path, 2, 521)
+
+
+def test_the_packaged_tokenizer_goes_with_its_text_tower():
+    folder = assets_folder() / "street-clip"
+    assert Tokenizer(folder, 1023, 1024).vocab_size == Tokenizer(folder, 2, 1024).vocab_size == 1024
 
 
 def test_shorter_contexts_give_the_same_embeddings(folder):

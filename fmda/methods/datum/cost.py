@@ -1,5 +1,6 @@
 """What a personalisation takes, in parameters, FLOPs and bytes, by closed formulas; nothing is loaded for it."""
 
+import math
 from functools import lru_cache
 
 from fmda import trees
@@ -8,7 +9,7 @@ from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.datum.lora import adapter_count, target_kernels
 from fmda.methods.datum.settings import Config
-from fmda.methods.generate import GIB, MACHINES, read_shapes
+from fmda.methods.generate import GIB, LIMIT, MACHINES, read_shapes
 from fmda.methods.pipeline import Plan
 from fmda.models.catalog import DiffusionConfig
 from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_flops, vae_encode_flops
@@ -97,15 +98,26 @@ def memory(config: Config, shapes: DiffusionConfig, rows: int, shards: int) -> d
     return found
 
 
+def check_batch(config: Config) -> None:
+    """Raises UserError for a batch that cannot be split over the mesh."""
+    mesh = make_mesh(*config.mesh)
+    if config.batch % mesh.size:
+        next_one = -(-config.batch // mesh.size) * mesh.size
+        raise UserError(
+            f"batch: {config.batch} does not divide over {mesh.size} devices; batch={next_one} does, or "
+            f"mesh=[{math.gcd(config.batch, mesh.size)},1] takes fewer of them"
+        )
+
+
 def check_memory(config: Config, shapes: DiffusionConfig) -> None:
     """Raises UserError where a device cannot hold its share of a batch, and says by how much.
 
     Only where the device's memory is known: given as `device_memory`, or told by the device.
     """
     if config.device_memory is not None:
-        limit = config.device_memory * GIB
-    elif (told := device_memory().get("limit")) is not None:
-        limit = float(told)
+        limit, told = config.device_memory * GIB, ""
+    elif (found := device_memory().get("limit")) is not None:
+        limit, told = float(found), LIMIT
     else:
         return
     mesh = make_mesh(*config.mesh)
@@ -118,8 +130,9 @@ def check_memory(config: Config, shapes: DiffusionConfig) -> None:
     advice = f"batch={fitting * share} fits" if fitting > 0 else "not even one example fits"
     raise UserError(
         f"batch: {config.batch} needs about {need / GIB:.2f} GiB on each of {mesh.size} device"
-        f"{'s' if mesh.size > 1 else ''}, {(need - limit) / GIB:.2f} GiB more than the {limit / GIB:.2f} GiB there; "
-        f"{advice}; accumulate=, remat=blocks, precision=bfloat16, trained=lora or more devices (mesh=) help too"
+        f"{'s' if mesh.size > 1 else ''}, {(need - limit) / GIB:.2f} GiB more than the {limit / GIB:.2f} GiB there"
+        f"{told}; {advice}; accumulate=, remat=blocks, precision=bfloat16, trained=lora or more devices (mesh=) help "
+        "too"
     )
 
 
@@ -147,6 +160,8 @@ def plan(config: Config) -> Plan:
     for devices in (1, 4, 8):
         share = -(-rows // devices)
         name = f"{devices} device{'s' if devices > 1 else ''}, fsdp={devices}, {share} on each at once"
+        if config.batch % devices:
+            name += f" (batch={share * devices * config.accumulate})"
         totals.append((name, sum(memory(config, shapes, share, devices).values())))
         work.append((name, row * share * config.accumulate * config.steps / 1e15))
     return Plan(

@@ -53,7 +53,7 @@ def noised(
     """Returns latents drawn from the autoencoder's Gaussians, at uniform times, with noise; each from its own seed."""
 
     def draws(seed: Array, mean: Array, logvar: Array) -> tuple[Array, Array, Array]:
-        keys = jax.random.split(jax.random.key(seed), 3)
+        keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), 3)
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys[0], mean.shape)
         time = jax.random.randint(keys[2], (), 0, graphs.schedule.train_steps)
         return latents * graphs.latent_scale, jax.random.normal(keys[1], mean.shape), time

@@ -7,11 +7,10 @@ The networks learn that a rare word stands for the target: DreamBooth on random 
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,42 +18,26 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from fmda import trees
-from fmda.atomic import replacing, write_atomic
-from fmda.config import to_dict
-from fmda.data.files import read_image
-from fmda.data.loader import Transform, batches
-from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, save_stable_diffusion
-from fmda.errors import UserError
+from fmda.atomic import write_atomic
+from fmda.config import identity, to_dict
+from fmda.data.loader import batches
+from fmda.diffusion.load import StableDiffusion, save_stable_diffusion
 from fmda.mesh import FSDP_RULES, make_mesh, place
-from fmda.methods import generate
-from fmda.methods.datum.cost import check_crop, check_memory, plan, row_flops
+from fmda.methods.datum.cost import check_memory, plan, row_flops
 from fmda.methods.datum.dreambooth import Graphs, make_loss
 from fmda.methods.datum.lora import init_adapters
+from fmda.methods.datum.prepare import check_prepared, examples, network_shapes, prepare
 from fmda.methods.datum.settings import Config
-from fmda.methods.datum.snapshots import SnapshotWriter, snapshot_model
+from fmda.methods.datum.snapshots import SnapshotWriter, snapshot_model, untouched
 from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
-from fmda.methods.datum.target import (
-    ClassPictures,
-    Encoded,
-    Examples,
-    Picture,
-    RandomCrops,
-    contact_sheet,
-    digest,
-    open_target,
-    random_crop,
-)
-from fmda.methods.generate import read_shapes
+from fmda.methods.datum.target import digest
 from fmda.methods.pipeline import Stage
-from fmda.models.catalog import DiffusionConfig
 from fmda.perf.peaks import peak_flops
 from fmda.precision import Policy, cast
-from fmda.progress import track
 from fmda.train import TrainState, create_state, fit, make_optimizer, make_schedule, make_step
 from fmda.train.step import Step
 from fmda.trees import Tree
-from fmda.weights.diffusers import LoadedVae, load_vae, text_graph, unet_graph, vae_graph
-from fmda.weights.source import resolve
+from fmda.weights.diffusers import text_graph, unet_graph, vae_graph
 
 __all__ = ["Config", "export_steps", "plan", "prepare", "stages", "train"]
 
@@ -72,46 +55,13 @@ def stages(config: Config) -> list[Stage]:
         Stage("train", lambda folder, done: train(config, folder, done["prepare"]), config, ("prepare",)),
     ]
     if config.probe is None:
-        return [*chain, Stage("export", functools.partial(_export, config), config, ("train",), alone=True)]
+        return [*chain, Stage("export", functools.partial(_export, config), config.export, ("train",), alone=True)]
     return [
         *chain,
-        Stage("probe", functools.partial(_probe, config), config, ("train",)),
-        Stage("choose", functools.partial(_choose, config), config, ("probe",), alone=True),
-        Stage("export", functools.partial(_export, config), config, ("train", "choose"), alone=True),
+        Stage("probe", functools.partial(_probe, config), config.probe, ("train",)),
+        Stage("choose", functools.partial(_choose, config), config.probe, ("probe",), alone=True),
+        Stage("export", functools.partial(_export, config), config.export, ("train", "choose"), alone=True),
     ]
-
-
-def prepare(config: Config, folder: Path) -> dict[str, Any]:
-    """Checks picture, model and memory, and fills the folder with what training reads. Returns plain values.
-
-    What is there already stays. Raises UserError for a picture that cannot be used, or is not the one that the folder
-    was prepared for; for a model with missing parts; for a batch that the devices cannot hold.
-    """
-    mark = folder / "target.json"
-    known = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
-    if known is None or Path(config.image).expanduser().is_file():
-        picture = open_target(config.image, config.resize, config.crop)
-        found = digest(config.image)
-        if known is not None and known["digest"] != found:
-            raise UserError(
-                f"{config.image}: is not the picture that {folder} was prepared for; choose another work_dir="
-            )
-    if known is None:
-        shapes = _shapes(config)
-        check_crop(config, shapes)
-        check_memory(config, shapes)
-        if config.prior is not None and config.prior.images is not None:
-            ClassPictures(config.prior.images, config.crop)
-        _write_png(folder / "target.png", picture)
-        _write_png(folder / "crops.png", contact_sheet(picture, config.crop, config.seed))
-        known = {"image": config.image, "digest": found, "height": picture.shape[0], "width": picture.shape[1]}
-        # before what takes long, so that a folder broken off there knows its picture
-        write_atomic(mark, json.dumps(known) + "\n")
-    if config.prior is not None and config.prior.images is None:
-        _draw_class_pictures(config, folder / "class")
-    if config.bank:
-        _fill_bank(config, folder)
-    return known
 
 
 def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
@@ -120,11 +70,12 @@ def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
     The state is sharded by `FSDP_RULES` over the mesh, and so are the networks that do not train. Raises UserError as
     `fmda.train.fit`, and where the folder's run began with another picture or other weights.
     """
-    shapes = _shapes(config)
+    shapes = network_shapes(config)
     check_memory(config, shapes)
-    model = load_stable_diffusion(config.model, config.revision)
+    model = untouched(config)
+    check_prepared(config, prepared, model)
     mesh = make_mesh(*config.mesh)
-    identity = {"target": digest(prepared / "target.png"), "weights": model.fingerprint}
+    marks = {"target": digest(prepared / "target.png"), "weights": model.fingerprint}
     frozen, weights, start = starting_point(config, model)
     frozen, step = _placed(frozen, mesh), training_step(config, model)
     # the loop places its own copy: none of the model may stay on a device beside it
@@ -140,7 +91,7 @@ def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
             step, start, frozen, loader, steps=config.steps, mesh=mesh, rules=FSDP_RULES, folder=folder,
             key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
             save_minutes=config.save_minutes, evaluate=writer, evaluate_steps=writer.every, weights=weights,
-            config=to_dict(config) | identity, tensorboard=config.tensorboard, what="personalise",
+            config=identity(config) | marks, tensorboard=config.tensorboard, what="personalise",
             flops_per_example=row_flops(config, shapes), peak_flops=peak_flops(dtype=config.precision),
         )  # fmt: skip
     return {"steps": int(state.step), "snapshots": list(writer.steps), "trained": trees.count(state.params)}
@@ -214,70 +165,12 @@ def _placed(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(put, tree, place(tree, FSDP_RULES, mesh))
 
 
-def examples(config: Config, prepared: Path) -> tuple[Sequence[Any], Transform]:
-    """Returns (source, transform) of the loader: crops of the target and of class pictures, or their moments."""
-    if config.bank:
-        with np.load(prepared / "bank.npz") as file:
-            columns = tuple(file[name] for name in ("target", "class") if name in file.files)
-        return Examples(columns), Encoded()
-    return Examples(_pictures(config, prepared)), RandomCrops(config.crop)
-
-
-def _pictures(config: Config, prepared: Path) -> tuple[Sequence[Picture], ...]:
-    target: Sequence[Picture] = [read_image(prepared / "target.png")]
-    if config.prior is None:
-        return (target,)
-    return target, ClassPictures(config.prior.images or prepared / "class", config.crop)
-
-
-def _shapes(config: Config) -> DiffusionConfig:
-    """Returns the sizes of the model's networks, which is downloaded first if it has to be."""
-    return read_shapes(str(resolve(config.model, config.revision, "diffusers")))
-
-
-def _draw_class_pictures(config: Config, folder: Path) -> None:
-    """Draws the class with the untouched model; goes on where it was broken off."""
-    prior = config.prior
-    assert prior is not None
-    if (folder / "manifest.jsonl").is_file():
-        return
-    drawing = generate.Config(
-        model=config.model, revision=config.revision, prompts=generate.PromptConfig(texts=(prior.prompt,)),
-        count=prior.count, batch=prior.batch, seed=config.seed, sample=prior.sampler, dtype=config.precision,
-        device_memory=config.device_memory,
-    )  # fmt: skip
-    model = load_stable_diffusion(config.model, config.revision, jnp.dtype(config.precision))
-    generate.draw_images(drawing, model, folder)
-
-
-def _fill_bank(config: Config, folder: Path) -> None:
-    """Writes `bank.npz`: moments float32 [n, h, w, 2c] of crops of the target and, with a prior, of class pictures."""
-    path = folder / "bank.npz"
-    if path.is_file():
-        return
-    vae = load_vae(config.model, config.revision, Policy.named(config.precision).compute)
-    found = {}
-    for number, (name, pictures) in enumerate(zip(("target", "class"), _pictures(config, folder), strict=False)):
-        rng = np.random.default_rng((config.seed, 2, number))
-        count = max(config.bank, len(pictures))
-        chosen = (pictures[index % len(pictures)] for index in range(count))
-        crops = (random_crop(picture, config.crop, rng) for picture in chosen)
-        found[name] = np.stack([_moments(vae, crop) for crop in track(crops, f"encode {name}", count, "crops")])
-    with replacing(path) as part, part.open("wb") as stream:
-        np.savez(stream, **found)  # type: ignore[arg-type]
-
-
-def _moments(vae: LoadedVae, crop: Picture) -> np.ndarray:
-    pair = vae.encode(crop[None].astype(np.float32) / 127.5 - 1.0)
-    return np.concatenate(jax.device_get(pair), axis=-1)[0]
-
-
 def _probe(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     assert config.probe is not None
     dtype = jnp.dtype(config.precision)
-    base = load_stable_diffusion(config.model, config.revision)
+    base = untouched(config)
     # what draws computes in the number format of the run; snapshots are told by the parameters as they are stored
-    frame = base if dtype == jnp.float32 else load_stable_diffusion(config.model, config.revision, dtype)
+    frame = base if dtype == jnp.float32 else untouched(config, dtype)
 
     def model_after(step: int) -> StableDiffusion:
         return frame.with_params(cast(snapshot_model(config, done["train"], step, base).params, dtype))
@@ -318,11 +211,7 @@ def export_steps(config: Config, train: Path, folder: Path, named: Mapping[str, 
         if path.is_dir():
             continue
         shutil.rmtree(part, ignore_errors=True)
-        base = base or load_stable_diffusion(config.model, config.revision)
+        base = base or untouched(config)
         save_stable_diffusion(part, snapshot_model(config, train, step, base), dtype=jnp.dtype(config.store))
         part.rename(path)
     return [folder / name for name in named]
-
-
-def _write_png(path: Path, picture: Picture) -> None:
-    write_atomic(path, cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1].tobytes())

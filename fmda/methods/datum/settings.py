@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fmda.config import FREE
 from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
 from fmda.methods.datum.stop import ProbeConfig
@@ -107,12 +108,12 @@ class Config(TrainerConfig):
     optim: Optimizer = field(default_factory=Optimizer)
     ema: float | None = None
     snapshots: tuple[int, ...] | None = None
-    probe: ProbeConfig | None = None
-    export: tuple[int, ...] | None = None
+    probe: ProbeConfig | None = field(default=None, metadata=FREE)
+    export: tuple[int, ...] | None = field(default=None, metadata=FREE)
     store: Literal["float16", "bfloat16", "float32"] = "float16"
     precision: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
-    device_memory: float | None = None
+    device_memory: float | None = field(default=None, metadata=FREE)
 
     def __post_init__(self) -> None:
         """Raises UserError for values that contradict each other."""
@@ -120,16 +121,20 @@ class Config(TrainerConfig):
             raise UserError(f"prompt: '{self.prompt}' does not hold the token '{self.token}'; put it there as a word")
         if self.crop < 1 or self.resize is not None and self.resize < self.crop:
             raise UserError(f"crop: {self.crop} pixels of a side of {self.resize}; choose a smaller crop")
-        if self.steps < 1 or self.bank < 0:
-            raise UserError(f"steps, bank: {self.steps}, {self.bank}; give at least 1 step and no negative bank")
+        if self.steps < 1 or self.bank < 0 or self.seed < 0:
+            raise UserError(
+                f"steps, bank, seed: {self.steps}, {self.bank}, {self.seed}; give at least 1 step, nothing negative"
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema: {self.ema} is no share to keep; give a number between 0 and 1, or null")
         if self.accumulate < 1 or self.batch % self.accumulate:
             raise UserError(
                 f"accumulate: a batch of {self.batch} is not taken in {self.accumulate} parts; give a divisor"
             )
         steps = self.snapshot_steps
-        if list(steps) != sorted(set(steps)) or not all(1 <= step <= self.steps for step in steps):
+        if not steps or list(steps) != sorted(set(steps)) or not all(1 <= step <= self.steps for step in steps):
             raise UserError(
-                f"snapshots: {list(steps)} must rise from 1 or later to {self.steps} at most; mend the list"
+                f"snapshots: {list(steps)} must name steps, rising from 1 or later to {self.steps} at most; mend them"
             )
         for step in self.export or ():
             if step not in (0, *steps):

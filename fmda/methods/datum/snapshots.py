@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
 
 from fmda import trees
 from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
@@ -72,6 +73,15 @@ def read_snapshot(train: Path, step: int) -> Tree:
     return trees.unflatten(files.read_arrays(path))
 
 
+def untouched(config: Config, dtype: DTypeLike = jnp.float32) -> StableDiffusion:
+    """Returns the model that is personalised, computing in `dtype` and as it will once it is exported.
+
+    That is as PyTorch's diffusers, and so the paper, computes; weights of a Flax release computed a little otherwise
+    there.
+    """
+    return load_stable_diffusion(config.model, config.revision, dtype).as_saved()
+
+
 def snapshot_model(config: Config, train: Path, step: int, base: StableDiffusion | None = None) -> StableDiffusion:
     """Returns the whole model, float32, as it was after `step` steps; 0 is the untouched one. Adapters are merged.
 
@@ -83,7 +93,7 @@ def snapshot_model(config: Config, train: Path, step: int, base: StableDiffusion
 
     Raises UserError for a step without a snapshot, and for a model that is not the one the run began with.
     """
-    base = base or load_stable_diffusion(config.model, config.revision)
+    base = base or untouched(config)
     if step == 0:
         return base
     trained = read_snapshot(train, step)

@@ -21,6 +21,7 @@ from fmda.data.files import read_image
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import StableDiffusion
 from fmda.diffusion.manifest import Manifest
+from fmda.errors import UserError
 from fmda.evaluate.quality import alignment, pairwise_diversity, spread
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.evaluate.stopping import Choice, choose_step
@@ -58,6 +59,16 @@ class ProbeConfig:
     crops: int = 64
     floor: float = 0.8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values with which nothing could be measured."""
+        if self.count < 4 or self.crops < 4 or self.batch < 1 or self.seed < 0:
+            raise UserError(
+                f"probe: count {self.count}, crops {self.crops}, batch {self.batch}, seed {self.seed}; give at least 4 "
+                "images and crops, from whose halves errors are told, a batch of 1 and no negative seed"
+            )
+        if not 0 <= self.floor <= 1:
+            raise UserError(f"probe.floor: {self.floor} is no share; give a number from 0 to 1")
 
 
 def probe_config(probe: ProbeConfig, token: str, dtype: Precision, device_memory: float | None) -> GenerateConfig:

@@ -17,8 +17,8 @@ Picture = UInt8[np.ndarray, "H W 3"]
 _REFUSED = {
     "grey": "a grey picture, of which the model would learn that the target has no colours; give it in colour, or "
     "convert it to RGB if that is meant",
-    "alpha": "a picture with transparent places, which have no colour to learn; lay it on a background and save it as "
-    "RGB",
+    "alpha": "a picture with an alpha channel: transparent places have no colour to learn; lay it on a background and "
+    "save it as RGB",
     "other": "a picture of mode {mode}; convert it to RGB",
 }
 
@@ -58,23 +58,31 @@ class ClassPictures(Sequence[Picture]):
     """The pictures of a folder, RGB, read when they are asked for; each must hold a crop."""
 
     def __init__(self, folder: str | Path, crop: int) -> None:
-        """Raises UserError for a folder without pictures."""
+        """Raises UserError for a folder without pictures, and for a picture whose head tells that it holds no crop."""
         folder = Path(folder).expanduser()
         inside = folder / "images" if (folder / "images").is_dir() else folder
         found = inside.iterdir() if inside.is_dir() else ()
         self.paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
-        self.crop = crop
         if not self.paths:
             raise UserError(f"prior.images: {folder} holds no pictures; mend the path, or leave it out to draw some")
+        for path in self.paths:
+            if _least_side(path) < crop:
+                raise UserError(f"{path}: smaller than a crop of {crop} pixels; give larger pictures")
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Picture:  # type: ignore[override]
-        picture = read_image(self.paths[index])
-        if min(picture.shape[:2]) < self.crop:
-            raise UserError(f"{self.paths[index]}: smaller than a crop of {self.crop} pixels; give larger pictures")
-        return picture
+        return read_image(self.paths[index])
+
+
+def _least_side(path: Path) -> int:
+    """Returns the shorter side of a picture in pixels, from its head alone. Raises UserError for a damaged one."""
+    try:
+        with Image.open(path) as file:
+            return min(file.size)
+    except OSError:
+        return min(read_image(path).shape[:2])
 
 
 @dataclass(frozen=True)

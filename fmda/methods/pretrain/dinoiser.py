@@ -248,7 +248,7 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     state = train(
         config, folder, make_step(make_loss(networks, config), tx), start, networks.frozen, Pictures(config.data),
         Crop(networks.clip_side, config.side, config.jitter), what="dinoiser", rules=REPLICATED_RULES,
-        flops_per_row=crop_flops(networks, config.channels), identity={"weights": networks.digest},
+        flops_per_row=crop_flops(networks, config.channels), marks={"weights": networks.digest},
     )  # fmt: skip
     return {"steps": int(state.step)}
 

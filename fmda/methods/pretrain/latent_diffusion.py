@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from fmda.atomic import write_atomic
 from fmda.diffusion.draw import SamplerConfig, make_draw
 from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, params_fingerprint, save_stable_diffusion
-from fmda.diffusion.schedule import ScheduleConfig, add_noise, training_target
+from fmda.diffusion.schedule import ScheduleConfig, add_noise, alphas_cumprod, training_target
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.pipeline import Plan, Stage
@@ -74,6 +74,7 @@ class Config(TrainerConfig):
         windows: what of the pictures is learned, and how it is described.
         prediction: what the UNet predicts.
         drop: share of the examples whose caption is left empty.
+        min_snr: signal-to-noise ratio above which a noise level counts less and less; None: all count alike.
         ema: share that the weight average keeps at each step, once it has risen to it.
         check_images: images that the check draws from captions of held windows.
         check_sample: how it samples them.
@@ -87,6 +88,7 @@ class Config(TrainerConfig):
     windows: WindowConfig = WindowConfig()
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     drop: float = 0.1
+    min_snr: float | None = 5.0
     steps: int = 20000
     batch: int = 32
     optim: OptimConfig = field(
@@ -100,6 +102,8 @@ class Config(TrainerConfig):
         """Raises UserError for pictures that are trained on and held, and for too few images to show."""
         if overlap := set(self.data) & set(self.held):
             raise UserError(f"held: {', '.join(sorted(overlap))} is trained on too; hold other folders")
+        if self.min_snr is not None and self.min_snr <= 0:
+            raise UserError(f"min_snr: {self.min_snr}; give a ratio above 0, or null")
         if self.held and self.check_images < SHOWN:
             raise UserError(f"check_images: {self.check_images}; give at least {SHOWN}, which the overview shows")
 
@@ -196,12 +200,35 @@ def window_flops(networks: Networks) -> float:
     return training_flops(call) + reading
 
 
-def make_loss(unet: nnx.GraphDef, text: nnx.GraphDef, schedule: ScheduleConfig, scale: float, drop: float) -> LossFn:
+def loss_weights(schedule: ScheduleConfig, min_snr: float | None) -> Float[np.ndarray, " t"]:
+    """Returns what the squared error of each noise level counts: min(SNR, min_snr) as an error of the clean latents.
+
+    Noise levels compete for the weights of one network; where hardly any noise is left there is little to learn, and
+    yet it would take most of the gradient (Hang et al. 2023, section 3.4).
+    """
+    left = alphas_cumprod(schedule)
+    if min_snr is None:
+        return np.ones_like(left)
+    snr = left / (1 - left)
+    # an error of the velocity is (SNR + 1) times one of the clean latents, of the noise SNR times
+    return np.minimum(snr, min_snr) / (snr + 1 if schedule.prediction == "v_prediction" else snr)
+
+
+def make_loss(
+    unet: nnx.GraphDef,
+    text: nnx.GraphDef,
+    schedule: ScheduleConfig,
+    scale: float,
+    drop: float,
+    min_snr: float | None = None,
+) -> LossFn:
     """Returns loss(params, frozen, batch, key): the mean squared error of the prediction (Ho et al. 2020, eq. 14).
 
+    Noise levels count by `loss_weights`; the metric "error" is the loss without them.
     `params` are the UNet's. `frozen` holds "text", the text tower's parameters, and "empty", the ids [T] of no
     caption. `batch` holds "moments", mean and log-variance of latents [B, h, w, 2c], and "ids" [B, T].
     """
+    weights = loss_weights(schedule, min_snr)
 
     def loss(params: Any, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, Metrics]:
         keys = jax.random.split(key, 4)
@@ -213,8 +240,8 @@ def make_loss(unet: nnx.GraphDef, text: nnx.GraphDef, schedule: ScheduleConfig, 
         ids = jnp.where(dropped[:, None], frozen["empty"][None], batch["ids"])
         context = nnx.merge(text, frozen["text"]).hidden(ids)
         found = nnx.merge(unet, params)(add_noise(schedule, clean, noise, times), times, context)
-        error = (found - training_target(schedule, clean, noise, times)) ** 2
-        return error.mean(), {}
+        error = ((found - training_target(schedule, clean, noise, times)) ** 2).mean((1, 2, 3))
+        return (error * jnp.asarray(weights)[times]).mean(), {"error": error.mean()}
 
     return loss
 
@@ -237,7 +264,10 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
     tx = make_optimizer(config.optim, config.steps)
     text = networks.text
-    loss = make_loss(abstract(make)[0], text.graphdef, networks.schedule, networks.vae.config.scale, config.drop)
+    loss = make_loss(
+        abstract(make)[0], text.graphdef, networks.schedule, networks.vae.config.scale, config.drop,
+        config.min_snr,
+    )  # fmt: skip
     step = make_step(loss, tx, rising(config.ema), schedule=make_schedule(config.optim, config.steps))
 
     def start(key: Array) -> TrainState:
@@ -247,7 +277,7 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     source = Latents(done["latents"])
     state = train(
         config, folder, step, start, frozen, source, None, what="latent diffusion",
-        flops_per_row=window_flops(networks), identity={"weights": networks.digest},
+        flops_per_row=window_flops(networks), marks={"weights": networks.digest},
     )  # fmt: skip
     return {"steps": int(state.step), "windows": len(source)}
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import small_diffusion as small
 
+from fmda import trees
+from fmda.diffusion.load import load_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
 from fmda.methods.datum.cost import check_memory, memory, plan, row_flops, trained_count
@@ -20,6 +22,18 @@ from fmda.perf.flops import count_flops
 SHAPES = DiffusionConfig(small.UNET, small.VAE, small.TEXT)
 FULL = CATALOG["stable-diffusion-v1-4"].config
 CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "datum").glob("personalise-*.yaml"))
+
+
+def sizes(model):
+    loaded = load_stable_diffusion(model)
+    return {part: trees.count(tree) for part, tree in loaded.params.items()}
+
+
+COUNTS = {
+    "personalise-sd14-cityscapes": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "personalise-sd2": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+    "personalise-street": sizes("street-diffusion"),
+}
 
 
 def config(**changes):
@@ -40,12 +54,16 @@ def test_the_plan_of_stable_diffusion_1_has_its_published_size():
     assert "80 GB card: 18.63 of 74.51 GiB with one example a device; 16 fit at once" in text
     assert "v5e-8 slice: 9.21 of 16.00 GiB" in text
     for devices in (1, 4, 8):
-        assert f"{devices} device{'s' if devices > 1 else ''}, fsdp={devices}, 1 on each at once" in text
+        name = f"{devices} device{'s' if devices > 1 else ''}, fsdp={devices}, 1 on each at once"
+        # one picture is no batch for more devices
+        assert (name if devices == 1 else f"{name} (batch={devices})") in text
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_published_configuration_plans(path):
     job = open_run(path)
+    parameters = dict(job.plan().parameters)
+    assert {**parameters, "trained": None} == {**COUNTS[path.stem], "trained": None}
     assert [name for name, _ in job.plan().stages] == [stage.name for stage in job.stages()]
 
 

@@ -222,7 +222,7 @@ def shrink(path):
         (cut, "target.png: "),
         (shrink, "target.png: 12x30 pixels hold no crop of 16"),
         (save_grey, "target.png: a grey picture"),
-        (save_clear, "target.png: a picture with transparent places"),
+        (save_clear, "target.png: a picture with an alpha channel"),
     ],
 )
 def test_a_picture_that_cannot_be_used_leaves_no_run(place, tmp_path, monkeypatch, capsys, damage, message):
@@ -250,7 +250,17 @@ def test_a_model_with_a_missing_part_leaves_no_run(place, tmp_path, monkeypatch,
     [
         ("prompt=a road", "prompt: 'a road' does not hold the token 'sks'"),
         ("accumulate=3", "accumulate: a batch of 8 is not taken in 3 parts"),
-        ("snapshots=[3,9]", "snapshots: [3, 9] must rise from 1 or later to 6"),
+        ("snapshots=[3,9]", "snapshots: [3, 9] must name steps, rising from 1 or later to 6"),
+        ("snapshots=[]", "snapshots: [] must name steps"),
+        ("seed=-1", "steps, bank, seed: 6, 0, -1; give at least 1 step, nothing negative"),
+        ("ema=5.0", "ema: 5.0 is no share to keep"),
+        ("batch=6", "batch: 6 does not divide over 8 devices; batch=8 does, or mesh=[2,1] takes fewer"),
+        ("probe={count: 3}", "probe: count 3, crops 64"),
+        ("probe={clip: street-clp}", "street-clp: no such folder, and no model of the package has that name"),
+        ("probe={clip: street-clip, prompts: {classes: [tree]}}", "prompts.classes: 'tree' is not one of"),
+        ("probe={clip: street-clip, sample: {size: [33, 33]}}", "size: 33x33 are no multiples of 4 pixels"),
+        ("probe={clip: street-clip, sample: {steps: 2000}}", "2000"),
+        ("prior={sampler: {size: [12, 12]}}", "prior.sampler.size: class pictures of 12x12 hold no crop of 16"),
         ("export=[5]", "export: step 5 is no snapshot; choose of [0, 1, 3, 6]"),
         ("crop=30", "crop: 30 pixels of a side of 20"),
         ("crop=18", "size: 18x18 are no multiples of 4 pixels"),
@@ -338,6 +348,13 @@ def test_probes_choose_the_step_that_is_exported(place):
     assert choice["curves"]["steps"] == [0, 2] and choice["step"] in (0, 2)
     model = load_stable_diffusion(work / "export/chosen")
     assert small.same(model.params, snapshot_model(configured(place), work / "train", choice["step"]).params)
+    trained = (work / "train/stage.json").read_bytes()
+    with pytest.raises(AssertionError, match="export: was made from other inputs or settings; delete it"):
+        finish(place, "probed", probe, "export=[0,2]", "steps=2", "snapshots=[2]", "log_every=2")
+    shutil.rmtree(work / "export")
+    finish(place, "probed", probe, "export=[0,2]", "steps=2", "snapshots=[2]", "log_every=2")
+    # another export needs no other training
+    assert (work / "export/0").is_dir() and (work / "train/stage.json").read_bytes() == trained
     page = report([work], work / "report.html").read_text()
     assert "Personalised on one picture" in page and "When to stop" in page and page.count("data:image/") >= 2
 

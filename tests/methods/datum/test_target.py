@@ -99,7 +99,7 @@ def test_class_pictures_are_those_of_a_folder(tmp_path):
     assert len(found) == 2
     np.testing.assert_array_equal(found[1], two)
     with pytest.raises(UserError, match=r"b\.png: smaller than a crop of 19 pixels; give larger"):
-        ClassPictures(tmp_path, 19)[1]
+        ClassPictures(tmp_path, 19)
     with pytest.raises(UserError, match=r"prior\.images: .*nothing holds no pictures"):
         ClassPictures(tmp_path / "nothing", 16)
 
@@ -138,9 +138,9 @@ def cut(path):
 
 FAULTS = {
     grey: "a grey picture, of which the model would learn that the target has no colours",
-    clear: "a picture with transparent places",
-    clear_grey: "a picture with transparent places",
-    one_colour_clear: "a picture with transparent places",
+    clear: "a picture with an alpha channel",
+    clear_grey: "a picture with an alpha channel",
+    one_colour_clear: "a picture with an alpha channel",
     palette: "a picture of mode P; convert it to RGB",
     deep: "more than 8 bits a channel",
     cut: "truncated",

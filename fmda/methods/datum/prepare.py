@@ -1,0 +1,188 @@
+"""What a personalisation reads: the checked target, class pictures, encoded crops; and the rows of its batches."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmda.atomic import replacing, write_atomic
+from fmda.data.files import read_image
+from fmda.data.loader import Transform
+from fmda.diffusion.draw import check_size
+from fmda.diffusion.load import StableDiffusion, check_stable_diffusion
+from fmda.diffusion.manifest import Manifest
+from fmda.diffusion.samplers import make_table
+from fmda.errors import UserError
+from fmda.methods import generate
+from fmda.methods.datum.cost import check_batch, check_crop, check_memory
+from fmda.methods.datum.settings import Config
+from fmda.methods.datum.snapshots import untouched
+from fmda.methods.datum.target import (
+    ClassPictures,
+    Encoded,
+    Examples,
+    Picture,
+    RandomCrops,
+    contact_sheet,
+    digest,
+    open_target,
+    random_crop,
+)
+from fmda.methods.generate import read_shapes
+from fmda.models.catalog import DiffusionConfig
+from fmda.precision import Policy
+from fmda.progress import track
+from fmda.weights.diffusers import LoadedVae, load_vae, params_fingerprint
+from fmda.weights.source import resolve
+
+
+def prepare(config: Config, folder: Path) -> dict[str, Any]:
+    """Checks picture, model and memory, and fills the folder with what training reads. Returns plain values.
+
+    What is there already stays. Raises UserError for a picture that cannot be used, or is not the one that the folder
+    was prepared for; for a model with missing parts; for a batch that the devices cannot hold.
+    """
+    mark = folder / "target.json"
+    known = _known(mark) if mark.is_file() else None
+    if known is None or Path(config.image).expanduser().is_file():
+        picture = open_target(config.image, config.resize, config.crop)
+        found = digest(config.image)
+        if known is not None and known["digest"] != found:
+            raise UserError(
+                f"{config.image}: is not the picture that {folder} was prepared for; choose another work_dir="
+            )
+    if known is None:
+        _check(config)
+        _write_png(folder / "target.png", picture)
+        _write_png(folder / "crops.png", contact_sheet(picture, config.crop, config.seed))
+        known = {"image": config.image, "digest": found, "height": picture.shape[0], "width": picture.shape[1]}
+        # before what takes long, so that a folder broken off there knows its picture
+        write_atomic(mark, json.dumps(known) + "\n")
+    if config.prior is not None and config.prior.images is None:
+        _draw_class_pictures(config, folder / "class")
+    if config.bank:
+        _fill_bank(config, folder)
+    return known
+
+
+def _known(mark: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        return found | {"digest": found["digest"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{mark}: is not what a run wrote; delete the folder it lies in, and run again") from None
+
+
+def _check(config: Config) -> None:
+    """Raises UserError for what would else end a later stage, perhaps after hours."""
+    shapes = network_shapes(config)
+    schedule = check_stable_diffusion(config.model, config.revision)
+    check_crop(config, shapes)
+    check_batch(config)
+    check_memory(config, shapes)
+    side, multiple = shapes.unet.sample_size * shapes.vae.factor, shapes.vae.factor * shapes.unet.factor
+    prior, probe = config.prior, config.probe
+    if prior is not None and prior.images is not None:
+        ClassPictures(prior.images, config.crop)
+    elif prior is not None:
+        size = prior.sampler.size or (side, side)
+        if min(size) < config.crop:
+            raise UserError(
+                f"prior.sampler.size: class pictures of {size[0]}x{size[1]} hold no crop of {config.crop}; "
+                "draw larger ones"
+            )
+        check_size(size, multiple)
+        make_table(schedule, prior.sampler.sampler, prior.sampler.steps)
+    if probe is not None:
+        generate.make_prompts(dataclasses.replace(probe.prompts, token=config.token))
+        check_size(probe.sample.size or (side, side), multiple)
+        make_table(schedule, probe.sample.sampler, probe.sample.steps)
+        resolve(probe.clip)
+
+
+def _draw_class_pictures(config: Config, folder: Path) -> None:
+    """Draws the class with the untouched model; goes on where it was broken off."""
+    prior = config.prior
+    assert prior is not None
+    if (folder / "manifest.jsonl").is_file():
+        return
+    drawing = generate.Config(
+        model=config.model, revision=config.revision, prompts=generate.PromptConfig(texts=(prior.prompt,)),
+        count=prior.count, batch=prior.batch, seed=config.seed, sample=prior.sampler, dtype=config.precision,
+        device_memory=config.device_memory,
+    )  # fmt: skip
+    model = untouched(config, jnp.dtype(config.precision))
+    generate.draw_images(drawing, model, folder)
+
+
+def _fill_bank(config: Config, folder: Path) -> None:
+    """Writes `bank.npz`: moments float32 [n, h, w, 2c] of crops of the target and, with a prior, of class pictures."""
+    path = folder / "bank.npz"
+    if path.is_file():
+        return
+    vae = load_vae(config.model, config.revision, Policy.named(config.precision).compute)
+    found: dict[str, np.ndarray] = {"weights": np.array(_digest(vae))}
+    for number, (name, pictures) in enumerate(zip(("target", "class"), _pictures(config, folder), strict=False)):
+        rng = np.random.default_rng((config.seed, 2, number))
+        count = max(config.bank, len(pictures))
+        chosen = (pictures[index % len(pictures)] for index in range(count))
+        crops = (random_crop(picture, config.crop, rng) for picture in chosen)
+        found[name] = np.stack([_moments(vae, crop) for crop in track(crops, f"encode {name}", count, "crops")])
+    with replacing(path) as part, part.open("wb") as stream:
+        np.savez(stream, **found)  # type: ignore[arg-type]
+
+
+def _moments(vae: LoadedVae, crop: Picture) -> np.ndarray:
+    pair = vae.encode(crop[None].astype(np.float32) / 127.5 - 1.0)
+    return np.concatenate(jax.device_get(pair), axis=-1)[0]
+
+
+def _digest(vae: LoadedVae) -> str:
+    """Returns what an autoencoder is known by, whatever it computes in."""
+    return vae.stored or params_fingerprint(vae.params)
+
+
+def check_prepared(config: Config, prepared: Path, model: StableDiffusion) -> None:
+    """Raises UserError for class pictures or latents that another model made, whose folder was given new weights."""
+    made = []
+    if config.bank:
+        with np.load(prepared / "bank.npz") as bank:
+            made.append((str(bank["weights"]), _digest(model.vae)))
+    if config.prior is not None and config.prior.images is None:
+        made.append((Manifest.read(prepared / "class").pictures[0].facts["checkpoint"], model.fingerprint))
+    if any(one != other for one, other in made):
+        raise UserError(
+            f"{prepared}: holds what other weights than those of {config.model} made; delete it, or choose another "
+            "work_dir="
+        )
+
+
+def examples(config: Config, prepared: Path) -> tuple[Sequence[Any], Transform]:
+    """Returns (source, transform) of the loader: crops of the target and of class pictures, or their moments."""
+    if config.bank:
+        with np.load(prepared / "bank.npz") as file:
+            columns = tuple(file[name] for name in ("target", "class") if name in file.files)
+        return Examples(columns), Encoded()
+    return Examples(_pictures(config, prepared)), RandomCrops(config.crop)
+
+
+def _pictures(config: Config, prepared: Path) -> tuple[Sequence[Picture], ...]:
+    target: Sequence[Picture] = [read_image(prepared / "target.png")]
+    if config.prior is None:
+        return (target,)
+    return target, ClassPictures(config.prior.images or prepared / "class", config.crop)
+
+
+def network_shapes(config: Config) -> DiffusionConfig:
+    """Returns the sizes of the model's networks, which is downloaded first if it has to be."""
+    return read_shapes(str(resolve(config.model, config.revision, "diffusers")))
+
+
+def _write_png(path: Path, picture: Picture) -> None:
+    write_atomic(path, cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1].tobytes())

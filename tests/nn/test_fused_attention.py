@@ -1,0 +1,195 @@
+"""When the fused kernel is taken, and that nothing breaks where it is missing, fails or computes something else."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmda.nn import attention as module
+from fmda.nn.attention import agrees_with_xla, attention, attention_in_parts, fusible, memory_efficient_attention
+
+AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "head", "queries", "keys", "expected"),
+    [
+        # the self-attention of Stable Diffusion 1.x at 64x64, 32x32 and 16x16 places
+        ("gpu", HOPPER, jnp.bfloat16, 40, 4096, 4096, True),
+        ("cuda", HOPPER, jnp.bfloat16, 80, 1024, 1024, True),
+        ("cuda", HOPPER, jnp.float16, 160, 256, 256, True),
+        ("cuda", (10, 0), jnp.bfloat16, 160, 256, 256, True),
+        ("gpu", AMPERE, jnp.bfloat16, 40, 4096, 4096, True),
+        ("gpu", AMPERE, jnp.float16, 80, 1024, 1024, True),
+        ("gpu", AMPERE, jnp.bfloat16, 128, 1024, 1024, True),
+        ("gpu", AMPERE, jnp.bfloat16, 160, 256, 256, False),
+        ("gpu", ADA, jnp.bfloat16, 160, 256, 256, False),
+        ("gpu", (7, 5), jnp.float16, 40, 4096, 4096, False),
+        ("gpu", HOPPER, jnp.bfloat16, 256, 4096, 4096, True),
+        # the text, the 8x8 middle, the autoencoder, and sizes that tiles do not divide
+        ("gpu", HOPPER, jnp.bfloat16, 40, 4096, 77, False),
+        ("gpu", HOPPER, jnp.bfloat16, 160, 64, 64, False),
+        ("gpu", HOPPER, jnp.bfloat16, 512, 4096, 4096, False),
+        ("gpu", HOPPER, jnp.bfloat16, 44, 4096, 4096, False),
+        ("gpu", HOPPER, jnp.bfloat16, 40, 4100, 4096, False),
+        ("gpu", HOPPER, jnp.bfloat16, 40, 4096, 3127, False),
+        ("gpu", HOPPER, jnp.float32, 40, 4096, 4096, False),
+        ("gpu", None, jnp.bfloat16, 40, 4096, 4096, False),
+        ("rocm", HOPPER, jnp.bfloat16, 40, 4096, 4096, False),
+        ("cpu", None, jnp.bfloat16, 40, 4096, 4096, False),
+        ("tpu", None, jnp.bfloat16, 40, 4096, 4096, False),
+    ],
+)
+def test_where_the_fused_kernel_is_tried(platform, capability, dtype, head, queries, keys, expected):
+    assert fusible(platform, capability, dtype, head, queries, keys) is expected
+
+
+class Client:
+    def __init__(self, version):
+        self.platform_version = version
+
+
+class Device:
+    """What jax tells about a device."""
+
+    def __init__(self, platform, version, capability=None):
+        self.platform, self.client = platform, Client(version)
+        if capability is not None:
+            self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("device", "platform", "capability"),
+    [
+        (Device("gpu", "PJRT C API\ncuda 12080", "9.0"), "cuda", (9, 0)),
+        (Device("gpu", "PJRT C API\ncuda 13000", "12.1"), "cuda", (12, 1)),
+        (Device("gpu", "PJRT C API\nrocm 60300", "gfx942"), "rocm", None),
+        (Device("tpu", "libtpu"), "tpu", None),
+    ],
+)
+def test_what_is_read_from_a_device(device, platform, capability):
+    assert module._platform(device) == platform
+    assert module._capability(device) == capability
+
+
+def test_the_default_device_is_heeded():
+    fourth = jax.devices()[3]
+    with jax.default_device(fourth):
+        assert module._default_device() == fourth
+    with jax.default_device("cpu"):
+        assert module._default_device() == jax.local_devices(backend="cpu")[0]
+    assert module._default_device() == jax.local_devices()[0]
+
+
+def test_the_xla_form_agrees_with_itself_silently():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert agrees_with_xla(attention, jnp.bfloat16, 40)
+
+
+@jax.custom_vjp
+def wrong_gradient(query, key, value):
+    return attention(query, key, value)
+
+
+def wrong_pull(given, cotangent):
+    query, key, value = jax.vjp(attention, *given)[1](cotangent)
+    return query, 1.1 * key, value
+
+
+wrong_gradient.defvjp(lambda *given: (attention(*given), given), wrong_pull)
+
+
+def raising(query, key, value):
+    raise RuntimeError("cuDNN is\nnot here")
+
+
+@pytest.mark.parametrize(
+    ("fused", "reason"),
+    [
+        (lambda q, k, v: (1.1 * attention(q, k, v)).astype(q.dtype), r"off by (9|10)\.\d%"),
+        (wrong_gradient, r"off by (9|10)\.\d%"),
+        (lambda q, k, v: attention(q, k, v) + jnp.asarray(jnp.nan, q.dtype), "off by nan%"),
+        (lambda q, k, v: attention(q[:, 1:], k, v), "Error: "),
+        (raising, "RuntimeError: cuDNN is not here"),
+    ],
+    ids=["values", "gradient", "nan", "shape", "raises"],
+)
+def test_a_wrong_or_missing_kernel_is_refused_with_one_line(fused, reason):
+    with pytest.warns(UserWarning, match=reason) as caught:
+        assert not agrees_with_xla(fused, jnp.bfloat16, 8)
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "\n" not in text and "bfloat16 heads of size 8" in text
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Lets the choice believe that this CPU is a Hopper GPU."""
+    monkeypatch.setattr(module, "_platform", lambda device: "cuda")
+    monkeypatch.setattr(module, "_capability", lambda device: HOPPER)
+    module._verified.cache_clear()
+    yield
+    module._verified.cache_clear()
+
+
+def draw(t=256, s=256, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(1, n, 1, 8)), dtype) for n in (t, s, s)]
+
+
+def test_without_cudnn_the_xla_form_runs_and_one_warning_says_so(hopper):
+    given = draw()
+    with pytest.warns(UserWarning, match="falls back") as caught:
+        found = [jax.jit(memory_efficient_attention)(*given), memory_efficient_attention(*given)]
+    assert len(caught) == 1
+    for x in found:
+        np.testing.assert_array_equal(x.astype(jnp.float32), attention(*given).astype(jnp.float32))
+
+
+def test_a_kernel_that_passes_is_taken_and_checked_once(hopper, monkeypatch):
+    checks, takes = [], []
+
+    def kernel(query, key, value):
+        (checks if query.shape[2] == 2 else takes).append(query.shape)
+        return attention(query, key, value)
+
+    monkeypatch.setattr(module, "fused_attention", kernel)
+    given = draw()
+    for _ in range(2):
+        # the check runs at once though a program is traced: inside jit, a gradient, rematerialisation and a loop
+        def loss(q, k, v):
+            def turn(q, _):
+                return jax.checkpoint(memory_efficient_attention)(q, k, v), None
+
+            return jnp.sum(jax.lax.scan(turn, q, None, length=2)[0])
+
+        gradient = jax.jit(jax.grad(loss))(*given)
+    assert set(checks) == {(1, 256, 2, 8)} and len(checks) == 1
+    assert takes and set(takes) == {(1, 256, 1, 8)}
+    assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "dtype"), [(256, 256, jnp.float32), (64, 64, jnp.bfloat16), (256, 77, jnp.bfloat16)]
+)
+def test_what_does_not_fit_never_asks_for_the_kernel(hopper, monkeypatch, t, s, dtype):
+    monkeypatch.setattr(module, "fused_attention", raising)
+    given = draw(t, s, dtype)
+    np.testing.assert_array_equal(memory_efficient_attention(*given), attention_in_parts(*given))
+
+
+def test_mixed_types_never_ask_for_the_kernel(hopper, monkeypatch):
+    monkeypatch.setattr(module, "fused_attention", raising)
+    taken = []
+    monkeypatch.setattr(module, "attention_in_parts", lambda *given: taken.append(given) or given[0])
+    query, key, value = draw()
+    memory_efficient_attention(query, key.astype(jnp.float32), value)
+    assert len(taken) == 1
+
+
+def test_the_check_works_where_transfers_are_forbidden_and_on_a_chosen_device():
+    with jax.default_device(jax.devices()[1]), jax.transfer_guard("disallow"):
+        assert agrees_with_xla(attention, jnp.bfloat16, 8)
