@@ -46,12 +46,19 @@ def windows(clip: LoadedClip, roots: Sequence[Path], side: int, count: int) -> W
     return cut_windows(config, captions, [str(root) for root in roots], count, seed=3)
 
 
-def coverage(clip: LoadedClip, probe: Probe, folder: Path, images: Images) -> float:
-    """Returns the share of images in which the prompted class is found, mean over the classes."""
-    asked = [picture.class_name for picture in Manifest.read(folder).pictures]
+def coverage(clip: LoadedClip, probe: Probe, folder: Path, images: Images) -> tuple[float, float]:
+    """Returns the share of images in which a class is found, mean over the classes: where it was prompted, and not.
+
+    The second tells what the classifier would find without any help of the prompt.
+    """
+    asked = np.array([picture.class_name for picture in Manifest.read(folder).pictures])
     found = probe(described(clip, images))
-    there = np.array([found[i, TAGS.index(name)] for i, name in enumerate(asked)])
-    return float(np.mean([there[[k == name for k in asked]].mean() for name in dict.fromkeys(asked)]))
+    names = list(dict.fromkeys(asked.tolist()))
+    there, elsewhere = (
+        np.mean([found[(asked == name) == wanted, TAGS.index(name)].mean() for name in names])
+        for wanted in (True, False)
+    )
+    return float(there), float(elsewhere)
 
 
 def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, Any]:
@@ -60,10 +67,12 @@ def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, pro
     rows = []
     for step in config.probed_steps:
         images = read_images(done["probe"] / str(step))
+        there, elsewhere = coverage(clip, probe, done["probe"] / str(step), images)
         rows.append({
             "step": step,
             "cmmd": round(cmmd(held, embed(clip, images), unbiased=True), 4),
-            "coverage": round(coverage(clip, probe, done["probe"] / str(step), images), 4),
+            "coverage": round(there, 4),
+            "coverage_unprompted": round(elsewhere, 4),
         })  # fmt: skip
     chosen = read_json(done["choose"] / "choice.json")
     kept = [row for row in rows if row["coverage"] >= FLOOR * rows[0]["coverage"]]
