@@ -247,7 +247,7 @@ def fingerprint(config: Any) -> str:
 
 
 def identity(config: Any, values: Any = None) -> Any:
-    """Returns `to_dict(config)` without the fields that are `FREE`, at any depth.
+    """Returns `to_dict(config)` without the fields that are `FREE`, at any depth of dataclasses and mappings.
 
     With `values`, those values in place of the configuration's own: what a file recorded of such a configuration.
     """

@@ -95,7 +95,8 @@ def verify(source: str | os.PathLike[str], revision: str | None = None) -> Check
         report.schedule = f"{schedule.train_steps} steps, {schedule.prediction} prediction, {schedule.sampler} sampler"
         if len(params) == len(PARTS):
             ordered = (configs[part] for part in PARTS)
-            report.fingerprint = diffusers.params_fingerprint(params, *ordered, schedule)
+            networks = {part: diffusers.params_fingerprint(tree) for part, tree in params.items()}
+            report.fingerprint = diffusers.whole_fingerprint(networks, *ordered, schedule)
     except UserError as error:
         report.faults["scheduler"] = str(error)
     return report

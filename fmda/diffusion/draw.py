@@ -18,6 +18,8 @@ from fmda.diffusion.samplers import SAMPLERS, Denoise, make_table, sample
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError, did_you_mean
 from fmda.mesh import FSDP_RULES, batch_sharding, place, replicated
+from fmda.models.sd_unet import UNetConfig
+from fmda.models.sd_vae import VaeConfig
 
 Program = Callable[[Any, Int[Array, "n t"], Int[Array, "t"], UInt32[Array, "n"]], UInt8[Array, "n H W 3"]]
 
@@ -55,8 +57,7 @@ def make_draw(
     all devices of the mesh, parameters over its `fsdp` axis; a number of prompts that does not divide is filled up.
     Raises UserError for sizes that do not fit the networks, or steps that do not fit the schedule.
     """
-    height, width = size = config.size or (model.size, model.size)
-    check_size(size, model.vae.config.factor * model.unet.config.factor)
+    height, width = image_size(config, model.unet.config, model.vae.config)
     make_table(model.schedule, config.sampler, config.steps)
     shape = (height // model.vae.config.factor, width // model.vae.config.factor, model.unet.config.in_channels)
     split, whole = batch_sharding(mesh), replicated(mesh)
@@ -74,6 +75,14 @@ def make_draw(
         return np.asarray(images)[:count]
 
     return draw
+
+
+def image_size(config: SamplerConfig, unet: UNetConfig, vae: VaeConfig) -> tuple[int, int]:
+    """Returns height and width of the images, pixels. Raises UserError for a size that does not fit the networks."""
+    side = unet.sample_size * vae.factor
+    size = config.size or (side, side)
+    check_size(size, vae.factor * unet.factor)
+    return size
 
 
 def check_size(size: tuple[int, int], multiple: int) -> None:

@@ -28,9 +28,10 @@ from fmda.weights.diffusers import (
     load_text_encoder,
     load_unet,
     load_vae,
-    params_fingerprint,
     read_config,
     save_part,
+    stored_fingerprint,
+    whole_fingerprint,
 )
 from fmda.weights.source import PARTS, resolve, weight_file
 from fmda.weights.tokenizer import Tokenizer
@@ -96,10 +97,11 @@ class StableDiffusion:
 
         A checkpoint's is that of what it stores, whichever `dtype` it is loaded in.
         """
-        stored = {part: getattr(self, part).stored for part in PARTS}
-        return params_fingerprint(
-            self.params, self.unet.config, self.vae.config, self.text_encoder.config, self.schedule, stored=stored
-        )
+        networks = {part: getattr(self, part) for part in PARTS}
+        return whole_fingerprint(
+            {part: stored_fingerprint(network) for part, network in networks.items()},
+            *(network.config for network in networks.values()), self.schedule,
+        )  # fmt: skip
 
 
 def load_stable_diffusion(

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from fmda import trees
 from fmda.config import FREE
-from fmda.diffusion.draw import SamplerConfig, check_size, make_draw
+from fmda.diffusion.draw import SamplerConfig, image_size, make_draw
 from fmda.diffusion.filters import BannedWords, ClassPresence, ClipScore, DuplicatePrompt, LongPrompt, NearDuplicate
 from fmda.diffusion.filters import PromptFilter as AnyPromptFilter
 from fmda.diffusion.generate import SHEET, generate
@@ -186,18 +187,15 @@ def read_shapes(model: str) -> DiffusionConfig:
     raise UserError(f"model: '{model}' is no folder and not in the catalogue; plan again when it is there")
 
 
-def image_size(config: Config, shapes: DiffusionConfig) -> tuple[int, int]:
-    """Returns height and width of the images. Raises UserError for a size that does not fit the networks."""
-    side = shapes.unet.sample_size * shapes.vae.factor
-    size = config.sample.size or (side, side)
-    check_size(size, shapes.vae.factor * shapes.unet.factor)
-    return size
+def fetched_shapes(model: str, revision: str | None) -> DiffusionConfig:
+    """Returns what `read_shapes` does, of a model that is downloaded first if it has to be."""
+    return read_shapes(str(resolve(model, revision, "diffusers")))
 
 
 def image_flops(config: Config, shapes: DiffusionConfig) -> dict[str, float]:
     """Returns FLOPs by name: of a call of the UNet, of the decoder, of the prompt, and of an image with all of them."""
     unet, vae, text = shapes.unet, shapes.vae, shapes.text_encoder
-    height, width = image_size(config, shapes)
+    height, width = image_size(config.sample, unet, vae)
     sample = config.sample
     call = unet_flops(
         (height // vae.factor, width // vae.factor), text.context, channels=unet.channels, layers=unet.layers,
@@ -216,7 +214,7 @@ def image_flops(config: Config, shapes: DiffusionConfig) -> dict[str, float]:
 def memory(config: Config, shapes: DiffusionConfig, rows: int, shards: int) -> dict[str, int]:
     """Returns the bytes that each device holds, by name, with `rows` images on it and parameters over `shards`."""
     unet, vae = shapes.unet, shapes.vae
-    height, width = image_size(config, shapes)
+    height, width = image_size(config.sample, unet, vae)
     call = unet_sampling_bytes(
         (height // vae.factor, width // vae.factor), channels=unet.channels, layers=unet.layers,
         attention=unet.attention, heads=unet.heads, dtype=config.dtype,
@@ -247,6 +245,13 @@ def check_memory(config: Config, shapes: DiffusionConfig, devices: int, shards: 
             f"{f'batch={fitting} fits' if fitting else 'not even one image fits'}; dtype=bfloat16, a smaller "
             "sample.size or more devices (mesh=) help too"
         )
+
+
+def _checked_mesh(config: Config, shapes: DiffusionConfig) -> Mesh:
+    """Returns this process's mesh. Raises UserError where one of its devices cannot hold its share of a batch."""
+    mesh = make_mesh(*config.mesh, devices=jax.local_devices())
+    check_memory(config, shapes, mesh.size, mesh.shape["fsdp"])
+    return mesh
 
 
 def _fitting(config: Config, shapes: DiffusionConfig, limit: float, shards: int) -> int:
@@ -307,27 +312,19 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
     return prompts
 
 
-def draw_images(
-    config: Config, model: StableDiffusion, folder: Path, *, checkpoint: str | None = None
-) -> dict[str, Any]:
-    """Fills a folder with the images of a model that is loaded already; returns counts.
-
-    `checkpoint` is the fingerprint that the manifest holds, by default the model's.
-    """
+def draw_images(config: Config, model: StableDiffusion, folder: Path) -> dict[str, Any]:
+    """Fills a folder with the images of a model that is loaded already; returns counts."""
     prompts = make_prompts(config.prompts)
-    mesh = make_mesh(*config.mesh, devices=jax.local_devices())
-    shapes = DiffusionConfig(model.unet.config, model.vae.config, model.text_encoder.config)
-    check_memory(config, shapes, mesh.size, mesh.shape["fsdp"])
+    mesh = _checked_mesh(config, DiffusionConfig(model.unet.config, model.vae.config, model.text_encoder.config))
     sample = config.sample
-    size = sample.size or (model.size, model.size)
     facts = {
         "sampler": sample.sampler,
         "steps": sample.steps,
         "guidance": sample.guidance,
         "negative": sample.negative,
-        "size": list(size),
+        "size": list(image_size(sample, model.unet.config, model.vae.config)),
         "dtype": config.dtype,
-        "checkpoint": checkpoint or model.fingerprint,
+        "checkpoint": model.fingerprint,
     }
     prompt_filters: list[AnyPromptFilter] = [DuplicatePrompt()]
     if config.filters.long_prompt:
@@ -345,9 +342,7 @@ def draw_images(
 
 def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     # before the networks are loaded, which might be too large already
-    mesh = make_mesh(*config.mesh, devices=jax.local_devices())
-    shapes = read_shapes(str(resolve(config.model, config.revision, "diffusers")))
-    check_memory(config, shapes, mesh.size, mesh.shape["fsdp"])
+    _checked_mesh(config, fetched_shapes(config.model, config.revision))
     model = load_stable_diffusion(config.model, config.revision, jnp.dtype(config.dtype))
     counts = draw_images(config, model, folder)
     if jax.process_index() == 0:

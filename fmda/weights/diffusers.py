@@ -261,23 +261,29 @@ def part_of(folder: Path) -> str | None:
     return "text_encoder" if config.get("model_type") == diffusers_configs.TEXT_MODEL else None
 
 
-def params_fingerprint(params: Mapping[Any, Any], *configs: Any, stored: Mapping[str, str | None] | None = None) -> str:
+def params_fingerprint(params: Mapping[Any, Any], *configs: Any) -> str:
     """Returns 12 hex digits that change with the value of any parameter, or a configuration.
 
     Values count as float32, in which float16 and bfloat16 are exact: numbers that were widened keep their fingerprint.
-    The networks of a whole Stable Diffusion count one by one, so that `stored` can hold the fingerprints of those that
-    were rounded since.
     """
     digest = hashlib.blake2b(repr(configs).encode(), digest_size=6)
-    if params.keys() == PARTS.keys():
-        for part in PARTS:
-            known = (stored or {}).get(part)
-            digest.update(f"{part}{known or params_fingerprint(params[part])}".encode())
-        return digest.hexdigest()
     for path, leaf in sorted(trees.flatten(params).items()):
         array = np.asarray(leaf).astype(np.float32, copy=False)
         digest.update(f"{path}{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def stored_fingerprint(network: LoadedUNet | LoadedVae | LoadedTextEncoder) -> str:
+    """Returns the fingerprint of a network's parameters as its checkpoint stores them, whatever it computes in."""
+    return network.stored or params_fingerprint(network.params)
+
+
+def whole_fingerprint(networks: Mapping[str, str], *configs: Any) -> str:
+    """Returns the fingerprint of a whole Stable Diffusion, from those of its networks' parameters by `PARTS`."""
+    digest = hashlib.blake2b(repr(configs).encode(), digest_size=6)
+    for part in PARTS:
+        digest.update(f"{part}{networks[part]}".encode())
     return digest.hexdigest()
 
 

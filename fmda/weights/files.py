@@ -36,7 +36,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     the last are joined by dots. Raises UserError for a torch pickle (with the command that converts it), for a file
     that is missing or damaged, and for any other kind.
     """
-    check_file(path)
+    _check_kind(path)
     if path.name.endswith(INDICES):
         return _read_sharded(path)
     if path.suffix == ".safetensors":
@@ -49,6 +49,16 @@ def check_file(path: Path) -> None:
 
     Noticed are pickles, other kinds of files, files and shards that are missing, and safetensors that are cut short.
     """
+    _check_kind(path)
+    if path.name.endswith(INDICES):
+        for shard in set(_weight_map(path).values()):
+            _names(_shard(path, shard))
+    elif path.suffix == ".safetensors":
+        _names(path)
+
+
+def _check_kind(path: Path) -> None:
+    """Raises UserError for pickles, files that are missing, and kinds that are not read."""
     if path.suffix in PICKLES:
         target = path.with_name(_safetensors_name(path.name))
         raise UserError(
@@ -57,12 +67,7 @@ def check_file(path: Path) -> None:
         )
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder that holds the checkpoint")
-    if path.name.endswith(INDICES):
-        for shard in set(_weight_map(path).values()):
-            _names(_shard(path, shard))
-    elif path.suffix == ".safetensors":
-        _names(path)
-    elif path.suffix != ".msgpack":
+    if not path.name.endswith(INDICES) and path.suffix not in (".safetensors", ".msgpack"):
         raise UserError(f"{path}: not a known kind of weight file; give .safetensors or .msgpack")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fmda.errors import UserError
+from fmda.models.clip.text import LARGEST_ID
 
 FILES = (
     "tokenizer.json",
@@ -18,9 +19,6 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-# The `eos_token_id` of old configuration files, which stands for the largest id.
-_LARGEST = 2
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -42,7 +40,7 @@ class Tokenizer:
                 "take both from the same source"
             )
         end, expected = self._inner.eos_token_id, eos_token_id
-        if eos_token_id == _LARGEST:
+        if eos_token_id == LARGEST_ID:
             # The end is the last of CLIP's ids. Tokens that were added later follow it, with a row in the model each.
             expected = end if len(self._inner) == vocab_size else vocab_size - 1
         if end != expected:

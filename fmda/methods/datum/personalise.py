@@ -26,11 +26,12 @@ from fmda.mesh import FSDP_RULES, make_mesh, place
 from fmda.methods.datum.cost import check_memory, plan, row_flops
 from fmda.methods.datum.dreambooth import Graphs, make_loss
 from fmda.methods.datum.lora import init_adapters
-from fmda.methods.datum.prepare import check_prepared, examples, network_shapes, prepare
+from fmda.methods.datum.prepare import check_prepared, examples, prepare
 from fmda.methods.datum.settings import Config
 from fmda.methods.datum.snapshots import SnapshotWriter, snapshot_model, untouched
 from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
 from fmda.methods.datum.target import digest
+from fmda.methods.generate import fetched_shapes
 from fmda.methods.pipeline import Stage
 from fmda.perf.peaks import peak_flops
 from fmda.precision import Policy, cast
@@ -70,7 +71,7 @@ def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
     The state is sharded by `FSDP_RULES` over the mesh, and so are the networks that do not train. Raises UserError as
     `fmda.train.fit`, and where the folder's run began with another picture or other weights.
     """
-    shapes = network_shapes(config)
+    shapes = fetched_shapes(config.model, config.revision)
     check_memory(config, shapes)
     model = untouched(config)
     check_prepared(config, prepared, model)

@@ -14,7 +14,7 @@ import numpy as np
 from fmda.atomic import replacing, write_atomic
 from fmda.data.files import read_image
 from fmda.data.loader import Transform
-from fmda.diffusion.draw import check_size
+from fmda.diffusion.draw import image_size
 from fmda.diffusion.load import StableDiffusion, check_stable_diffusion
 from fmda.diffusion.manifest import Manifest
 from fmda.diffusion.samplers import make_table
@@ -34,11 +34,9 @@ from fmda.methods.datum.target import (
     open_target,
     random_crop,
 )
-from fmda.methods.generate import read_shapes
-from fmda.models.catalog import DiffusionConfig
 from fmda.precision import Policy
 from fmda.progress import track
-from fmda.weights.diffusers import LoadedVae, load_vae, params_fingerprint
+from fmda.weights.diffusers import LoadedVae, load_vae, stored_fingerprint
 from fmda.weights.source import resolve
 
 
@@ -81,27 +79,25 @@ def _known(mark: Path) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     """Raises UserError for what would else end a later stage, perhaps after hours."""
-    shapes = network_shapes(config)
+    shapes = generate.fetched_shapes(config.model, config.revision)
     schedule = check_stable_diffusion(config.model, config.revision)
     check_crop(config, shapes)
     check_batch(config)
     check_memory(config, shapes)
-    side, multiple = shapes.unet.sample_size * shapes.vae.factor, shapes.vae.factor * shapes.unet.factor
     prior, probe = config.prior, config.probe
     if prior is not None and prior.images is not None:
         ClassPictures(prior.images, config.crop)
     elif prior is not None:
-        size = prior.sampler.size or (side, side)
+        size = image_size(prior.sampler, shapes.unet, shapes.vae)
         if min(size) < config.crop:
             raise UserError(
                 f"prior.sampler.size: class pictures of {size[0]}x{size[1]} hold no crop of {config.crop}; "
                 "draw larger ones"
             )
-        check_size(size, multiple)
         make_table(schedule, prior.sampler.sampler, prior.sampler.steps)
     if probe is not None:
         generate.make_prompts(dataclasses.replace(probe.prompts, token=config.token))
-        check_size(probe.sample.size or (side, side), multiple)
+        image_size(probe.sample, shapes.unet, shapes.vae)
         make_table(schedule, probe.sample.sampler, probe.sample.steps)
         resolve(probe.clip)
 
@@ -127,7 +123,7 @@ def _fill_bank(config: Config, folder: Path) -> None:
     if path.is_file():
         return
     vae = load_vae(config.model, config.revision, Policy.named(config.precision).compute)
-    found: dict[str, np.ndarray] = {"weights": np.array(_digest(vae))}
+    found: dict[str, np.ndarray] = {"weights": np.array(stored_fingerprint(vae))}
     for number, (name, pictures) in enumerate(zip(("target", "class"), _pictures(config, folder), strict=False)):
         rng = np.random.default_rng((config.seed, 2, number))
         count = max(config.bank, len(pictures))
@@ -143,17 +139,12 @@ def _moments(vae: LoadedVae, crop: Picture) -> np.ndarray:
     return np.concatenate(jax.device_get(pair), axis=-1)[0]
 
 
-def _digest(vae: LoadedVae) -> str:
-    """Returns what an autoencoder is known by, whatever it computes in."""
-    return vae.stored or params_fingerprint(vae.params)
-
-
 def check_prepared(config: Config, prepared: Path, model: StableDiffusion) -> None:
     """Raises UserError for class pictures or latents that another model made, whose folder was given new weights."""
     made = []
     if config.bank:
         with np.load(prepared / "bank.npz") as bank:
-            made.append((str(bank["weights"]), _digest(model.vae)))
+            made.append((str(bank["weights"]), stored_fingerprint(model.vae)))
     if config.prior is not None and config.prior.images is None:
         made.append((Manifest.read(prepared / "class").pictures[0].facts["checkpoint"], model.fingerprint))
     if any(one != other for one, other in made):
@@ -177,11 +168,6 @@ def _pictures(config: Config, prepared: Path) -> tuple[Sequence[Picture], ...]:
     if config.prior is None:
         return (target,)
     return target, ClassPictures(config.prior.images or prepared / "class", config.crop)
-
-
-def network_shapes(config: Config) -> DiffusionConfig:
-    """Returns the sizes of the model's networks, which is downloaded first if it has to be."""
-    return read_shapes(str(resolve(config.model, config.revision, "diffusers")))
 
 
 def _write_png(path: Path, picture: Picture) -> None:

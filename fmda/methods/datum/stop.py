@@ -141,8 +141,7 @@ def found_classes(clip: LoadedClip, images: np.ndarray, asked: Sequence[str | No
     names = sorted({name for name in asked if name})
     if not names:
         return 1.0
-    parts = [grid_share(clip, names, images[i : i + 4]) for i in range(0, len(images), 4)]
-    there = np.concatenate(parts) > 0
+    there = grid_share(clip, names, images) > 0
     chosen = np.array([names.index(name) if name else -1 for name in asked])
     return float(np.mean([there[chosen == k, k].mean() for k in range(len(names))]))
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from fmda.atomic import write_atomic
 from fmda.diffusion.draw import SamplerConfig, make_draw
-from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, params_fingerprint, save_stable_diffusion
+from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, save_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig, add_noise, alphas_cumprod, training_target
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
@@ -36,7 +36,14 @@ from fmda.progress import track
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
 from fmda.train.step import LossFn, Metrics, rising
 from fmda.weights.clip import LoadedClip, load_clip
-from fmda.weights.diffusers import LoadedTextEncoder, LoadedUNet, LoadedVae, load_vae, text_graph
+from fmda.weights.diffusers import (
+    LoadedTextEncoder,
+    LoadedUNet,
+    LoadedVae,
+    load_vae,
+    params_fingerprint,
+    text_graph,
+)
 from fmda.weights.tokenizer import Tokenizer
 
 SHOWN = 16

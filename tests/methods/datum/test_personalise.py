@@ -185,7 +185,10 @@ def test_frozen_networks_are_stored_as_they_compute(place):
 def test_a_long_prompt_is_cut_and_the_warning_shows_what_is_lost(place):
     model = load_stable_diffusion(place / "model")
     with pytest.warns(UserWarning, match=r"longer than the 16 tokens that model reads; lost: '.*road'"):
-        starting_point(configured(place, prompt="a car car car car car car car car car car sks road"), model)
+        frozen, *_ = starting_point(
+            configured(place, prompt="a car car car car car car car car car car sks road"), model
+        )
+    assert frozen["ids"].shape == (1, 16)
 
 
 def refused(capsys, *arguments):
