@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional
@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except UserError as fault:
         print(f"fmda: {fault}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except BrokenPipeError:
         # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -326,7 +326,17 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as fault:
         where = f"{fault.filename}: " if fault.filename else ""
         print(f"fmda: {where}{fault.strerror or fault}; mend it and run the same command again", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         print("fmda: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process; one of several at once, since at its exit jax waits for the others, which wait for it."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
