@@ -41,13 +41,12 @@ def run(place, work, processes, options=()):
     if processes > 1:
         environment |= {"FMDA_COORDINATOR": f"localhost:{port}", "FMDA_PROCESSES": str(processes)}
     command = [sys.executable, "-m", "fmda", "run", "set.yaml", f"work_dir={work}"]
-    running = [
-        subprocess.Popen(
-            [*command, *(() if number else options), "--processes"], cwd=place, env=environment | {"FMDA_PROCESS": str(number)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for number in range(processes)
-    ]  # fmt: skip
+    running = []
+    for number in range(processes):
+        whole = [*command, *(() if number else options), "--processes"]
+        variables = environment | {"FMDA_PROCESS": str(number)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(whole, cwd=place, env=variables, text=True, **pipes))
     messages = [process.communicate(timeout=300)[1] for process in running]
     return [process.returncode for process in running], messages
 
