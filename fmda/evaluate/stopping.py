@@ -19,7 +19,7 @@ class Choice:
         score: float64[S], gain times kept diversity, in units of the alignment distance.
         gain: float64[S], share of the distance at step 0 that is gone; negative where it has grown.
         kept: float64[S], share of the diversity at step 0 that is left, 0..1.
-        admitted: bool[S], steps that keep enough of the coverage.
+        admitted: bool[S], steps that keep enough of the coverage, or lack no more of it than chance explains.
         reason: one line for a report.
     """
 
@@ -40,6 +40,7 @@ def choose_step(
     *,
     alignment_error: Sequence[float] | None = None,
     diversity_error: Sequence[float] | None = None,
+    coverage_error: Sequence[float] | None = None,
     repeated: float = 0.0,
     coverage_floor: float = 0.8,
     least_gain: float = 0.02,
@@ -59,7 +60,8 @@ def choose_step(
 
     Three rules stand around the maximum:
 
-    * a step that covers less than `coverage_floor` of what step 0 covers is not admitted;
+    * a step that covers less than `coverage_floor` of what step 0 covers, by more than one standard error, is not
+      admitted;
     * the best gain must be `least_gain` of the distance at step 0, otherwise nothing was learned: step 0;
     * of the steps within one standard error of the best score (or within `tolerance` of it, whichever is wider) the
       earliest is taken: it is cheaper, and errs on the side of diversity (the one-standard-error rule of Breiman et
@@ -76,7 +78,7 @@ def choose_step(
         alignment: distance of the generated images to the target, smaller is nearer; any measure with a zero.
         diversity: larger is more diverse; any measure with a zero.
         coverage: larger is more complete; None admits all steps.
-        alignment_error, diversity_error: standard errors, as `quality.spread` gives them; None counts as 0.
+        alignment_error, diversity_error, coverage_error: standard errors (`quality.spread`); None counts as 0.
         repeated: r, in units of `diversity`.
         coverage_floor, least_gain, tolerance: shares, 0..1.
 
@@ -86,8 +88,14 @@ def choose_step(
     count = len(steps)
     far = _curve(alignment, "alignment", count)
     wide = _curve(diversity, "diversity", count)
-    far_error = _curve(alignment_error, "alignment_error", count) if alignment_error is not None else np.zeros(count)
-    wide_error = _curve(diversity_error, "diversity_error", count) if diversity_error is not None else np.zeros(count)
+    far_error, wide_error, covered_error = (
+        np.zeros(count) if values is None else _curve(values, what, count)
+        for what, values in (
+            ("alignment_error", alignment_error),
+            ("diversity_error", diversity_error),
+            ("coverage_error", coverage_error),
+        )
+    )
     covered = _curve(coverage, "coverage", count) if coverage is not None else np.ones(count)
     if count == 0 or steps[0] != 0 or any(b <= a for a, b in zip(steps[:-1], steps[1:], strict=True)):
         raise UserError(f"steps: {list(steps)} must ascend from 0, the model before personalisation; measure it too")
@@ -103,7 +111,8 @@ def choose_step(
     kept_error = np.hypot(wide_error, wide_error[0] * ratio) / span
     error = np.hypot(kept * np.hypot(far_error, far_error[0]), drop * kept_error)
     error[0] = 0.0
-    admitted = covered >= coverage_floor * covered[0]
+    chance = np.hypot(covered_error, coverage_floor * covered_error[0])
+    admitted = covered + chance >= coverage_floor * covered[0]
     gain = drop / far[0]
 
     best = int(np.argmax(np.where(admitted, score, -np.inf)))

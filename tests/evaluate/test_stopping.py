@@ -60,6 +60,10 @@ def test_steps_that_lose_classes_are_not_admitted():
     assert choice.admitted.tolist() == [True, True, False, False, False, False]
     assert choice.reason.endswith("too few classes at step 200, 400, 800, 1600")
     assert choose_step(STEPS, OVERFIT, COLLAPSE, (0.9, 0, 0, 0, 0, 0)).step == 0
+    # 0.7 of 0.9 is 0.02 too few
+    for error, admitted in ((0.01, False), (0.02, True)):
+        choice = choose_step(STEPS, OVERFIT, COLLAPSE, (0.9, 0.9, 0.7, 0.5, 0.3, 0.1), coverage_error=(error,) * 6)
+        assert choice.admitted.tolist() == [True, True, admitted, False, False, False]
     assert choose_step(STEPS, OVERFIT, COLLAPSE, (0.9, 0.9, 0.7, 0.5, 0.3, 0.1), coverage_floor=0.5).step == 200
 
 

@@ -33,7 +33,7 @@ from fmda.weights.clip import LoadedClip, load_clip
 Precision = Literal["float32", "bfloat16"]
 SHOWN = 8
 """Images of each model in the report."""
-MEASURES = ("alignment", "nearest", "diversity", "coverage", "alignment_error", "diversity_error")
+MEASURES = ("alignment", "nearest", "diversity", "coverage", "alignment_error", "diversity_error", "coverage_error")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ProbeConfig:
         sample: how it is sampled.
         clip: the CLIP that measures.
         crops: crops of the target that images are compared with.
-        floor: share of the untouched model's class coverage that a snapshot must keep.
+        floor: share of the untouched model's class coverage that a snapshot must keep, to within a standard error.
         seed: of the images and the crops.
     """
 
@@ -115,6 +115,7 @@ class Curves:
     coverage: tuple[float, ...]
     alignment_error: tuple[float, ...]
     diversity_error: tuple[float, ...]
+    coverage_error: tuple[float, ...]
     repeated: float
 
 
@@ -126,31 +127,40 @@ def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.nd
         manifest = Manifest.read(folder / str(step))
         images = read_images(folder / str(step))
         found = embed(clip, images)
-        covered = found_classes(clip, images, [picture.class_name for picture in manifest.pictures])
+        covered, covered_error = found_classes(clip, images, [picture.class_name for picture in manifest.pictures])
         near_error = spread(lambda x: alignment(x, near).mean, found, seed=probe.seed).error
         wide_error = spread(pairwise_diversity, found, seed=probe.seed).error
         both = alignment(found, near)
-        rows.append((both.mean, both.nearest, pairwise_diversity(found), covered, near_error, wide_error))
+        wide = pairwise_diversity(found)
+        rows.append((both.mean, both.nearest, wide, covered, near_error, wide_error, covered_error))
     values = np.array(rows, np.float64).T.tolist()
     measured = dict(zip(MEASURES, map(tuple, values), strict=True))
     return Curves(steps=tuple(steps), repeated=float(pairwise_diversity(near)), **measured)
 
 
-def found_classes(clip: LoadedClip, images: np.ndarray, asked: Sequence[str | None]) -> float:
-    """Returns the share of images in which the class that was asked for is found, mean over the classes; 1 for none."""
+def found_classes(clip: LoadedClip, images: np.ndarray, asked: Sequence[str | None]) -> tuple[float, float]:
+    """Returns the share of images in which the class that was asked for is found, and its standard error.
+
+    The share is the mean over the classes; 1 where none was asked for. The error of a class with no image, or all,
+    among few is told as if one more of each kind had been drawn (Laplace's rule).
+    """
     names = sorted({name for name in asked if name})
     if not names:
-        return 1.0
+        return 1.0, 0.0
     there = grid_share(clip, names, images) > 0
     chosen = np.array([names.index(name) if name else -1 for name in asked])
-    return float(np.mean([there[chosen == k, k].mean() for k in range(len(names))]))
+    drawn = np.array([np.sum(chosen == k) for k in range(len(names))])
+    hits = np.array([there[chosen == k, k].sum() for k in range(len(names))])
+    likely = (hits + 1) / (drawn + 2)
+    return float(np.mean(hits / drawn)), float(np.sqrt(np.sum(likely * (1 - likely) / drawn)) / len(names))
 
 
 def choose(curves: Curves, floor: float) -> Choice:
     """Returns the step that the curves speak for."""
     return choose_step(
         curves.steps, curves.alignment, curves.diversity, curves.coverage, alignment_error=curves.alignment_error,
-        diversity_error=curves.diversity_error, repeated=curves.repeated, coverage_floor=floor,
+        diversity_error=curves.diversity_error, coverage_error=curves.coverage_error, repeated=curves.repeated,
+        coverage_floor=floor,
     )  # fmt: skip
 
 
@@ -201,7 +211,7 @@ def _chart(curves: Curves, found: Choice) -> bytes:
     panels = (
         ("distance to the target's crops", curves.alignment, curves.alignment_error),
         ("diversity", curves.diversity, curves.diversity_error),
-        ("share of the prompted classes found", curves.coverage, None),
+        ("share of the prompted classes found", curves.coverage, curves.coverage_error),
     )
     for axes, (title, values, errors) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.errorbar(curves.steps, values, errors, marker=".", linewidth=1.3, color="#2563a8", capsize=2)
