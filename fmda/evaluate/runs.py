@@ -16,6 +16,7 @@ from fmda.evaluate.sections import Section, read_sections
 
 SKIPPED = {"checkpoints", "images", "labels", "instances", "cache"}
 DEPTH = 4
+STAGE = "stage.json"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def _folders(folder: Path) -> Iterator[Path]:
 
     def below(place: Path, depth: int) -> Iterator[Path]:
         entries = [Path(e.path) for e in os.scandir(place) if e.is_dir() and not e.name.startswith(".")]
-        for entry in sorted((e for e in entries if e.name not in SKIPPED), key=_age):
+        # a stage may be called `images`; its own images lie below it
+        for entry in sorted((e for e in entries if e.name not in SKIPPED or (e / STAGE).is_file()), key=_age):
             yield entry
             if depth < DEPTH:
                 yield from below(entry, depth + 1)
@@ -125,12 +127,12 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _age(folder: Path) -> tuple[int, str]:
-    mark = folder / "stage.json"
+    mark = folder / STAGE
     return (mark.stat().st_mtime_ns if mark.is_file() else 2**63, folder.name)
 
 
 def _read_folder(run: Run, place: Path, where: str) -> None:
-    stage = _json(place / "stage.json")
+    stage = _json(place / STAGE)
     if isinstance(stage, dict):
         run.stages.append(Stage(where, stage.get("seconds"), str(stage.get("fingerprint", "")), stage))
     scores = _json(place / "scores.json")

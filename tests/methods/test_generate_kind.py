@@ -18,6 +18,7 @@ from fmda.diffusion.generate import image_seed
 from fmda.diffusion.load import load_stable_diffusion, save_stable_diffusion
 from fmda.diffusion.manifest import Manifest, load_image
 from fmda.errors import UserError
+from fmda.evaluate.runs import read_run
 from fmda.mesh import make_mesh
 from fmda.methods.generate import (
     THINGS,
@@ -131,6 +132,11 @@ def test_the_folder_holds_images_manifest_and_overview(pristine):
     stage = json.loads((folder / "stage.json").read_text())
     assert stage["outputs"] == {"images": 10, "refused": {}} and stage["device"].startswith("8 x ")
     assert load_image(folder / "images/im_000005_p1.png").shape == (32, 32, 3)
+
+
+def test_the_report_shows_the_overview(pristine):
+    [(place, section)] = read_run(pristine / "done").sections
+    assert section.title == "Images from prompts" and (place / section.image).is_file()
 
 
 def test_any_image_is_made_again_alone_from_its_line(pristine):
