@@ -6,23 +6,27 @@ For each domain of the street world and each of its target pictures, runs a pers
 before and after are measured against held pictures of the same domain: CMMD with the small CLIP (unbiased, so that 0 is
 what two samples of one distribution have), and the share of the prompted classes that a classifier finds, which is
 fitted to real pictures of all domains. The step that the label-free curves choose stands beside the best in hindsight:
-that of least CMMD among those that keep the coverage.
+that of least CMMD among those that keep the coverage. `named` is the untouched model that is told the domain in words:
+what it can do of that domain at all, and how much of the classes the domain itself hides.
 """
 
 import argparse
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fmda.config import from_dict, merge, read_yaml
+from fmda.diffusion.load import load_stable_diffusion
 from fmda.diffusion.manifest import Manifest
 from fmda.evaluate.quality import cmmd
 from fmda.methods.datum import personalise
 from fmda.methods.datum.settings import Config
-from fmda.methods.datum.stop import read_images
+from fmda.methods.datum.stop import probe_config, read_images
+from fmda.methods.generate import PromptConfig, draw_images
 from fmda.methods.judges import embed
 from fmda.methods.pipeline import run_stages
 from fmda.methods.pretrain.crops import TAGS
@@ -34,6 +38,8 @@ from fmda.perf.record import record, write_record
 from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.files import read_json
 
+WORDS = {"night": "at night", "fog": "in fog", "dusk": "at dusk", "rain": "in the rain", "snow": "in snow"}
+"""What the untouched model is told of a domain."""
 FLOOR = 0.8
 """Share of the untouched model's coverage that a step must keep."""
 
@@ -89,6 +95,19 @@ def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, pro
     }
 
 
+def named(config: Config, work: Path, words: str, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, float]:
+    """Returns CMMD and coverage of the untouched model whose prompts name the domain."""
+    assert config.probe is not None
+    drawing = probe_config(config.probe, config.token, config.precision, None)
+    prompts = PromptConfig(form=f"a photo of {{classes}} {words}")
+    draw_images(replace(drawing, model=config.model, prompts=prompts), load_stable_diffusion(config.model), work)
+    images = read_images(work)
+    return {
+        "cmmd": round(cmmd(held, embed(clip, images), unbiased=True), 4),
+        "coverage": round(coverage(clip, probe, work, images)[0], 4),
+    }
+
+
 def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Returns the means over the target pictures of each domain."""
     found = {}
@@ -108,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=Path("configs/datum/personalise-street.yaml"))
     parser.add_argument("--model", default="street-diffusion")
-    parser.add_argument("--domains", nargs="+", default=["night", "fog"])
+    parser.add_argument("--domains", nargs="+", default=["night", "fog"], choices=list(WORDS))
     parser.add_argument("--targets", type=int, default=3, help="target pictures of a domain")
     parser.add_argument("--held", type=int, default=200, help="held pictures of a domain, one window of each")
     parser.add_argument("--count", type=int, default=100, help="images of each step")
@@ -127,7 +146,7 @@ def main() -> None:
     clip = load_clip(options.clip)
     seen = windows(clip, known, side, 1600)
     probe = Probe.fit(described(clip, seen.images), seen.present)
-    rows = []
+    rows, told = [], {}
     for domain, target, root in zip(options.domains, targets, held, strict=True):
         real = embed(clip, windows(clip, [root], side, options.held).images)
         floor = cmmd(real, embed(clip, windows(clip, [known[every.index(domain)]], side, 100).images), unbiased=True)
@@ -141,8 +160,9 @@ def main() -> None:
                 flush=True,
             )
             rows.append(row)
+        told[domain] = named(config, work / f"{domain}-named", WORDS[domain], real, clip, probe)
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("work", "out")}
-    write_record(record("personalise-world", settings=settings, means=means(rows), rows=rows), options.out)
+    write_record(record("personalise-world", settings=settings, means=means(rows), named=told, rows=rows), options.out)
 
 
 if __name__ == "__main__":
