@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
 from fmda.diffusion.schedule import ScheduleConfig, add_noise, training_target
+from fmda.errors import UserError
 from fmda.methods.datum.lora import merged
 from fmda.train.step import LossFn, Metrics
 from fmda.trees import Tree
@@ -34,6 +35,31 @@ class Graphs:
     latent_scale: float
 
 
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Which noise latents get, at which times; the defaults are DreamBooth's.
+
+    Plain noise almost never changes the mean of a picture, so a model may read the brightness off the noise that it
+    starts from: what the words say of night or fog then comes too late. Both values teach the words instead.
+
+    Attributes:
+        offset: standard deviation of a constant that is added to the noise of each channel (Guttenberg 2023).
+        earliest: share of the schedule, from its clean end, whose times are not drawn; the late ones decide the look of
+            the whole picture, the early ones its texture.
+    """
+
+    offset: float = 0.0
+    earliest: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a negative offset, or where no time would be left."""
+        if self.offset < 0 or not 0 <= self.earliest < 1:
+            raise UserError(
+                f"noise: offset {self.offset}, earliest {self.earliest}; give an offset of 0 or more and an earliest "
+                "time from 0 to below 1"
+            )
+
+
 class Noised(NamedTuple):
     """What the UNet is asked, and what it should answer.
 
@@ -48,15 +74,23 @@ class Noised(NamedTuple):
 
 
 def noised(
-    graphs: Graphs, mean: Float[Array, "n h w c"], logvar: Float[Array, "n h w c"], seeds: UInt32[Array, " n"]
+    graphs: Graphs,
+    mean: Float[Array, "n h w c"],
+    logvar: Float[Array, "n h w c"],
+    seeds: UInt32[Array, " n"],
+    config: NoiseConfig = NoiseConfig(),
 ) -> Noised:
     """Returns latents drawn from the autoencoder's Gaussians, at uniform times, with noise; each from its own seed."""
+    first = min(round(config.earliest * graphs.schedule.train_steps), graphs.schedule.train_steps - 1)
 
     def draws(seed: Array, mean: Array, logvar: Array) -> tuple[Array, Array, Array]:
         keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), 3)
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys[0], mean.shape)
-        time = jax.random.randint(keys[2], (), 0, graphs.schedule.train_steps)
-        return latents * graphs.latent_scale, jax.random.normal(keys[1], mean.shape), time
+        noise = jax.random.normal(keys[1], mean.shape)
+        if config.offset:
+            noise += config.offset * jax.random.normal(jax.random.fold_in(keys[1], 1), mean.shape[-1:])
+        time = jax.random.randint(keys[2], (), first, graphs.schedule.train_steps)
+        return latents * graphs.latent_scale, noise, time
 
     clean, noise, times = jax.vmap(draws)(seeds, mean, logvar)
     return Noised(
@@ -64,7 +98,9 @@ def noised(
     )
 
 
-def make_loss(graphs: Graphs, *, lora_scale: float = 1.0, prior_weight: float = 1.0) -> LossFn:
+def make_loss(
+    graphs: Graphs, *, lora_scale: float = 1.0, prior_weight: float = 1.0, noise: NoiseConfig = NoiseConfig()
+) -> LossFn:
     """Returns loss(params, frozen, batch, key): the mean squared error of the prediction, float32.
 
     `params` and `frozen` hold the parameters of "unet", "text_encoder" and "vae" by these names. A network that stands
@@ -90,7 +126,7 @@ def make_loss(graphs: Graphs, *, lora_scale: float = 1.0, prior_weight: float = 
             mean, logvar = jnp.split(flat["moments"].astype(jnp.float32), 2, axis=-1)
         else:
             mean, logvar = nnx.merge(graphs.vae, frozen["vae"]).encode(flat["pixels"].astype(jnp.float32) / 127.5 - 1.0)
-        latents, times, target = noised(graphs, mean, logvar, flat["seed"])
+        latents, times, target = noised(graphs, mean, logvar, flat["seed"], noise)
         if "context" in frozen:
             context = frozen["context"]
         else:

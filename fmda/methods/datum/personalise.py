@@ -107,7 +107,7 @@ def training_step(config: Config, model: StableDiffusion) -> Step:
     )  # fmt: skip
     loss = make_loss(
         graphs, lora_scale=config.lora.alpha / config.lora.rank,
-        prior_weight=1.0 if config.prior is None else config.prior.weight,
+        prior_weight=1.0 if config.prior is None else config.prior.weight, noise=config.noise,
     )  # fmt: skip
     tx = make_optimizer(config.optim, config.steps)
     rate = make_schedule(config.optim, config.steps)

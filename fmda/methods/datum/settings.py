@@ -6,6 +6,7 @@ from typing import Literal
 from fmda.config import FREE
 from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
+from fmda.methods.datum.dreambooth import NoiseConfig
 from fmda.methods.datum.stop import ProbeConfig
 from fmda.methods.trainer import TrainerConfig
 from fmda.models.sd_unet import Remat
@@ -76,6 +77,7 @@ class Config(TrainerConfig):
         trained: all weights of UNet and text encoder, of the UNet alone, or low-rank adapters.
         lora: the adapters, where they are what is trained.
         prior: prior preservation; None for none.
+        noise: what is added to the latents, and when.
         resize: what the picture's shorter side is brought to, pixels; None leaves the picture as it is.
         crop: side of the crops, pixels.
         bank: crops that are drawn and encoded once, before training; 0 draws and encodes new ones at each step.
@@ -99,6 +101,7 @@ class Config(TrainerConfig):
     trained: Literal["unet+text", "unet", "lora"] = "unet+text"
     lora: LoraConfig = LoraConfig()
     prior: PriorConfig | None = None
+    noise: NoiseConfig = NoiseConfig()
     resize: int | None = 1024
     crop: int = 512
     bank: int = 0

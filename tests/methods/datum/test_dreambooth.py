@@ -16,7 +16,8 @@ from flax import nnx
 
 from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig, alphas_cumprod
-from fmda.methods.datum.dreambooth import Graphs, make_loss, noised
+from fmda.errors import UserError
+from fmda.methods.datum.dreambooth import Graphs, NoiseConfig, make_loss, noised
 from fmda.methods.datum.lora import init_adapters, merged
 from fmda.models.module import abstract
 from fmda.train import create_state, make_step
@@ -109,6 +110,33 @@ def test_a_velocity_is_the_target_where_the_schedule_predicts_one():
     clean = (np.asarray(noise.latents) - np.sqrt(1 - left) * noise.target) / np.sqrt(left)
     velocity = np.sqrt(left) * noise.target - np.sqrt(1 - left) * clean
     np.testing.assert_allclose(found.target, velocity, atol=1e-4)
+
+
+def test_an_offset_moves_the_noise_of_a_channel_as_a_whole():
+    n = 500
+    mean, seeds = np.zeros((n, 8, 8, CHANNELS), np.float32), np.arange(n, dtype=np.uint32)
+    plain = noised(GRAPHS, mean, mean, seeds)
+    found = noised(GRAPHS, mean, mean, seeds, NoiseConfig(offset=0.5))
+    moved = np.asarray(found.target - plain.target)
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[:, :1, :1], moved.shape), atol=1e-6)
+    offsets = moved[:, 0, 0]
+    assert np.std(offsets, axis=0) == pytest.approx([0.5] * CHANNELS, abs=0.05)
+    assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.15
+    left = alphas_cumprod(GRAPHS.schedule)[found.times][:, None, None, None]
+    np.testing.assert_array_equal(found.times, plain.times)
+    np.testing.assert_allclose(found.latents - plain.latents, np.sqrt(1 - left) * moved, atol=1e-5)
+
+
+def test_no_time_before_the_earliest_is_drawn():
+    mean, seeds = np.zeros((2000, 1, 1, CHANNELS), np.float32), np.arange(2000, dtype=np.uint32)
+    times = np.asarray(noised(GRAPHS, mean, mean, seeds, NoiseConfig(earliest=0.5)).times)
+    assert times.min() >= 500 and times.max() <= 999 and times.mean() == pytest.approx(749.5, abs=10)
+
+
+@pytest.mark.parametrize("values", [{"offset": -0.1}, {"earliest": 1.0}, {"earliest": -0.5}])
+def test_noise_that_leaves_no_time_or_has_no_size_is_refused(values):
+    with pytest.raises(UserError, match="noise"):
+        NoiseConfig(**values)
 
 
 def test_what_an_example_draws_does_not_depend_on_the_others():
