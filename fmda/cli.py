@@ -29,7 +29,7 @@ def _say(line: str) -> None:
 def demo(work_dir: Path = Path("runs/demo"), overrides: Positional[Overrides] = ()) -> None:
     """Run the whole system on the embedded default: draw streets, rank templates, segment, report.
 
-    Some six minutes on two CPU cores. Ends with the path of an HTML report.
+    Some seven minutes on two CPU cores. Ends with the path of an HTML report.
 
     Args:
         work_dir: the run folder; run again to continue an interrupted demo.
