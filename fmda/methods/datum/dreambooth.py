@@ -88,7 +88,7 @@ def noised(
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys[0], mean.shape)
         noise = jax.random.normal(keys[1], mean.shape)
         if config.offset:
-            noise += config.offset * jax.random.normal(jax.random.fold_in(keys[1], 1), mean.shape[-1:])
+            noise += config.offset * jax.random.normal(jax.random.fold_in(keys[1], 1), (1, 1, mean.shape[-1]))
         time = jax.random.randint(keys[2], (), first, graphs.schedule.train_steps)
         return latents * graphs.latent_scale, noise, time
 
