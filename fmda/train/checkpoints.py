@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -60,17 +61,21 @@ def quiet_orbax() -> Iterator[None]:
         text = record.getMessage()
         # a task names the code it ran, a bare future nothing but the array store's own message
         echo = record.name == "asyncio" and (package in text or "os_error_code" in text or "OCDBT" in text)
-        return package not in record.pathname and not echo
+        return package not in record.pathname and not echo and not late(record.exc_info and record.exc_info[1])
+
+    def late(fault: Any) -> bool:
+        # reads and writes under way when another one failed report to an event loop that is gone, or are abandoned
+        return isinstance(fault, RuntimeError) and str(fault) == "Event loop is closed"
 
     def unraisable(fault: Any) -> None:
-        # Reads and writes under way when another one failed are abandoned, or report to an event loop that is gone.
         code = getattr(fault.object, "cr_code", None)
-        late = isinstance(fault.exc_value, RuntimeError) and str(fault.exc_value) == "Event loop is closed"
-        if not late and not (code is not None and package in code.co_filename):
+        if not late(fault.exc_value) and not (code is not None and package in code.co_filename):
             hook(fault)
 
-    loggers = logging.getLogger("absl"), logging.getLogger("asyncio")
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "concurrent.futures")]
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    # of a write that was to begin when another one failed Python knows the name alone, not the package; this one stays
+    warnings.filterwarnings("ignore", "coroutine '.*(serialize|_read_|ocdbt).*' was never awaited", RuntimeWarning)
     for logger in loggers:
         logger.addFilter(keep)
     yield

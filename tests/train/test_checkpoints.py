@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what is refused, what may change between saving and restoring."""
 
+import concurrent.futures
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ from regression import RULES, parts
 from fmda.errors import UserError
 from fmda.mesh import make_mesh, place
 from fmda.train import read_params
-from fmda.train.checkpoints import Checkpoints, claim
+from fmda.train.checkpoints import Checkpoints, claim, quiet_orbax
 
 
 def target_on(mesh, state):
@@ -152,3 +153,31 @@ def test_claim_names_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run: cannot be written .Not a directory"):
         claim(tmp_path / "file" / "run", {})
+
+
+def test_a_pool_that_reports_to_a_closed_loop_is_not_heard(caplog):
+    def report(fault):
+        done = concurrent.futures.Future()
+        done.add_done_callback(lambda _: (_ for _ in ()).throw(fault))
+        done.set_result(None)
+
+    with quiet_orbax():
+        report(RuntimeError("Event loop is closed"))
+        assert not caplog.records
+        report(RuntimeError("another fault"))
+    assert [str(record.exc_info[1]) for record in caplog.records] == ["another fault"]
+
+
+def test_a_write_that_never_began_is_not_heard(recwarn):
+    def begun(name):
+        async def write():
+            pass
+
+        write.__qualname__ = name
+        write()
+
+    with quiet_orbax():
+        begun("async_serialize_from_host.<locals>.write_fragment")
+        assert not recwarn.list
+        begun("another")
+    assert [str(warning.message) for warning in recwarn] == ["coroutine 'another' was never awaited"]
