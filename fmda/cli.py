@@ -184,18 +184,20 @@ def data_render(out: Positional[Path], overrides: Positional[Overrides] = ()) ->
 
 
 def models_list(as_json: Json = False) -> None:
-    """List the known networks: parameters, licence, where weights come from.
+    """List the known networks: parameters, where weights come from, licence; and the models of the package.
 
     Args:
         as_json: print one JSON object.
     """
     from fmda.models.catalog import CATALOG
+    from fmda.weights.source import asset_names
 
     for name, entry in CATALOG.items():
-        if as_json:
-            print(json.dumps({"name": name, "parameters": entry.parameters, "licence": entry.licence}))
-        else:
-            print(f"{name:<28}{entry.parameters:>14,}  {entry.licence}")
+        facts = {"name": name, "parameters": entry.parameters, "source": entry.source, "licence": entry.licence}
+        print(json.dumps(facts) if as_json else f"{name:<28}{entry.parameters:>14,}  {entry.source:<40}{entry.licence}")
+    for name in asset_names():
+        facts = {"name": name, "source": name}
+        print(json.dumps(facts) if as_json else f"{name:<28}{'':>14}  in the package")
 
 
 def models_check(source: Positional[str], revision: str | None = None, as_json: Json = False) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fmda import trees
@@ -32,7 +32,7 @@ class LargestAxis:
     axis: str = "fsdp"
     min_size: int = 4096
 
-    def spec(self, shape: tuple[int, ...], mesh: Mesh) -> P:
+    def spec(self, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
         """Returns the partition spec of a leaf of this shape."""
         parts = mesh.shape[self.axis]
         fitting = [dim for dim, length in enumerate(shape) if length % parts == 0]
@@ -91,7 +91,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def place(shapes: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+def place(shapes: Any, rules: Sequence[Rule], mesh: Mesh | AbstractMesh) -> Any:
     """Returns the tree of NamedShardings that the rules give to a tree of arrays or `ShapeDtypeStruct`s.
 
     A rule is (glob, partition spec or tactic). The glob is held against the slash path of a leaf and against every
@@ -228,13 +228,13 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def _check_axes(pattern: str, spec: P, mesh: Mesh) -> None:
+def _check_axes(pattern: str, spec: P, mesh: Mesh | AbstractMesh) -> None:
     for axis in (axis for entry in spec for axis in _axes(entry)):
         if axis not in mesh.shape:
             raise UserError(f"sharding rule '{pattern}': no mesh axis '{axis}'{did_you_mean(axis, mesh.shape)}")
 
 
-def _check_shape(pattern: str, spec: P, path: str, shape: tuple[int, ...], mesh: Mesh) -> None:
+def _check_shape(pattern: str, spec: P, path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
     if len(spec) > len(shape):
         raise UserError(f"sharding rule '{pattern}': '{path}' {shape} has fewer dimensions than {spec}")
     for dim, entry in enumerate(spec):

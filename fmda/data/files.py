@@ -82,6 +82,8 @@ def _bytes(path: Path, what: str) -> bytes:
         data = path.read_bytes()
     except FileNotFoundError:
         raise FileFault(path, f"missing {what}", f"no such {what}; add the file or mend the path") from None
+    except IsADirectoryError:
+        raise FileFault(path, f"missing {what}", f"is a folder; name a {what} in it") from None
     except OSError as fault:
         raise FileFault(
             path, f"unreadable {what}", f"cannot be read ({fault.strerror}); mend its permissions"

@@ -55,6 +55,7 @@ def make_draw(
 
     The seed of an image decides its noise, whatever the batch, its place in it, or the devices. Prompts are split over
     all devices of the mesh, parameters over its `fsdp` axis; a number of prompts that does not divide is filled up.
+    There are as many seeds as prompts, at least one, each from 0 to 2^32 - 1; `draw` raises UserError for others.
     Raises UserError for sizes that do not fit the networks, or steps that do not fit the schedule.
     """
     height, width = image_size(config, model.unet.config, model.vae.config)
@@ -68,6 +69,10 @@ def make_draw(
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n H W 3"]:
         count = len(prompts)
+        if not count or len(seeds) != count or not all(0 <= seed < 2**32 for seed in seeds):
+            raise UserError(
+                f"seeds: {len(seeds)} for {count} prompts; give one for each of at least one prompt, from 0 to 2^32 - 1"
+            )
         fill = -count % mesh.size
         ids = np.pad(model.tokenize(prompts), ((0, fill), (0, 0)), mode="edge")
         numbers = np.pad(np.asarray(seeds, np.uint32), (0, fill), mode="edge")
@@ -85,11 +90,15 @@ def image_size(config: SamplerConfig, unet: UNetConfig, vae: VaeConfig) -> tuple
     return size
 
 
-def check_size(size: tuple[int, int], multiple: int) -> None:
-    """Raises UserError for a height and width, in pixels, that the networks cannot halve down to whole places."""
+def check_size(size: tuple[int, int], multiple: int, name: str = "size") -> None:
+    """Raises UserError for a height and width, in pixels, that the networks cannot halve down to whole places.
+
+    `name` is the option that gives them.
+    """
     height, width = size
     if height < multiple or width < multiple or height % multiple or width % multiple:
-        raise UserError(f"size: {height}x{width} are no multiples of {multiple} pixels; choose another size")
+        near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+        raise UserError(f"{name}: {height}x{width} are no multiples of {multiple} pixels; {near} would be")
 
 
 class Graphs(NamedTuple):

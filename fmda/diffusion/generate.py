@@ -102,8 +102,11 @@ def generate(
         wait: with several processes, returns when all of them have called it with the same word.
 
     Raises:
-        UserError: the folder holds images of other facts, prompts, seed or filters, or other things; it cannot be
-            written; no prompt is left; all tries of an image were refused.
+        UserError: count, batch or tries below 1; two filters of one name; the folder holds images of other facts,
+            prompts, seed or filters, or other things; it cannot be written; no prompt is left; all tries of an image
+            were refused.
+        ValueError: a fact has the name of a manifest's own field; `draw` returns something else than its images; there
+            are several processes and no `wait`.
     """
     prompts, folder = tuple(prompts), Path(folder)
     filters = _with_constant(filters)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig
-from fmda.errors import UserError
+from fmda.errors import UserError, did_you_mean
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import Remat
 from fmda.weights import files
@@ -56,7 +56,11 @@ class StableDiffusion:
         return {"unet": self.unet.params, "vae": self.vae.params, "text_encoder": self.text_encoder.params}
 
     def with_params(self, params: Mapping[str, trees.Tree]) -> "StableDiffusion":
-        """Returns the model with other parameters of some networks; their number format must be the same."""
+        """Returns the model with other parameters of some networks; their number format must be the same.
+
+        Raises UserError for the name of a network that is none.
+        """
+        _check_parts(params)
         changed = {part: replace(getattr(self, part), params=tree, stored=None) for part, tree in params.items()}
         return replace(self, **changed)
 
@@ -208,6 +212,7 @@ def save_stable_diffusion(
     is written. Raises UserError where it is there already and not empty, or cannot be written, or where `params` do
     not fit.
     """
+    _check_parts(params or {})
     folder = Path(folder)
     saved = model.as_saved()
     if saved is not model:
@@ -227,6 +232,12 @@ def save_stable_diffusion(
             save_part(new / part, part, config, params[part], dtype)
         write_rest(new, model.tokenizer, model.text_encoder.config.context, model.schedule)
     return folder
+
+
+def _check_parts(params: Mapping[str, Any]) -> None:
+    for name in params:
+        if name not in PARTS:
+            raise UserError(f"params: '{name}' is none of {', '.join(PARTS)}{did_you_mean(name, PARTS)}")
 
 
 def write_rest(folder: Path, tokenizer: Tokenizer, context: int, schedule: ScheduleConfig) -> None:

@@ -53,7 +53,7 @@ def sample(
     Args:
         denoise: (latents [b, h, w, c], timestep) -> prediction of the kind that `config.prediction` names. The
             timestep is a float32 scalar, fractional for euler with "linspace" spacing; the latents have unit variance
-            in every sampler, so euler's division by its sigma is already done. See `guidance.guided`.
+            in every sampler, so euler's division by sqrt(sigma^2 + 1) is already done. See `guidance.guided`.
         start: standard normal noise.
         config: the schedule that the network was trained with.
         sampler: "ddim" (eta 0; Song et al. 2021), "plms" (Liu et al. 2022 without Runge-Kutta steps: steps + 1

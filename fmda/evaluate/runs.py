@@ -17,6 +17,7 @@ from fmda.evaluate.sections import Section, read_sections
 SKIPPED = {"checkpoints", "images", "labels", "instances", "cache"}
 DEPTH = 4
 STAGE = "stage.json"
+"""Record of a finished stage, in its folder; written last."""
 
 
 @dataclass(frozen=True)

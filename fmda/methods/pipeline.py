@@ -22,6 +22,7 @@ import yaml
 from fmda.atomic import occupied, write_atomic
 from fmda.config import differences, fingerprint, identity, to_dict, to_yaml
 from fmda.errors import UserError
+from fmda.evaluate.runs import STAGE
 
 RunStage = Callable[[Path, dict[str, Path]], dict[str, Any] | None]
 
@@ -57,6 +58,7 @@ class Plan:
         parameters: (component, count).
         flops: (operation, FLOPs per image).
         memory: (what, bytes per device).
+        shardings: (network, how its parameters lie on devices).
         notes: further lines.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     parameters: tuple[tuple[str, int], ...] = ()
     flops: tuple[tuple[str, float], ...] = ()
     memory: tuple[tuple[str, float], ...] = ()
+    shardings: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     def text(self) -> str:
@@ -73,6 +76,7 @@ class Plan:
             ("parameters", [(n, f"{c:,}") for n, c in self.parameters]),
             ("FLOPs per image", [(n, f"{f / 1e9:,.2f} GFLOP") for n, f in self.flops]),
             ("bytes per device", [(n, f"{b / 2**20:,.1f} MiB") for n, b in self.memory]),
+            ("shardings", list(self.shardings)),
         ]
         width = max((len(n) for _, rows in groups for n, _ in rows), default=0) + 2
         lines: list[str] = []
@@ -87,7 +91,8 @@ def run_stages(stages: Sequence[Stage], work: Path, config: Any, say: Callable[[
 
     Args:
         stages: in order; a stage may read those before it.
-        work: the run folder; made if missing. Gets `config.yaml`.
+        work: the run folder; made if missing. Gets `config.yaml`; what is free to change is written there anew when
+            all stages are through, so that a refused run leaves it as it was.
         config: the resolved configuration of the whole run.
         say: receives one line per stage.
 
@@ -100,7 +105,10 @@ def run_stages(stages: Sequence[Stage], work: Path, config: Any, say: Callable[[
         if _first():
             _claim(work, config)
         _wait_for_all("claim")
-        return _run_all(stages, work, say)
+        done = _run_all(stages, work, say)
+        if _first():
+            _renew_config(work / "config.yaml", to_yaml(config))
+        return done
     except _Taken:
         raise
     except UserError:
@@ -157,12 +165,8 @@ def _check(stages: Sequence[Stage]) -> None:
 
 
 def _claim(work: Path, config: Any) -> None:
-    """Makes the run folder and writes `config.yaml`, or checks that the folder belongs to this configuration.
-
-    What is free to change is written anew.
-    """
+    """Makes the run folder and writes `config.yaml`, or checks that the folder belongs to this configuration."""
     path = work / "config.yaml"
-    text = to_yaml(config)
     if path.is_file():
         try:
             recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -172,12 +176,10 @@ def _claim(work: Path, config: Any) -> None:
         if changed:
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise _Taken(f"{work}: holds a run of another configuration ({shown}); choose another work_dir=")
-        if recorded != to_dict(config):
-            _write_config(path, text)
         return
     if occupied(work):
         raise _Taken(f"{work}: is not empty and no run of ours (no config.yaml); choose another work_dir=")
-    _write_config(path, text)
+    _write_config(path, to_yaml(config))
 
 
 def _write_config(path: Path, text: str) -> None:
@@ -186,6 +188,11 @@ def _write_config(path: Path, text: str) -> None:
         write_atomic(path, text)
     except OSError as fault:
         raise UserError(f"{path.parent}: cannot be written ({fault.strerror}); choose another work_dir=") from None
+
+
+def _renew_config(path: Path, text: str) -> None:
+    if path.read_text(encoding="utf-8") != text:
+        _write_config(path, text)
 
 
 class _Taken(UserError):
@@ -207,7 +214,7 @@ def _withdraw(work: Path, there: bool) -> None:
 
 
 def _finished(folder: Path, mark: str) -> bool:
-    path = folder / "stage.json"
+    path = folder / STAGE
     if not path.is_file():
         return False
     try:
@@ -233,7 +240,7 @@ def _execute(stage: Stage, folder: Path, done: dict[str, Path], mark: str) -> No
             "device": device(),
             "command": " ".join(["fmda", *sys.argv[1:]]),
         }
-        write_atomic(folder / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
+        write_atomic(folder / STAGE, json.dumps(record, indent=1, default=str) + "\n")
     except OSError as fault:
         # a full or read-only disk: what is on disk stays, and the same command continues from it
         where = fault.filename or folder

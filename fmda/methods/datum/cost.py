@@ -1,7 +1,6 @@
 """What a personalisation takes, in parameters, FLOPs and bytes, by closed formulas; nothing is loaded for it."""
 
 import math
-from functools import lru_cache
 
 from fmda import trees
 from fmda.diffusion.draw import check_size
@@ -9,7 +8,7 @@ from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.datum.lora import adapter_count, target_kernels
 from fmda.methods.datum.settings import Config
-from fmda.methods.generate import GIB, LIMIT, MACHINES, read_shapes
+from fmda.methods.generate.cost import GIB, LIMIT, MACHINES, UnknownModel, parameter_shapes, read_shapes, shardings
 from fmda.methods.pipeline import Plan
 from fmda.models.catalog import DiffusionConfig
 from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_flops, vae_encode_flops
@@ -22,25 +21,16 @@ from fmda.perf.diffusion_memory import (
 from fmda.perf.flops import text_flops
 from fmda.perf.memory import device_memory
 from fmda.precision import Policy
-from fmda.trees import Tree
-from fmda.weights.diffusers import part_graph
-from fmda.weights.source import PARTS
-
-
-@lru_cache(maxsize=8)
-def _trees(shapes: DiffusionConfig) -> dict[str, Tree]:
-    """Returns the shapes of all parameters, by network."""
-    return {part: part_graph(part, getattr(shapes, part))[1] for part in PARTS}
 
 
 def check_crop(config: Config, shapes: DiffusionConfig) -> None:
     """Raises UserError for crops that the networks cannot halve down to whole places."""
-    check_size((config.crop, config.crop), shapes.vae.factor * shapes.unet.factor)
+    check_size((config.crop, config.crop), shapes.vae.factor * shapes.unet.factor, "crop")
 
 
 def trained_count(config: Config, shapes: DiffusionConfig) -> int:
     """Returns the number of scalars that are trained."""
-    parts = _trees(shapes)
+    parts = parameter_shapes(shapes)
     if config.trained == "lora":
         return sum(adapter_count(parts[part], config.lora.rank) for part in config.trained_parts)
     return sum(trees.count(parts[part]) for part in config.trained_parts)
@@ -69,10 +59,13 @@ def row_flops(config: Config, shapes: DiffusionConfig) -> float:
 
 
 def memory(config: Config, shapes: DiffusionConfig, rows: int, shards: int) -> dict[str, int]:
-    """Returns what each device holds in training, in bytes by name, with `rows` of a batch on it at once."""
+    """Returns what each device holds in training, in bytes by name.
+
+    `rows` of a batch are on it at once, parameters and moments are cut over `shards` devices.
+    """
     unet, vae, text = shapes.unet, shapes.vae, shapes.text_encoder
     dtype = Policy.named(config.precision).compute
-    parts, trained = _trees(shapes), config.trained_parts
+    parts, trained = parameter_shapes(shapes), config.trained_parts
     frozen = {part for part in parts if part not in trained and part != "text_encoder"}
     if config.trained == "lora":
         frozen |= set(trained)
@@ -150,10 +143,10 @@ def plan(config: Config) -> Plan:
     )
     try:
         shapes = read_shapes(config.model)
-    except UserError as unknown:
+    except UnknownModel as unknown:
         return Plan(stages=stages, notes=(f"no sizes are known: {unknown}",))
     check_crop(config, shapes)
-    counts = {part: trees.count(tree) for part, tree in _trees(shapes).items()}
+    counts = {part: trees.count(tree) for part, tree in parameter_shapes(shapes).items()}
     row = row_flops(config, shapes)
     rows = config.batch // config.accumulate
     totals, work = [], []
@@ -169,6 +162,7 @@ def plan(config: Config) -> Plan:
         parameters=(*counts.items(), ("trained", trained_count(config, shapes))),
         flops=(("an example in training", row),),
         memory=(*memory(config, shapes, rows, 1).items(), *totals),
+        shardings=shardings(shapes, 8),
         notes=(
             *(f"the whole run, {name}: {share:,.4g} PFLOP a device" for name, share in work),
             *(_fit(config, shapes, *machine) for machine in MACHINES),

@@ -31,13 +31,15 @@ from fmda.methods.datum.settings import Config
 from fmda.methods.datum.snapshots import SnapshotWriter, snapshot_model, untouched
 from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
 from fmda.methods.datum.target import digest
-from fmda.methods.generate import fetched_shapes
+from fmda.methods.generate.cost import fetched_shapes
+from fmda.methods.generate.run import ORIGIN
 from fmda.methods.pipeline import Stage
 from fmda.perf.peaks import peak_flops
 from fmda.precision import Policy, cast
 from fmda.train import TrainState, create_state, fit, make_optimizer, make_schedule, make_step
 from fmda.train.step import Step
 from fmda.trees import Tree
+from fmda.weights import files
 from fmda.weights.diffusers import text_graph, unet_graph, vae_graph
 
 __all__ = ["Config", "export_steps", "plan", "prepare", "stages", "train"]
@@ -214,5 +216,7 @@ def export_steps(config: Config, train: Path, folder: Path, named: Mapping[str, 
         shutil.rmtree(part, ignore_errors=True)
         base = base or untouched(config)
         save_stable_diffusion(part, snapshot_model(config, train, step, base), dtype=jnp.dtype(config.store))
+        origin = {"base": base.fingerprint, "step": step, "token": config.token, "prompt": config.prompt}
+        files.write_json(part / ORIGIN, origin)
         part.rename(path)
     return [folder / name for name in named]

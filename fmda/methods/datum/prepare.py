@@ -21,8 +21,9 @@ from fmda.diffusion.samplers import make_table
 from fmda.errors import UserError
 from fmda.methods import generate
 from fmda.methods.datum.cost import check_batch, check_crop, check_memory
-from fmda.methods.datum.settings import Config
+from fmda.methods.datum.settings import Config, PriorConfig
 from fmda.methods.datum.snapshots import untouched
+from fmda.methods.datum.stop import probe_config
 from fmda.methods.datum.target import (
     ClassPictures,
     Encoded,
@@ -34,8 +35,12 @@ from fmda.methods.datum.target import (
     open_target,
     random_crop,
 )
+from fmda.methods.generate.cost import check_memory as check_drawing
+from fmda.methods.generate.cost import fetched_shapes
+from fmda.methods.generate.settings import make_prompts
 from fmda.precision import Policy
 from fmda.progress import track
+from fmda.train import make_optimizer
 from fmda.weights.diffusers import LoadedVae, load_vae, stored_fingerprint
 from fmda.weights.source import resolve
 
@@ -79,11 +84,12 @@ def _known(mark: Path) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     """Raises UserError for what would else end a later stage, perhaps after hours."""
-    shapes = generate.fetched_shapes(config.model, config.revision)
+    shapes = fetched_shapes(config.model, config.revision)
     schedule = check_stable_diffusion(config.model, config.revision)
     check_crop(config, shapes)
     check_batch(config)
     check_memory(config, shapes)
+    make_optimizer(config.optim, config.steps)
     prior, probe = config.prior, config.probe
     if prior is not None and prior.images is not None:
         ClassPictures(prior.images, config.crop)
@@ -95,11 +101,22 @@ def _check(config: Config) -> None:
                 "draw larger ones"
             )
         make_table(schedule, prior.sampler.sampler, prior.sampler.steps)
+        check_drawing(_class_drawing(config, prior), shapes, jax.local_device_count(), 1, "prior.")
     if probe is not None:
-        generate.make_prompts(dataclasses.replace(probe.prompts, token=config.token))
+        make_prompts(dataclasses.replace(probe.prompts, token=config.token))
         image_size(probe.sample, shapes.unet, shapes.vae)
         make_table(schedule, probe.sample.sampler, probe.sample.steps)
+        drawing = probe_config(probe, config.token, config.precision, config.device_memory)
+        check_drawing(drawing, shapes, jax.local_device_count(), 1, "probe.")
         resolve(probe.clip)
+
+
+def _class_drawing(config: Config, prior: PriorConfig) -> generate.Config:
+    return generate.Config(
+        model=config.model, revision=config.revision, prompts=generate.PromptConfig(texts=(prior.prompt,)),
+        count=prior.count, batch=prior.batch, seed=config.seed, sample=prior.sampler, dtype=config.precision,
+        device_memory=config.device_memory,
+    )  # fmt: skip
 
 
 def _draw_class_pictures(config: Config, folder: Path) -> None:
@@ -108,13 +125,8 @@ def _draw_class_pictures(config: Config, folder: Path) -> None:
     assert prior is not None
     if (folder / "manifest.jsonl").is_file():
         return
-    drawing = generate.Config(
-        model=config.model, revision=config.revision, prompts=generate.PromptConfig(texts=(prior.prompt,)),
-        count=prior.count, batch=prior.batch, seed=config.seed, sample=prior.sampler, dtype=config.precision,
-        device_memory=config.device_memory,
-    )  # fmt: skip
     model = untouched(config, jnp.dtype(config.precision))
-    generate.draw_images(drawing, model, folder)
+    generate.draw_images(_class_drawing(config, prior), model, folder)
 
 
 def _fill_bank(config: Config, folder: Path) -> None:

@@ -8,6 +8,7 @@ from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
 from fmda.methods.datum.dreambooth import NoiseConfig
 from fmda.methods.datum.stop import ProbeConfig
+from fmda.methods.generate.settings import check_device_memory
 from fmda.methods.trainer import TrainerConfig
 from fmda.models.sd_unet import Remat
 from fmda.train import OptimConfig
@@ -63,6 +64,11 @@ class PriorConfig:
     count: int = 200
     batch: int = 4
     sampler: SamplerConfig = SamplerConfig()
+
+    def __post_init__(self) -> None:
+        """Raises UserError where no class picture would be drawn."""
+        if self.count < 1 or self.batch < 1:
+            raise UserError(f"prior: count {self.count}, batch {self.batch}; give at least 1 of each")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +130,10 @@ class Config(TrainerConfig):
             raise UserError(f"prompt: '{self.prompt}' does not hold the token '{self.token}'; put it there as a word")
         if self.crop < 1 or self.resize is not None and self.resize < self.crop:
             raise UserError(f"crop: {self.crop} pixels of a side of {self.resize}; choose a smaller crop")
-        if self.steps < 1 or self.bank < 0 or self.seed < 0:
+        if self.steps < 1 or self.batch < 1 or self.bank < 0 or self.seed < 0:
             raise UserError(
-                f"steps, bank, seed: {self.steps}, {self.bank}, {self.seed}; give at least 1 step, nothing negative"
+                f"steps, batch, bank, seed: {self.steps}, {self.batch}, {self.bank}, {self.seed}; give at least 1 step "
+                "and a batch of 1, nothing negative"
             )
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema: {self.ema} is no share to keep; give a number between 0 and 1, or null")
@@ -134,6 +141,7 @@ class Config(TrainerConfig):
             raise UserError(
                 f"accumulate: a batch of {self.batch} is not taken in {self.accumulate} parts; give a divisor"
             )
+        check_device_memory(self.device_memory)
         steps = self.snapshot_steps
         if not steps or list(steps) != sorted(set(steps)) or not all(1 <= step <= self.steps for step in steps):
             raise UserError(

@@ -97,7 +97,10 @@ def read_images(folder: Path) -> np.ndarray:
 
 
 def target_crops(picture: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
-    """Returns `count` random crops [count, size, size, 3] of the picture at its own scale."""
+    """Returns `count` random crops uint8 [count, size, size, 3] of a picture [H, W, 3], at its own scale.
+
+    Raises ValueError for a picture smaller than a crop.
+    """
     rng = np.random.default_rng((seed, 6))
     height, width = picture.shape[:2]
     places = [(int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))) for _ in range(count)]
@@ -106,7 +109,17 @@ def target_crops(picture: np.ndarray, size: int, count: int, seed: int) -> np.nd
 
 @dataclass(frozen=True)
 class Curves:
-    """What is measured of each step: values, and standard errors where there are any."""
+    """What is measured of each step: values, and standard errors where there are any.
+
+    Attributes:
+        steps: S of them, the first 0, the model untouched.
+        alignment: mean cosine distance of a step's images to all crops of the target, 0..2.
+        nearest: the same to the nearest crop of each image; near 0 where crops are repeated.
+        diversity: mean cosine distance of pairs of a step's images, 0..2.
+        coverage: share of images in which the class that was asked for is found, mean over the classes, 0..1.
+        alignment_error, diversity_error, coverage_error: standard errors.
+        repeated: `diversity` of the target's crops: what is left of it when the one picture is repeated.
+    """
 
     steps: tuple[int, ...]
     alignment: tuple[float, ...]
@@ -120,7 +133,10 @@ class Curves:
 
 
 def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.ndarray, clip: LoadedClip) -> Curves:
-    """Returns the curves over the snapshots whose images lie in `folder/<step>`."""
+    """Returns the curves over the snapshots whose images lie in `folder/<step>`.
+
+    `crops`, uint8 [n, S, S, 3], are those of the target.
+    """
     near = embed(clip, crops)
     rows = []
     for step in steps:
@@ -167,7 +183,10 @@ def choose(curves: Curves, floor: float) -> Choice:
 def write_choice(
     probe: ProbeConfig, steps: Sequence[int], probes: Path, target: Path, crop: int, folder: Path
 ) -> dict[str, Any]:
-    """Writes `choice.json`, `curves.png`, `before-after.png` and the report's sections; returns {"step", "reason"}."""
+    """Writes `choice.json`, `curves.png`, `before-after.png` and the report's sections; returns {"step", "reason"}.
+
+    `target` is the file of the picture, `crop` the side of its crops in pixels.
+    """
     clip, picture = load_clip(probe.clip), read_image(target)
     curves = measure(probe, steps, probes, target_crops(picture, crop, probe.crops, probe.seed), clip)
     found = choose(curves, probe.floor)

@@ -1,11 +1,28 @@
-"""`fmda run` on a configuration, in which each batch waits for a line on stdin; at its end, all go on."""
+"""`fmda run` on a configuration, in which each batch waits for a line on stdin; at its end, all go on.
 
+With CUT_ALL in the environment, leaves of any size are cut over the axis fsdp, and stderr tells how many of the state's
+leaves are.
+"""
+
+import os
 import sys
 
+import jax
+
 from fmda.cli import main
+from fmda.mesh import LargestAxis
 from fmda.methods.datum import personalise
 
-make_batches = personalise.batches
+make_batches, fit = personalise.batches, personalise.fit
+
+
+def fit_and_tell(*arguments, **options):
+    state = fit(*arguments, **options)
+    for name in ("params", "opt"):
+        leaves = [leaf for leaf in jax.tree.leaves(getattr(state, name)) if leaf.ndim]
+        cut = sum("fsdp" in leaf.sharding.spec for leaf in leaves)
+        print(f"{name} cut {cut / len(leaves):.2f}", file=sys.stderr)
+    return state
 
 
 class Waiting:
@@ -30,5 +47,8 @@ class Waiting:
 
 if __name__ == "__main__":
     personalise.batches = Waiting
+    if "CUT_ALL" in os.environ:
+        personalise.FSDP_RULES = (("*", LargestAxis(min_size=0)),)
+        personalise.fit = fit_and_tell
     sys.argv[0] = "fmda"
     sys.exit(main())

@@ -12,7 +12,7 @@ from fmda.errors import UserError
 from fmda.methods.datum.cost import check_memory, memory, plan, row_flops, trained_count
 from fmda.methods.datum.dreambooth import Graphs, make_loss
 from fmda.methods.datum.settings import Config, LoraConfig, PriorConfig
-from fmda.methods.generate import GIB
+from fmda.methods.generate.cost import GIB
 from fmda.methods.kinds import open_run
 from fmda.models.catalog import CATALOG, DiffusionConfig
 from fmda.perf.flops import count_flops

@@ -1,5 +1,6 @@
 """Three steps of a personalisation against PyTorch: diffusers' UNet, autoencoder and schedule, transformers' text
-encoder, torch's AdamW and clipping, with the same crops, noise and times."""
+encoder, torch's AdamW and clipping, with the same crops, noise and times; as the paper's, and with class pictures, a
+network that predicts velocities and a batch in two parts."""
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from fmda.diffusion.load import load_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.methods.datum.dreambooth import Graphs, noised
 from fmda.methods.datum.personalise import starting_point, training_step
-from fmda.methods.datum.settings import Config, Optimizer
+from fmda.methods.datum.settings import Config, Optimizer, PriorConfig
 from fmda.weights.diffusers import load_text_encoder, load_unet
 
 pytestmark = pytest.mark.parity
@@ -20,10 +21,20 @@ EPS = 1e-6
 """Adam brings every gradient to the size of the rate, those that are rounding alone too, down to this one."""
 
 
-def batches():
+PRIOR = 0.7
+"""Weight of the loss on class pictures."""
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["noise", "velocity-prior-parts"])
+def pictures(request):
+    """Pictures of a row: the target's crop as in the paper; or with a class picture, a velocity, a batch in parts."""
+    return request.param
+
+
+def batches(pictures):
     rng = np.random.default_rng(0)
-    rough = rng.integers(0, 256, (STEPS, ROWS, 1, 4, 4, 3), np.uint8).repeat(4, 3).repeat(4, 4)
-    seeds = rng.integers(2**32, size=(STEPS, ROWS, 1), dtype=np.uint32)
+    rough = rng.integers(0, 256, (STEPS, ROWS, pictures, 4, 4, 3), np.uint8).repeat(4, 3).repeat(4, 4)
+    seeds = rng.integers(2**32, size=(STEPS, ROWS, pictures), dtype=np.uint32)
     return [{"pixels": pixels, "seed": seed} for pixels, seed in zip(rough, seeds, strict=True)]
 
 
@@ -35,34 +46,35 @@ def drawn(seed, shape):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, pictures):
     place = tmp_path_factory.mktemp("parity")
-    small.stable_diffusion(place / "model", ScheduleConfig())
+    small.stable_diffusion(place / "model", ScheduleConfig(prediction=["epsilon", "v_prediction"][pictures - 1]))
     return place
 
 
 @pytest.fixture(scope="module")
-def ours(place):
+def ours(place, pictures):
     """(metrics, state) after each step."""
     config = Config(
         image="none", model=str(place / "model"), prompt="a sks road", crop=16, resize=None, batch=ROWS, steps=STEPS,
-        optim=Optimizer(learning_rate=RATE, eps=EPS),
+        optim=Optimizer(learning_rate=RATE, eps=EPS), accumulate=pictures,
+        prior=None if pictures == 1 else PriorConfig(weight=PRIOR, prompt="a car"),
     )  # fmt: skip
     model = load_stable_diffusion(config.model)
     frozen, weights, start = starting_point(config, model)
     with jax.default_matmul_precision("highest"):
         state = jax.jit(start)(jax.random.key(0))._replace(params=weights)
-        lowered = jax.jit(training_step(config, model)).lower(state, frozen, batches()[0], jax.random.key(0))
+        lowered = jax.jit(training_step(config, model)).lower(state, frozen, batches(pictures)[0], jax.random.key(0))
     step = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
     found = []
-    for rows in batches():
+    for rows in batches(pictures):
         state, metrics = step(state, frozen, rows, jax.random.key(0))
         found.append((metrics, state))
     return found
 
 
 @pytest.fixture(scope="module")
-def theirs(place):
+def theirs(place, pictures):
     """(losses, gradient norms, first clipped gradients, last parameters) of PyTorch, by network, in our names."""
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -73,7 +85,7 @@ def theirs(place):
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     text = CLIPTextModel.from_pretrained(folder / "text_encoder")
     schedule = DDPMScheduler.from_pretrained(folder / "scheduler")
-    ids = torch.tensor(load_stable_diffusion(folder).tokenize(["a sks road"]))
+    ids = torch.tensor(load_stable_diffusion(folder).tokenize(["a sks road", "a car"][:pictures]))
     params = [*unet.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(params, lr=RATE, betas=(0.9, 0.999), eps=EPS, weight_decay=1e-2)
 
@@ -91,18 +103,22 @@ def theirs(place):
         return named
 
     losses, norms, gradients = [], [], None
-    for rows in batches():
-        pixels = torch.tensor(rows["pixels"][:, 0].transpose(0, 3, 1, 2) / 127.5 - 1, dtype=torch.float32)
+    for rows in batches(pictures):
+        # all target crops, then all class pictures
+        rows = {name: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]) for name, leaf in rows.items()}
+        pixels = torch.tensor(rows["pixels"].transpose(0, 3, 1, 2) / 127.5 - 1, dtype=torch.float32)
         with torch.no_grad():
             posterior = vae.encode(pixels).latent_dist
         shape = posterior.mean.permute(0, 2, 3, 1).shape[1:]
-        values = zip(*[drawn(int(seed), shape) for seed in rows["seed"][:, 0]], strict=True)
+        values = zip(*[drawn(int(seed), shape) for seed in rows["seed"]], strict=True)
         deviates, noise, times = (torch.tensor(np.stack(value)) for value in values)
         deviates, noise = deviates.permute(0, 3, 1, 2), noise.permute(0, 3, 1, 2)
         latents = (posterior.mean + posterior.std * deviates) * vae.config.scaling_factor
-        states = text(ids.repeat(ROWS, 1).long())[0]
+        states = text(ids.repeat_interleave(ROWS, 0).long())[0]
         found = unet(schedule.add_noise(latents, noise, times), times, states).sample
-        loss = torch.nn.functional.mse_loss(found, noise)
+        wanted = noise if pictures == 1 else schedule.get_velocity(latents, noise, times)
+        parts = zip(found.chunk(pictures), wanted.chunk(pictures), (1.0, PRIOR), strict=False)
+        loss = sum(weight * torch.nn.functional.mse_loss(*pair) for *pair, weight in parts)
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(params, 1.0)))

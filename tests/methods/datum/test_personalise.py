@@ -20,6 +20,7 @@ from PIL import Image
 from fmda import trees
 from fmda.config import from_dict, read_yaml
 from fmda.data.files import read_image
+from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import load_stable_diffusion
 from fmda.errors import UserError
 from fmda.evaluate.report import report
@@ -27,7 +28,12 @@ from fmda.methods.datum.lora import target_kernels
 from fmda.methods.datum.personalise import export_steps, prepare, starting_point
 from fmda.methods.datum.settings import Config
 from fmda.methods.datum.snapshots import read_snapshot, snapshot_model
+from fmda.methods.generate import Config as GenerateConfig
+from fmda.methods.generate import PromptConfig
+from fmda.methods.generate import stages as generate_stages
 from fmda.methods.kinds import open_run
+from fmda.methods.pipeline import run_stages
+from fmda.train.checkpoints import read_params
 from fmda.weights import files
 
 SCRIPT = Path(__file__).with_name("personalise_waiting.py")
@@ -124,6 +130,14 @@ def test_a_run_leaves_pictures_snapshots_and_models(place, unbroken):
     last = json.loads((unbroken / "export/training.json").read_text())["last"]
     assert last["step"] == 6 and 0 < last["loss"] < 10 and last["learning_rate"] == pytest.approx(1e-3)
     assert [row["step"] for row in metrics(unbroken) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    origin = {"base": load_stable_diffusion(place / "model").fingerprint, "step": 3}
+    assert json.loads((unbroken / "export/3/personalised.json").read_text()) == origin | {
+        "token": "sks", "prompt": "a sks road"
+    }  # fmt: skip
+    drawing = GenerateConfig("unread", prompts=PromptConfig(texts=("a car",)), count=1, sample=SamplerConfig(steps=2))
+    run_stages(generate_stages(dataclasses.replace(drawing, model=str(unbroken / "export/3"))), place / "drawn", {})
+    line = json.loads((place / "drawn/images/manifest.jsonl").read_text())
+    assert line["personalised"]["step"] == 3 and line["personalised"]["base"] == origin["base"]
 
 
 def test_all_weights_of_unet_and_text_encoder_move_and_the_autoencoder_stays(place, unbroken):
@@ -244,7 +258,7 @@ def test_a_model_with_a_missing_part_leaves_no_run(place, tmp_path, monkeypatch,
     shutil.rmtree(tmp_path / "model" / part)
     monkeypatch.chdir(place)
     line = refused(capsys, "run.yaml", f"work_dir={tmp_path / 'work'}", f"model={tmp_path / 'model'}")
-    assert part in line and "no such file" in line
+    assert f"no {part} in it" in line
     assert not (tmp_path / "work").exists()
 
 
@@ -255,7 +269,12 @@ def test_a_model_with_a_missing_part_leaves_no_run(place, tmp_path, monkeypatch,
         ("accumulate=3", "accumulate: a batch of 8 is not taken in 3 parts"),
         ("snapshots=[3,9]", "snapshots: [3, 9] must name steps, rising from 1 or later to 6"),
         ("snapshots=[]", "snapshots: [] must name steps"),
-        ("seed=-1", "steps, bank, seed: 6, 0, -1; give at least 1 step, nothing negative"),
+        ("seed=-1", "steps, batch, bank, seed: 6, 8, 0, -1; give at least 1 step and a batch of 1, nothing negative"),
+        ("batch=0", "steps, batch, bank, seed: 6, 0, 0, 0; give at least 1 step and a batch of 1"),
+        ("optim={learning_rate: -1}", "optim.learning_rate: -1.0; give a positive number"),
+        ("optim={warmup_steps: 50}", "optim.warmup_steps: 50 does not fit into a run of 6 steps"),
+        ("prior={count: 0}", "prior: count 0, batch 4; give at least 1 of each"),
+        ("device_memory=-1", "device_memory: -1.0 GiB is no size of a memory"),
         ("ema=5.0", "ema: 5.0 is no share to keep"),
         ("batch=6", "batch: 6 does not divide over 8 devices; batch=8 does, or mesh=[2,1] takes fewer"),
         ("probe={count: 3}", "probe: count 3, crops 64"),
@@ -266,7 +285,7 @@ def test_a_model_with_a_missing_part_leaves_no_run(place, tmp_path, monkeypatch,
         ("prior={sampler: {size: [12, 12]}}", "prior.sampler.size: class pictures of 12x12 hold no crop of 16"),
         ("export=[5]", "export: step 5 is no snapshot; choose of [0, 1, 3, 6]"),
         ("crop=30", "crop: 30 pixels of a side of 20"),
-        ("crop=18", "size: 18x18 are no multiples of 4 pixels"),
+        ("crop=18", "crop: 18x18 are no multiples of 4 pixels; 16x16 would be"),
         ("device_memory=0.001", "batch: 8 needs about"),
         ("trained=all", "trained: 'all' is none of the choices"),
         ("prior={images: nothing}", "prior.images: nothing holds no pictures"),
@@ -275,7 +294,17 @@ def test_a_model_with_a_missing_part_leaves_no_run(place, tmp_path, monkeypatch,
 def test_a_value_that_cannot_be_is_one_line(place, tmp_path, monkeypatch, capsys, override, message):
     monkeypatch.chdir(place)
     line = refused(capsys, "run.yaml", f"work_dir={tmp_path / 'work'}", override)
-    assert message in line
+    assert message in line and not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("name", ["probe", "prior"])
+def test_a_device_too_small_for_what_is_drawn_is_told_before_training(place, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(place)
+    drawn = {"probe": "clip: street-clip, sample: {steps: 2}", "prior": "sampler: {steps: 2}"}[name]
+    override = f"{name}={{batch: 1000000, {drawn}}}"
+    line = refused(capsys, "run.yaml", f"work_dir={tmp_path / 'work'}", override, "device_memory=0.05")
+    assert f"{name}.batch: 1000000 needs about" in line and f"{name}.batch=" in line.split(";")[1]
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_finished_run_tells_that_the_picture_has_changed(place, unbroken, tmp_path, monkeypatch, capsys):
@@ -337,6 +366,13 @@ def test_prior_preservation_draws_its_class_pictures_first(place):
     assert len(list((work / "prepare/class/images").iterdir())) == 3
     for row in (row for row in metrics(work) if "loss" in row):
         assert row["loss"] == pytest.approx(row["target_loss"] + 0.5 * row["prior_loss"], rel=1e-5)
+
+
+def test_a_snapshot_is_the_average_where_one_is_kept(place):
+    work = finish(place, "averaged", "ema=0.5", "steps=2", "snapshots=[2]", "export=[2]")
+    kept = read_snapshot(work / "train", 2)
+    assert small.same(kept, read_params(work / "train", "ema"))
+    assert not small.same(kept, read_params(work / "train", "params"))
 
 
 def test_probes_choose_the_step_that_is_exported(place):
@@ -417,10 +453,18 @@ def apart(place, one, work):
     return max(np.abs(mine[path] - yours[path]).max() for path in paths)
 
 
+def shares_cut(log):
+    """Whether most of the parameters, and of the moments, were cut over devices."""
+    shares = [float(line.split()[-1]) for line in log.read_text().splitlines() if " cut " in line]
+    assert len(shares) == 2 and all(share == 0 or share > 0.8 for share in shares), shares
+    return [share > 0 for share in shares]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["[8,1]", "[1,8]", "[2,4]"])
 def test_eight_devices_equal_one(place, one, mesh):
-    work = finish(place, f"eight{mesh[1]}", *TEN, f"mesh={mesh}", devices=8)
+    work = finish(place, f"eight{mesh[1]}", *TEN, f"mesh={mesh}", devices=8, CUT_ALL="1")
+    assert shares_cut(place / f"eight{mesh[1]}.log") == [mesh != "[8,1]"] * 2
     assert json.loads((work / "train/stage.json").read_text())["device"].startswith("8 x ")
     assert apart(place, one, work) < 1e-4
 
@@ -431,7 +475,9 @@ def test_two_processes_equal_one(place, one):
         free.bind(("localhost", 0))
         joined = {"FMDA_COORDINATOR": f"localhost:{free.getsockname()[1]}", "FMDA_PROCESSES": "2"}
     pair = [
-        launch(place, "two", *TEN, "mesh=[1,8]", "--processes", devices=4, FMDA_PROCESS=str(number), **joined)
+        launch(
+            place, "two", *TEN, "mesh=[1,8]", "--processes", devices=4, CUT_ALL="1", FMDA_PROCESS=str(number), **joined
+        )
         for number in range(2)
     ]
     for process in pair:
@@ -441,6 +487,7 @@ def test_two_processes_equal_one(place, one):
         process.communicate(timeout=900)
     logs = "\n".join((place / f"two{number}.log").read_text() for number in range(2))
     assert [process.returncode for process in pair] == [0, 0], logs
+    assert shares_cut(place / "two0.log") == [True, True]
     assert apart(place, one, place / "two") < 1e-4
 
 

@@ -1,0 +1,116 @@
+"""The stage that draws a set of images: a model and its filters, opened and run over all devices of a process."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from fmda.diffusion.draw import image_size, make_draw
+from fmda.diffusion.filters import BannedWords, ClassPresence, ClipScore, DuplicatePrompt, LongPrompt, NearDuplicate
+from fmda.diffusion.filters import PromptFilter as AnyPromptFilter
+from fmda.diffusion.generate import SHEET, generate
+from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
+from fmda.diffusion.manifest import Prompt
+from fmda.errors import UserError
+from fmda.evaluate.sections import Section, write_sections
+from fmda.mesh import make_mesh
+from fmda.methods.generate.cost import check_memory, fetched_shapes
+from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
+from fmda.methods.judges import clip_score, embed, grid_share
+from fmda.methods.pipeline import Stage
+from fmda.models.catalog import DiffusionConfig
+from fmda.weights import files
+from fmda.weights.clip import load_clip
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns the one stage, images. Raises UserError for prompts that cannot be made."""
+    make_prompts(config.prompts)
+    # always: an image that was deleted is drawn again, and another model in the same place is told
+    return [Stage("images", functools.partial(_images, config), config, always=True)]
+
+
+def _checked_mesh(config: Config, shapes: DiffusionConfig) -> Mesh:
+    """Returns this process's mesh. Raises UserError where one of its devices cannot hold its share of a batch."""
+    mesh = make_mesh(*config.mesh, devices=jax.local_devices())
+    check_memory(config, shapes, mesh.size, mesh.shape["fsdp"])
+    return mesh
+
+
+ORIGIN = "personalised.json"
+"""File of an exported model's folder: of which weights it was personalised, for how many steps, on which words."""
+
+
+def draw_images(
+    config: Config, model: StableDiffusion, folder: Path, origin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fills a folder with the images of a model that is loaded already; returns counts.
+
+    `origin` is what each line of the manifest says of how the model was personalised.
+    """
+    prompts = make_prompts(config.prompts)
+    mesh = _checked_mesh(config, DiffusionConfig(model.unet.config, model.vae.config, model.text_encoder.config))
+    sample = config.sample
+    facts = {
+        "sampler": sample.sampler,
+        "steps": sample.steps,
+        "guidance": sample.guidance,
+        "negative": sample.negative,
+        "size": list(image_size(sample, model.unet.config, model.vae.config)),
+        "dtype": config.dtype,
+        "checkpoint": model.fingerprint,
+    }
+    if origin is not None:
+        facts["personalised"] = dict(origin)
+    prompt_filters: list[AnyPromptFilter] = [DuplicatePrompt()]
+    if config.filters.long_prompt:
+        prompt_filters.append(LongPrompt(model.tokenizer.length, model.text_encoder.config.context))
+    if config.filters.banned:
+        prompt_filters.append(BannedWords(config.filters.banned))
+    manifest = generate(
+        make_draw(model, sample, mesh), prompts, folder, count=config.count, batch=config.batch, seed=config.seed,
+        facts=facts, filters=image_filters(config.filters, prompts), prompt_filters=prompt_filters, tries=config.tries,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+        wait=multihost_utils.sync_global_devices if jax.process_count() > 1 else None,
+    )  # fmt: skip
+    return {"images": len(manifest), "refused": dict(manifest.refused)}
+
+
+def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    # before the networks are loaded, which might be too large already
+    _checked_mesh(config, fetched_shapes(config.model, config.revision))
+    model = load_stable_diffusion(config.model, config.revision, jnp.dtype(config.dtype))
+    origin = model.folder / ORIGIN
+    counts = draw_images(config, model, folder, files.read_json(origin) if origin.is_file() else None)
+    if jax.process_index() == 0:
+        refused = ", ".join(f"{number} by {name}" for name, number in counts["refused"].items()) or "none"
+        made = f"{counts['images']} images by {config.model}"
+        text = f"{made}; refused and drawn again: {refused}. Shown is the first of each prompt."
+        write_sections(folder, [Section("Images from prompts", text, image=SHEET)])
+    return counts
+
+
+def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> list[Any]:
+    """Returns the filters that a configuration asks for, all with one CLIP."""
+    if config.clip_score is None and config.near_duplicate is None and config.class_presence is None:
+        return []
+    if config.class_presence is not None and not any(prompt.class_name for prompt in prompts):
+        raise UserError(
+            "filters.class_presence: the prompts name no class, as those of prompts.file and prompts.texts never do; "
+            "leave the filter out, or give prompts.classes"
+        )
+    clip = load_clip(config.clip)
+    found: list[Any] = []
+    if config.clip_score is not None:
+        found.append(ClipScore(functools.partial(clip_score, clip), config.clip_score, clip.fingerprint))
+    if config.class_presence is not None:
+        names = tuple(prompt.class_name or "" for prompt in prompts)
+        found.append(ClassPresence(functools.partial(grid_share, clip, names), config.class_presence, clip.fingerprint))
+    if config.near_duplicate is not None:
+        found.append(NearDuplicate(functools.partial(embed, clip), config.near_duplicate, clip.fingerprint))
+    return found

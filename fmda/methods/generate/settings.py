@@ -1,0 +1,142 @@
+"""What a set of generated images may say, and the prompts it is drawn from."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fmda.config import FREE
+from fmda.diffusion.draw import SamplerConfig
+from fmda.diffusion.manifest import Prompt
+from fmda.errors import UserError
+
+THINGS: dict[str, str] = {
+    "traffic light": "traffic lights",
+    "traffic sign": "traffic signs",
+    "person": "persons",
+    "rider": "riders",
+    "car": "cars",
+    "truck": "trucks",
+    "train": "trains",
+    "bus": "buses",
+    "motorcycle": "motorcycles",
+    "bicycle": "bicycles",
+}
+"""Cityscapes' classes that DATUM prompts for, in its order, and their plurals."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What to draw. Give `form` and `classes`, or `file`, or `texts`.
+
+    Attributes:
+        form: prompt with the slots {token} and {classes} (plural) or {class} (singular).
+        token: the rare word of a personalised model.
+        classes: of `THINGS`; each gives a prompt, in this order.
+        file: a text file with one prompt on each line.
+        texts: prompts as they are.
+    """
+
+    form: str = "a photo of {token} {classes}"
+    token: str = "sks"
+    classes: tuple[str, ...] = tuple(THINGS)
+    file: str | None = None
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """What is refused; None leaves a filter out. Scores and presence are read from the images by a CLIP.
+
+    Attributes:
+        clip: the CLIP that judges.
+        clip_score: least cosine of an image and its prompt.
+        near_duplicate: largest cosine of two images.
+        class_presence: least share of a 4 x 4 grid of crops in which the prompt's class is the likeliest of all.
+        banned: words that no prompt may hold.
+        long_prompt: whether prompts that the text encoder does not read to their end are refused; else they are cut,
+            with a warning that shows what was lost.
+    """
+
+    clip: str = "openai/clip-vit-base-patch16"
+    clip_score: float | None = None
+    near_duplicate: float | None = None
+    class_presence: float | None = None
+    banned: tuple[str, ...] = ()
+    long_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """A set of images.
+
+    Attributes:
+        model: a latent diffusion model: folder in diffusers' layout, model of the package, or hub id.
+        revision: of a hub id.
+        prompts: what to draw.
+        count: images; image j shows prompt j modulo their number. A later run may ask for more.
+        batch: images drawn at once, on all devices of a process.
+        seed: decides every image, together with its index.
+        sample: how images are sampled.
+        filters: what is refused and drawn again.
+        tries: images of one index at most.
+        dtype: that the networks compute in.
+        mesh: sizes of the axes data and fsdp within a process; -1 takes the rest of its devices.
+        device_memory: GiB of a device; None asks the device, and checks nothing where it does not tell.
+    """
+
+    model: str
+    revision: str | None = None
+    prompts: PromptConfig = PromptConfig()
+    count: int = field(default=2975, metadata=FREE)
+    batch: int = field(default=8, metadata=FREE)
+    seed: int = 0
+    sample: SamplerConfig = SamplerConfig()
+    filters: FilterConfig = FilterConfig()
+    tries: int = field(default=8, metadata=FREE)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: tuple[int, int] = (-1, 1)
+    device_memory: float | None = field(default=None, metadata=FREE)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values with which nothing could be drawn."""
+        for name in ("count", "batch", "tries"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)}; give at least 1")
+        check_device_memory(self.device_memory)
+
+
+def check_device_memory(gib: float | None) -> None:
+    """Raises UserError for a number of GiB that no device has."""
+    if gib is not None and not gib > 0:
+        raise UserError(f"device_memory: {gib} GiB is no size of a memory; give a positive number, or null")
+
+
+def make_prompts(config: PromptConfig) -> list[Prompt]:
+    """Returns the prompts in order. Raises UserError for an unknown class, slot, or empty file."""
+    if config.texts and config.file is not None:
+        raise UserError(f"prompts: both texts and a file ({config.file}) are given; leave one of them out")
+    if config.texts:
+        return [Prompt(text) for text in config.texts]
+    if config.file is not None:
+        try:
+            lines = Path(config.file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompts.file: {config.file} cannot be read ({error}); name a text file") from None
+        texts = [line.strip() for line in lines if line.strip()]
+        if not texts:
+            raise UserError(f"prompts.file: {config.file} holds no prompt; write one on each line")
+        return [Prompt(text) for text in texts]
+    if not config.classes:
+        raise UserError("prompts.classes: names no class; give some, or a file or texts")
+    prompts = []
+    for index, name in enumerate(config.classes):
+        if name not in THINGS:
+            raise UserError(f"prompts.classes: '{name}' is not one of {', '.join(THINGS)}; correct it or give texts")
+        try:
+            text = config.form.format(**{"token": config.token, "class": name, "classes": THINGS[name]})
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+            raise UserError(
+                f"prompts.form: '{config.form}' has another slot than {{token}}, {{class}}, {{classes}}; mend it"
+            ) from None
+        prompts.append(Prompt(" ".join(text.split()), index, name))
+    return prompts
