@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    load = os.getloadavg()[0] / len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="fmda-demo-") as folder:
         work = Path(folder) / "demo"
         used = run_measured([sys.executable, "-m", "fmda", "demo", "--work-dir", str(work)])

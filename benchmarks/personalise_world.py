@@ -67,28 +67,32 @@ def coverage(clip: LoadedClip, probe: Probe, folder: Path, images: Images) -> tu
     return float(there), float(elsewhere)
 
 
+def judged(folder: Path, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, float]:
+    """Returns CMMD of a folder's images to held pictures and the coverage of their classes, prompted and not."""
+    images = read_images(folder)
+    there, elsewhere = coverage(clip, probe, folder, images)
+    distance = cmmd(held, embed(clip, images), unbiased=True)
+    return {"cmmd": round(distance, 4), "coverage": round(there, 4), "coverage_unprompted": round(elsewhere, 4)}
+
+
 def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, Any]:
     """Runs one personalisation; returns its curves against held pictures, the chosen step and the best."""
     done = run_stages(personalise.stages(config), work, config)
-    rows = []
-    for step in config.probed_steps:
-        images = read_images(done["probe"] / str(step))
-        there, elsewhere = coverage(clip, probe, done["probe"] / str(step), images)
-        rows.append({
-            "step": step,
-            "cmmd": round(cmmd(held, embed(clip, images), unbiased=True), 4),
-            "coverage": round(there, 4),
-            "coverage_unprompted": round(elsewhere, 4),
-        })  # fmt: skip
+    rows = [{"step": step, **judged(done["probe"] / str(step), held, clip, probe)} for step in config.probed_steps]
     chosen = read_json(done["choose"] / "choice.json")
     kept = [row for row in rows if row["coverage"] >= FLOOR * rows[0]["coverage"]]
     after = next(row for row in rows if row["step"] == chosen["step"])
+    best = min(kept, key=lambda row: row["cmmd"])
     return {
         "chosen": after["step"],
-        "hindsight": min(kept, key=lambda row: row["cmmd"])["step"],
+        "hindsight": best["step"],
         "cmmd_before": rows[0]["cmmd"],
         "cmmd_after": after["cmmd"],
-        "cmmd_hindsight": min(row["cmmd"] for row in kept),
+        "cmmd_hindsight": best["cmmd"],
+        "coverage_before": rows[0]["coverage"],
+        "coverage_after": after["coverage"],
+        "unprompted_before": rows[0]["coverage_unprompted"],
+        "unprompted_after": after["coverage_unprompted"],
         "coverage_kept": round(after["coverage"] / max(rows[0]["coverage"], 1e-9), 4),
         "reason": chosen["reason"],
         "steps": rows,
@@ -96,16 +100,12 @@ def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, pro
 
 
 def named(config: Config, work: Path, words: str, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, float]:
-    """Returns CMMD and coverage of the untouched model whose prompts name the domain."""
+    """Returns what `judged` says of the untouched model whose prompts name the domain."""
     assert config.probe is not None
     drawing = probe_config(config.probe, config.token, config.precision, None)
     prompts = PromptConfig(form=f"a photo of {{classes}} {words}")
     draw_images(replace(drawing, model=config.model, prompts=prompts), load_stable_diffusion(config.model), work)
-    images = read_images(work)
-    return {
-        "cmmd": round(cmmd(held, embed(clip, images), unbiased=True), 4),
-        "coverage": round(coverage(clip, probe, work, images)[0], 4),
-    }
+    return judged(work, held, clip, probe)
 
 
 def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -114,8 +114,7 @@ def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     for domain in dict.fromkeys(row["domain"] for row in rows):
         own = [row for row in rows if row["domain"] == domain]
         values = {
-            name: float(np.mean([row[name] for row in own]))
-            for name in ("cmmd_before", "cmmd_after", "cmmd_hindsight", "coverage_kept", "cmmd_floor")
+            name: float(np.mean([row[name] for row in own])) for name in own[0] if isinstance(own[0][name], float)
         }
         found[domain] = {name: round(value, 4) for name, value in values.items()}
         found[domain]["ratio"] = round(values["cmmd_after"] / values["cmmd_before"], 4)

@@ -4,7 +4,6 @@ python benchmarks/world_speed.py [--height 128] [--width 256] [--images 96] [--b
 """
 
 import argparse
-import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fmda.atomic import write_atomic
 from fmda.methods.render import picture_keys
+from fmda.perf import record, write_record
 from fmda.world import DOMAINS
 from fmda.world.renderer import render_batch
 
 
 def speed(height: int, width: int, images: int, batch: int, threads: int) -> dict:
-    """Returns compile seconds, pictures per second over all domains in turn, and what they were measured on."""
+    """Returns compile seconds, and pictures per second over all domains in turn."""
 
     def draw(k: int) -> None:
         domain = DOMAINS[k % len(DOMAINS)]
@@ -46,10 +45,6 @@ def speed(height: int, width: int, images: int, batch: int, threads: int) -> dic
         "compile_cpu_seconds": round(compiled_cpu, 1),
         "images_per_second": round(calls * batch / seconds, 2),
         "cpu_seconds_per_image": round(seconds_cpu / (calls * batch), 4),
-        "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 2),
-        "jax": jax.__version__,
     }
 
 
@@ -63,10 +58,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    text = json.dumps(speed(args.height, args.width, args.images, args.batch, args.threads), indent=1)
-    print(text)
-    if args.out:
-        write_atomic(args.out, text + "\n")
+    load = round(os.getloadavg()[0] / len(os.sched_getaffinity(0)), 3)
+    found = speed(args.height, args.width, args.images, args.batch, args.threads)
+    write_record(record("world-speed", **found, load_per_core=load), args.out)
 
 
 if __name__ == "__main__":

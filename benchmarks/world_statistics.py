@@ -4,15 +4,14 @@ python benchmarks/world_statistics.py [--domains photo,game] [--images 200] [--o
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from fmda.atomic import write_atomic
 from fmda.methods.render import picture_keys
+from fmda.perf import record, write_record
 from fmda.world import CLASSES, DOMAINS
 from fmda.world.renderer import render_batch
 
@@ -72,10 +71,7 @@ def main() -> None:
         line = f"{name:<15}{row['share']:>9.2f}{row['cityscapes']:>14.1f}{row['kitti']:>9.1f}{row['images']:>13.1f}"
         print(f"{line}{row['median_pixels']:>11}", file=sys.stderr)
     print(f"{'void':<15}{result['void']:>9.2f}", file=sys.stderr)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        write_atomic(args.out, text + "\n")
+    write_record(record("world-statistics", **result), args.out)
 
 
 if __name__ == "__main__":
