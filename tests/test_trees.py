@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmda import trees
@@ -30,6 +30,7 @@ keys = st.one_of(st.integers(0, 20), st.text("abc_", min_size=1, max_size=3))
 nested = st.recursive(st.integers(), lambda inner: st.dictionaries(keys, inner, min_size=1, max_size=3), max_leaves=8)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(keys, nested, max_size=3))
 def test_unflatten_inverts_flatten(tree):
     assert trees.unflatten(trees.flatten(tree)) == tree

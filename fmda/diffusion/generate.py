@@ -143,6 +143,13 @@ def generate(
         ) from fault
 
 
+def check_numbers(**numbers: int) -> None:
+    """Raises UserError that names the first number below 1."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{name}: {value}; give at least 1")
+
+
 def image_seed(seed: int, index: int, attempt: int) -> int:
     """Returns the seed of one image, 0..2**32-1: the first four bytes of SHA-256 of "seed/index/attempt"."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{attempt}".encode()).digest()[:4], "big")
@@ -333,9 +340,7 @@ def _check(
     filters: Sequence[Filter],
     process: tuple[int, int, Any],
 ) -> None:
-    for name, value in (("count", count), ("batch", batch), ("tries", tries)):
-        if value < 1:
-            raise UserError(f"{name}: {value}; give at least 1")
+    check_numbers(count=count, batch=batch, tries=tries)
     names = [one.name for one in filters]
     for name in names:
         if names.count(name) > 1:

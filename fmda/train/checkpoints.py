@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,14 +59,18 @@ def quiet_orbax() -> Iterator[None]:
     package = f"{os.sep}orbax{os.sep}"
 
     def keep(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        # a task names the code it ran, a bare future nothing but the array store's own message
+        text, fault = record.getMessage(), record.exc_info[1] if record.exc_info else None
+        # a task names the code it ran, a bare future nothing but what the array store or the file system said
         echo = record.name == "asyncio" and (package in text or "os_error_code" in text or "OCDBT" in text)
-        return package not in record.pathname and not echo and not late(record.exc_info and record.exc_info[1])
+        return package not in record.pathname and not echo and not late(fault) and not raised_there(fault)
 
-    def late(fault: Any) -> bool:
+    def late(fault: BaseException | None) -> bool:
         # reads and writes under way when another one failed report to an event loop that is gone, or are abandoned
         return isinstance(fault, RuntimeError) and str(fault) == "Event loop is closed"
+
+    def raised_there(fault: BaseException | None) -> bool:
+        frames = traceback.walk_tb(fault.__traceback__ if fault else None)
+        return any(package in frame.f_code.co_filename for frame, _ in frames)
 
     def unraisable(fault: Any) -> None:
         code = getattr(fault.object, "cr_code", None)

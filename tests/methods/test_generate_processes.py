@@ -1,10 +1,10 @@
 """Two processes joined by jax.distributed draw the same folder as one."""
 
 import os
-import socket
 import subprocess
 import sys
 
+import meeting
 import pytest
 import small_diffusion
 
@@ -27,9 +27,7 @@ def place(tmp_path_factory):
 
 def run(place, work, processes, options=()):
     """Returns exit codes and messages of `fmda run` by so many processes of two devices; `options` are of the first."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = meeting.free_port()
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

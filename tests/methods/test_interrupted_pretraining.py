@@ -1,15 +1,16 @@
 """CLIP pretraining through the command line: killed 20 times, on eight devices, in two processes, the same."""
 
+import itertools
 import json
 import os
 import random
 import resource
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import meeting
 import numpy as np
 import pytest
 import small_place
@@ -80,7 +81,8 @@ def test_killed_at_20_random_moments_the_weights_are_the_same_bits(place, unbrok
     moments = random.Random(3)
     # while Python starts, in the first stage, at any step, and after the last one
     marks = ["start", "start", "tokenizer", "tokenizer"]
-    marks += sorted(moments.randint(1, STEPS - 1) for _ in range(KILLS - 6)) + ["export", "export"]
+    edges = np.linspace(1, STEPS, KILLS - 5, dtype=int)
+    marks += [moments.randrange(low, high) for low, high in itertools.pairwise(edges)] + ["export", "export"]
     work, hits = place / "killed", []
     for mark in marks:
         process = launch(place, "killed")
@@ -143,9 +145,7 @@ def test_eight_devices_equal_one(place, one):
 
 
 def test_two_joined_processes_equal_one(place, one):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        joined = {"FMDA_COORDINATOR": f"localhost:{free.getsockname()[1]}", "FMDA_PROCESSES": "2"}
+    joined = {"FMDA_COORDINATOR": f"localhost:{meeting.free_port()}", "FMDA_PROCESSES": "2"}
     pair = [
         launch(place, "two", "steps=6", "--processes", JAX_NUM_CPU_DEVICES="4", FMDA_PROCESS=str(number), **joined)
         for number in range(2)

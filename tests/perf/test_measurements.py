@@ -51,7 +51,7 @@ def test_unknown_device_has_no_peak_but_can_be_measured():
     assert device_peak("cpu") is None
     assert peak_flops() is None
     assert peak_flops("NVIDIA H200", "float32") == 495e12
-    assert 1e7 < measured_peak(size=64, repeats=2) < 1e14
+    assert 1e7 < measured_peak(size=64, repeats=10) < 1e14
 
 
 def test_timing_leaves_out_warm_up_and_takes_turns():
@@ -96,8 +96,8 @@ else:
     os.setsid()  # out of reach of a signal to the parent's group or session
 time.sleep(600)
 """
-    with pytest.raises(subprocess.TimeoutExpired, match="timed out after 3 seconds"):
-        run_measured([sys.executable, "-I", "-S", "-c", code, str(told)], timeout=3)
+    with pytest.raises(subprocess.TimeoutExpired, match="timed out after 10 seconds"):
+        run_measured([sys.executable, "-I", "-S", "-c", code, str(told)], timeout=10)
     stat = Path(f"/proc/{told.read_text()}/stat")
     # what has ended stays listed until its new parent asks for it
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"

@@ -46,8 +46,14 @@ def main() -> int:
     start_processes()
     part = regression.BATCH // jax.process_count()
 
+    def await_checkpoint(step: int) -> None:
+        # written in the background; its data item comes last
+        while step and not (args.folder / "checkpoints" / str(step) / "data/metadata").is_file():
+            time.sleep(0.01)
+
     def make_batch(number: int) -> Any:
         if number == args.disk_full_at:
+            await_checkpoint((number - 1) // args.save_steps * args.save_steps)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
         time.sleep(args.pause)
         print(number, flush=True)

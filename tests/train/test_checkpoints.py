@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what is refused, what may change between saving and restoring."""
 
 import concurrent.futures
+import logging
 import shutil
 
 import jax
@@ -181,3 +182,17 @@ def test_a_write_that_never_began_is_not_heard(recwarn):
         assert not recwarn.list
         begun("another")
     assert [str(warning.message) for warning in recwarn] == ["coroutine 'another' was never awaited"]
+
+
+def test_a_future_that_nobody_asks_is_not_heard_where_its_fault_is_of_the_store(caplog):
+    def fail(place):
+        try:
+            exec(compile("raise OSError(27, 'File too large')", place, "exec"))
+        except OSError as fault:
+            logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=fault)
+
+    with quiet_orbax():
+        fail("/somewhere/orbax/checkpoint/path.py")
+        assert not caplog.records
+        fail("/somewhere/else.py")
+    assert len(caplog.records) == 1

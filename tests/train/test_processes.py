@@ -1,12 +1,12 @@
 """Two processes joined by jax.distributed train like one process with as many devices."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import meeting
 import numpy as np
 from regression import RULES, parts
 
@@ -18,9 +18,7 @@ SCRIPT = Path(__file__).with_name("run_fit.py")
 
 def run_joined(folder, steps):
     """Runs two processes of four devices each; returns their error texts."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = meeting.free_port()
     processes = []
     for number in range(2):
         environment = {

@@ -6,6 +6,7 @@ from typing import Literal
 
 from fmda.config import FREE
 from fmda.diffusion.draw import SamplerConfig
+from fmda.diffusion.generate import check_numbers
 from fmda.diffusion.manifest import Prompt
 from fmda.errors import UserError
 
@@ -99,9 +100,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises UserError for values with which nothing could be drawn."""
-        for name in ("count", "batch", "tries"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)}; give at least 1")
+        check_numbers(count=self.count, batch=self.batch, tries=self.tries)
         check_device_memory(self.device_memory)
 
 

@@ -7,11 +7,11 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import meeting
 import numpy as np
 import pytest
 import small_diffusion as small
@@ -471,9 +471,7 @@ def test_eight_devices_equal_one(place, one, mesh):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(place, one):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        joined = {"FMDA_COORDINATOR": f"localhost:{free.getsockname()[1]}", "FMDA_PROCESSES": "2"}
+    joined = {"FMDA_COORDINATOR": f"localhost:{meeting.free_port()}", "FMDA_PROCESSES": "2"}
     pair = [
         launch(
             place, "two", *TEN, "mesh=[1,8]", "--processes", devices=4, CUT_ALL="1", FMDA_PROCESS=str(number), **joined

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import meeting
 import numpy as np
 import pytest
 from floss_small import picture, small_tower, table
@@ -196,9 +196,7 @@ def _script(folder):
 def test_two_processes_equal_one(tmp_path):
     command = _script(tmp_path)
     subprocess.run([*command, str(tmp_path / "one.npz"), "12"], check=True, capture_output=True, timeout=600)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        joined = {"FMDA_COORDINATOR": f"localhost:{free.getsockname()[1]}", "FMDA_PROCESSES": "2"}
+    joined = {"FMDA_COORDINATOR": f"localhost:{meeting.free_port()}", "FMDA_PROCESSES": "2"}
     pair = [
         subprocess.Popen(
             [*command, str(tmp_path / f"{i}.npz"), "12"], env={**os.environ, **joined, "FMDA_PROCESS": str(i)}
