@@ -69,7 +69,7 @@ def coverage(clip: LoadedClip, probe: Probe, folder: Path, images: Images) -> tu
 
 def judged(folder: Path, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, float]:
     """Returns CMMD of a folder's images to held pictures and the coverage of their classes, prompted and not."""
-    images = read_images(folder)
+    images = read_images(Manifest.read(folder))
     there, elsewhere = coverage(clip, probe, folder, images)
     distance = cmmd(held, embed(clip, images), unbiased=True)
     return {"cmmd": round(distance, 4), "coverage": round(there, 4), "coverage_unprompted": round(elsewhere, 4)}

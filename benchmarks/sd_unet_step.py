@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 # this process only starts others: it must not claim the device's memory
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -40,6 +40,7 @@ from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.methods.datum.dreambooth import Graphs, make_loss, noised
 from fmda.methods.datum.settings import Optimizer
+from fmda.models.sd_unet import Remat
 from fmda.perf import compiled_memory, text_flops
 from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_flops
 from fmda.perf.diffusion_memory import personalisation_memory, unet_training_bytes
@@ -220,7 +221,9 @@ def main() -> None:
     """Runs the benchmark and prints its record."""
     parser = arguments(__doc__)
     parser.add_argument("--trained", choices=("unet", "unet+text"), default="unet")
-    parser.add_argument("--remat", choices=("none", "blocks"), default="none")
+    parser.add_argument(
+        "--remat", choices=get_args(Remat), default="none", help="dots: the peer, without it, takes none"
+    )
     parser.add_argument(
         "--optimizer", choices=("adamw", "none"), default="adamw",
         help="none: forward, backward and norm of the gradients, where memory is short",

@@ -237,7 +237,7 @@ def convert(
     """
     from fmda.diffusion.checkpoints import convert as convert_checkpoint
 
-    print(convert_checkpoint(source, out, dtype, revision))
+    print(convert_checkpoint(source, out.expanduser(), dtype, revision))
 
 
 def bench(name: Positional[str] = "", out: Path | None = None, arguments: Positional[tuple[str, ...]] = ()) -> None:

@@ -65,6 +65,8 @@ def _decode(path: Path, what: str) -> Image.Image:
     data = _bytes(path, what)
     try:
         picture = Image.open(io.BytesIO(data))
+        # of 16 bits a channel Pillow leaves 8 in colour, and says nothing
+        deep = any(";16" in str(tile[3]) for tile in picture.tile)
         picture.load()
     except UnidentifiedImageError:
         if data.startswith(_STARTS):
@@ -74,6 +76,8 @@ def _decode(path: Path, what: str) -> Image.Image:
         raise FileFault(
             path, f"truncated {what}", f"truncated or damaged ({fault}); copy or download it again"
         ) from None
+    if deep and what == "image":
+        raise FileFault(path, "16-bit image", "more than 8 bits a channel; convert it to an 8-bit picture")
     return picture
 
 

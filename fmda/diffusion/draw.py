@@ -1,6 +1,7 @@
 """From prompts and seeds to images: text states, sampling and decoding as one compiled program over all devices."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -43,9 +44,13 @@ class SamplerConfig:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown sampler."""
+        """Raises UserError for an unknown sampler, less than a step, and a guidance that is no number or has no use."""
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler: '{self.sampler}' does not exist{did_you_mean(self.sampler, SAMPLERS)}")
+        if self.steps < 1 or not math.isfinite(self.guidance):
+            raise UserError(f"steps, guidance: {self.steps}, {self.guidance}; give at least 1 step and a finite number")
+        if self.guidance == 1 and self.negative:
+            raise UserError(f"negative: '{self.negative}' has no use with a guidance of 1; leave it out, or raise that")
 
 
 def make_draw(

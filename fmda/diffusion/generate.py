@@ -1,6 +1,7 @@
 """A folder of images drawn from prompts: seeds by index, resumable, filtered, by one process or several."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,16 +26,18 @@ from fmda.diffusion.filters import (
 )
 from fmda.diffusion.manifest import (
     FIELDS,
-    IMAGES,
     SETTINGS,
     Ledger,
     Manifest,
     Picture,
     Prompt,
     Row,
+    check_lines,
     claim,
+    image_file,
     load_image,
     save_image,
+    whole_image,
 )
 from fmda.errors import UserError
 from fmda.progress import Line, track
@@ -72,10 +75,11 @@ def generate(
     `draw([line.prompt], [line.seed])`; and neither `batch`, nor the number of processes, nor a kill at any moment
     changes the folder, as far as `draw` and the filters give each image of a batch what they give it alone.
 
-    A second call with the same arguments continues what was broken off. A larger `count` adds images, a smaller one
-    leaves those beyond it where they are. Black and near-constant images are always made again (`ConstantImage`).
-    What is refused is logged in `refused.jsonl` with filter, score, threshold and why, and counted in `summary.json`;
-    `contact-sheet.png` shows the first image of each prompt.
+    A second call with the same arguments continues what was broken off, and brings back files that were deleted and
+    images that were cut off. A larger `count` adds images, a smaller one leaves those beyond it where they are. Black
+    and near-constant images are always made again (`ConstantImage`). What is refused is logged in `refused.jsonl` with
+    filter, score, threshold and why, and counted in `summary.json`; `contact-sheet.png` shows the first image of each
+    prompt.
 
     When `tries` images of one index are refused, the others are drawn all the same, and an error names it at the end;
     at once where more are lost than kept, or where a filter compares images, which has to wait for it. The next call
@@ -102,9 +106,9 @@ def generate(
         wait: with several processes, returns when all of them have called it with the same word.
 
     Raises:
-        UserError: count, batch or tries below 1; two filters of one name; the folder holds images of other facts,
-            prompts, seed or filters, or other things; it cannot be written; no prompt is left; all tries of an image
-            were refused.
+        UserError: count, batch or tries below 1; two filters of one name; the folder holds images or lines of other
+            facts, prompts, seed or filters, or other things; it cannot be written; no prompt is left; all tries of an
+            image were refused.
         ValueError: a fact has the name of a manifest's own field; `draw` returns something else than its images; there
             are several processes and no `wait`.
     """
@@ -125,7 +129,11 @@ def generate(
             # a folder of other settings ends all processes, so that none waits for another
             claim(folder, settings)
         wait("claim")
-        run = _Run(draw, cycle, Ledger(folder, process_index), filters, batch, seed, dict(facts), tries)
+        # as they are read back from lines
+        plain = json.loads(json.dumps(dict(facts)))
+        run = _Run(draw, cycle, Ledger(folder, process_index), filters, batch, seed, plain, tries)
+        # before another process can have merged: all find the same
+        check_lines(folder, run.picture)
         run.fill(range(process_index, count, process_count), compare=process_count == 1)
         wait("drawn")
         if process_index == 0:
@@ -261,7 +269,7 @@ class _Run:
 
     def _draw_group(self, group: list[int]) -> list[int]:
         """Draws one batch, writes what the filters keep and logs the rest; returns the indices kept."""
-        pictures = [self._picture(j) for j in group]
+        pictures = [self.picture(j, self.ledger.attempt(j)) for j in group]
         filled = pictures + pictures[-1:] * (self.batch - len(group))
         images = np.asarray(self.draw([p.prompt for p in filled], [p.seed for p in filled]))
         if images.dtype != np.uint8 or images.ndim != 4 or (len(images), images.shape[-1]) != (self.batch, 3):
@@ -284,17 +292,17 @@ class _Run:
         self.ledger.refuse(list(refused.values()))
         return [picture.index for picture, _ in kept]
 
-    def _picture(self, index: int) -> Picture:
+    def picture(self, index: int, attempt: int) -> Picture:
+        """Returns the manifest line of an attempt at an image, without scores."""
         number, prompt = self.prompt(index)
-        attempt = self.ledger.attempt(index)
         return Picture(
-            index, f"{IMAGES}/im_{index:06d}_p{number}.png", prompt.text, number, prompt.class_index, prompt.class_name,
+            index, image_file(index, number), prompt.text, number, prompt.class_index, prompt.class_name,
             image_seed(self.seed, index, attempt), attempt, facts=self.facts,
         )  # fmt: skip
 
     def refusal(self, index: int, by: Filter, verdict: Verdict) -> Row:
         """Returns the log line of a refusal of the attempt at hand."""
-        picture = self._picture(index)
+        picture = self.picture(index, self.ledger.attempt(index))
         number, prompt = self.prompt(index)
         return refusal_row(number, prompt, by, verdict, index=index, attempt=picture.attempt, seed=picture.seed)
 
@@ -312,7 +320,7 @@ class _Run:
     def finish(self, count: int, refused_prompts: Sequence[Row]) -> None:
         """Writes what the folder has when it is complete."""
         ledger = self.ledger
-        if ledger.complete(count):
+        if ledger.complete(count) and whole_image(ledger.folder / SHEET):
             return
         ledger.merge(count, refused_prompts, [one.name for one in self.filters])
         save_image(ledger.folder / SHEET, contact_sheet(ledger.folder))

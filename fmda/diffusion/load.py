@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Int
 from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError, did_you_mean
+from fmda.models.catalog import DiffusionConfig
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import Remat
 from fmda.weights import files
@@ -54,6 +55,11 @@ class StableDiffusion:
     def params(self) -> dict[str, trees.Tree]:
         """{"unet", "vae", "text_encoder"}: the parameters of all networks as one tree."""
         return {"unet": self.unet.params, "vae": self.vae.params, "text_encoder": self.text_encoder.params}
+
+    @property
+    def networks(self) -> DiffusionConfig:
+        """The configurations of all networks."""
+        return DiffusionConfig(self.unet.config, self.vae.config, self.text_encoder.config)
 
     def with_params(self, params: Mapping[str, trees.Tree]) -> "StableDiffusion":
         """Returns the model with other parameters of some networks; their number format must be the same.
@@ -113,6 +119,8 @@ def load_stable_diffusion(
     revision: str | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
+    *,
+    on_host: bool = False,
 ) -> StableDiffusion:
     """Returns the diffusion model of a folder in diffusers' layout, a model of the package, or a hub id.
 
@@ -120,32 +128,37 @@ def load_stable_diffusion(
     every missing component, for weights that do not fit, and for networks, tokenizer or schedule that do not fit
     each other.
     """
-    folder = resolve(source, revision, "diffusers")
-    schedule, tokenizer = _opened(folder)
-    unet = load_unet(folder, dtype=dtype, remat=remat)
-    vae, text = load_vae(folder, dtype=dtype), load_text_encoder(folder, dtype=dtype)
-    return StableDiffusion(unet, vae, text, tokenizer, schedule, folder)
+    known = check_stable_diffusion(source, revision)
+    unet = load_unet(known.folder, dtype=dtype, remat=remat, on_host=on_host)
+    vae = load_vae(known.folder, dtype=dtype, on_host=on_host)
+    text = load_text_encoder(known.folder, dtype=dtype, on_host=on_host)
+    return StableDiffusion(unet, vae, text, known.tokenizer, known.schedule, known.folder)
 
 
-def check_stable_diffusion(source: str | os.PathLike[str], revision: str | None = None) -> ScheduleConfig:
-    """Returns the schedule of a checkpoint that `load_stable_diffusion` should open; no arrays are read.
+class Checked(NamedTuple):
+    """What a checkpoint's folder holds besides arrays, once it is known that everything is there and fits."""
+
+    folder: Path
+    networks: DiffusionConfig
+    schedule: ScheduleConfig
+    tokenizer: Tokenizer
+
+
+def check_stable_diffusion(source: str | os.PathLike[str], revision: str | None = None) -> Checked:
+    """Returns what is known of a checkpoint that `load_stable_diffusion` should open; no arrays are read.
 
     `source` and `revision` as there; a checkpoint on the hub is downloaded. Raises UserError for components, weight
     files or shards that are missing, for pickles and safetensors cut short, for what cannot be built or run here, and
     for networks, tokenizer or schedule that do not fit each other. Whether the arrays fit only loading tells.
     """
-    return _opened(resolve(source, revision, "diffusers"))[0]
-
-
-def _opened(folder: Path) -> tuple[ScheduleConfig, Tokenizer]:
-    """Returns what a checkpoint's folder holds besides networks, once it is known that everything is there and fits."""
+    folder = resolve(source, revision, "diffusers")
     check_components(folder)
     configs = {part: read_config(part, folder / part) for part in PARTS}
     check_fit(folder, configs)
     schedule, tokenizer = read_schedule(folder), read_tokenizer(folder, configs["text_encoder"])
     for part, names in PARTS.items():
         files.check_file(weight_file(folder / part, names))
-    return schedule, tokenizer
+    return Checked(folder, DiffusionConfig(**configs), schedule, tokenizer)
 
 
 def is_stable_diffusion(folder: Path) -> bool:
@@ -169,10 +182,11 @@ def check_components(folder: Path) -> None:
 def check_fit(folder: Path, configs: Mapping[str, Any]) -> None:
     """Raises UserError for networks of which one does not read what another gives."""
     unet, vae, text = (configs[part] for part in ("unet", "vae", "text_encoder"))
-    if unet.context_width != text.width or unet.in_channels != vae.latent_channels:
+    if unet.context_width != text.width or {unet.in_channels, unet.out_channels} != {vae.latent_channels}:
         raise UserError(
-            f"{folder}: its UNet reads {unet.context_width}-wide texts and {unet.in_channels}-channel "
-            f"latents, the others give {text.width} and {vae.latent_channels}; take all parts from one checkpoint"
+            f"{folder}: its UNet reads {unet.context_width}-wide texts and makes {unet.out_channels}-channel latents "
+            f"of {unet.in_channels}-channel ones, the others give {text.width} and {vae.latent_channels}; "
+            "take all parts from one checkpoint"
         )
 
 

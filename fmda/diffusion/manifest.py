@@ -8,15 +8,16 @@
     refused.jsonl      one line per refused prompt and per refused image: by which filter, score, threshold, why
     summary.json       counts by prompt and by filter
 
-An image is written before its line, each file whole or not at all, and a line that was cut off counts as missing. So
-the folder can be left at any moment, by a kill or a full disk, and continued.
+An image is written before its line, each file whole or not at all, and a line or an image that was cut off counts as
+missing. So the folder can be left at any moment, by a kill or a full disk, and continued.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import cv2
@@ -85,8 +86,16 @@ class Picture:
         return cls(**{name: row[name] for name in FIELDS}, scores=row["scores"], facts=rest)
 
 
-FIELDS = ("index", "file", "prompt", "prompt_index", "class_index", "class_name", "seed", "attempt")
-"""Keys of a manifest line that facts may not use, beside "scores"."""
+FIELDS: Mapping[str, tuple[type, ...]] = {
+    "index": (int,), "file": (str,), "prompt": (str,), "prompt_index": (int,), "class_index": (int, NoneType),
+    "class_name": (str, NoneType), "seed": (int,), "attempt": (int,),
+}  # fmt: skip
+"""Keys of a manifest line that facts may not use, beside "scores", and the types of their values."""
+
+_REFUSAL: Mapping[str, tuple[type, ...]] = {
+    "index": (int, NoneType), "attempt": (int, NoneType), "filter": (str,), "why": (str,), "prompt": (str,),
+    "prompt_index": (int,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,10 +115,10 @@ class Manifest:
             raise UserError(
                 f"{folder / MANIFEST}: not found; name a folder of generated images, or finish generating it"
             )
-        rows = read_lines(folder / REFUSED)
+        rows = _refusals(folder / REFUSED)
         return cls(
             folder,
-            tuple(sorted(_pictures(folder / MANIFEST), key=lambda picture: picture.index)),
+            tuple(picture for _, picture in sorted(_merged(folder).items())),
             Counter(row["filter"] for row in rows if row["index"] is not None),
             Counter(row["filter"] for row in rows if row["index"] is None),
         )
@@ -134,7 +143,7 @@ class Ledger:
     """What is drawn and refused so far, in memory and on disk; one process writes its own two files of lines.
 
     Attributes:
-        pictures: the image that stands for each index: its file is there, and no filter refused it.
+        pictures: the image that stands for each index: its file is there and whole, and no filter refused it.
         merged: pictures of `manifest.jsonl`, which passed every filter.
         refused: refusals of each index, by attempt.
     """
@@ -147,14 +156,13 @@ class Ledger:
             _cut(path)
         self.refused: dict[int, dict[int, Row]] = {}
         for path in (folder / REFUSED, *folder.glob("refused-*.jsonl")):
-            self._note([row for row in read_lines(path) if row["index"] is not None])
-        there = {path.name for path in (folder / IMAGES).iterdir()}
-        self.merged = {p.index: p for p in _pictures(folder / MANIFEST)}
+            self._note([row for row in _refusals(path) if row["index"] is not None])
+        self.merged = _merged(folder)
         self.pictures: dict[int, Picture] = {}
         drawn = [picture for path in folder.glob("drawn-*.jsonl") for picture in _pictures(path)]
         for picture in (*drawn, *self.merged.values()):
             # the file of a refused image may be gone or hold the next attempt; then it has to be drawn in any case
-            if picture.attempt == self.attempt(picture.index) and Path(picture.file).name in there:
+            if picture.attempt == self.attempt(picture.index) and whole_image(folder / picture.file):
                 self.pictures[picture.index] = picture
 
     def attempt(self, index: int) -> int:
@@ -185,8 +193,9 @@ class Ledger:
             self.refused.setdefault(row["index"], {})[row["attempt"]] = row
 
     def complete(self, count: int) -> bool:
-        """Returns whether the first `count` images are in `manifest.jsonl` and nothing is left to merge."""
-        return not self._parts() and all(j in self.pictures and self.passed(j) for j in range(count))
+        """Returns whether `manifest.jsonl` has the first `count` images, none is left to merge and no file is gone."""
+        there = all((self.folder / name).is_file() for name in (REFUSED, SUMMARY))
+        return there and not self._parts() and all(j in self.pictures and self.passed(j) for j in range(count))
 
     def merge(self, count: int, refused_prompts: Sequence[Row], filters: Sequence[str]) -> None:
         """Writes the first `count` pictures, all that were merged before and all refusals into their final files.
@@ -246,8 +255,18 @@ def claim(folder: Path, settings: Row) -> None:
     (folder / IMAGES).mkdir(exist_ok=True)
 
 
+def check_lines(folder: Path, own: Callable[[int, int], Picture]) -> None:
+    """Raises UserError for a line of an image that differs, but for its scores, from `own` of its index and attempt."""
+    for path in (folder / MANIFEST, *folder.glob("drawn-*.jsonl")):
+        for found in _pictures(path):
+            changed = _changes(vars(found), vars(replace(own(found.index, found.attempt), scores=found.scores)))
+            if changed:
+                what = f"image {found.index}: {'; '.join(changed)}"
+                raise UserError(f"{path}: lines of another generation ({what}); choose another folder")
+
+
 def _changes(old: Row, new: Row) -> list[str]:
-    """Returns what differs between two settings: facts and seed with their values, the rest by name."""
+    """Returns what differs between two settings or pictures: facts and seed with their values, the rest by name."""
     facts = dict.fromkeys([*old["facts"], *new["facts"]])
     changed = [
         f"{name}: {old['facts'].get(name, '(none)')!r} -> {new['facts'].get(name, '(none)')!r}"
@@ -277,24 +296,48 @@ def _summary(pictures: Sequence[Picture], images: Sequence[Row], prompts: Sequen
     }  # fmt: skip
 
 
-def read_lines(path: Path) -> list[Row]:
-    """Returns the rows of a file of JSON lines, none where it is missing; a torn last line is left out."""
+def read_lines(path: Path, kinds: Mapping[str, tuple[type, ...]]) -> list[Row]:
+    """Returns the rows of a file of JSON lines, none where it is missing; a torn last line is left out.
+
+    Raises UserError for a row without one of the keys of `kinds`, or with a value of another type there.
+    """
     if not path.is_file():
         return []
     try:
         rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-        if all(isinstance(row["index"], int | None) for row in rows):
+        # not isinstance, by which true is an int
+        if all(type(row[name]) in kinds[name] for row in rows for name in kinds):
             return rows
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path}: damaged; delete the folder and generate it again")
+    raise _damaged(path)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: damaged; delete the folder and generate it again")
+
+
+def _refusals(path: Path) -> list[Row]:
+    rows = read_lines(path, _REFUSAL)
+    if any((row["index"] is None) != (row["attempt"] is None) for row in rows):
+        raise _damaged(path)
+    return rows
 
 
 def _pictures(path: Path) -> list[Picture]:
-    try:
-        return [Picture.from_json(row) for row in read_lines(path)]
-    except KeyError:
-        raise UserError(f"{path}: damaged; delete the folder and generate it again") from None
+    pictures = [Picture.from_json(row) for row in read_lines(path, {**FIELDS, "scores": (dict,)})]
+    # no line leads out of the folder: files are read, deleted and named in advice by it
+    if any(picture.file != image_file(picture.index, picture.prompt_index) for picture in pictures):
+        raise _damaged(path)
+    return pictures
+
+
+def _merged(folder: Path) -> dict[int, Picture]:
+    pictures = _pictures(folder / MANIFEST)
+    merged = {picture.index: picture for picture in pictures}
+    if len(merged) < len(pictures):
+        raise _damaged(folder / MANIFEST)
+    return merged
 
 
 def _lines(rows: Iterable[Row]) -> str:
@@ -319,6 +362,20 @@ def _cut(path: Path) -> None:
 def _write(path: Path, text: str) -> None:
     if not path.is_file() or path.read_bytes() != text.encode():
         write_atomic(path, text)
+
+
+def image_file(index: int, prompt_index: int) -> str:
+    """Returns the path of an image in its folder."""
+    return f"{IMAGES}/im_{index:06d}_p{prompt_index}.png"
+
+
+def whole_image(path: Path) -> bool:
+    """Returns whether a file is there and ends as a PNG does; no more of it is read."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_PNG_END)))
+        return file.read() == _PNG_END
 
 
 def load_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:

@@ -55,8 +55,10 @@ def open_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
     `work_dir` defaults to `runs/<file name>`. Raises UserError for an unknown kind, key or value.
     """
     values = override(read_yaml(path), overrides)
-    work_dir = Path(str(values.pop("work_dir", Path("runs") / Path(path).stem)))
-    return _run(values, str(path), work_dir, Path(path).parent)
+    work_dir = values.pop("work_dir", f"runs/{Path(path).stem}")
+    if not isinstance(work_dir, str) or not work_dir:
+        raise UserError(f"work_dir: {work_dir!r} is no path; name a folder")
+    return _run(values, str(path), Path(work_dir).expanduser(), Path(path).parent)
 
 
 def _run(values: Mapping[str, Any], where: str, work_dir: Path, here: Path) -> Run:

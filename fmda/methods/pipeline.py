@@ -7,11 +7,13 @@ called again in the same folder and continues from what it finds there.
 """
 
 import contextlib
+import fcntl
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -97,18 +99,21 @@ def run_stages(stages: Sequence[Stage], work: Path, config: Any, say: Callable[[
         say: receives one line per stage.
 
     Raises:
-        UserError: the folder belongs to another configuration, cannot be written, or a stage reads an unknown one.
+        UserError: the folder belongs to another configuration or has another run at work in it, cannot be written, or
+            a stage reads an unknown one; a device's memory is too small.
     """
     _check(stages)
     there = work.is_dir()
     try:
-        if _first():
-            _claim(work, config)
-        _wait_for_all("claim")
-        done = _run_all(stages, work, say)
-        if _first():
-            _renew_config(work / "config.yaml", to_yaml(config))
-        return done
+        with contextlib.ExitStack() as held:
+            if _first():
+                _claim(work, config)
+                held.enter_context(_alone(work))
+            _wait_for_all("claim")
+            done = _run_all(stages, work, say)
+            if _first():
+                _renew_config(work / "config.yaml", to_yaml(config))
+            return done
     except _Taken:
         raise
     except UserError:
@@ -171,7 +176,9 @@ def _claim(work: Path, config: Any) -> None:
         try:
             recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
-            raise _Taken(f"{path}: is not what a run wrote; choose another work_dir=") from None
+            recorded = None
+        if not isinstance(recorded, Mapping):
+            raise _Taken(f"{path}: is not what a run wrote; choose another work_dir=")
         changed = differences(identity(config, recorded), identity(config))
         if changed:
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
@@ -180,6 +187,24 @@ def _claim(work: Path, config: Any) -> None:
     if occupied(work):
         raise _Taken(f"{work}: is not empty and no run of ours (no config.yaml); choose another work_dir=")
     _write_config(path, to_yaml(config))
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Holds the run folder until the context, or the process, ends. Raises UserError where another run holds it."""
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        # where a disk knows no locks, such as some shared ones, nobody is kept out
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _Taken(
+                    f"{work}: another run is at work in it; wait for its end, or choose another work_dir="
+                ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write_config(path: Path, text: str) -> None:
@@ -245,6 +270,13 @@ def _execute(stage: Stage, folder: Path, done: dict[str, Path], mark: str) -> No
         # a full or read-only disk: what is on disk stays, and the same command continues from it
         where = fault.filename or folder
         raise UserError(f"{where}: {fault.strerror or fault}; make room or mend the path, then run again") from fault
+    except RuntimeError as fault:
+        if "RESOURCE_EXHAUSTED" not in str(fault):
+            raise
+        what = " ".join(str(fault).split())[:160]
+        raise UserError(
+            f"{stage.name}: the device's memory is full ({what}); a smaller batch, smaller images or bfloat16 help"
+        ) from fault
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What every trainer shares: the settings of its loop, and the loop run on its data."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from fmda.mesh import FSDP_RULES, Rule, make_mesh
 from fmda.perf.peaks import peak_flops
 from fmda.train import TrainState, fit
 from fmda.train.step import Step
+from fmda.trees import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,10 @@ def train(
     rules: Sequence[Rule] = FSDP_RULES,
     rows: int | None = None,
     marks: Mapping[str, Any] | None = None,
+    weights: Tree | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    evaluate_steps: int | Collection[int] | None = None,
+    precision: str = "bfloat16",
 ) -> TrainState:
     """Returns the state after `config.steps`, from `start(key)` or from the last checkpoint in the folder.
 
@@ -70,6 +75,8 @@ def train(
         rules: how parameters are sharded.
         rows: rows of a batch, where they are not `config.batch`.
         marks: further values that must not change between the parts of a run.
+        weights, evaluate, evaluate_steps: as `fmda.train.fit` takes them.
+        precision: of the products, "bfloat16" or "float32", for the peak that MFU is told of.
     """
     loader = batches(
         source, transform, rows or config.batch, seed=config.seed, workers=config.workers,
@@ -79,13 +86,14 @@ def train(
         return fit(
             step, start, frozen, loader, steps=config.steps, mesh=make_mesh(*config.mesh), rules=rules,
             folder=folder, key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
-            save_minutes=config.save_minutes, config=identity(config) | dict(marks or {}),
-            tensorboard=config.tensorboard, what=what, flops_per_example=flops_per_row, peak_flops=peak_flops(),
+            save_minutes=config.save_minutes, evaluate=evaluate, evaluate_steps=evaluate_steps, weights=weights,
+            config=identity(config) | dict(marks or {}), tensorboard=config.tensorboard, what=what,
+            flops_per_example=flops_per_row, peak_flops=peak_flops(dtype=precision),
         )  # fmt: skip
 
 
-def write_summary(path: Path, config: TrainerConfig, trained: Path) -> None:
-    """Writes {"config", "last"}, to lie beside weights: the configuration, and the last line of the metrics."""
+def write_summary(path: Path, config: TrainerConfig, trained: Path, **more: Any) -> None:
+    """Writes {"config", "last", **more}, to lie beside weights: the configuration, and the last line of the metrics."""
     lines = (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    summary = {"config": to_dict(config), "last": json.loads(lines[-1])}
+    summary = {"config": to_dict(config), "last": json.loads(lines[-1]), **more}
     write_atomic(path, json.dumps(summary, indent=1) + "\n")

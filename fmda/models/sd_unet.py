@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -17,7 +18,16 @@ from fmda.nn.attention import memory_efficient_attention
 from fmda.nn.conv import conv
 from fmda.nn.norm import group_norm, layer_norm
 
-Remat = Literal["none", "blocks"]
+Remat = Literal["none", "dots", "blocks"]
+
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        lambda primitive, *_, **__: primitive is jax.lax.conv_general_dilated_p,
+    ),
+    "blocks": None,
+}
+"""What each `Remat` but "none" keeps of a block besides its inputs."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,8 @@ class Level(nnx.Module):
 class UNet(nnx.Module):
     """Latents [B, h, w, 4], timesteps [B], text states [B, T, context_width] -> prediction [B, h, w, 4], float32.
 
-    h and w are multiples of `config.factor`. `remat="blocks"` keeps only the blocks' inputs for the backward pass.
+    h and w are multiples of `config.factor`. For the backward pass `remat="blocks"` keeps only the blocks' inputs,
+    "dots" the convolutions and projections too: norms, activations and attention are then all that is computed again.
     """
 
     def __init__(
@@ -180,7 +191,7 @@ class UNet(nnx.Module):
         context: Float[Array, "b t width"],
     ) -> Float[Array, "b h w out"]:
         """Returns the prediction (noise or velocity, as the checkpoint was trained)."""
-        run = _rematerialised if self.remat == "blocks" else _plain
+        run = _plain if self.remat == "none" else partial(_rematerialised, policy=POLICIES[self.remat])
         context = context.astype(self.dtype)
         time = self.time1(time_sinusoid(timesteps, self.config.channels[0]).astype(self.dtype))
         time = self.time2(jax.nn.silu(time))
@@ -212,5 +223,7 @@ def _plain(block: Callable[[Array, Array], Array], x: Array, other: Array) -> Ar
     return block(x, other)
 
 
-def _rematerialised(block: Callable[[Array, Array], Array], x: Array, other: Array) -> Array:
-    return jax.checkpoint(lambda x, other: block(x, other))(x, other)
+def _rematerialised(
+    block: Callable[[Array, Array], Array], x: Array, other: Array, policy: Callable[..., Any] | None
+) -> Array:
+    return jax.checkpoint(lambda x, other: block(x, other), policy=policy)(x, other)

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from fmda.models.sd_blocks import Downsample, ResBlock, Upsample
 from fmda.nn.attention import memory_efficient_attention
@@ -143,6 +144,11 @@ class Decoder(nnx.Module):
         for level in self.levels:
             x = level(x)
         return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+def signed(pixels: UInt8[Array | np.ndarray, "*b H W 3"]) -> Float[Array, "*b H W 3"]:
+    """Returns pictures as the autoencoder wants them, float32 in [-1, 1]."""
+    return jnp.asarray(pixels).astype(jnp.float32) / 127.5 - 1.0
 
 
 class Vae(nnx.Module):

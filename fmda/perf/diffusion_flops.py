@@ -95,6 +95,24 @@ def unet_flops(
     return total
 
 
+def unet_attention_flops(
+    latent_size: int | tuple[int, int],
+    tokens: int = 77,
+    *,
+    channels: Sequence[int],
+    layers: int,
+    attention: Sequence[bool],
+    context_width: int,
+) -> int:
+    """Returns what attention takes of `unet_flops`, its four projections and its products; arguments as there."""
+    places = level_places(latent_size, len(channels))
+    return sum(
+        _attention(places[part.level], part.width_out, tokens, context_width)
+        for part in unet_parts(channels, layers, attention)
+        if part.kind == "transformer"
+    )
+
+
 def vae_encode_flops(
     image_size: int | tuple[int, int],
     *,
@@ -158,24 +176,22 @@ def sampling_flops(calls: int, *, unet: float, decode: float = 0, text: float = 
     return calls * (2 if guidance else 1) * unet + decode + text
 
 
-def dreambooth_step_flops(
-    *, unet: float, text: float = 0, encode: float = 0, train_text: bool = True, adapters_only: bool = False
-) -> float:
+def dreambooth_step_flops(*, unet: float, text: float = 0, encode: float = 0, adapted: float | None = None) -> float:
     """Returns the FLOPs of one image of a DreamBooth step: forward, backward, and the frozen encoder forward.
 
     An image of the prior preservation term costs the same once more.
 
     Args:
-        unet, text: FLOPs of one forward call of each.
+        unet, text: FLOPs of one forward call of each; 0 for a text encoder that does not train.
         encode: of the autoencoder's encoder; 0 where latents come from a bank.
-        train_text: the text encoder trains with the UNet; else it runs forward alone.
-        adapters_only: what trains are low-rank adapters of frozen networks. Gradients still pass through all layers,
-            but those of the weights fall away: twice the forward. The adapters' own products, below one percent at
-            common ranks, are left out.
+        adapted: where low-rank adapters of attention's projections are all that trains, the FLOPs of attention in one
+            forward call of all networks that have them. Gradients still pass through all layers: twice the forward.
+            Those of the weights fall away but for the adapted ones', which are computed in full, since the adapters
+            are added to the weights first; and attention's products have no weights, but gradients of both sides. The
+            adapters' own products, below one percent at common ranks, are left out.
     """
-    trained = unet + (text if train_text else 0)
-    read = 0 if train_text else text
-    return (2 * trained if adapters_only else training_flops(trained)) + read + encode
+    trained = unet + text
+    return (training_flops(trained) if adapted is None else 2 * trained + adapted) + encode
 
 
 def level_places(size: int | tuple[int, int], levels: int) -> list[int]:
@@ -206,11 +222,15 @@ def _products(queries: int, keys: int, width: int) -> int:
 def _transformer(places: int, width: int, tokens: int, context_width: int) -> int:
     """Returns the FLOPs of a spatial transformer.
 
-    Of width x width there are 4 products in the self-attention, 2 in the other, one on each end; the gated MLP has
-    8 up and 4 down.
+    Of width x width there is one product on each end; the gated MLP has 8 up and 4 down.
     """
+    return 14 * _linear(places, width, width) + _attention(places, width, tokens, context_width)
+
+
+def _attention(places: int, width: int, tokens: int, context_width: int) -> int:
+    """Returns the FLOPs of self-attention, with 4 products of width x width, and attention to the text, with 2."""
     text = 2 * _linear(tokens, context_width, width)
-    return 20 * _linear(places, width, width) + text + _products(places, places + tokens, width)
+    return 6 * _linear(places, width, width) + text + _products(places, places + tokens, width)
 
 
 def _middle(places: int, width: int) -> int:

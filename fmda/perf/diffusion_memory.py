@@ -5,7 +5,9 @@ What reverse-mode differentiation keeps is counted array by array, as the networ
 * a GroupNorm with SiLU and convolution: two float32 maps of its input's size and four in the compute type;
 * a transformer: eleven float32 maps and thirty-five in the compute type (its MLP is eight times as wide);
 * attention: float32 weights and their copy in the compute type; nothing where long queries go in parts;
-* with `remat="blocks"` the input of each block, and for one block at a time all of the above.
+* with `remat="blocks"` the input of each block, and for one block at a time all of the above;
+* with `remat="dots"` the same, and of each block a residual one's first convolution, or sixteen maps of a transformer
+  (its MLP's first projection is eight) and two of its text, all in the compute type.
 
 To this comes the working set of the largest block, which any pass needs while it runs: of a transformer two maps of
 attention weights and sixteen of its width; of a residual block its input, the same normalised (float32) and after SiLU,
@@ -17,7 +19,7 @@ small beside the parameters, XLA's CPU compiler needs more: it holds a second co
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -37,7 +39,7 @@ def unet_training_bytes(
     attention: Sequence[bool],
     heads: Sequence[int],
     dtype: Any = "float32",
-    remat: Literal["none", "blocks"] = "none",
+    remat: str = "none",
     part: int | None = PART,
 ) -> int:
     """Returns the bytes of activations for one sample through a UNet, forward and backward.
@@ -47,7 +49,7 @@ def unet_training_bytes(
         tokens: length of the text.
         channels, layers, attention, heads: sizes of the network.
         dtype: of the computation.
-        remat: what is kept, as the network takes it.
+        remat: what is kept, as the network takes it: "none", "dots" or "blocks".
         part: most queries that attention takes at once; None for all.
     """
     places = level_places(latent_size, len(channels))
@@ -59,10 +61,11 @@ def unet_training_bytes(
             kept += entry
             continue
         whole = _kept(block, places[block.level], tokens, heads[block.level], size, part)
-        kept += entry if remat == "blocks" else whole
+        products = _products(block, places[block.level], tokens) * size
+        kept += {"none": whole, "dots": entry + products, "blocks": entry}[remat]
         largest = max(largest, whole)
         working = max(working, _working(block, places[block.level], heads[block.level], size, part))
-    return kept + working + (largest if remat == "blocks" else 0)
+    return kept + working + (0 if remat == "none" else largest)
 
 
 def unet_sampling_bytes(
@@ -172,7 +175,6 @@ def generation_memory(
     unet: int,
     decode: int,
     images: int = 1,
-    decoded: int | None = None,
     guidance: bool = True,
     dtype: Any = "float32",
     shards: int = 1,
@@ -183,7 +185,6 @@ def generation_memory(
         parameters: number of them, of all three networks, stored in `dtype`.
         unet, decode: bytes of activations of one sample and of one image.
         images: on one device at once.
-        decoded: images that go through the decoder at once; None for all.
         guidance: whether each image is two samples.
         dtype: of parameters and computation.
         shards: devices that the parameters are divided over; while computing each has them whole.
@@ -192,7 +193,7 @@ def generation_memory(
     rows = {
         "parameters": -(-stored // shards),
         "weights as computed with": stored if shards > 1 else 0,
-        "activations": max(images * (2 if guidance else 1) * unet, (images if decoded is None else decoded) * decode),
+        "activations": images * max((2 if guidance else 1) * unet, decode),
     }
     return {name: value for name, value in rows.items() if value}
 
@@ -214,6 +215,11 @@ def _kept(block: UNetPart, places: int, tokens: int, heads: int, size: int, part
         return first + _norm_and_convolution(block.width_out, places, size) + shortcut
     weights = tokens + (0 if _in_parts(places, part) else places)
     return block.width_in * places * (44 + 35 * size) + heads * places * weights * (4 + size)
+
+
+def _products(block: UNetPart, places: int, tokens: int) -> int:
+    """Returns the size of the products of a block that its gradients need."""
+    return block.width_out * (places if block.kind == "residual" else 16 * places + 2 * tokens)
 
 
 def _working(block: UNetPart, places: int, heads: int, size: int, part: int | None) -> int:

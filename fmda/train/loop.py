@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ def fit(
     save_minutes: float = 10.0,
     keep: int = 2,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
-    evaluate_steps: int | None = None,
+    evaluate_steps: int | Collection[int] | None = None,
     best: str | None = None,
     best_mode: Literal["max", "min"] = "max",
     weights: Tree | None = None,
@@ -75,8 +75,8 @@ def fit(
       log_every: steps between lines of `metrics.jsonl`.
       save_steps, save_minutes: a checkpoint is written whenever either has passed, and at the end.
       keep: how many of the newest checkpoints stay.
-      evaluate: state -> scores, called every `evaluate_steps` steps (None: at the end only) and at the end; logged as
-        `eval/<name>`.
+      evaluate: state -> scores, called at the end and every `evaluate_steps` steps, or at those steps (None: at the
+        end only); logged as `eval/<name>`.
       best, best_mode: name of the score by which one more checkpoint stays; then each evaluation saves one.
       weights: parameters to begin with, all or some of them.
       continue_from: run folder whose newest checkpoint, step and data position included, this run begins with.
@@ -88,10 +88,12 @@ def fit(
       clock: seconds, for tests.
 
     Raises:
-      UserError: folder of another configuration, full or read-only disk, unfit checkpoint or weights, batches that end
-        too early, a loss that is no number.
+      UserError: less than a step between logs or saves, folder of another configuration, full or read-only disk, unfit
+        checkpoint or weights, batches that end too early, a loss that is no number.
       Stopped: after SIGTERM or Ctrl-C, when everything is saved.
     """
+    if log_every < 1 or save_steps < 1:
+        raise UserError(f"log_every, save_steps: {log_every}, {save_steps}; give at least 1")
     folder = Path(folder)
     if config is not None:
         claim(folder, config)
@@ -140,11 +142,12 @@ def fit(
                 line.update(status(what, number, steps, log.loss, reading, meter.seconds_left(steps - number)))
 
                 scores: dict[str, float] | None = None
-                if evaluate is not None and (last or (evaluate_steps and number % evaluate_steps == 0)):
+                if evaluate is not None and (last or _is_due(number, evaluate_steps)):
                     with meter.pause(), jax.transfer_guard("allow"):
                         log.flush()
                         scores = _scores(evaluate, state, best)
-                        log.write(number, {f"eval/{name}": value for name, value in scores.items()})
+                        if scores:
+                            log.write(number, {f"eval/{name}": value for name, value in scores.items()})
                 signum, due = requests.at(number)
                 if last or signum or due or number % save_steps == 0 or (scores and best):
                     with meter.pause():
@@ -203,6 +206,12 @@ def _compiled(
         text += f"; each device needs {arguments:.1f} MiB for arguments and {temporaries:.1f} MiB for temporaries"
     line.note(text)
     return compiled
+
+
+def _is_due(number: int, steps: int | Collection[int] | None) -> bool:
+    if not steps:
+        return False
+    return number % steps == 0 if isinstance(steps, int) else number in steps
 
 
 def _scores(

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules from a configuration."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -43,8 +44,8 @@ class OptimConfig:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        """Raises UserError for a rate that would climb."""
-        if self.learning_rate < 0:
+        """Raises UserError for a rate that would climb, or is no number."""
+        if not 0 <= self.learning_rate < math.inf:
             raise UserError(f"optim.learning_rate: {self.learning_rate}; give a positive number")
 
 

@@ -108,14 +108,15 @@ def load_clip(
     return LoadedClip(config, graphdef, params, tokenizer, folder)
 
 
-def store(params: trees.Tree, dtype: DTypeLike) -> trees.Tree:
-    """Returns the tree as device arrays in `dtype`.
+def store(params: trees.Tree, dtype: DTypeLike, on_host: bool = False) -> trees.Tree:
+    """Returns the tree as device arrays, or NumPy's, in `dtype`.
 
     Scalars (the temperature) and running statistics of batch normalisation stay in float32: they are few, and a
     rounded temperature scales every logit.
     """
+    convert = np.asarray if on_host else jnp.asarray
     return trees.unflatten(
-        {path: jnp.asarray(leaf, _kind(path, leaf, dtype)) for path, leaf in trees.flatten(params).items()}
+        {path: convert(leaf, _kind(path, leaf, dtype)) for path, leaf in trees.flatten(params).items()}
     )
 
 

@@ -121,7 +121,11 @@ class LoadedTextEncoder:
     """As in `LoadedUNet`."""
 
     def __call__(self, ids: Int[Array | np.ndarray, "b t"]) -> Float[Array, "b t width"]:
-        """Returns the last hidden state after the final norm, for all places, float32."""
+        """Returns the last hidden state after the final norm, for all places, float32.
+
+        Raises UserError for ids that are not those of its tokenizer, or more of them than it reads.
+        """
+        check_ids(self.config, ids)
         return _read(self.graphdef, self.params, jnp.asarray(ids))
 
 
@@ -147,6 +151,19 @@ def _decode(graphdef: nnx.GraphDef, params: trees.Tree, latents: Array) -> Array
 @functools.partial(jax.jit, static_argnums=0)
 def _read(graphdef: nnx.GraphDef, params: trees.Tree, ids: Array) -> Array:
     return nnx.merge(graphdef, params).hidden(ids).astype(jnp.float32)
+
+
+def check_ids(config: TextConfig, ids: Array | np.ndarray) -> None:
+    """Raises UserError for ids that are not [B, T] with T above 0, or, where values are known, of another vocabulary."""
+    if np.ndim(ids) != 2 or not np.shape(ids)[1]:
+        raise UserError(f"ids: of shape {list(np.shape(ids))} where the text encoder reads [B, T]; take `tokenize`")
+    if isinstance(ids, jax.core.Tracer) or not np.size(ids):
+        return
+    least, most = int(np.min(ids)), int(np.max(ids))
+    if least < 0 or most >= config.vocab_size:
+        raise UserError(
+            f"ids: from {least} to {most} where the vocabulary has {config.vocab_size}; take its own tokenizer"
+        )
 
 
 def check_latents(config: UNetConfig, shape: tuple[int, ...]) -> None:
@@ -176,25 +193,38 @@ def load_unet(
     revision: str | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
+    *,
+    on_host: bool = False,
 ) -> LoadedUNet:
     """Returns the UNet of a folder (its own, or a whole checkpoint's), a model of the package, or a hub id.
 
     Read are Flax msgpack and safetensors, whole or in shards. Parameters are kept, and the network computes, in
-    `dtype`; `remat` as in `UNet`. Raises UserError for anything missing, surplus, misshapen, damaged or unsupported.
+    `dtype`; `remat` as in `UNet`. With `on_host` they are NumPy arrays, for whoever places them on a mesh. Raises
+    UserError for anything missing, surplus, misshapen, damaged or unsupported.
     """
-    return LoadedUNet(*_load("unet", part_folder(source, "unet", revision), dtype, remat=remat))
+    return LoadedUNet(*_load("unet", part_folder(source, "unet", revision), dtype, on_host, remat=remat))
 
 
-def load_vae(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> LoadedVae:
+def load_vae(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    on_host: bool = False,
+) -> LoadedVae:
     """Returns the autoencoder of a folder, a model of the package, or a hub id, as `load_unet`."""
-    return LoadedVae(*_load("vae", part_folder(source, "vae", revision), dtype))
+    return LoadedVae(*_load("vae", part_folder(source, "vae", revision), dtype, on_host))
 
 
 def load_text_encoder(
-    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    on_host: bool = False,
 ) -> LoadedTextEncoder:
     """Returns the text encoder of a folder, a model of the package, or a hub id, as `load_unet`."""
-    return LoadedTextEncoder(*_load("text_encoder", part_folder(source, "text_encoder", revision), dtype))
+    return LoadedTextEncoder(*_load("text_encoder", part_folder(source, "text_encoder", revision), dtype, on_host))
 
 
 def unet_graph(
@@ -308,14 +338,14 @@ def _table(part: str, config: Any, flax: bool, arrays: Mapping[str, np.ndarray])
 
 
 def _load(
-    part: str, folder: Path, dtype: DTypeLike, **options: Any
+    part: str, folder: Path, dtype: DTypeLike, on_host: bool, **options: Any
 ) -> tuple[Any, nnx.GraphDef, trees.Tree, str | None]:
     config, table, arrays, where = read_part(part, folder)
     graphdef, shapes = _KINDS[part][2](config, dtype, **options)
     params = table.read(arrays, shapes, str(where))
     # What was only widened can be hashed later, should anyone ask.
     exact = all(jnp.promote_types(leaf.dtype, dtype) == dtype for leaf in trees.flatten(params).values())
-    return config, graphdef, store(params, dtype), None if exact else params_fingerprint(params)
+    return config, graphdef, store(params, dtype, on_host), None if exact else params_fingerprint(params)
 
 
 def save_part(

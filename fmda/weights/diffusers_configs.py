@@ -1,7 +1,7 @@
 """Configurations of Stable Diffusion's networks out of and into the JSON files of diffusers' layout."""
 
+import math
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ _VAE_FIXED: Json = {
     "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
 }
+_TEXT_SIZES = (
+    "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "intermediate_size",
+)  # fmt: skip
 _TAKE = "give a Stable Diffusion 1.x or 2.x checkpoint"
 _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 _UPWARDS = {_CROSS_DOWN: "CrossAttnUpBlock2D", _DOWN: "UpBlock2D"}
@@ -97,16 +101,38 @@ def _opened(folder: Path, classes: tuple[str, ...], fixed: Json) -> tuple[Json, 
 def _sizes(config: Json, path: Path, **defaults: int) -> dict[str, int]:
     """Returns the sizes under these keys, each with its default. Raises UserError for what is no size."""
     found = {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
-    for key, value in found.items():
-        if not isinstance(value, int) or value < 1:
+    return _checked(found, path)
+
+
+def _checked(sizes: Json, path: Path) -> dict[str, int]:
+    """Returns the sizes as they are. Raises UserError for what is no size."""
+    for key, value in sizes.items():
+        if not _is_size(value):
             raise UserError(f"{path}: {key} is {value!r}, not one whole number above 0; {_TAKE}")
-    return found
+    return sizes
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _number(config: Json, path: Path, key: str, default: float) -> float:
+    """Returns the number under a key. Raises UserError where it is none, or not finite, or not above 0."""
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{path}: {key} is {value!r}, not one finite number above 0; {_TAKE}")
+    return value
 
 
 def _widths(config: Json, path: Path, default: tuple[int, ...], groups: int) -> tuple[int, ...]:
-    """Returns the width of each level. Raises UserError for widths that the groups of a GroupNorm do not divide."""
-    widths = config.get("block_out_channels", default)
-    if not widths or not all(isinstance(width, int) and width % groups == 0 for width in widths):
+    """Returns the width of each level.
+
+    Raises UserError for what is no list of sizes, and for widths that the groups of a GroupNorm do not divide.
+    """
+    widths = config.get("block_out_channels", list(default))
+    if not isinstance(widths, list) or not widths or not all(map(_is_size, widths)):
+        raise UserError(f"{path}: block_out_channels is {widths!r}, not a list of whole numbers above 0; {_TAKE}")
+    if any(width % groups for width in widths):
         raise UserError(f"{path}: block_out_channels {widths} are no multiples of norm_num_groups, {groups}; {_TAKE}")
     return tuple(widths)
 
@@ -127,18 +153,30 @@ def read_unet(folder: Path) -> UNetConfig:
     down = config.get("down_block_types", [_CROSS_DOWN] * 3 + [_DOWN])
     up = config.get("up_block_types", [_UPWARDS[_DOWN]] + [_UPWARDS[_CROSS_DOWN]] * 3)
     if (
-        len(down) != len(channels)
-        or any(name not in _UPWARDS for name in down)
+        not isinstance(down, list)
+        or len(down) != len(channels)
+        or any(name not in (_CROSS_DOWN, _DOWN) for name in down)
         or up != [_UPWARDS[name] for name in reversed(down)]
     ):
-        raise UserError(f"{path}: block types {down} and {up} with {len(channels)} widths cannot be built; {_TAKE}")
+        raise UserError(
+            f"{path}: down_block_types {down!r} and up_block_types {up!r} with {len(channels)} widths "
+            f"cannot be built; {_TAKE}"
+        )
     attention = tuple(name == _CROSS_DOWN for name in down)
-    named = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    key = "attention_head_dim" if config.get("num_attention_heads") is None else "num_attention_heads"
+    named = config.get(key, 8)
     heads = tuple(named) if isinstance(named, list) else (named,) * len(channels)
     # the middle attends too, with the heads of the last level
     attending = zip(channels, heads, (*attention[:-1], True), strict=False)
-    if len(heads) != len(channels) or any(attends and width % count for width, count, attends in attending):
-        raise UserError(f"{path}: attention_head_dim {named} does not fit block_out_channels {channels}; {_TAKE}")
+    if (
+        len(heads) != len(channels)
+        or not all(map(_is_size, heads))
+        or any(attends and width % count for width, count, attends in attending)
+    ):
+        raise UserError(f"{path}: {key} {named!r} does not fit block_out_channels {list(channels)}; {_TAKE}")
+    linear = config.get("use_linear_projection", False)
+    if not isinstance(linear, bool):
+        raise UserError(f"{path}: use_linear_projection is {linear!r}, neither true nor false; {_TAKE}")
     flax = config["_class_name"].startswith("Flax")
     return UNetConfig(
         in_channels=sizes["in_channels"],
@@ -148,7 +186,7 @@ def read_unet(folder: Path) -> UNetConfig:
         attention=attention,
         heads=heads,
         context_width=sizes["cross_attention_dim"],
-        linear_projection=config.get("use_linear_projection", False),
+        linear_projection=linear,
         groups=sizes["norm_num_groups"],
         # the first releases of 1.x name 32, and diffusers' pipeline does not believe them either
         sample_size=max(64, sizes["sample_size"]) if _before_0_9(config) else sizes["sample_size"],
@@ -196,12 +234,12 @@ def read_vae(folder: Path) -> VaeConfig:
     channels = _widths(config, path, (64,), sizes["norm_num_groups"])
     down, up = ["DownEncoderBlock2D"] * len(channels), ["UpDecoderBlock2D"] * len(channels)
     if config.get("down_block_types", down) != down or config.get("up_block_types", up) != up:
-        raise UserError(f"{path}: its block types cannot be built; {_TAKE}")
+        raise UserError(f"{path}: its down_block_types or up_block_types cannot be built; {_TAKE}")
     return VaeConfig(
         channels=channels,
         layers=sizes["layers_per_block"],
         latent_channels=sizes["latent_channels"],
-        scale=config.get("scaling_factor", 0.18215),
+        scale=_number(config, path, "scaling_factor", 0.18215),
         groups=sizes["norm_num_groups"],
         sample_size=sizes["sample_size"],
     )
@@ -224,24 +262,30 @@ def write_vae(config: VaeConfig) -> Json:
 
 
 def read_text_encoder(folder: Path) -> TextConfig:
-    """Returns the configuration in a text encoder's folder. Raises UserError for a model of another kind."""
+    """Returns the configuration in a text encoder's folder. Raises UserError for another kind or shape."""
     path = folder / "config.json"
-    config: Mapping[str, Any] = read_json(path)
+    config = read_json(path)
     if config.get("model_type") != TEXT_MODEL:
         raise UserError(
             f"{path}: model_type is '{config.get('model_type')}', not '{TEXT_MODEL}'; "
             "give the text_encoder folder of a Stable Diffusion checkpoint"
         )
-    text = {**HF_TEXT, **config}
+    text: Json = {**HF_TEXT, **config}
+    sizes = _checked({key: text[key] for key in _TEXT_SIZES}, path)
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if width % heads:
+        raise UserError(f"{path}: num_attention_heads {heads} does not divide hidden_size, {width}; {_TAKE}")
+    if not isinstance(text["hidden_act"], str):
+        raise UserError(f"{path}: hidden_act is {text['hidden_act']!r}, not the name of an activation; {_TAKE}")
     return TextConfig(
-        vocab_size=text["vocab_size"],
-        context=text["max_position_embeddings"],
-        width=text["hidden_size"],
-        layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        mlp_width=text["intermediate_size"],
+        vocab_size=sizes["vocab_size"],
+        context=sizes["max_position_embeddings"],
+        width=width,
+        layers=sizes["num_hidden_layers"],
+        heads=heads,
+        mlp_width=sizes["intermediate_size"],
         activation=activation(text["hidden_act"], path),
-        norm_eps=text["layer_norm_eps"],
+        norm_eps=_number(text, path, "layer_norm_eps", 1e-5),
         eos_token_id=text["eos_token_id"],
         bos_token_id=text["bos_token_id"],
     )

@@ -99,8 +99,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _weight_map(path: Path) -> dict[str, str]:
     """Returns {stored name: file name of its shard} of an index."""
     index = read_json(path).get("weight_map")
-    if not isinstance(index, dict):
-        raise UserError(f"{path}: has no 'weight_map'; copy or download it again")
+    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+        raise UserError(f"{path}: has no 'weight_map' with the file of each array; copy or download it again")
     return index
 
 

@@ -112,8 +112,16 @@ def _load(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        inner = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise UserError(
             f"{folder}: its tokenizer files cannot be read ({error}); copy or download them again"
         ) from None
+    # the library takes anything, and fails when it compares with it; huge numbers are its own, for no limit
+    limit = inner.model_max_length
+    if not isinstance(limit, int | float) or isinstance(limit, bool):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length is {limit!r}, not one number; "
+            "copy or download it again"
+        )
+    return inner

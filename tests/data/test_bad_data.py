@@ -68,6 +68,15 @@ def test_no_picture_at_all(tmp_path, content: bytes, kind: str) -> None:
     assert fault.value.kind == kind and "a.png" in one_line(fault)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
+def test_16_bit_picture(tmp_path, suffix: str, shape: tuple[int, ...]) -> None:
+    assert cv2.imwrite(str(tmp_path / f"a.{suffix}"), np.full(shape, 40000, np.uint16))
+    with pytest.raises(FileFault) as fault:
+        read_image(tmp_path / f"a.{suffix}")
+    assert fault.value.kind == "16-bit image" and "convert it to an 8-bit picture" in one_line(fault)
+
+
 def test_truncated_16_bit_label_of_synthia(tmp_path) -> None:
     values = np.random.default_rng(0).integers(0, 22, (32, 32, 3)).astype(np.uint16)
     assert cv2.imwrite(str(tmp_path / "a.png"), values)

@@ -90,7 +90,7 @@ def test_parameters_in_parts_give_the_same_images(model, images, monkeypatch):
 @pytest.fixture(scope="module")
 def plain(model):
     """Two oblong images without guidance."""
-    return wide(model, 1.0, "is not read")
+    return wide(model, 1.0)
 
 
 def wide(model, guidance, negative=""):

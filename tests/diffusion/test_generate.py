@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -161,11 +162,52 @@ def test_a_second_call_draws_and_writes_nothing(whole):
     assert still == Manifest.read(whole)
 
 
-def test_a_lost_image_comes_back_as_it_was(whole, tmp_path):
-    make(tmp_path)
-    (tmp_path / "images/im_000011_p2.png").unlink()
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of the folder, which the test may damage."""
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("size", [None, 0, 5, 100, -1])
+def test_a_lost_or_truncated_image_comes_back_as_it_was(whole, copy, size):
+    for path in (copy / "images/im_000000_p0.png", copy / "images/im_000011_p2.png"):
+        if size is None:
+            path.unlink()
+        else:
+            os.truncate(path, size if size >= 0 else path.stat().st_size - 1)
+    make(copy)
+    assert content(copy) == content(whole)
+
+
+def test_a_truncated_image_of_a_set_that_broke_off_is_drawn_again(whole, tmp_path):
+    with stopping(4) as stopped:
+        make(tmp_path, draw=stopped)
+    os.truncate(tmp_path / lines(tmp_path / "drawn-0.jsonl")[-1]["file"], 100)
     make(tmp_path)
     assert content(tmp_path) == content(whole)
+
+
+@pytest.mark.parametrize("name", ["contact-sheet.png", "summary.json", "refused.jsonl", "manifest.jsonl"])
+def test_a_lost_file_beside_the_images_comes_back_as_it_was(whole, copy, name):
+    (copy / name).unlink()
+    make(copy)
+    assert content(copy) == content(whole)
+
+
+@pytest.mark.parametrize("name", ["contact-sheet.png", "summary.json"])
+def test_a_lost_overview_comes_back_without_a_drawing(whole, copy, name):
+    (copy / name).write_bytes(b"") if name.endswith("png") else (copy / name).unlink()
+    assert len(make(copy, draw=None, count=5)) == 5
+    assert content(copy) == content(whole)
+
+
+def test_a_lost_log_without_refused_images_comes_back(tmp_path):
+    options = dict(filters=(ConstantImage(least=-1.0),), prompt_filters=(BannedWords(("buses",)),), count=4)
+    make(tmp_path, **options)
+    before = content(tmp_path)
+    (tmp_path / "refused.jsonl").unlink()
+    make(tmp_path, draw=None, **options)
+    assert content(tmp_path) == before and len(lines(tmp_path / "refused.jsonl")) == 1
 
 
 class Stop(Exception):
@@ -334,11 +376,80 @@ def test_damaged_files_are_named(tmp_path, name, text):
         make(tmp_path, count=2)
 
 
-def test_a_truncated_image_is_named_where_it_is_needed(tmp_path):
-    make(tmp_path, count=2)
-    os.truncate(tmp_path / "images/im_000001_p1.png", 100)
+def put_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"checkpoint": "ba9876543210"}, "checkpoint: 'ba9876543210' -> '0123456789ab'"),
+        ({"steps": 25, "seed": 1}, "steps: 25 -> 50; seed: 1 -> "),
+        ({"model": "x"}, r"model: 'x' -> '\(none\)'"),
+        ({"prompt": "a photo of vans"}, "other prompt"),
+        ({"prompt_index": 2, "file": "images/im_000004_p2.png"}, "other file; other prompt index"),
+        ({"class_index": None, "class_name": "car"}, "other class index; other class name"),
+    ],
+)
+@pytest.mark.parametrize("name", ["manifest.jsonl", "drawn-0.jsonl"])
+def test_lines_of_another_generation_are_refused_and_left_as_they_are(copy, name, change, what):
+    rows = lines(copy / "manifest.jsonl")
+    (copy / "manifest.jsonl").unlink()
+    put_lines(copy / name, [row | change if row["index"] == 4 else row for row in rows])
+    before = content(copy)
+    line = rf"{name}: lines of another generation \(image 4: {what}.*\); choose another folder"
+    with pytest.raises(UserError, match=line):
+        make(copy, draw=None, count=3)
+    assert content(copy) == before
+
+
+def test_lines_are_known_again_by_their_json(tmp_path):
+    facts = {**FACTS, "size": (8, 12)}
+    make(tmp_path, facts=facts, count=2)
+    make(tmp_path, facts=dict(reversed(facts.items())), count=2, draw=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *(("manifest.jsonl", change) for change in (
+            {"index": None, "file": 5}, {"index": True}, {"prompt": 7}, {"prompt_index": "x"}, {"scores": None},
+            {"attempt": "a"}, {"class_index": 1.0}, {"class_name": 3}, {"index": 2}, {"file": "../../../../etc/passwd"},
+            {"file": "../images/im_000001_p1.png"},
+        )),
+        *(("refused.jsonl", change) for change in (
+            {"attempt": "a"}, {"attempt": None}, {"index": None}, {"filter": [1]}, {"prompt_index": {}}, {"why": None},
+        )),
+    ],
+)  # fmt: skip
+def test_lines_with_wrong_values_are_named(copy, name, change):
+    rows = lines(copy / name)
+    put_lines(copy / name, [rows[0], rows[1] | change, *rows[2:]])
+    before = content(copy)
+    for read in (make, contact_sheet):
+        with pytest.raises(UserError) as fault:
+            read(copy)
+        assert str(fault.value) == f"{copy / name}: damaged; delete the folder and generate it again"
+    assert content(copy) == before
+
+
+@pytest.mark.parametrize("row", [{"index": 1}, {"index": 1, "attempt": 0}, {"index": None}])
+def test_lines_that_lack_a_key_are_named(copy, row):
+    put_lines(copy / "refused.jsonl", [row])
+    with pytest.raises(UserError, match="refused.jsonl: damaged"):
+        make(copy)
+
+
+def test_a_line_that_is_there_twice_is_named(copy):
+    put_lines(copy / "manifest.jsonl", 2 * lines(copy / "manifest.jsonl"))
+    with pytest.raises(UserError, match="manifest.jsonl: damaged"):
+        make(copy)
+
+
+def test_a_truncated_image_is_named_where_it_is_needed(copy):
+    os.truncate(copy / "images/im_000001_p1.png", 100)
     with pytest.raises(UserError, match="im_000001_p1.png: missing, truncated or no PNG; delete it and generate again"):
-        make(tmp_path, count=3)
+        contact_sheet(copy)
 
 
 @pytest.mark.parametrize(

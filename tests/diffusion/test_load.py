@@ -66,6 +66,15 @@ def test_loaded_in_bfloat16_the_networks_compute_in_it(model):
     assert out.dtype == jnp.float32
 
 
+def test_loaded_onto_the_host_it_is_the_same_model(model):
+    on_host = load_stable_diffusion(model.folder, dtype=jnp.bfloat16, on_host=True)
+    loaded = load_stable_diffusion(model.folder, dtype=jnp.bfloat16)
+    pairs = list(zip(jax.tree.leaves(on_host.params), jax.tree.leaves(loaded.params), strict=True))
+    assert all(type(mine) is np.ndarray and mine.dtype == theirs.dtype for mine, theirs in pairs)
+    assert all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+    assert on_host.fingerprint == loaded.fingerprint == model.fingerprint
+
+
 def test_the_fingerprint_follows_content_not_place(model, tmp_path):
     elsewhere = shutil.copytree(model.folder, tmp_path / "sd")
     loaded = load_stable_diffusion(elsewhere)
@@ -99,7 +108,7 @@ def test_old_schedules_are_run_as_diffusers_pipeline_runs_them(change, model, tm
     with pytest.warns(
         UserWarning, match="steps_offset counts as 1 and clip_sample as false, .*; set them so"
     ) as caught:
-        assert check_stable_diffusion(folder) == SCHEDULE
+        assert check_stable_diffusion(folder).schedule == SCHEDULE
     assert len(caught) == 1 and str(path) in str(caught[0].message) and "\n" not in str(caught[0].message)
     with pytest.warns(UserWarning, match="steps_offset counts as 1"):
         loaded = load_stable_diffusion(folder)
@@ -231,6 +240,20 @@ def test_a_network_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="params: 'unett' is none of"):
         model.with_params({"unett": {}})
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.zeros(4, int), r"ids: of shape \[4\] where the text encoder reads \[B, T\]"),
+        (np.zeros((1, 0), int), r"of shape \[1, 0\]"),
+        (np.full((1, 4), 10**6), "ids: from 1000000 to 1000000 where the vocabulary has"),
+        (np.full((1, 4), -1), "ids: from -1 to -1"),
+    ],
+)
+def test_ids_of_another_tokenizer_are_refused(model, ids, message):
+    with pytest.raises(UserError, match=message):
+        model.text_encoder(ids)
 
 
 def test_one_timestep_serves_all_rows_and_other_shapes_are_refused(tmp_path):

@@ -155,3 +155,51 @@ def test_help_of_every_verb_needs_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_the_first_goes_on(tmp_path):
+    def again(folder: Path, done: dict[str, Path]) -> None:
+        with pytest.raises(UserError, match="another run is at work in it; wait for its end, or choose another work_"):
+            run_stages(stages([]), tmp_path, {"a": 1}, lambda _: None)
+
+    run_stages([Stage("again", again, {})], tmp_path, {"a": 1}, lambda _: None)
+    log: list[str] = []
+    run_stages(stages(log), tmp_path, {"a": 1}, lambda _: None)
+    assert log == ["draw", "rank"]
+
+
+def test_a_device_that_is_full_is_one_line_and_gives_the_folder_back(tmp_path):
+    def fill(folder: Path, done: dict[str, Path]) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes\nand more")
+
+    with pytest.raises(
+        UserError, match="^fill: the device's memory is full .*; a smaller batch, smaller images"
+    ) as full:
+        run_stages([Stage("fill", fill, {})], tmp_path / "work", {"a": 1}, lambda _: None)
+    assert "\n" not in str(full.value) and not (tmp_path / "work").exists()
+
+    def fail(folder: Path, done: dict[str, Path]) -> None:
+        raise RuntimeError("another")
+
+    with pytest.raises(RuntimeError, match="another"):
+        run_stages([Stage("fail", fail, {})], tmp_path / "work", {"a": 1}, lambda _: None)
+
+
+@pytest.mark.parametrize("value", ["", "null", "[a]", "5"])
+def test_a_work_dir_that_is_no_path_is_refused(tmp_path, value):
+    (tmp_path / "run.yaml").write_text("kind: report\nruns: [x]\n")
+    with pytest.raises(UserError, match="work_dir: .* is no path; name a folder"):
+        open_run(tmp_path / "run.yaml", [f"work_dir={value}"])
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("kind: report\nruns: [x]\n")
+    assert open_run(tmp_path / "run.yaml", ["work_dir=~/runs"]).work_dir == tmp_path / "runs"
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "", "{a"])
+def test_a_damaged_configuration_of_a_run_is_named(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="config.yaml: is not what a run wrote; choose another work_dir="):
+        run_stages(stages([]), tmp_path, {"a": 1}, lambda _: None)

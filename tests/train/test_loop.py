@@ -112,6 +112,20 @@ def test_evaluation_is_logged_and_its_best_checkpoint_kept(tmp_path):
     assert kept(tmp_path) == [6, 10]
 
 
+def test_evaluation_at_named_steps_and_scores_that_are_none(tmp_path):
+    seen = []
+    run(tmp_path, evaluate=lambda state: seen.append(int(state.step)) or {}, evaluate_steps=(2, 7))
+    assert seen == [2, 7, 10]
+    assert all(len(line) > 1 for line in records(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["log_every", "save_steps"])
+def test_less_than_a_step_between_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="log_every, save_steps: .*0.*; give at least 1"):
+        run(tmp_path / "new", **{name: 0})
+    assert not (tmp_path / "new").exists()
+
+
 def test_best_must_be_a_score(tmp_path):
     with pytest.raises(UserError, match="best: the evaluation returns no 'mio'; did you mean 'miou'"):
         run(tmp_path, steps=1, evaluate=lambda state: {"miou": 1.0}, best="mio")

@@ -82,7 +82,8 @@ CASES = {
     "configuration missing": (remove("unet/config.json"), ["sd: no unet in it"], None),
     "weights missing": (remove(f"vae/{WEIGHTS}"), ["sd/vae: holds no weights; one of diffusion_pytorch"], None),
     "inpainting": (config("unet", in_channels=9), ["sd/unet/config.json: in_channels is 9", "inpainting"], False),
-    "other latents": (config("unet", in_channels=8), ["8-channel latents, the others give 12 and 4"], None),
+    "other latents": (config("unet", in_channels=8), ["8-channel ones, the others give 12 and 4"], None),
+    "other noise": (config("unet", out_channels=8), ["makes 8-channel latents of 4-channel ones, the others"], None),
     "key missing": (weights("unet", lambda a: a.pop(KEY)), [f"sd/unet/{WEIGHTS}: ", f"1 missing: {KEY}"], True),
     "key too many": (weights("vae", lambda a: a.update(extra=np.zeros(3))), ["1 not known to the model: extra"], True),
     "wrong shape": (weights("unet", lambda a: a.update({KEY: np.zeros(3, np.float32)})),
@@ -101,14 +102,14 @@ CASES = {
     "unsupported option": (config("unet", class_embed_type="timestep"),
         ["sd/unet/config.json: class_embed_type is 'timestep', and only None can be built"], False),
     "unsupported block": (config("unet", down_block_types=["AttnDownBlock2D", "DownBlock2D"]),
-        ["block types ['AttnDownBlock2D', 'DownBlock2D']", "cannot be built"], None),
+        ["down_block_types ['AttnDownBlock2D', 'DownBlock2D'] and up", "cannot be built"], None),
     "unsupported size": (config("unet", layers_per_block=[1, 2]), ["layers_per_block is [1, 2], not one whole"], None),
     "heads that do not fit": (config("unet", attention_head_dim=[3, 2]), ["attention_head_dim [3, 2] does not fit"],
         None),
     "groups that do not fit": (config("vae", norm_num_groups=5), ["no multiples of norm_num_groups, 5"], None),
     "unsupported autoencoder": (config("vae", shift_factor=0.1), ["sd/vae/config.json: shift_factor is 0.1"], None),
     "unsupported blocks of the autoencoder": (config("vae", down_block_types=["DownEncoderBlock2D"]),
-        ["sd/vae/config.json: its block types cannot be built"], None),
+        ["sd/vae/config.json: its down_block_types or up_block_types cannot be built"], None),
     "other text encoder": (config("text_encoder", model_type="t5"), ["model_type is 't5', not 'clip_text_model'"],
         None),
     "half a configuration": (write("vae/config.json", b'{"a": '), ["sd/vae/config.json: cannot be read as JSON"],
@@ -122,6 +123,35 @@ CASES = {
     "unknown scheduler": (edit("scheduler/scheduler_config.json", _class_name="LCMScheduler"),
         ["sd/scheduler/scheduler_config.json: ", "'LCMScheduler'"], True),
 }  # fmt: skip
+
+
+SIZE = "not one whole number above 0"
+TEXT_SIZES = (
+    "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "intermediate_size",
+)  # fmt: skip
+# (file, key, values of a wrong type or out of range, what the line says of it after the key)
+VALUES = [
+    ("unet/config.json", "block_out_channels", (5, "x", None, [], [0, 0], [-16, 16], [16.0, 32.0], [True, 16]),
+        "not a list of whole numbers above 0"),
+    ("unet/config.json", "down_block_types", (None, 5, "x", [[], {}]), "cannot be built"),
+    ("unet/config.json", "up_block_types", (None, 5), "cannot be built"),
+    ("unet/config.json", "attention_head_dim", (None, 0, "x", [0, 0], -8, [None, 2], [2.0, 2], {}, True),
+        "does not fit block_out_channels"),
+    ("unet/config.json", "num_attention_heads", (0, "x", [], [0, 0], -8), "does not fit block_out_channels"),
+    ("unet/config.json", "use_linear_projection", ("x", None, 1), "neither true nor false"),
+    ("unet/config.json", "layers_per_block", ("x", 0, -1, 1.0, True), SIZE),
+    ("vae/config.json", "block_out_channels", (5, [0, 0]), "not a list of whole numbers above 0"),
+    ("vae/config.json", "down_block_types", (None, 5), "cannot be built"),
+    ("vae/config.json", "latent_channels", ("x", 0, [4]), SIZE),
+    ("vae/config.json", "scaling_factor", ("x", None, 0, -1, np.nan, np.inf, True, [1]),
+        "not one finite number above 0"),
+    *(("text_encoder/config.json", key, ("x", None, [1], 0, -1, 2.0, True), SIZE) for key in TEXT_SIZES),
+    ("text_encoder/config.json", "num_attention_heads", (5,), "does not divide hidden_size, 12"),
+    ("text_encoder/config.json", "hidden_act", (None, 0, [1]), "not the name of an activation"),
+    ("text_encoder/config.json", "layer_norm_eps", ("x", None, -1), "not one finite number above 0"),
+    ("tokenizer/tokenizer_config.json", "model_max_length", ("x", [1], {}, True), "not one number"),
+]  # fmt: skip
 
 
 ARRAYS = ("key missing", "key too many", "wrong shape", "text key missing")
@@ -154,7 +184,7 @@ def test_damage_is_one_line(case, place, capsys):
     assert "\n" not in str(error.value) and re.search("[;,?] ", str(error.value))
     # all of it is known before a long run, but for what only the arrays tell
     if case in ARRAYS:
-        assert check_stable_diffusion("sd").sampler == "ddim"
+        assert check_stable_diffusion("sd").schedule.sampler == "ddim"
     else:
         with pytest.raises(UserError) as early:
             check_stable_diffusion("sd")
@@ -169,6 +199,33 @@ def test_damage_is_one_line(case, place, capsys):
         assert fragments[-1].removeprefix("1 ").split(": ")[-1] in out and "NOT GOOD" in out
     else:
         assert all(fragment in line for fragment in fragments) and out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "what"),
+    [
+        pytest.param(name, key, value, what, id=f"{name.split('/')[0]}: {key} {value!r}")
+        for name, key, values, what in VALUES
+        for value in values
+    ],
+)
+def test_a_wrong_value_is_one_line(name, key, value, what, place, capsys):
+    edit(name, **{key: value})(place / "sd")
+    for call in (load_stable_diffusion, check_stable_diffusion):
+        with pytest.raises(UserError) as error:
+            call("sd")
+        line = str(error.value)
+        assert line.startswith(f"sd/{name}: ") and re.search(rf"\b{key}\b.*{what}.*; ", line), line
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["models", "check", "sd"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and err.startswith("fmda: ") and err.count("\n") == 1 and line in out + err
+
+
+@pytest.mark.parametrize("limit", [1e30, 10**30, None, 0])
+def test_a_tokenizer_may_name_any_limit(limit, place):
+    edit("tokenizer/tokenizer_config.json", model_max_length=limit)(place / "sd")
+    assert load_stable_diffusion("sd").tokenize(["a road"]).shape == (1, 16)
 
 
 def test_what_is_not_good_is_named(place, capsys):
@@ -206,6 +263,18 @@ def test_a_missing_shard_is_known_before_loading(place):
     (place / "sd/vae" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="sd/vae/two.safetensors: shard named in .*index.json is not there; copy"):
         check_stable_diffusion("sd")
+
+
+@pytest.mark.parametrize("homes", [{"a": 5}, {"a": None}, {"a": ["one"]}, 5, None])
+def test_an_index_without_files_is_one_line(homes, place, capsys):
+    (place / "sd/vae" / WEIGHTS).rename(place / "sd/vae/one.safetensors")
+    (place / "sd/vae" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": homes}))
+    what = f"sd/vae/{WEIGHTS}.index.json: has no 'weight_map' with the file of each array; copy or download it again"
+    for call in (load_stable_diffusion, check_stable_diffusion):
+        with pytest.raises(UserError) as error:
+            call("sd")
+        assert str(error.value) == what
+    assert what in fails(capsys, place, "models check sd")[1]
 
 
 def test_a_single_network_says_the_same(place, capsys):

@@ -11,7 +11,7 @@ from fmda.methods.datum.settings import Config
 from fmda.methods.generate.cost import GIB, LIMIT, MACHINES, UnknownModel, parameter_shapes, read_shapes, shardings
 from fmda.methods.pipeline import Plan
 from fmda.models.catalog import DiffusionConfig
-from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_flops, vae_encode_flops
+from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_attention_flops, unet_flops, vae_encode_flops
 from fmda.perf.diffusion_memory import (
     personalisation_memory,
     text_training_bytes,
@@ -50,10 +50,15 @@ def row_flops(config: Config, shapes: DiffusionConfig) -> float:
         context_width=unet.context_width, in_channels=unet.in_channels, out_channels=unet.out_channels,
     )  # fmt: skip
     read = text_flops(text.context, width=text.width, layers=text.layers, mlp_width=text.mlp_width, embed_dim=0)
-    parts = config.batch // config.accumulate
+    share = 1 / (config.batch // config.accumulate) if "text_encoder" in config.trained_parts else 0
+    adapted = share * text_flops(text.context, width=text.width, layers=text.layers, mlp_width=0)
+    adapted += unet_attention_flops(
+        config.crop // vae.factor, text.context, channels=unet.channels, layers=unet.layers, attention=unet.attention,
+        context_width=unet.context_width,
+    )  # fmt: skip
     picture = dreambooth_step_flops(
-        unet=call, text=read / parts if "text_encoder" in config.trained_parts else 0,
-        encode=0 if config.bank else encode, adapters_only=config.trained == "lora",
+        unet=call, text=share * read, encode=0 if config.bank else encode,
+        adapted=adapted if config.trained == "lora" else None,
     )  # fmt: skip
     return len(config.prompts) * picture
 
@@ -124,8 +129,8 @@ def check_memory(config: Config, shapes: DiffusionConfig) -> None:
     raise UserError(
         f"batch: {config.batch} needs about {need / GIB:.2f} GiB on each of {mesh.size} device"
         f"{'s' if mesh.size > 1 else ''}, {(need - limit) / GIB:.2f} GiB more than the {limit / GIB:.2f} GiB there"
-        f"{told}; {advice}; accumulate=, remat=blocks, precision=bfloat16, trained=lora or more devices (mesh=) help "
-        "too"
+        f"{told}; {advice}; accumulate=, remat=dots or remat=blocks, precision=bfloat16, trained=lora or more devices "
+        "(mesh=) help too"
     )
 
 

@@ -4,6 +4,7 @@ All randomness of an example follows from its own seed. So neither the batch it 
 taken in, nor the devices change what it contributes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from fmda.diffusion.schedule import ScheduleConfig, add_noise, training_target
 from fmda.errors import UserError
 from fmda.methods.datum.lora import merged
+from fmda.models.sd_vae import signed
 from fmda.train.step import LossFn, Metrics
 from fmda.trees import Tree
 
@@ -52,8 +54,8 @@ class NoiseConfig:
     earliest: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises UserError for a negative offset, or where no time would be left."""
-        if self.offset < 0 or not 0 <= self.earliest < 1:
+        """Raises UserError for an offset that is no deviation, or where no time would be left."""
+        if not 0 <= self.offset < math.inf or not 0 <= self.earliest < 1:
             raise UserError(
                 f"noise: offset {self.offset}, earliest {self.earliest}; give an offset of 0 or more and an earliest "
                 "time from 0 to below 1"
@@ -125,7 +127,7 @@ def make_loss(
         if "moments" in flat:
             mean, logvar = jnp.split(flat["moments"].astype(jnp.float32), 2, axis=-1)
         else:
-            mean, logvar = nnx.merge(graphs.vae, frozen["vae"]).encode(flat["pixels"].astype(jnp.float32) / 127.5 - 1.0)
+            mean, logvar = nnx.merge(graphs.vae, frozen["vae"]).encode(signed(flat["pixels"]))
         latents, times, target = noised(graphs, mean, logvar, flat["seed"], noise)
         if "context" in frozen:
             context = frozen["context"]

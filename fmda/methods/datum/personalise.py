@@ -18,11 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from fmda import trees
-from fmda.atomic import write_atomic
-from fmda.config import identity, to_dict
-from fmda.data.loader import batches
 from fmda.diffusion.load import StableDiffusion, save_stable_diffusion
 from fmda.mesh import FSDP_RULES, make_mesh, place
+from fmda.methods import trainer
 from fmda.methods.datum.cost import check_memory, plan, row_flops
 from fmda.methods.datum.dreambooth import Graphs, make_loss
 from fmda.methods.datum.lora import init_adapters
@@ -31,12 +29,11 @@ from fmda.methods.datum.settings import Config
 from fmda.methods.datum.snapshots import SnapshotWriter, snapshot_model, untouched
 from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
 from fmda.methods.datum.target import digest
-from fmda.methods.generate.cost import fetched_shapes
 from fmda.methods.generate.run import ORIGIN
 from fmda.methods.pipeline import Stage
-from fmda.perf.peaks import peak_flops
+from fmda.methods.trainer import write_summary
 from fmda.precision import Policy, cast
-from fmda.train import TrainState, create_state, fit, make_optimizer, make_schedule, make_step
+from fmda.train import TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.train.step import Step
 from fmda.trees import Tree
 from fmda.weights import files
@@ -73,30 +70,19 @@ def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
     The state is sharded by `FSDP_RULES` over the mesh, and so are the networks that do not train. Raises UserError as
     `fmda.train.fit`, and where the folder's run began with another picture or other weights.
     """
-    shapes = fetched_shapes(config.model, config.revision)
-    check_memory(config, shapes)
     model = untouched(config)
+    shapes = model.networks
+    check_memory(config, shapes)
     check_prepared(config, prepared, model)
-    mesh = make_mesh(*config.mesh)
     marks = {"target": digest(prepared / "target.png"), "weights": model.fingerprint}
     frozen, weights, start = starting_point(config, model)
-    frozen, step = _placed(frozen, mesh), training_step(config, model)
-    # the loop places its own copy: none of the model may stay on a device beside it
-    del model
     writer = SnapshotWriter(config, folder)
     source, transform = examples(config, prepared)
-    loader = batches(
-        source, transform, config.batch, seed=config.seed, workers=config.workers,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+    state = trainer.train(
+        config, folder, training_step(config, model), start, _placed(frozen, make_mesh(*config.mesh)), source,
+        transform, what="personalise", flops_per_row=row_flops(config, shapes), marks=marks, weights=weights,
+        evaluate=writer, evaluate_steps=writer.steps, precision=config.precision,
     )  # fmt: skip
-    with loader:
-        state = fit(
-            step, start, frozen, loader, steps=config.steps, mesh=mesh, rules=FSDP_RULES, folder=folder,
-            key=jax.random.key(config.seed), log_every=config.log_every, save_steps=config.save_steps,
-            save_minutes=config.save_minutes, evaluate=writer, evaluate_steps=writer.every, weights=weights,
-            config=identity(config) | marks, tensorboard=config.tensorboard, what="personalise",
-            flops_per_example=row_flops(config, shapes), peak_flops=peak_flops(dtype=config.precision),
-        )  # fmt: skip
     return {"steps": int(state.step), "snapshots": list(writer.steps), "trained": trees.count(state.params)}
 
 
@@ -117,13 +103,13 @@ def training_step(config: Config, model: StableDiffusion) -> Step:
 
 
 def starting_point(config: Config, model: StableDiffusion) -> tuple[Tree, Tree | None, Callable[[Array], TrainState]]:
-    """Returns (frozen, weights, start) as `fmda.train.fit` takes them, on the host.
+    """Returns (frozen, weights, start) as `fmda.train.fit` takes them, where the model's parameters lie.
 
     `start(key)` makes the state: with zeros that `weights` take the place of, or, for adapters, which begin at random,
     as it stays; `weights` is None then. Frozen networks are stored in the number format of the computation.
     """
     dtype = Policy.named(config.precision).compute
-    host = jax.device_get(model.params)
+    host = model.params
     ids = model.tokenize(config.prompts)
     frozen: Tree = {"vae": cast(host["vae"], dtype)}
     if "text_encoder" in config.trained_parts:
@@ -170,13 +156,10 @@ def _placed(tree: Tree, mesh: Mesh) -> Tree:
 
 def _probe(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     assert config.probe is not None
-    dtype = jnp.dtype(config.precision)
-    base = untouched(config)
-    # what draws computes in the number format of the run; snapshots are told by the parameters as they are stored
-    frame = base if dtype == jnp.float32 else untouched(config, dtype)
+    base = untouched(config, jnp.dtype(config.precision))
 
     def model_after(step: int) -> StableDiffusion:
-        return frame.with_params(cast(snapshot_model(config, done["train"], step, base).params, dtype))
+        return snapshot_model(config, done["train"], step, base)
 
     drawing = probe_config(config.probe, config.token, config.precision, config.device_memory)
     return {"images": draw_probes(drawing, model_after, config.probed_steps, folder)}
@@ -196,23 +179,21 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     else:
         named = {str(step): step for step in config.snapshot_steps[-1:]}
     paths = export_steps(config, done["train"], folder, named)
-    lines = (done["train"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = next(row for row in map(json.loads, reversed(lines)) if "loss" in row)
-    record = {"config": to_dict(config), "last": last, "models": named}
-    write_atomic(folder / "training.json", json.dumps(record, indent=1) + "\n")
+    write_summary(folder / "training.json", config, done["train"], models=named)
     return {"models": [str(path) for path in paths]}
 
 
 def export_steps(config: Config, train: Path, folder: Path, named: Mapping[str, int]) -> list[Path]:
     """Returns the folders, in diffusers' layout, of some snapshots of the folder `train`: {name of folder: step}.
 
-    A folder appears whole or not at all; one that is there already stays.
+    A folder appears whole or not at all; one that is there already stays, unless another step was put there.
     """
     base = None
     for name, step in named.items():
         path, part = folder / name, folder / f".{name}.part"
-        if path.is_dir():
+        if path.is_dir() and _step_of(path) in (None, step):
             continue
+        shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(part, ignore_errors=True)
         base = base or untouched(config)
         save_stable_diffusion(part, snapshot_model(config, train, step, base), dtype=jnp.dtype(config.store))
@@ -220,3 +201,8 @@ def export_steps(config: Config, train: Path, folder: Path, named: Mapping[str, 
         files.write_json(part / ORIGIN, origin)
         part.rename(path)
     return [folder / name for name in named]
+
+
+def _step_of(exported: Path) -> int | None:
+    origin = exported / ORIGIN
+    return files.read_json(origin).get("step") if origin.is_file() else None

@@ -1,6 +1,5 @@
 """What a personalisation reads: the checked target, class pictures, encoded crops; and the rows of its batches."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from fmda.data.loader import Transform
 from fmda.diffusion.draw import image_size
 from fmda.diffusion.load import StableDiffusion, check_stable_diffusion
 from fmda.diffusion.manifest import Manifest
-from fmda.diffusion.samplers import make_table
 from fmda.errors import UserError
 from fmda.methods import generate
 from fmda.methods.datum.cost import check_batch, check_crop, check_memory
@@ -35,9 +33,8 @@ from fmda.methods.datum.target import (
     open_target,
     random_crop,
 )
-from fmda.methods.generate.cost import check_memory as check_drawing
-from fmda.methods.generate.cost import fetched_shapes
-from fmda.methods.generate.settings import make_prompts
+from fmda.methods.generate.checks import check_drawing
+from fmda.models.sd_vae import signed
 from fmda.precision import Policy
 from fmda.progress import track
 from fmda.train import make_optimizer
@@ -84,30 +81,25 @@ def _known(mark: Path) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     """Raises UserError for what would else end a later stage, perhaps after hours."""
-    shapes = fetched_shapes(config.model, config.revision)
-    schedule = check_stable_diffusion(config.model, config.revision)
-    check_crop(config, shapes)
+    model = check_stable_diffusion(config.model, config.revision)
+    check_crop(config, model.networks)
     check_batch(config)
-    check_memory(config, shapes)
+    check_memory(config, model.networks)
     make_optimizer(config.optim, config.steps)
     prior, probe = config.prior, config.probe
     if prior is not None and prior.images is not None:
         ClassPictures(prior.images, config.crop)
     elif prior is not None:
-        size = image_size(prior.sampler, shapes.unet, shapes.vae)
+        size = image_size(prior.sampler, model.networks.unet, model.networks.vae)
         if min(size) < config.crop:
             raise UserError(
                 f"prior.sampler.size: class pictures of {size[0]}x{size[1]} hold no crop of {config.crop}; "
                 "draw larger ones"
             )
-        make_table(schedule, prior.sampler.sampler, prior.sampler.steps)
-        check_drawing(_class_drawing(config, prior), shapes, jax.local_device_count(), 1, "prior.")
+        check_drawing(_class_drawing(config, prior), model, jax.local_device_count(), 1, "prior.")
     if probe is not None:
-        make_prompts(dataclasses.replace(probe.prompts, token=config.token))
-        image_size(probe.sample, shapes.unet, shapes.vae)
-        make_table(schedule, probe.sample.sampler, probe.sample.steps)
         drawing = probe_config(probe, config.token, config.precision, config.device_memory)
-        check_drawing(drawing, shapes, jax.local_device_count(), 1, "probe.")
+        check_drawing(drawing, model, jax.local_device_count(), 1, "probe.")
         resolve(probe.clip)
 
 
@@ -147,7 +139,7 @@ def _fill_bank(config: Config, folder: Path) -> None:
 
 
 def _moments(vae: LoadedVae, crop: Picture) -> np.ndarray:
-    pair = vae.encode(crop[None].astype(np.float32) / 127.5 - 1.0)
+    pair = vae.encode(signed(crop[None]))
     return np.concatenate(jax.device_get(pair), axis=-1)[0]
 
 

@@ -1,10 +1,12 @@
 """What a personalisation may say; the defaults are the paper's."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fmda.config import FREE
 from fmda.diffusion.draw import SamplerConfig
+from fmda.diffusion.generate import check_numbers
 from fmda.errors import UserError
 from fmda.methods.datum.dreambooth import NoiseConfig
 from fmda.methods.datum.stop import ProbeConfig
@@ -40,9 +42,11 @@ class LoraConfig:
     text: bool = True
 
     def __post_init__(self) -> None:
-        """Raises UserError for a rank below 1."""
+        """Raises UserError for a rank below 1, and an alpha that is no positive number."""
         if self.rank < 1:
             raise UserError(f"lora.rank: {self.rank}; give at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"lora.alpha: {self.alpha}; give a positive number")
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,10 @@ class PriorConfig:
     sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where no class picture would be drawn."""
-        if self.count < 1 or self.batch < 1:
-            raise UserError(f"prior: count {self.count}, batch {self.batch}; give at least 1 of each")
+        """Raises UserError where no class picture would be drawn, or none would count."""
+        check_numbers(**{"prior.count": self.count, "prior.batch": self.batch})
+        if not 0 < self.weight < math.inf:
+            raise UserError(f"prior.weight: {self.weight}; give a positive number, or leave prior out")
 
 
 @dataclass(frozen=True, kw_only=True)

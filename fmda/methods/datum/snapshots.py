@@ -1,6 +1,5 @@
 """The trained weights at chosen steps, and the model that they make of the untouched one."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def snapshot_path(train: Path, step: int) -> Path:
 
 
 class SnapshotWriter:
-    """Writes the weights of the steps in `config.snapshot_steps`; to be called every `every` steps and at the end.
+    """Writes the weights of the steps in `config.snapshot_steps`; to be called at these, and wherever else.
 
     A file appears whole or not at all, and before the loop saves a checkpoint of its step or a later one: a run that
     goes on from a checkpoint has all snapshots of the steps before it. Steps that are taken again write the same bytes.
@@ -35,7 +34,6 @@ class SnapshotWriter:
 
     def __init__(self, config: Config, train: Path) -> None:
         self.steps = config.snapshot_steps
-        self.every = math.gcd(*self.steps) if self.steps else None
         self._which = "params" if config.ema is None else "ema"
         self._dtype = jnp.dtype(config.store)
         self._train = train
@@ -74,16 +72,18 @@ def read_snapshot(train: Path, step: int) -> Tree:
 
 
 def untouched(config: Config, dtype: DTypeLike = jnp.float32) -> StableDiffusion:
-    """Returns the model that is personalised, computing in `dtype` and as it will once it is exported.
+    """Returns the model that is personalised, on the host, computing in `dtype` and as it will once it is exported.
 
     That is as PyTorch's diffusers, and so the paper, computes; weights of a Flax release computed a little otherwise
     there.
     """
-    return load_stable_diffusion(config.model, config.revision, dtype).as_saved()
+    return load_stable_diffusion(config.model, config.revision, dtype, on_host=True).as_saved()
 
 
 def snapshot_model(config: Config, train: Path, step: int, base: StableDiffusion | None = None) -> StableDiffusion:
-    """Returns the whole model, float32, as it was after `step` steps; 0 is the untouched one. Adapters are merged.
+    """Returns the whole model as it was after `step` steps; 0 is the untouched one. Adapters are merged.
+
+    Its number format is that of `base`, float32 by default.
 
     Args:
         config: of the run.
@@ -104,7 +104,9 @@ def snapshot_model(config: Config, train: Path, step: int, base: StableDiffusion
 
 
 def _whole(config: Config, own: Tree, trained: Tree) -> Tree:
-    """Returns a network's weights after training: those stored, or its own with adapters merged into them."""
-    if config.trained == "lora":
-        return merged(own, trained, config.lora.alpha / config.lora.rank)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), trained)
+    """Returns a network's weights after training, on the host, in the number format of its own.
+
+    They are those stored, or its own with adapters merged into them.
+    """
+    whole = merged(own, trained, config.lora.alpha / config.lora.rank) if config.trained == "lora" else trained
+    return jax.tree.map(lambda new, old: np.asarray(new).astype(old.dtype, copy=False), whole, own)

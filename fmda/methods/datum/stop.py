@@ -20,11 +20,12 @@ from fmda.atomic import write_atomic
 from fmda.data.files import read_image
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import StableDiffusion
-from fmda.diffusion.manifest import Manifest
+from fmda.diffusion.manifest import Manifest, load_image
 from fmda.errors import UserError
 from fmda.evaluate.quality import alignment, pairwise_diversity, spread
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.evaluate.stopping import Choice, choose_step
+from fmda.methods.datum.target import random_crop
 from fmda.methods.generate import Config as GenerateConfig
 from fmda.methods.generate import PromptConfig, draw_images
 from fmda.methods.judges import embed, grid_share
@@ -91,9 +92,9 @@ def draw_probes(
     return len(steps) * drawing.count
 
 
-def read_images(folder: Path) -> np.ndarray:
-    """Returns the images of a generated folder, uint8 [n, H, W, 3], in order."""
-    return np.stack([read_image(path) for path in Manifest.read(folder).paths])
+def read_images(manifest: Manifest) -> np.ndarray:
+    """Returns the images of a generated set, uint8 [n, H, W, 3], in order. Raises UserError for a damaged one."""
+    return np.stack([load_image(path) for path in manifest.paths])
 
 
 def target_crops(picture: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
@@ -102,9 +103,7 @@ def target_crops(picture: np.ndarray, size: int, count: int, seed: int) -> np.nd
     Raises ValueError for a picture smaller than a crop.
     """
     rng = np.random.default_rng((seed, 6))
-    height, width = picture.shape[:2]
-    places = [(int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))) for _ in range(count)]
-    return np.stack([picture[top : top + size, left : left + size] for top, left in places])
+    return np.stack([random_crop(picture, size, rng) for _ in range(count)])
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.nd
     rows = []
     for step in steps:
         manifest = Manifest.read(folder / str(step))
-        images = read_images(folder / str(step))
+        images = read_images(manifest)
         found = embed(clip, images)
         covered, covered_error = found_classes(clip, images, [picture.class_name for picture in manifest.pictures])
         near_error = spread(lambda x: alignment(x, near).mean, found, seed=probe.seed).error
@@ -198,7 +197,7 @@ def write_choice(
         **{name: np.asarray(values).tolist() for name, values in rows.items()},
     }
     write_atomic(folder / "curves.png", _chart(curves, found))
-    before, after = (read_images(probes / str(step))[:SHOWN] for step in (0, found.step))
+    before, after = (read_images(Manifest.read(probes / str(step)).head(SHOWN)) for step in (0, found.step))
     write_atomic(folder / "before-after.png", _before_after(picture, before, after))
     write_sections(folder, _sections(curves, found))
     write_atomic(folder / "choice.json", json.dumps(record, indent=1) + "\n")

@@ -14,6 +14,9 @@ from fmda.errors import UserError
 
 Picture = UInt8[np.ndarray, "H W 3"]
 
+MOST_PIXELS = 2**28
+"""Of a target after resizing: three quarters of a GiB."""
+
 _REFUSED = {
     "grey": "a grey picture, of which the model would learn that the target has no colours; give it in colour, or "
     "convert it to RGB if that is meant",
@@ -28,7 +31,8 @@ def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
 
     Resized as the original does it: Pillow's bilinear filter, which averages where it shrinks, and the longer side
     rounded down. A rotation noted by the camera is applied. Raises UserError for a file that is missing, truncated,
-    grey, with an alpha channel, or smaller than a crop: a small picture is enlarged, but not from below one crop.
+    grey, with an alpha channel, or smaller than a crop (a small picture is enlarged, but not from below one crop), and
+    where `resize` would make more than `MOST_PIXELS`.
     """
     path = Path(path).expanduser()
     read_image(path)  # names what is missing, cut off, or has more than 8 bits
@@ -45,6 +49,10 @@ def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
         )
     if resize is not None and min(width, height) != resize:
         scale = min(width, height)
+        if resize**2 * max(width, height) // scale > MOST_PIXELS:
+            raise UserError(
+                f"resize: {resize} makes more than {MOST_PIXELS:,} pixels of {path}, {width}x{height}; choose less"
+            )
         picture = picture.resize((resize * width // scale, resize * height // scale), Image.Resampling.BILINEAR)
     return np.asarray(picture)
 

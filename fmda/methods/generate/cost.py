@@ -8,7 +8,6 @@ from jax.sharding import AbstractMesh
 
 from fmda import trees
 from fmda.diffusion.draw import image_size
-from fmda.diffusion.load import check_components
 from fmda.errors import UserError, did_you_mean
 from fmda.mesh import FSDP_RULES, place
 from fmda.methods.generate.settings import Config, make_prompts
@@ -20,7 +19,7 @@ from fmda.perf.flops import text_flops
 from fmda.perf.memory import device_memory
 from fmda.trees import Tree
 from fmda.weights.diffusers import part_graph, read_config
-from fmda.weights.source import PARTS, asset_names, assets_folder, resolve
+from fmda.weights.source import PARTS, asset_names, assets_folder
 
 GIB = 2**30
 LIMIT = " (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets JAX take more of a GPU)"
@@ -83,13 +82,6 @@ def read_shapes(model: str) -> DiffusionConfig:
             return entry.config
     near = "" if "/" in model else did_you_mean(model, asset_names())
     raise UnknownModel(f"model: '{model}' is no folder and not in the catalogue{near}; plan again when it is there")
-
-
-def fetched_shapes(model: str, revision: str | None) -> DiffusionConfig:
-    """Returns what `read_shapes` does, of a model that is downloaded first if it has to be."""
-    folder = resolve(model, revision, "diffusers")
-    check_components(folder)
-    return read_shapes(str(folder))
 
 
 def image_flops(config: Config, shapes: DiffusionConfig) -> dict[str, float]:

@@ -14,16 +14,14 @@ from fmda.diffusion.draw import image_size, make_draw
 from fmda.diffusion.filters import BannedWords, ClassPresence, ClipScore, DuplicatePrompt, LongPrompt, NearDuplicate
 from fmda.diffusion.filters import PromptFilter as AnyPromptFilter
 from fmda.diffusion.generate import SHEET, generate
-from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
+from fmda.diffusion.load import StableDiffusion, check_stable_diffusion, load_stable_diffusion
 from fmda.diffusion.manifest import Prompt
-from fmda.errors import UserError
 from fmda.evaluate.sections import Section, write_sections
 from fmda.mesh import make_mesh
-from fmda.methods.generate.cost import check_memory, fetched_shapes
+from fmda.methods.generate.checks import check_drawing, check_filters
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
 from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.methods.pipeline import Stage
-from fmda.models.catalog import DiffusionConfig
 from fmda.weights import files
 from fmda.weights.clip import load_clip
 
@@ -33,13 +31,6 @@ def stages(config: Config) -> list[Stage]:
     make_prompts(config.prompts)
     # always: an image that was deleted is drawn again, and another model in the same place is told
     return [Stage("images", functools.partial(_images, config), config, always=True)]
-
-
-def _checked_mesh(config: Config, shapes: DiffusionConfig) -> Mesh:
-    """Returns this process's mesh. Raises UserError where one of its devices cannot hold its share of a batch."""
-    mesh = make_mesh(*config.mesh, devices=jax.local_devices())
-    check_memory(config, shapes, mesh.size, mesh.shape["fsdp"])
-    return mesh
 
 
 ORIGIN = "personalised.json"
@@ -53,9 +44,8 @@ def draw_images(
 
     `origin` is what each line of the manifest says of how the model was personalised.
     """
-    prompts = make_prompts(config.prompts)
-    mesh = _checked_mesh(config, DiffusionConfig(model.unet.config, model.vae.config, model.text_encoder.config))
-    sample = config.sample
+    prompts, sample = make_prompts(config.prompts), config.sample
+    draw = make_draw(model, sample, _mesh(config))
     facts = {
         "sampler": sample.sampler,
         "steps": sample.steps,
@@ -73,8 +63,8 @@ def draw_images(
     if config.filters.banned:
         prompt_filters.append(BannedWords(config.filters.banned))
     manifest = generate(
-        make_draw(model, sample, mesh), prompts, folder, count=config.count, batch=config.batch, seed=config.seed,
-        facts=facts, filters=image_filters(config.filters, prompts), prompt_filters=prompt_filters, tries=config.tries,
+        draw, prompts, folder, count=config.count, batch=config.batch, seed=config.seed, facts=facts,
+        filters=image_filters(config.filters, prompts), prompt_filters=prompt_filters, tries=config.tries,
         process_index=jax.process_index(), process_count=jax.process_count(),
         wait=multihost_utils.sync_global_devices if jax.process_count() > 1 else None,
     )  # fmt: skip
@@ -82,9 +72,10 @@ def draw_images(
 
 
 def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    # before the networks are loaded, which might be too large already
-    _checked_mesh(config, fetched_shapes(config.model, config.revision))
-    model = load_stable_diffusion(config.model, config.revision, jnp.dtype(config.dtype))
+    # before the networks are loaded, which takes long and might be too much already
+    known, mesh = check_stable_diffusion(config.model, config.revision), _mesh(config)
+    check_drawing(config, known, mesh.size, mesh.shape["fsdp"])
+    model = load_stable_diffusion(known.folder, dtype=jnp.dtype(config.dtype), on_host=True)
     origin = model.folder / ORIGIN
     counts = draw_images(config, model, folder, files.read_json(origin) if origin.is_file() else None)
     if jax.process_index() == 0:
@@ -95,15 +86,16 @@ def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     return counts
 
 
+def _mesh(config: Config) -> Mesh:
+    """Returns the mesh of this process's devices."""
+    return make_mesh(*config.mesh, devices=jax.local_devices())
+
+
 def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> list[Any]:
-    """Returns the filters that a configuration asks for, all with one CLIP."""
-    if config.clip_score is None and config.near_duplicate is None and config.class_presence is None:
+    """Returns the filters that a configuration asks for, all with one CLIP. Raises UserError as `check_filters`."""
+    check_filters(config, prompts)
+    if not config.looks:
         return []
-    if config.class_presence is not None and not any(prompt.class_name for prompt in prompts):
-        raise UserError(
-            "filters.class_presence: the prompts name no class, as those of prompts.file and prompts.texts never do; "
-            "leave the filter out, or give prompts.classes"
-        )
     clip = load_clip(config.clip)
     found: list[Any] = []
     if config.clip_score is not None:

@@ -1,5 +1,7 @@
 """What a set of generated images may say, and the prompts it is drawn from."""
 
+import math
+import string
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -65,6 +67,18 @@ class FilterConfig:
     banned: tuple[str, ...] = ()
     long_prompt: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a threshold that is no finite number."""
+        for name in ("clip_score", "near_duplicate", "class_presence"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"filters.{name}: {value} is no threshold; give a number, or null")
+
+    @property
+    def looks(self) -> bool:
+        """Whether any filter looks at images, by a CLIP."""
+        return not (self.clip_score is None and self.near_duplicate is None and self.class_presence is None)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -118,7 +132,7 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
         return [Prompt(text) for text in config.texts]
     if config.file is not None:
         try:
-            lines = Path(config.file).read_text(encoding="utf-8").splitlines()
+            lines = Path(config.file).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompts.file: {config.file} cannot be read ({error}); name a text file") from None
         texts = [line.strip() for line in lines if line.strip()]
@@ -127,15 +141,19 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
         return [Prompt(text) for text in texts]
     if not config.classes:
         raise UserError("prompts.classes: names no class; give some, or a file or texts")
+    try:
+        parsed = string.Formatter().parse(config.form)
+        slots = {f"{slot}{spec}{how or ''}" for _, slot, spec, how in parsed if slot is not None}
+    except ValueError:
+        slots = {config.form}
+    if not slots <= {"token", "class", "classes"}:
+        raise UserError(
+            f"prompts.form: '{config.form}' has another slot than {{token}}, {{class}}, {{classes}}; mend it"
+        )
     prompts = []
     for index, name in enumerate(config.classes):
         if name not in THINGS:
             raise UserError(f"prompts.classes: '{name}' is not one of {', '.join(THINGS)}; correct it or give texts")
-        try:
-            text = config.form.format(**{"token": config.token, "class": name, "classes": THINGS[name]})
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-            raise UserError(
-                f"prompts.form: '{config.form}' has another slot than {{token}}, {{class}}, {{classes}}; mend it"
-            ) from None
+        text = config.form.format(**{"token": config.token, "class": name, "classes": THINGS[name]})
         prompts.append(Prompt(" ".join(text.split()), index, name))
     return prompts

@@ -13,7 +13,7 @@ from fmda.atomic import replacing, write_atomic
 from fmda.data import templates
 from fmda.errors import UserError
 from fmda.methods.pretrain.crops import CropConfig, Crops, Scenes
-from fmda.methods.pretrain.vae import signed
+from fmda.models.sd_vae import signed
 from fmda.progress import track
 from fmda.weights.diffusers import LoadedVae
 from fmda.world.captions import crop_facts

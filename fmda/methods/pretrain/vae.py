@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from fmda.atomic import write_atomic
 from fmda.errors import UserError
@@ -25,7 +25,7 @@ from fmda.methods.pipeline import Plan, Stage
 from fmda.methods.pretrain.dino_views import Image, Pictures
 from fmda.methods.trainer import TrainerConfig, train, write_summary
 from fmda.models.module import abstract, init
-from fmda.models.sd_vae import Vae, VaeConfig
+from fmda.models.sd_vae import Vae, VaeConfig, signed
 from fmda.perf.diffusion_flops import vae_decode_flops, vae_encode_flops
 from fmda.perf.flops import training_flops
 from fmda.progress import track
@@ -83,11 +83,6 @@ class Crop:
         top, left = rng.integers(height - self.size + 1), rng.integers(width - self.size + 1)
         square = picture[top : top + self.size, left : left + self.size]
         return {"pixels": np.ascontiguousarray(square[:, ::-1] if rng.random() < 0.5 else square)}
-
-
-def signed(pixels: Array | np.ndarray) -> Float[Array, "b H W 3"]:
-    """Returns uint8 pictures as the autoencoder wants them, in [-1, 1]."""
-    return jnp.asarray(pixels).astype(jnp.float32) / 127.5 - 1.0
 
 
 def make_loss(graphdef: nnx.GraphDef, edges: float, kl: float) -> LossFn:

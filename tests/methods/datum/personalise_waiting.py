@@ -11,13 +11,15 @@ import jax
 
 from fmda.cli import main
 from fmda.mesh import LargestAxis
+from fmda.methods import trainer
 from fmda.methods.datum import personalise
 
-make_batches, fit = personalise.batches, personalise.fit
+ALL = (("*", LargestAxis(min_size=0)),)
+make_batches, fit = trainer.batches, trainer.fit
 
 
 def fit_and_tell(*arguments, **options):
-    state = fit(*arguments, **options)
+    state = fit(*arguments, **{**options, "rules": ALL})
     for name in ("params", "opt"):
         leaves = [leaf for leaf in jax.tree.leaves(getattr(state, name)) if leaf.ndim]
         cut = sum("fsdp" in leaf.sharding.spec for leaf in leaves)
@@ -46,9 +48,8 @@ class Waiting:
 
 
 if __name__ == "__main__":
-    personalise.batches = Waiting
+    trainer.batches = Waiting
     if "CUT_ALL" in os.environ:
-        personalise.FSDP_RULES = (("*", LargestAxis(min_size=0)),)
-        personalise.fit = fit_and_tell
+        personalise.FSDP_RULES, trainer.fit = ALL, fit_and_tell
     sys.argv[0] = "fmda"
     sys.exit(main())

@@ -11,6 +11,7 @@ from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
 from fmda.methods.datum.cost import check_memory, memory, plan, row_flops, trained_count
 from fmda.methods.datum.dreambooth import Graphs, make_loss
+from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.settings import Config, LoraConfig, PriorConfig
 from fmda.methods.generate.cost import GIB
 from fmda.methods.kinds import open_run
@@ -78,6 +79,9 @@ def traced(given, pictures):
     graphs = Graphs(*(nets[part].graphdef for part in ("unet", "text_encoder", "vae")), ScheduleConfig(), 1.0)
     params = {part: nets[part].params for part in given.trained_parts}
     frozen = {"vae": nets["vae"].params}
+    if given.trained == "lora":
+        frozen |= params
+        params = {part: init_adapters(jax.random.key(0), tree, given.lora.rank) for part, tree in params.items()}
     if "text_encoder" in params:
         frozen["ids"] = np.zeros((pictures, small.TEXT.context), np.int32)
     else:
@@ -91,7 +95,9 @@ def traced(given, pictures):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"prior": PriorConfig()}, {"trained": "unet", "bank": 8}], ids=["all", "prior", "unet-bank"]
+    "changes",
+    [{}, {"prior": PriorConfig()}, {"trained": "unet", "bank": 8}, {"trained": "lora", "bank": 8}],
+    ids=["all", "prior", "unet-bank", "lora-bank"],
 )
 def test_flops_are_those_of_the_traced_step(changes):
     given = config(**changes)

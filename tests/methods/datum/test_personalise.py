@@ -178,6 +178,18 @@ def test_an_export_that_was_broken_off_is_made_again(place, unbroken, tmp_path):
     assert all(np.array_equal(stored[name], whole[name].astype(np.float16)) for name in whole)
 
 
+def test_an_export_of_another_step_is_replaced_and_one_of_the_same_stays(place, unbroken, tmp_path):
+    config, train = configured(place), unbroken / "train"
+    export_steps(config, train, tmp_path, {"chosen": 3})
+    (tmp_path / "chosen/note").touch()
+    export_steps(config, train, tmp_path, {"chosen": 3})
+    assert (tmp_path / "chosen/note").is_file()
+    export_steps(config, train, tmp_path, {"chosen": 6})
+    assert not (tmp_path / "chosen/note").exists() and small.same(
+        arrays(tmp_path / "chosen"), arrays(unbroken / "export/6")
+    )
+
+
 def test_text_states_are_frozen_where_the_unet_trains_alone(place):
     model = load_stable_diffusion(place / "model")
     frozen, weights, _ = starting_point(configured(place, trained="unet"), model)
@@ -273,7 +285,11 @@ def test_a_model_with_a_missing_part_leaves_no_run(place, tmp_path, monkeypatch,
         ("batch=0", "steps, batch, bank, seed: 6, 0, 0, 0; give at least 1 step and a batch of 1"),
         ("optim={learning_rate: -1}", "optim.learning_rate: -1.0; give a positive number"),
         ("optim={warmup_steps: 50}", "optim.warmup_steps: 50 does not fit into a run of 6 steps"),
-        ("prior={count: 0}", "prior: count 0, batch 4; give at least 1 of each"),
+        ("prior={count: 0}", "prior.count: 0; give at least 1"),
+        ("prior={weight: .nan}", "prior.weight: nan; give a positive number"),
+        ("lora={alpha: .inf}", "lora.alpha: inf; give a positive number"),
+        ("noise={offset: .nan}", "noise: offset nan"),
+        ("resize=100000", "resize: 100000 makes more than 268,435,456 pixels"),
         ("device_memory=-1", "device_memory: -1.0 GiB is no size of a memory"),
         ("ema=5.0", "ema: 5.0 is no share to keep"),
         ("batch=6", "batch: 6 does not divide over 8 devices; batch=8 does, or mesh=[2,1] takes fewer"),
