@@ -154,7 +154,7 @@ def _read(graphdef: nnx.GraphDef, params: trees.Tree, ids: Array) -> Array:
 
 
 def check_ids(config: TextConfig, ids: Array | np.ndarray) -> None:
-    """Raises UserError for ids that are not [B, T] with T above 0, or, where values are known, of another vocabulary."""
+    """Raises UserError for ids that are not [B, T], T above 0, or, where values are known, of another vocabulary."""
     if np.ndim(ids) != 2 or not np.shape(ids)[1]:
         raise UserError(f"ids: of shape {list(np.shape(ids))} where the text encoder reads [B, T]; take `tokenize`")
     if isinstance(ids, jax.core.Tracer) or not np.size(ids):

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -530,17 +531,16 @@ def test_a_folder_without_a_manifest_is_named(tmp_path):
         contact_sheet(tmp_path)
 
 
-# Every draw and every file, before and after it takes its place, waits for a byte on stdin; at its end, all go on.
+# At a draw, a file before or after it takes its place, or a wait, the process kills itself if it was told that word.
 _SCRIPT = """
-    import os, sys, time
+    import os, signal, sys, time
     from pathlib import Path
     sys.path[:0] = {paths!r}
     from test_generate import draw, make
-    number, processes = int(sys.argv[2]), int(sys.argv[3])
+    number, processes, mark = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     def event(*words):
-        # past Python's buffers: images are written by several threads
-        os.write(1, (" ".join(words) + "\\n").encode())
-        os.read(0, 1)
+        if " ".join(words) == mark:
+            os.kill(os.getpid(), signal.SIGKILL)
     def slow_draw(texts, seeds):
         event("draw")
         return draw(texts, seeds)
@@ -560,28 +560,19 @@ _SCRIPT = """
 """
 
 
-def start(tmp_path, folder, number=0, processes=1):
+def start(tmp_path, folder, number=0, processes=1, mark=""):
     here = Path(__file__).parent
     script = tmp_path / "generate.py"
     script.write_text(textwrap.dedent(_SCRIPT.format(paths=[str(here.parents[1]), str(here)])))
-    command = [sys.executable, str(script), str(folder), str(number), str(processes)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(script), str(folder), str(number), str(processes), mark]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env={**os.environ, "FMDA_PROCESS": str(number)}, **pipes)
 
 
-def kill_at(child, mark):
-    """Lets a run go on to an event, kills it there, and returns whether it came so far."""
-    with child:
-        for line in child.stdout:
-            if line.strip() == mark:
-                break
-            if not child.stdin.closed:
-                child.stdin.write("\n")
-                child.stdin.flush()
-        else:
-            line = ""
-        child.kill()
-    return line.strip() == mark
+def killed(child):
+    """Returns whether a run came to its mark, when it has ended."""
+    child.communicate(timeout=120)
+    return child.returncode == -signal.SIGKILL
 
 
 MARKS = [
@@ -591,7 +582,7 @@ MARKS = [
 
 
 def test_killed_at_eight_moments_the_folder_is_the_same(whole, tmp_path):
-    reached = [kill_at(start(tmp_path, tmp_path / "cut"), mark) for mark in MARKS]
+    reached = [killed(start(tmp_path, tmp_path / "cut", mark=mark)) for mark in MARKS]
     out, err = start(tmp_path, tmp_path / "cut").communicate(timeout=120)
     assert out.endswith("done\n"), err
     assert dict(zip(MARKS, reached, strict=True)) == dict.fromkeys(MARKS, True)
@@ -600,9 +591,6 @@ def test_killed_at_eight_moments_the_folder_is_the_same(whole, tmp_path):
 
 def test_two_processes_equal_one(whole, tmp_path):
     pair = [start(tmp_path, tmp_path / "two", number, 2) for number in range(2)]
-    for child in pair:
-        child.stdin.close()
-        child.stdin = None
     ends = [child.communicate(timeout=120) for child in pair]
     assert all(out.endswith("done\n") for out, _ in ends), ends
     assert content(tmp_path / "two") == content(whole)
@@ -611,10 +599,10 @@ def test_two_processes_equal_one(whole, tmp_path):
 
 
 def test_two_killed_processes_are_continued_by_one(whole, tmp_path):
-    pair = [start(tmp_path, tmp_path / "two", number, 2) for number in range(2)]
-    pair[0].stdin.close()
     # one in the middle, of which half an image is left; the other one when it waits for it
-    assert kill_at(pair[1], "before im_000007_p1.png") and kill_at(pair[0], "wait drawn")
+    marks = ["wait drawn", "before im_000007_p1.png"]
+    pair = [start(tmp_path, tmp_path / "two", number, 2, mark) for number, mark in enumerate(marks)]
+    assert all([killed(child) for child in pair])
     assert (tmp_path / "two/images/.im_000007_p1.part1.png").is_file() and (tmp_path / "two/drawn-0.jsonl").is_file()
     make(tmp_path / "two")
     assert content(tmp_path / "two") == content(whole)
