@@ -40,8 +40,6 @@ from fmda.weights.files import read_json
 
 WORDS = {"night": "at night", "fog": "in fog", "dusk": "at dusk", "rain": "in the rain", "snow": "in snow"}
 """What the untouched model is told of a domain."""
-FLOOR = 0.8
-"""Share of the untouched model's coverage that a step must keep."""
 
 
 def windows(clip: LoadedClip, roots: Sequence[Path], side: int, count: int) -> Windows:
@@ -80,7 +78,7 @@ def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, pro
     done = run_stages(personalise.stages(config), work, config)
     rows = [{"step": step, **judged(done["probe"] / str(step), held, clip, probe)} for step in config.probed_steps]
     chosen = read_json(done["choose"] / "choice.json")
-    kept = [row for row in rows if row["coverage"] >= FLOOR * rows[0]["coverage"]]
+    kept = [row for row in rows if row["coverage"] >= config.probe.floor * rows[0]["coverage"]]
     after = next(row for row in rows if row["step"] == chosen["step"])
     best = min(kept, key=lambda row: row["cmmd"])
     return {

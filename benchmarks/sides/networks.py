@@ -18,7 +18,7 @@ from fmda.weights import diffusers_configs, diffusers_tables
 from fmda.weights.diffusers import part_graph
 
 MODES = {"compiled": "default", "autotuned": "max-autotune-no-cudagraphs"}
-"""Peers that go through torch.compile, and its mode."""
+"""Peers that go through torch.compile, and its mode; none has CUDA graphs, which spare small batches launches."""
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 """jax's backend -> torch's name for the same."""
 

@@ -1,5 +1,6 @@
 """What a personalisation takes, in parameters, FLOPs and bytes, by closed formulas; nothing is loaded for it."""
 
+import functools
 import math
 
 from fmda import trees
@@ -8,7 +9,15 @@ from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.datum.lora import adapter_count, target_kernels
 from fmda.methods.datum.settings import Config
-from fmda.methods.generate.cost import GIB, LIMIT, MACHINES, UnknownModel, parameter_shapes, read_shapes, shardings
+from fmda.methods.generate.cost import (
+    MACHINES,
+    UnknownModel,
+    check_need,
+    fit_line,
+    parameter_shapes,
+    read_shapes,
+    shardings,
+)
 from fmda.methods.pipeline import Plan
 from fmda.models.catalog import DiffusionConfig
 from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_attention_flops, unet_flops, vae_encode_flops
@@ -19,7 +28,6 @@ from fmda.perf.diffusion_memory import (
     vae_encode_bytes,
 )
 from fmda.perf.flops import text_flops
-from fmda.perf.memory import device_memory
 from fmda.precision import Policy
 
 
@@ -112,26 +120,16 @@ def check_memory(config: Config, shapes: DiffusionConfig) -> None:
 
     Only where the device's memory is known: given as `device_memory`, or told by the device.
     """
-    if config.device_memory is not None:
-        limit, told = config.device_memory * GIB, ""
-    elif (found := device_memory().get("limit")) is not None:
-        limit, told = float(found), LIMIT
-    else:
-        return
     mesh = make_mesh(*config.mesh)
-    share = config.accumulate * mesh.size
-    rows, shards = max(1, -(-config.batch // share)), mesh.shape["fsdp"]
-    need, more = (sum(memory(config, shapes, count, shards).values()) for count in (rows, rows + 1))
-    if need <= limit:
-        return
-    fitting = rows - -(-int(need - limit) // (more - need))
-    advice = f"batch={fitting * share} fits" if fitting > 0 else "not even one example fits"
-    raise UserError(
-        f"batch: {config.batch} needs about {need / GIB:.2f} GiB on each of {mesh.size} device"
-        f"{'s' if mesh.size > 1 else ''}, {(need - limit) / GIB:.2f} GiB more than the {limit / GIB:.2f} GiB there"
-        f"{told}; {advice}; accumulate=, remat=dots or remat=blocks, precision=bfloat16, trained=lora or more devices "
-        "(mesh=) help too"
-    )
+    check_need(
+        functools.partial(_need, config, shapes, mesh.shape["fsdp"]), config.batch, config.accumulate * mesh.size,
+        mesh.size, config.device_memory, "example", "batch",
+        "accumulate=, remat=dots or remat=blocks, precision=bfloat16, trained=lora or more devices (mesh=)",
+    )  # fmt: skip
+
+
+def _need(config: Config, shapes: DiffusionConfig, shards: int, rows: int) -> int:
+    return sum(memory(config, shapes, rows, shards).values())
 
 
 def plan(config: Config) -> Plan:
@@ -170,7 +168,10 @@ def plan(config: Config) -> Plan:
         shardings=shardings(shapes, 8),
         notes=(
             *(f"the whole run, {name}: {share:,.4g} PFLOP a device" for name, share in work),
-            *(_fit(config, shapes, *machine) for machine in MACHINES),
+            *(
+                fit_line(functools.partial(_need, config, shapes, devices), "example", name, devices, limit)
+                for name, devices, limit in MACHINES
+            ),
         ),
     )
 
@@ -195,12 +196,3 @@ def _exported(config: Config) -> str:
     if config.export is not None:
         return f"steps {', '.join(map(str, config.export))}"
     return f"step {config.snapshot_steps[-1]}" if config.probe is None else "the chosen step"
-
-
-def _fit(config: Config, shapes: DiffusionConfig, what: str, devices: int, limit: float) -> str:
-    """Returns a line that says how many examples each device of a machine takes at once, all of it in fsdp."""
-    one, two = (sum(memory(config, shapes, rows, devices).values()) for rows in (1, 2))
-    if one > limit:
-        return f"{what}: does not fit, {(one - limit) / GIB:.2f} GiB short on each of {devices} with one example"
-    most = 1 + int((limit - one) // (two - one))
-    return f"{what}: {one / GIB:.2f} of {limit / GIB:.2f} GiB with one example a device; {most} fit at once"

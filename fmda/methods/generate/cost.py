@@ -1,6 +1,7 @@
 """What a set of generated images takes, in parameters, FLOPs and bytes, by closed formulas."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -124,30 +125,70 @@ def check_memory(config: Config, shapes: DiffusionConfig, devices: int, shards: 
     Only where the device's memory is known: given as `device_memory`, or told by the device. `prefix` stands before
     the names of options.
     """
-    told = device_memory().get("limit") if config.device_memory is None else config.device_memory * GIB
-    if told is None:
+    check_need(
+        functools.partial(_need, config, shapes, shards), config.batch, devices, devices, config.device_memory,
+        "image", f"{prefix}batch", "bfloat16, smaller images or more devices",
+    )  # fmt: skip
+
+
+def _fit(config: Config, shapes: DiffusionConfig, machine: str, devices: int, limit: float) -> str:
+    need = functools.partial(_need, config, shapes, _shards(config, devices))
+    return fit_line(need, "image", machine, devices, limit)
+
+
+def _need(config: Config, shapes: DiffusionConfig, shards: int, rows: int) -> int:
+    return sum(memory(config, shapes, rows, shards).values())
+
+
+def check_need(
+    need: Callable[[int], int],
+    batch: int,
+    share: int,
+    devices: int,
+    gib: float | None,
+    row: str,
+    name: str,
+    remedies: str,
+) -> None:
+    """Raises UserError where a device cannot hold its part of a batch, and says by how much.
+
+    Args:
+        need: rows on a device at once -> bytes of it, on a straight line.
+        batch: rows of a whole batch.
+        share: rows of a batch that make one on each device at once.
+        devices: their number.
+        gib: of a device; None asks it, and checks nothing where it does not tell.
+        row: what a row is called.
+        name: the option that gives `batch`.
+        remedies: what else would help.
+    """
+    limit = device_memory().get("limit") if gib is None else gib * GIB
+    if limit is None:
         return
-    rows = -(-config.batch // devices)
-    need = sum(memory(config, shapes, rows, shards).values())
-    if need > told:
-        fitting = _fitting(config, shapes, told, shards) * devices
-        raise UserError(
-            f"{prefix}batch: {config.batch} needs about {need / GIB:.2f} GiB on each of {devices} "
-            f"device{'s' if devices > 1 else ''}, {(need - told) / GIB:.2f} GiB more than the {told / GIB:.2f} GiB "
-            f"there{LIMIT if config.device_memory is None else ''}; "
-            f"{f'{prefix}batch={fitting} fits' if fitting else 'not even one image fits'}; bfloat16, smaller images "
-            "or more devices help too"
-        )
+    bytes_needed = need(-(-batch // share))
+    if bytes_needed <= limit:
+        return
+    most = _most(need, limit) * share
+    raise UserError(
+        f"{name}: {batch} needs about {bytes_needed / GIB:.2f} GiB on each of {devices} device"
+        f"{'s' if devices > 1 else ''}, {(bytes_needed - limit) / GIB:.2f} GiB more than the {limit / GIB:.2f} GiB "
+        f"there{LIMIT if gib is None else ''}; {f'{name}={most} fits' if most else f'not even one {row} fits'}; "
+        f"{remedies} help too"
+    )
 
 
-def _fit(config: Config, shapes: DiffusionConfig, what: str, devices: int, limit: float) -> str:
-    """Returns a line that says how many images each device of a machine draws at once."""
-    shards = _shards(config, devices)
-    one = sum(memory(config, shapes, 1, shards).values())
-    if one > limit:
-        return f"{what}: does not fit, {(one - limit) / GIB:.2f} GiB short on each of {devices} with one image"
-    most = _fitting(config, shapes, limit, shards)
-    return f"{what}: {one / GIB:.2f} of {limit / GIB:.2f} GiB with one image a device; {most} fit at once"
+def fit_line(need: Callable[[int], int], row: str, machine: str, devices: int, limit: float) -> str:
+    """Returns a line that says how many rows each device of a machine holds at once; arguments as of `check_need`."""
+    one, most = need(1), _most(need, limit)
+    if not most:
+        return f"{machine}: does not fit, {(one - limit) / GIB:.2f} GiB short on each of {devices} with one {row}"
+    return f"{machine}: {one / GIB:.2f} of {limit / GIB:.2f} GiB with one {row} a device; {most} fit at once"
+
+
+def _most(need: Callable[[int], int], limit: float) -> int:
+    """Returns how many rows a device of so many bytes holds at once."""
+    one, two = need(1), need(2)
+    return 0 if one > limit else 1 + int((limit - one) // (two - one))
 
 
 def shardings(shapes: DiffusionConfig, shards: int) -> tuple[tuple[str, str], ...]:
@@ -164,12 +205,6 @@ def shardings(shapes: DiffusionConfig, shards: int) -> tuple[tuple[str, str], ..
         text = f"{number:,} of {len(sizes):,} arrays cut in {shards}, {whole:,} of {cut + whole:,} parameters whole"
         found.append((part, text))
     return tuple(found)
-
-
-def _fitting(config: Config, shapes: DiffusionConfig, limit: float, shards: int) -> int:
-    """Returns how many images a device of so many bytes draws at once."""
-    one, two = (sum(memory(config, shapes, rows, shards).values()) for rows in (1, 2))
-    return 0 if one > limit else 1 + int((limit - one) // (two - one))
 
 
 def _shards(config: Config, devices: int) -> int:
