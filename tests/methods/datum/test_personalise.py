@@ -1,24 +1,16 @@
-"""Whole personalisations of a tiny model by the command line: what they leave, what they refuse, what they survive.
-
-They run in processes of their own, quickly compiled, and share their compiled programs.
-"""
+"""Whole personalisations of a tiny model by the command line: what they leave, and what is made from it."""
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import meeting
 import numpy as np
 import pytest
 import small_diffusion as small
+from personalise_small import arrays, configured, finish, make_place, metrics, refused
 from PIL import Image
 
 from fmda import trees
-from fmda.config import from_dict, read_yaml
 from fmda.data.files import read_image
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import load_stable_diffusion
@@ -34,83 +26,11 @@ from fmda.methods.generate import stages as generate_stages
 from fmda.methods.kinds import open_run
 from fmda.methods.pipeline import run_stages
 from fmda.train.checkpoints import read_params
-from fmda.weights import files
-
-SCRIPT = Path(__file__).with_name("personalise_waiting.py")
-CONFIG = """kind: personalise
-image: target.png
-model: model
-prompt: a sks road
-resize: 20
-crop: 16
-steps: 6
-batch: 8
-optim: {learning_rate: 1.0e-3, eps: 1.0e-6}
-snapshots: [1, 3, 6]
-export: [0, 3, 6]
-store: float32
-log_every: 1
-save_steps: 1
-save_minutes: 60
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model, a picture and a configuration; all its paths are relative."""
-    place = tmp_path_factory.mktemp("personalise")
-    small.stable_diffusion(place / "model")
-    rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[:24, :40]
-    smooth = np.stack([rows * 8, columns * 5, 128 + 0 * rows], axis=-1) + rng.normal(0, 20, (24, 40, 3))
-    Image.fromarray(np.clip(smooth, 0, 255).astype(np.uint8)).save(place / "target.png")
-    (place / "run.yaml").write_text(CONFIG)
-    return place
-
-
-def launch(place, work, *options, devices=1, **variables):
-    """Returns the running program; what it says on stderr is added to `<work>.log`."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": str(SCRIPT.parents[3]),
-        **variables,
-    }
-    command = [sys.executable, str(SCRIPT), "run", "run.yaml", f"work_dir={work}", *options]
-    with open(place / f"{work}{variables.get('FMDA_PROCESS', '')}.log", "a") as log:
-        return subprocess.Popen(
-            command, cwd=place, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-
-
-def finish(place, work, *options, **settings):
-    """Runs to the end; returns the run folder."""
-    process = launch(place, work, *options, **settings)
-    process.communicate(timeout=900)
-    assert process.returncode == 0, (place / f"{work}.log").read_text()
-    return place / work
-
-
-def configured(place, **changes):
-    """Returns the configuration with paths that hold everywhere."""
-    values = read_yaml(place / "run.yaml") | {"image": str(place / "target.png"), "model": str(place / "model")}
-    values.pop("kind")
-    return from_dict(Config, values | changes)
-
-
-def arrays(folder, part="unet"):
-    name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-    return files.read_arrays(folder / part / f"{name}.safetensors")
-
-
-def metrics(work):
-    """Returns the lines of the metrics, without how long things took."""
-    lines = (work / "train/metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "time"} for line in lines]
+    return make_place(tmp_path_factory.mktemp("personalise"))
 
 
 @pytest.fixture(scope="module")
@@ -217,112 +137,6 @@ def test_a_long_prompt_is_cut_and_the_warning_shows_what_is_lost(place):
     assert frozen["ids"].shape == (1, 16)
 
 
-def refused(capsys, *arguments):
-    """Returns the one line with which `fmda run` ends, exit code 2."""
-    from fmda.cli import main
-
-    with pytest.raises(SystemExit) as ended:
-        main(["run", *map(str, arguments)])
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
-    assert ended.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
-
-
-def save_grey(path):
-    Image.open(path).convert("L").save(path)
-
-
-def save_clear(path):
-    Image.open(path).convert("RGBA").save(path)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:300])
-
-
-def shrink(path):
-    Image.open(path).resize((12, 30)).save(path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (Path.unlink, "target.png: no such"),
-        (cut, "target.png: "),
-        (shrink, "target.png: 12x30 pixels hold no crop of 16"),
-        (save_grey, "target.png: a grey picture"),
-        (save_clear, "target.png: a picture with an alpha channel"),
-    ],
-)
-def test_a_picture_that_cannot_be_used_leaves_no_run(place, tmp_path, monkeypatch, capsys, damage, message):
-    shutil.copytree(place / "model", tmp_path / "model")
-    for name in ("target.png", "run.yaml"):
-        shutil.copy(place / name, tmp_path)
-    damage(tmp_path / "target.png")
-    monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, "run.yaml", "work_dir=work")
-    assert not (tmp_path / "work").exists()
-
-
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_a_model_with_a_missing_part_leaves_no_run(place, tmp_path, monkeypatch, capsys, part):
-    shutil.copytree(place / "model", tmp_path / "model")
-    shutil.rmtree(tmp_path / "model" / part)
-    monkeypatch.chdir(place)
-    line = refused(capsys, "run.yaml", f"work_dir={tmp_path / 'work'}", f"model={tmp_path / 'model'}")
-    assert f"no {part} in it" in line
-    assert not (tmp_path / "work").exists()
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("prompt=a road", "prompt: 'a road' does not hold the token 'sks'"),
-        ("accumulate=3", "accumulate: a batch of 8 is not taken in 3 parts"),
-        ("snapshots=[3,9]", "snapshots: [3, 9] must name steps, rising from 1 or later to 6"),
-        ("snapshots=[]", "snapshots: [] must name steps"),
-        ("seed=-1", "steps, batch, bank, seed: 6, 8, 0, -1; give at least 1 step and a batch of 1, nothing negative"),
-        ("batch=0", "steps, batch, bank, seed: 6, 0, 0, 0; give at least 1 step and a batch of 1"),
-        ("optim={learning_rate: -1}", "optim.learning_rate: -1.0; give a positive number"),
-        ("optim={warmup_steps: 50}", "optim.warmup_steps: 50 does not fit into a run of 6 steps"),
-        ("prior={count: 0}", "prior.count: 0; give at least 1"),
-        ("prior={weight: .nan}", "prior.weight: nan; give a positive number"),
-        ("lora={alpha: .inf}", "lora.alpha: inf; give a positive number"),
-        ("noise={offset: .nan}", "noise: offset nan"),
-        ("resize=100000", "resize: 100000 makes more than 268,435,456 pixels"),
-        ("device_memory=-1", "device_memory: -1.0 GiB is no size of a memory"),
-        ("ema=5.0", "ema: 5.0 is no share to keep"),
-        ("batch=6", "batch: 6 does not divide over 8 devices; batch=8 does, or mesh=[2,1] takes fewer"),
-        ("probe={count: 3}", "probe: count 3, crops 64"),
-        ("probe={clip: street-clp}", "street-clp: no such folder, and no model of the package has that name"),
-        ("probe={clip: street-clip, prompts: {classes: [tree]}}", "prompts.classes: 'tree' is not one of"),
-        ("probe={clip: street-clip, sample: {size: [33, 33]}}", "size: 33x33 are no multiples of 4 pixels"),
-        ("probe={clip: street-clip, sample: {steps: 2000}}", "2000"),
-        ("prior={sampler: {size: [12, 12]}}", "prior.sampler.size: class pictures of 12x12 hold no crop of 16"),
-        ("export=[5]", "export: step 5 is no snapshot; choose of [0, 1, 3, 6]"),
-        ("crop=30", "crop: 30 pixels of a side of 20"),
-        ("crop=18", "crop: 18x18 are no multiples of 4 pixels; 16x16 would be"),
-        ("device_memory=0.001", "batch: 8 needs about"),
-        ("trained=all", "trained: 'all' is none of the choices"),
-        ("prior={images: nothing}", "prior.images: nothing holds no pictures"),
-    ],
-)
-def test_a_value_that_cannot_be_is_one_line(place, tmp_path, monkeypatch, capsys, override, message):
-    monkeypatch.chdir(place)
-    line = refused(capsys, "run.yaml", f"work_dir={tmp_path / 'work'}", override)
-    assert message in line and not (tmp_path / "work").exists()
-
-
-@pytest.mark.parametrize("name", ["probe", "prior"])
-def test_a_device_too_small_for_what_is_drawn_is_told_before_training(place, tmp_path, monkeypatch, capsys, name):
-    monkeypatch.chdir(place)
-    drawn = {"probe": "clip: street-clip, sample: {steps: 2}", "prior": "sampler: {steps: 2}"}[name]
-    override = f"{name}={{batch: 1000000, {drawn}}}"
-    line = refused(capsys, "run.yaml", f"work_dir={tmp_path / 'work'}", override, "device_memory=0.05")
-    assert f"{name}.batch: 1000000 needs about" in line and f"{name}.batch=" in line.split(";")[1]
-    assert not (tmp_path / "work").exists()
-
-
 def test_a_finished_run_tells_that_the_picture_has_changed(place, unbroken, tmp_path, monkeypatch, capsys):
     for name in ("target.png", "run.yaml"):
         shutil.copy(place / name, tmp_path)
@@ -412,97 +226,6 @@ def test_probes_choose_the_step_that_is_exported(place):
     assert (work / "export/0").is_dir() and (work / "train/stage.json").read_bytes() == trained
     page = report([work], work / "report.html").read_text()
     assert "Personalised on one picture" in page and "When to stop" in page and page.count("data:image/") >= 2
-
-
-@pytest.mark.slow
-def test_killed_at_any_batch_the_snapshots_are_the_same_bits(place, unbroken):
-    # a save waits for the one before: with 3 steps begun, that of the first is on the disk
-    for allowed in (0, 3, 3, 1):
-        process = launch(place, "killed")
-        for _ in range(allowed):
-            assert process.stdout.readline() == "drawn\n"
-            process.stdin.write("\n")
-            process.stdin.flush()
-        # one more batch is drawn and held back: the run stands somewhere in the last step begun, or the save before
-        assert process.stdout.readline() == "drawn\n"
-        process.kill()
-        process.communicate(timeout=60)
-    killed = finish(place, "killed")
-    assert (place / "killed.log").read_text().count("resuming at step") >= 2
-    for step in ("000001", "000003", "000006"):
-        name = f"train/snapshots/{step}.safetensors"
-        assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
-    for part in ("unet", "text_encoder"):
-        assert small.same(arrays(killed / "export/6", part), arrays(unbroken / "export/6", part))
-    assert metrics(killed) == metrics(unbroken)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_only_with_the_weights_it_began_with(place, unbroken, tmp_path, monkeypatch, capsys):
-    for name in ("target.png", "run.yaml"):
-        shutil.copy(place / name, tmp_path)
-    shutil.copytree(unbroken, tmp_path / "unbroken")
-    shutil.copytree(unbroken / "export/3", tmp_path / "model")
-    (tmp_path / "unbroken/train/stage.json").unlink()
-    monkeypatch.chdir(tmp_path)
-    line = refused(capsys, "run.yaml", "work_dir=unbroken")
-    assert "holds a run of another configuration (weights: " in line
-
-
-TEN = ("steps=10", "snapshots=[10]", "export=[10]")
-
-
-@pytest.fixture(scope="module")
-def one(place):
-    return read_snapshot(finish(place, "one", *TEN) / "train", 10)
-
-
-def apart(place, one, work):
-    """Returns the largest difference between two runs' weights.
-
-    Biases of the text encoder's keys are left out: their gradient is rounding alone.
-    """
-    mine, yours = trees.flatten(read_snapshot(work / "train", 10)), trees.flatten(one)
-    before = trees.flatten({part: load_stable_diffusion(place / "model").params[part] for part in one})
-    assert max(np.abs(yours[path] - before[path]).max() for path in yours) > 5e-3
-    paths = [path for path in yours if not path.endswith("attention/key/bias")]
-    return max(np.abs(mine[path] - yours[path]).max() for path in paths)
-
-
-def shares_cut(log):
-    """Whether most of the parameters, and of the moments, were cut over devices."""
-    shares = [float(line.split()[-1]) for line in log.read_text().splitlines() if " cut " in line]
-    assert len(shares) == 2 and all(share == 0 or share > 0.8 for share in shares), shares
-    return [share > 0 for share in shares]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["[8,1]", "[1,8]", "[2,4]"])
-def test_eight_devices_equal_one(place, one, mesh):
-    work = finish(place, f"eight{mesh[1]}", *TEN, f"mesh={mesh}", devices=8, CUT_ALL="1")
-    assert shares_cut(place / f"eight{mesh[1]}.log") == [mesh != "[8,1]"] * 2
-    assert json.loads((work / "train/stage.json").read_text())["device"].startswith("8 x ")
-    assert apart(place, one, work) < 1e-4
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(place, one):
-    joined = {"FMDA_COORDINATOR": f"localhost:{meeting.free_port()}", "FMDA_PROCESSES": "2"}
-    pair = [
-        launch(
-            place, "two", *TEN, "mesh=[1,8]", "--processes", devices=4, CUT_ALL="1", FMDA_PROCESS=str(number), **joined
-        )
-        for number in range(2)
-    ]
-    for process in pair:
-        process.stdin.close()
-        process.stdin = None
-    for process in pair:
-        process.communicate(timeout=900)
-    logs = "\n".join((place / f"two{number}.log").read_text() for number in range(2))
-    assert [process.returncode for process in pair] == [0, 0], logs
-    assert shares_cut(place / "two0.log") == [True, True]
-    assert apart(place, one, place / "two") < 1e-4
 
 
 def test_defaults_are_the_paper_s():
