@@ -188,7 +188,7 @@ _SCRIPT = """
 def _script(folder):
     here = Path(__file__).parent
     script = folder / "rank.py"
-    script.write_text(textwrap.dedent(_SCRIPT.format(paths=[str(here.parents[2]), str(here)])))
+    script.write_text(textwrap.dedent(_SCRIPT.format(paths=[str(here.parents[2]), str(here.parents[1]), str(here)])))
     return [sys.executable, str(script)]
 
 
