@@ -4,7 +4,6 @@ import ctypes
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from full_disk import full_disk
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from small_place import make_place
@@ -244,20 +244,6 @@ def test_a_bfloat16_checkpoint_is_read_as_it_is(place, capsys):
     assert all(value.dtype == np.float32 for value in after.values())
     assert all(np.array_equal(after[n], v.astype(ml_dtypes.bfloat16).astype(np.float32)) for n, v in before.items())
     assert scores[0] == pytest.approx(scores[1], abs=0.05)
-
-
-@contextmanager
-def full_disk(largest):
-    """No file can grow past `largest` bytes: the kernel refuses writes, from whatever library, as on a full disk.
-
-    Any user may ask for that, unlike for a small file system of one's own.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 RENDER = "data render new 'domains={photo: 1}' height=32 width=64 batch=1"

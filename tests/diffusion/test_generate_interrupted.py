@@ -1,8 +1,6 @@
 """Generated folders: the same bytes after stops, losses, a full disk, kills and by two processes; damage is named."""
 
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,25 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from small_set import content, draw, lines, make, put_lines
 
 from fmda.diffusion.filters import BannedWords, ConstantImage
 from fmda.diffusion.generate import contact_sheet
 from fmda.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A folder of 20 images made in one go."""
-    folder = tmp_path_factory.mktemp("whole")
-    make(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    """A copy of the folder, which the test may damage."""
-    return shutil.copytree(whole, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("size", [None, 0, 5, 100, -1])
@@ -169,17 +154,6 @@ def test_a_truncated_image_is_named_where_it_is_needed(copy):
     os.truncate(copy / "images/im_000001_p1.png", 100)
     with pytest.raises(UserError, match="im_000001_p1.png: missing, truncated or no PNG; delete it and generate again"):
         contact_sheet(copy)
-
-
-@contextmanager
-def full_disk(largest):
-    """No file can grow past `largest` bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_one_line_and_the_same_call_goes_on(whole, tmp_path):

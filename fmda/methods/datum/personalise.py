@@ -31,7 +31,6 @@ from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
 from fmda.methods.datum.target import digest
 from fmda.methods.generate.run import ORIGIN
 from fmda.methods.pipeline import Stage
-from fmda.methods.trainer import write_summary
 from fmda.precision import Policy, cast
 from fmda.train import TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.train.step import Step
@@ -179,7 +178,7 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     else:
         named = {str(step): step for step in config.snapshot_steps[-1:]}
     paths = export_steps(config, done["train"], folder, named)
-    write_summary(folder / "training.json", config, done["train"], models=named)
+    trainer.write_summary(folder / "training.json", config, done["train"], models=named)
     return {"models": [str(path) for path in paths]}
 
 

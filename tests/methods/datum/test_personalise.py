@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import small_diffusion as small
-from personalise_small import arrays, configured, finish, make_place, metrics, refused
+from personalise_small import arrays, configured, finish, metrics, refused
 from PIL import Image
 
 from fmda import trees
@@ -26,16 +26,6 @@ from fmda.methods.generate import stages as generate_stages
 from fmda.methods.kinds import open_run
 from fmda.methods.pipeline import run_stages
 from fmda.train.checkpoints import read_params
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("personalise"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(place):
-    return finish(place, "unbroken")
 
 
 def test_a_run_leaves_pictures_snapshots_and_models(place, unbroken):

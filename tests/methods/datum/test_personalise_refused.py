@@ -4,13 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from personalise_small import make_place, refused
+from personalise_small import refused
 from PIL import Image
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("personalise"))
 
 
 def save_grey(path):

@@ -7,21 +7,11 @@ import meeting
 import numpy as np
 import pytest
 import small_diffusion as small
-from personalise_small import arrays, finish, launch, make_place, metrics, refused
+from personalise_small import arrays, finish, launch, metrics, refused
 
 from fmda import trees
 from fmda.diffusion.load import load_stable_diffusion
 from fmda.methods.datum.snapshots import read_snapshot
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("personalise"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(place):
-    return finish(place, "unbroken")
 
 
 @pytest.mark.slow
