@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from jaxtyping import UInt8
 
-from fmda.config import read_yaml
+from fmda.config import read_yaml, resolved
 from fmda.errors import UserError, did_you_mean
 
 IGNORE = 255
@@ -150,7 +150,7 @@ class ClassList:
     @classmethod
     def load(cls, path: str | Path) -> "ClassList":
         """Returns the list in a YAML file. Raises UserError for a missing or faulty one."""
-        return cls.from_dict(read_yaml(path), str(path))
+        return cls.from_dict(resolved(read_yaml(path)), str(path))
 
     def save(self, path: str | Path) -> None:
         """Writes the list as YAML that `load` reads back."""
@@ -252,7 +252,7 @@ def _known_map(name: str) -> ClassMap:
 
 
 def _load_map(path: Path) -> ClassMap:
-    values = read_yaml(path)
+    values = resolved(read_yaml(path))
     _known_keys(values, _MAP_KEYS, str(path))
     missing = [key for key in _MAP_KEYS if not values.get(key)]
     if missing:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmda.config import from_dict, merge, override, read_yaml
+from fmda.config import from_dict, merge, override, read_yaml, resolved, user_path
 from fmda.errors import UserError, did_you_mean
 from fmda.methods.pipeline import Plan, Stage, run_stages
 
@@ -56,9 +56,9 @@ def open_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
     """
     values = override(read_yaml(path), overrides)
     work_dir = values.pop("work_dir", f"runs/{Path(path).stem}")
-    if not isinstance(work_dir, str) or not work_dir:
-        raise UserError(f"work_dir: {work_dir!r} is no path; name a folder")
-    return _run(values, str(path), Path(work_dir).expanduser(), Path(path).parent)
+    if not isinstance(work_dir, str) or not isinstance(resolved(work_dir), str | int | float):
+        raise UserError(f"work_dir: '{work_dir}' is not a path; name a folder")
+    return _run(values, str(path), user_path(work_dir), Path(path).parent)
 
 
 def _run(values: Mapping[str, Any], where: str, work_dir: Path, here: Path) -> Run:

@@ -185,10 +185,10 @@ def test_a_device_that_is_full_is_one_line_and_gives_the_folder_back(tmp_path):
         run_stages([Stage("fail", fail, {})], tmp_path / "work", {"a": 1}, lambda _: None)
 
 
-@pytest.mark.parametrize("value", ["", "null", "[a]", "5"])
+@pytest.mark.parametrize("value", ["", "null", "[a]", "{a: 1}"])
 def test_a_work_dir_that_is_no_path_is_refused(tmp_path, value):
     (tmp_path / "run.yaml").write_text("kind: report\nruns: [x]\n")
-    with pytest.raises(UserError, match="work_dir: .* is no path; name a folder"):
+    with pytest.raises(UserError, match="work_dir: .* is not a path; name a folder"):
         open_run(tmp_path / "run.yaml", [f"work_dir={value}"])
 
 
