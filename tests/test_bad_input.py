@@ -189,7 +189,7 @@ CASES = {
         "demo --work-dir done"]),
     "work folder that is none": (nothing, ["data: is not empty and no run of ours", "work_dir="], [
         "run floss.yaml work_dir=data", "demo --work-dir data"]),
-    "output of something else": (nothing, ["done/host: holds another evaluation"], [
+    "output of something else": (nothing, ["done/host: holds work of another configuration"], [
         "evaluate done folder --root data --split train --out done/host"]),
     "output that is there": (nothing, ["clip: is there already"], ["convert clip clip"]),
     "predictions that are there": (lambda: shutil.copytree("data/val/labels", "new"), ["0.png: exists already"], [

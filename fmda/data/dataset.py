@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from fmda.data.catalog import ALIASES, CATALOG, Entry, Labels, Layout, Split, describe
 from fmda.data.classes import ClassList, ClassMap, class_list
+from fmda.data.digest import digest, file_evidence
 from fmda.data.files import FileFault, read_image, read_labels
 from fmda.errors import UserError, did_you_mean
 
@@ -138,6 +139,25 @@ class Dataset(Sequence[Example]):
         else:
             labels = np.where(raw < len(in_file), raw, np.uint8(in_file.ignore))
         return labels if self.class_map is None else self.class_map.apply(labels)
+
+    def digest(self, *, labels: bool = True) -> str:
+        """Returns 16 hexadecimal digits of image names, file contents and, with `labels`, how the labels are read.
+
+        Independent of the root's place and of file times; see `fmda.data.digest.file_evidence`.
+        """
+
+        def parts() -> Iterator[str | bytes]:
+            for item in self.items:
+                yield item.name
+                yield file_evidence(item.image)
+                if labels and item.label is not None and item.form is not None:
+                    yield file_evidence(item.label)
+                    yield repr(item.form)
+            if labels:
+                yield repr((self._file_classes.names, self._file_classes.void))
+                yield b"" if self.class_map is None else self.class_map.table.tobytes()
+
+        return digest(parts())
 
     def subset(self, indices: Sequence[int]) -> "Dataset":
         """Returns the data set of the examples at `indices`, in that order."""

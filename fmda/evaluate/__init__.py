@@ -3,10 +3,12 @@
 from fmda.evaluate.confusion import Scores, batch_confusion, confusion_matrix
 from fmda.evaluate.dataset import evaluate_dataset
 from fmda.evaluate.overlay import comparison, legend, overlay
+from fmda.evaluate.protocol import Protocol
 from fmda.evaluate.segmenter import Segmentation, Segmenter
 from fmda.evaluate.windows import labels_at, resize_scores, sliding_window, window_starts
 
 __all__ = [
+    "Protocol",
     "Scores",
     "Segmentation",
     "Segmenter",

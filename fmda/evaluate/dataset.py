@@ -1,10 +1,11 @@
-"""Scoring of a segmenter on a labelled data set, at the labels' own size, resumable image by image."""
+"""Scoring of a segmenter on a labelled dataset at the size of the labels; resumes image by image."""
 
 import csv
 import json
 import time
+from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ import numpy as np
 from PIL import Image
 
 from fmda.atomic import replacing, write_atomic
-from fmda.data import Dataset
+from fmda.config import fingerprint
+from fmda.data import ClassList, ClassMap, Dataset, Example
 from fmda.errors import UserError
 from fmda.evaluate.confusion import Scores, confusion_matrix
 from fmda.evaluate.maps import Common, Maps, common_list
 from fmda.evaluate.overlay import comparison
-from fmda.evaluate.segmenter import Segmenter, write_labels
+from fmda.evaluate.protocol import Protocol
+from fmda.evaluate.segmenter import Segmenter
 from fmda.progress import track
+from fmda.runs.identity import claim
+from fmda.runs.journal import Journal
 
 IMAGES_LOG = "images.jsonl"
+IDENTITY = "evaluation.json"
 
 
 def evaluate_dataset(
@@ -32,67 +38,56 @@ def evaluate_dataset(
     keep: int = 4,
     limit: int | None = None,
 ) -> Scores:
-    """Returns the scores over all images of a data set; with `out`, also writes them, a table by image and figures.
+    """Returns the scores over all images of a dataset; with `out`, also writes them, a table by image and figures.
 
     Pixels labelled 255 (also by a class map) are left out. A labelled pixel whose prediction has no class in the
     common list counts as a miss. `out` gets:
 
+    * `evaluation.json`: fingerprint of the segmenter, digest of the dataset, class maps and protocol,
     * `images.jsonl`: one line per finished image with its counts; a second call continues after the last line and
-      ends with the same files, byte for byte,
-    * `scores.json`: scores, counts, palette, what was evaluated, and the examples,
+      ends with the same files, byte for byte (examples scored before an interruption are predicted again),
+    * `scores.json`: scores, counts, palette, model, dataset, protocol, and the examples,
     * `images.csv`: name, mIoU over the image's own classes, accuracy, labelled pixels,
-    * `figures/{worst,best}-<rank>.png`: image, truth, prediction, errors,
+    * `figures/{worst,best}-<rank>.png`: image, ground truth, prediction, errors,
     * `timing.json`: images a second of the last call.
 
     Args:
-        segmenter: what predicts.
+        segmenter: the model to score.
         dataset: labelled examples.
         class_map: see `fmda.evaluate.maps.common_list`.
-        out: a folder of its own, made if missing.
-        keep: how many of the worst and of the best images become figures.
-        limit: score the first `limit` images alone.
+        out: a folder for this evaluation alone, made if missing.
+        keep: number of worst and of best images that become figures.
+        limit: score only the first `limit` images.
 
     Raises:
-        UserError: class lists do not meet, an image has no labels, or `out` holds another evaluation.
+        UserError: class lists do not match, an image has no labels, or `out` holds the evaluation of another model,
+            other images or labels, or another protocol.
     """
     common = common_list(segmenter.classes, dataset.classes, class_map)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if count == 0:
         raise UserError(f"{dataset.name}: split '{dataset.split}' holds no image; check root and split")
+    protocol = replace(segmenter.protocol, class_map=map_names(class_map))
+    run = _Evaluation(segmenter, dataset, common, protocol, count, keep)
     try:
-        return _evaluate(segmenter, dataset, common, count, None if out is None else Path(out), keep)
+        return run.in_memory() if out is None else run.in_folder(Path(out))
     except OSError as fault:
-        # a full disk does not say for which file it was asked
+        # a full disk does not name the file
         where = fault.filename or out or dataset.name
         raise UserError(
-            f"{where}: {fault.strerror or fault}; make room or mend the path, and evaluate again to go on"
+            f"{where}: {fault.strerror or fault}; free some space or correct the path, and evaluate again to resume"
         ) from fault
 
 
-def _evaluate(
-    segmenter: Segmenter, dataset: Dataset, common: Common, count: int, out: Path | None, keep: int
-) -> Scores:
-    log = _Log(out, _header(segmenter, dataset, common, count))
-    todo = range(len(log.rows), count)
-    begin = time.perf_counter()
-    for index in track(todo, f"evaluate {segmenter.name} on {dataset.name}"):
-        example = dataset[index]
-        if example.labels is None:
-            raise UserError(f"{dataset.name}: image '{example.name}' has no label map; evaluate a labelled split")
-        prediction = _mapped_prediction(segmenter, common, example)
-        matrix = confusion_matrix(common.map_labels(example.labels), prediction, len(common.classes.names), void=True)
-        log.add(example.name, matrix, prediction, common, keep)
-    seconds = time.perf_counter() - begin
-    total = Scores.from_confusion(log.total, common.classes.names)
-    if log.folder is not None:
-        figures = _write_figures(log, segmenter, dataset, common, keep)
-        _write_summary(log, total, common, figures, _timing(len(todo), seconds))
-    return total
+def map_names(class_map: Maps | Sequence[Maps]) -> tuple[str, ...]:
+    """Returns the names of class maps as a protocol records them."""
+    maps = [class_map] if class_map is None or isinstance(class_map, ClassMap | str | Path) else class_map
+    return tuple("custom" if isinstance(m, ClassMap) else Path(m).name for m in maps if m is not None)
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One finished image: its name and its scores over its own classes."""
+class _ImageScore:
+    """Scores of one image over the classes that occur in it."""
 
     name: str
     miou: float
@@ -100,137 +95,147 @@ class _Row:
     pixels: int
 
 
-class _Log:
-    """Counts of the images done so far, in memory and, with a folder, on disk."""
+class _Evaluation:
+    """Sums and per-image scores of the images predicted so far."""
 
-    def __init__(self, folder: Path | None, header: dict[str, Any]) -> None:
-        self.folder, self.header = folder, header
-        self.classes = tuple(header["classes"])
-        self.total = np.zeros((len(self.classes), len(self.classes) + 1), np.int64)
-        self.rows: list[_Row] = []
-        if folder is None:
-            return
-        try:
-            (folder / "figures").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
-        self.path = folder / IMAGES_LOG
-        if self.path.exists():
-            self._restore()
-        else:
-            write_atomic(self.path, json.dumps(header) + "\n")
+    def __init__(
+        self, segmenter: Segmenter, dataset: Dataset, common: Common, protocol: Protocol, count: int, keep: int
+    ) -> None:
+        self.segmenter, self.dataset, self.common, self.protocol = segmenter, dataset, common, protocol
+        self.count, self.keep, self.names = count, keep, common.classes.names
+        self.total = np.zeros((len(self.names), len(self.names) + 1), np.int64)
+        self.images: list[_ImageScore] = []
+        self.extremes: list[tuple[float, int]] = []  # (mIoU, index) of the worst and the best `keep` images, ascending
+        self.predictions: dict[int, np.ndarray] = {}  # theirs, as far as this process predicted them
 
-    def _restore(self) -> None:
-        lines = self.path.read_bytes().split(b"\n")
-        # what stands after the last line end was cut off by a kill; the image is done again
-        complete, rest = lines[:-1], lines[-1]
-        try:
-            records = [json.loads(line) for line in complete]
-            if not records or records[0] != self.header:
-                raise UserError(f"{self.folder}: holds another evaluation; choose another folder or delete it")
-            for record in records[1:]:
+    def in_memory(self) -> Scores:
+        """Returns the scores and writes nothing."""
+        for index in self._remaining():
+            self._score(index)
+        return Scores.from_confusion(self.total, self.names)
+
+    def in_folder(self, folder: Path) -> Scores:
+        """Returns the scores, with the images that the folder's journal holds taken from there."""
+        remedy = "choose another output folder, or delete this one to score again"
+        known = claim(folder, self._facts(), record=IDENTITY, remedy=remedy)
+        path = folder / IMAGES_LOG
+        if not known and path.exists():
+            raise UserError(f"{path}: belongs to an unknown evaluation (no {IDENTITY}); {remedy}")
+        (folder / "figures").mkdir(exist_ok=True)
+        begin = time.perf_counter()
+        with Journal(path) as journal:
+            for row in journal.rows:
                 matrix = np.zeros_like(self.total)
-                for truth, guess, count in record["counts"]:
-                    matrix[truth, guess] = count
-                self._append(record["name"], matrix)
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f"{self.path}: is not what an evaluation wrote; choose another folder") from None
-        if rest:
-            write_atomic(self.path, b"\n".join(complete) + b"\n")
+                for truth, prediction, pixels in row["counts"]:
+                    matrix[truth, prediction] = pixels
+                self._add(row["name"], matrix)
+            resumed = len(self.images)
+            for index in self._remaining():
+                name, matrix = self._score(index)
+                counts = [[int(t), int(p), int(matrix[t, p])] for t, p in np.argwhere(matrix)]
+                journal.append({"name": name, "counts": counts})
+        seconds = time.perf_counter() - begin
+        total = Scores.from_confusion(self.total, self.names)
+        self._write_summary(folder, total, self._write_figures(folder))
+        if resumed < self.count:
+            write_atomic(folder / "timing.json", json.dumps(_timing(self.count - resumed, seconds)) + "\n")
+        return total
 
-    def _append(self, name: str, matrix: np.ndarray) -> None:
-        scores = Scores.from_confusion(matrix, self.classes)
-        self.rows.append(_Row(name, scores.miou, scores.accuracy, int(matrix.sum())))
+    def _remaining(self) -> Any:
+        what = f"evaluate {self.segmenter.name} on {self.dataset.name}"
+        return track(range(len(self.images), self.count), what)
+
+    def _score(self, index: int) -> tuple[str, np.ndarray]:
+        """Returns (name, confusion matrix) of one image after adding it to the sums."""
+        example = self.dataset[index]
+        if example.labels is None:
+            raise UserError(f"{self.dataset.name}: image '{example.name}' has no label map; evaluate a labelled split")
+        prediction = self._predict(example)
+        labels = self.common.map_labels(example.labels)
+        matrix = confusion_matrix(labels, prediction, len(self.names), void=True)
+        self.predictions[index] = prediction
+        self._add(example.name, matrix)
+        return example.name, matrix
+
+    def _predict(self, example: Example) -> np.ndarray:
+        return self.common.map_predictions(self.segmenter.predict(example.image).labels)
+
+    def _add(self, name: str, matrix: np.ndarray) -> None:
+        index = len(self.images)
+        scores = Scores.from_confusion(matrix, self.names)
+        self.images.append(_ImageScore(name, scores.miou, scores.accuracy, int(matrix.sum())))
         self.total += matrix
+        if not np.isnan(scores.miou):
+            insort(self.extremes, (scores.miou, index))
+            del self.extremes[self.keep : -self.keep or None]
+        examples = {index for _, index in self.extremes}
+        self.predictions = {index: labels for index, labels in self.predictions.items() if index in examples}
 
-    def add(self, name: str, matrix: np.ndarray, prediction: np.ndarray, common: Common, keep: int) -> None:
-        """Records one image; keeps its label map while it is among the worst or best so far."""
-        self._append(name, matrix)
-        if self.folder is None:
-            return
-        index = len(self.rows) - 1
-        if any(index in chosen for chosen in self.examples(keep).values()):
-            write_labels(prediction, self.label_path(index), common.classes)
-        counts = [[int(t), int(p), int(matrix[t, p])] for t, p in np.argwhere(matrix)]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, "counts": counts}) + "\n")
-
-    def examples(self, keep: int) -> dict[str, list[int]]:
+    def _examples(self) -> dict[str, list[int]]:
         """Returns the indices of the worst and the best images by mIoU, no image in both."""
-        known = [k for k, row in enumerate(self.rows) if not np.isnan(row.miou)]
-        order = sorted(known, key=lambda k: (self.rows[k].miou, k))
-        worst = order[: min(keep, (len(order) + 1) // 2)]
-        return {"worst": worst, "best": [k for k in order[::-1][:keep] if k not in worst]}
+        order = [index for _, index in self.extremes]
+        worst = order[: min(self.keep, (len(order) + 1) // 2)]
+        return {"worst": worst, "best": [k for k in order[::-1][: self.keep] if k not in worst]}
 
-    def label_path(self, index: int) -> Path:
-        """Returns where the label map of an image is kept."""
-        assert self.folder is not None
-        return self.folder / "figures" / f".labels-{index:06}.png"
+    def _facts(self) -> dict[str, Any]:
+        def table(maps: Sequence[ClassMap], classes: ClassList) -> str:
+            values = np.arange(len(classes.names), dtype=np.uint8)
+            for step in maps:
+                values = step.apply(values)
+            return fingerprint(values.tolist()) if maps else "none"
 
+        return {
+            "model": {"name": self.segmenter.name, "fingerprint": self.segmenter.fingerprint},
+            "dataset": {
+                "name": self.dataset.name,
+                "split": self.dataset.split,
+                "images": self.count,
+                "contents": self.dataset[: self.count].digest(),
+            },
+            "classes": ", ".join(self.names),
+            "prediction_map": table(self.common.predictions, self.segmenter.classes),
+            "label_map": table(self.common.labels, self.dataset.classes),
+            "protocol": self.protocol,
+        }
 
-def _header(segmenter: Segmenter, dataset: Dataset, common: Common, count: int) -> dict[str, Any]:
-    def table(maps: Sequence[Any], classes: Any) -> list[int]:
-        values = np.arange(len(classes.names), dtype=np.uint8)[None]
-        for step in maps:
-            values = step.apply(values)
-        return values[0].tolist()
+    def _write_figures(self, folder: Path) -> list[dict[str, Any]]:
+        rows = []
+        for kind, chosen in self._examples().items():
+            for rank, index in enumerate(chosen, 1):
+                figure = f"figures/{kind}-{rank:02}.png"
+                image = self.images[index]
+                rows.append({"kind": kind, "name": image.name, "miou": image.miou, "figure": figure})
+                if (folder / figure).exists():
+                    continue
+                example = self.dataset[index]
+                assert example.labels is not None  # scored before
+                prediction = self.predictions[index] if index in self.predictions else self._predict(example)
+                labels = self.common.map_labels(example.labels)
+                with replacing(folder / figure) as part:
+                    Image.fromarray(comparison(example.image, labels, [prediction], self.common.classes)).save(part)
+        return rows
 
-    return {
-        "model": segmenter.name,
-        "dataset": dataset.name,
-        "split": dataset.split,
-        "images": count,
-        "classes": list(common.classes.names),
-        "prediction_map": table(common.predictions, segmenter.classes) if common.predictions else None,
-        "label_map": table(common.labels, dataset.classes) if common.labels else None,
-    }
-
-
-def _mapped_prediction(segmenter: Segmenter, common: Common, example: Any) -> np.ndarray:
-    return common.map_predictions(segmenter.predict(example.image).labels)
-
-
-def _write_figures(
-    log: _Log, segmenter: Segmenter, dataset: Dataset, common: Common, keep: int
-) -> list[dict[str, Any]]:
-    assert log.folder is not None
-    rows = []
-    for kind, chosen in log.examples(keep).items():
-        for rank, index in enumerate(chosen, 1):
-            example = dataset[index]
-            path = log.label_path(index)
-            if path.exists():
-                with Image.open(path) as picture:
-                    prediction = np.asarray(picture)
-            else:
-                prediction = _mapped_prediction(segmenter, common, example)
-            assert example.labels is not None  # scored before
-            labels = common.map_labels(example.labels)
-            figure = f"figures/{kind}-{rank:02}.png"
-            with replacing(log.folder / figure) as part:
-                Image.fromarray(comparison(example.image, labels, [prediction], common.classes)).save(part)
-            rows.append({"kind": kind, "name": example.name, "miou": log.rows[index].miou, "figure": figure})
-    for path in (log.folder / "figures").glob(".labels-*.png"):
-        path.unlink()
-    return rows
-
-
-def _write_summary(log: _Log, total: Scores, common: Common, examples: list[dict], timing: dict | None) -> None:
-    assert log.folder is not None
-    with replacing(log.folder / "images.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["name", "miou", "accuracy", "pixels"])
-        for row in log.rows:
-            writer.writerow([row.name, f"{row.miou:.4f}", f"{row.accuracy:.4f}", row.pixels])
-    palette = np.asarray(common.classes.palette).tolist()
-    summary = {**log.header, "palette": palette, "scores": total.to_json(), "examples": examples}
-    write_atomic(log.folder / "scores.json", json.dumps(summary, indent=1) + "\n")
-    if timing is not None:
-        write_atomic(log.folder / "timing.json", json.dumps(timing) + "\n")
+    def _write_summary(self, folder: Path, total: Scores, examples: list[dict[str, Any]]) -> None:
+        with replacing(folder / "images.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["name", "miou", "accuracy", "pixels"])
+            for row in self.images:
+                writer.writerow([row.name, f"{row.miou:.4f}", f"{row.accuracy:.4f}", row.pixels])
+        summary = {
+            "model": self.segmenter.name,
+            "fingerprint": self.segmenter.fingerprint,
+            "dataset": self.dataset.name,
+            "split": self.dataset.split,
+            "images": self.count,
+            "classes": list(self.names),
+            "protocol": asdict(self.protocol),
+            "palette": np.asarray(self.common.classes.palette).tolist(),
+            "scores": total.to_json(),
+            "examples": examples,
+        }
+        write_atomic(folder / "scores.json", json.dumps(summary, indent=1) + "\n")
 
 
-def _timing(images: int, seconds: float) -> dict[str, Any] | None:
-    if images == 0:
-        return None
+def _timing(images: int, seconds: float) -> dict[str, Any]:
     rate = images / max(seconds, 1e-9)
     return {"images": images, "seconds": round(seconds, 3), "images_per_second": round(rate, 3)}

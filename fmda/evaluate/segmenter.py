@@ -16,6 +16,7 @@ from fmda.data import ClassList, read_image
 from fmda.errors import UserError
 from fmda.evaluate.images import as_rgb, image_files
 from fmda.evaluate.overlay import colour_table, colours, legend, overlay, stack
+from fmda.evaluate.protocol import WHOLE_IMAGE, Protocol
 
 Labels = UInt8[np.ndarray, "H W"]
 Forward = Callable[[UInt8[np.ndarray, "H W 3"]], tuple[Labels, Float[np.ndarray, "H W K"] | None]]
@@ -23,7 +24,7 @@ Forward = Callable[[UInt8[np.ndarray, "H W 3"]], tuple[Labels, Float[np.ndarray,
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """What a segmenter says about one image.
+    """The prediction for one image.
 
     Attributes:
         labels: uint8[H, W], class index of each pixel at the image's own size; 255 = none.
@@ -73,12 +74,17 @@ class Segmenter:
 
     Args:
         forward: uint8[H, W, 3] -> (uint8[H, W] labels at the same size, scores or None).
-        classes: what the labels mean.
+        classes: the predicted classes, in label order.
         name: for reports.
+        fingerprint: changes with the weights and with every setting that changes a prediction.
+        protocol: how `forward` resizes the image and cuts it into windows.
     """
 
-    def __init__(self, forward: Forward, classes: ClassList, name: str = "model") -> None:
+    def __init__(
+        self, forward: Forward, classes: ClassList, name: str, fingerprint: str, protocol: Protocol = WHOLE_IMAGE
+    ) -> None:
         self.forward, self.classes, self.name = forward, classes, name
+        self.fingerprint, self.protocol = fingerprint, protocol
 
     @classmethod
     def load(cls, run_folder: str | Path, *, packages: Sequence[str] = ("fmda",)) -> "Segmenter":

@@ -1,11 +1,12 @@
 """A tiny labelled data set in memory and a segmenter whose answers are known."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from fmda.data import ClassList, Example
+from fmda.data.digest import digest
 from fmda.evaluate import Segmenter
 
 CLASSES = ClassList(("road", "sky", "car"), np.array([[128, 64, 128], [70, 130, 180], [0, 0, 142]], np.uint8))
@@ -23,8 +24,13 @@ class Memory:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return replace(self, examples=self.examples[index])
         return self.examples[index]
+
+    def digest(self) -> str:
+        return digest(part for e in self.examples for part in (e.name, e.image.tobytes(), e.labels.tobytes()))
 
 
 def threshold(image):
@@ -40,7 +46,7 @@ def classes():
 
 @pytest.fixture
 def segmenter():
-    return Segmenter(threshold, CLASSES, "threshold")
+    return Segmenter(threshold, CLASSES, "threshold", "threshold-100")
 
 
 @pytest.fixture

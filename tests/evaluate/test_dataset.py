@@ -3,10 +3,11 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from fmda.data import ClassList, ClassMap, Example
+from fmda.data import ClassList, ClassMap, Example, open_dataset
 from fmda.errors import UserError
-from fmda.evaluate import Segmenter, confusion_matrix, evaluate_dataset
+from fmda.evaluate import Protocol, Segmenter, confusion_matrix, evaluate_dataset
 from fmda.evaluate.maps import common_list
 
 
@@ -14,6 +15,11 @@ def files(folder):
     """Returns all results but the timing."""
     paths = (p for p in folder.rglob("*") if p.is_file() and p.name != "timing.json")
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
+
+
+def like(segmenter, forward):
+    """Returns the segmenter with another function in its place."""
+    return Segmenter(forward, segmenter.classes, segmenter.name, segmenter.fingerprint)
 
 
 def test_scores_are_those_of_all_pixels_together(segmenter, memory):
@@ -28,6 +34,7 @@ def test_writes_scores_table_and_figures(segmenter, memory, tmp_path):
     data = json.loads((tmp_path / "scores.json").read_text())
     assert data["scores"] == scores.to_json()
     assert (data["model"], data["dataset"], data["images"]) == ("threshold", "memory", 6)
+    assert data["fingerprint"] == "threshold-100" and data["protocol"]["crop"] == 0
     assert data["palette"][1] == [70, 130, 180]
     assert [(e["kind"], e["name"]) for e in data["examples"]] == [
         ("worst", "image-5"),
@@ -55,7 +62,7 @@ def test_resumes_after_a_kill_with_the_same_bytes(segmenter, memory, tmp_path, c
 
     broken = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
-        evaluate_dataset(Segmenter(dying, segmenter.classes, "threshold"), memory, out=broken, keep=2)
+        evaluate_dataset(like(segmenter, dying), memory, out=broken, keep=2)
     assert not (broken / "scores.json").exists()
     log = broken / "images.jsonl"
     if cut:  # the kill came in the middle of a line
@@ -66,8 +73,8 @@ def test_resumes_after_a_kill_with_the_same_bytes(segmenter, memory, tmp_path, c
         again.append(1)
         return segmenter.forward(image)
 
-    evaluate_dataset(Segmenter(counting, segmenter.classes, "threshold"), memory, out=broken, keep=2)
-    assert len(again) == (4 if cut else 3)
+    evaluate_dataset(like(segmenter, counting), memory, out=broken, keep=2)
+    assert len(again) == (4 if cut else 3) + 2  # the two best images are predicted again for their figures
     assert files(broken) == files(tmp_path / "whole")
 
 
@@ -77,15 +84,66 @@ def test_finished_evaluation_predicts_nothing_but_missing_figures(segmenter, mem
     def never(image):
         raise AssertionError("predicted again")
 
-    assert evaluate_dataset(Segmenter(never, segmenter.classes, "threshold"), memory, out=tmp_path, keep=0) == first
+    assert evaluate_dataset(like(segmenter, never), memory, out=tmp_path, keep=0) == first
 
 
-def test_other_evaluation_in_the_folder_is_refused(segmenter, memory, tmp_path):
+def test_examples_are_the_worst_and_the_best_of_many(segmenter, memory, tmp_path):
+    order = [3, 1, 5, 0, 2, 4]
+    memory.examples[:] = [memory.examples[k] for k in order]
+    evaluate_dataset(segmenter, memory, out=tmp_path, keep=1)
+    examples = json.loads((tmp_path / "scores.json").read_text())["examples"]
+    assert [(e["kind"], e["name"]) for e in examples] == [("worst", "image-5"), ("best", "image-0")]
+
+
+def test_a_folder_of_another_model_or_protocol_is_refused(segmenter, memory, tmp_path):
     evaluate_dataset(segmenter, memory, out=tmp_path, keep=1)
     before = files(tmp_path)
-    with pytest.raises(UserError, match="holds another evaluation"):
-        evaluate_dataset(Segmenter(segmenter.forward, segmenter.classes, "other"), memory, out=tmp_path)
+    for name, fingerprint, protocol, reason in (
+        ("other", "threshold-100", Protocol(), "model.name: 'threshold' -> 'other'"),
+        ("threshold", "threshold-90", Protocol(), "model.fingerprint: 'threshold-100' -> 'threshold-90'"),
+        ("threshold", "threshold-100", Protocol(crop=8, stride=4), "protocol.crop: 0 -> 8"),
+    ):
+        other = Segmenter(segmenter.forward, segmenter.classes, name, fingerprint, protocol)
+        with pytest.raises(UserError, match=f"holds work of another configuration .{reason}") as caught:
+            evaluate_dataset(other, memory, out=tmp_path)
+        assert "\n" not in str(caught.value)
     assert files(tmp_path) == before
+
+
+@pytest.fixture
+def place(tmp_path, classes):
+    """Two folders with equal names and classes, whose label files have one size."""
+    for root, label in (("A", 0), ("B", 1)):
+        for kind in ("images", "labels"):
+            (tmp_path / root / "val" / kind).mkdir(parents=True)
+        classes.save(tmp_path / root / "classes.yaml")
+        for k in range(2):
+            image = np.full((6, 8, 3), 40 * k, np.uint8)
+            Image.fromarray(image).save(tmp_path / root / "val" / "images" / f"{k}.png")
+            write_label(tmp_path / root, k, label)
+    return tmp_path
+
+
+def write_label(root, k, value):
+    Image.fromarray(np.full((6, 8), value, np.uint8)).save(root / "val" / "labels" / f"{k}.png")
+
+
+def test_other_data_of_the_same_names_is_refused_and_a_moved_root_is_not(segmenter, place):
+    out = place / "out"
+    assert evaluate_dataset(segmenter, open_dataset("folder", place / "A"), out=out).accuracy == 1
+    with pytest.raises(UserError, match=r"dataset\.contents"):
+        evaluate_dataset(segmenter, open_dataset("folder", place / "B"), out=out)
+    (place / "A").rename(place / "C")
+    assert evaluate_dataset(segmenter, open_dataset("folder", place / "C"), out=out).accuracy == 1
+    write_label(place / "C", 1, 2)
+    with pytest.raises(UserError, match=r"dataset\.contents"):
+        evaluate_dataset(segmenter, open_dataset("folder", place / "C"), out=out)
+
+
+def test_a_journal_of_unknown_origin_is_refused(segmenter, memory, tmp_path):
+    (tmp_path / "images.jsonl").write_text('{"name": "image-0", "counts": [[0, 0, 84]]}\n')
+    with pytest.raises(UserError, match="belongs to an unknown evaluation"):
+        evaluate_dataset(segmenter, memory, out=tmp_path)
 
 
 def test_image_without_labels_is_named(segmenter, memory):
@@ -117,7 +175,7 @@ def test_map_of_predictions_merges_and_void_is_a_miss(segmenter, memory):
 
 def test_map_of_labels_merges_many_to_one(memory):
     to_coarse = ClassMap(memory.classes, COARSE, {"road": "ground", "sky": "ground", "car": "thing"})
-    coarse = Segmenter(lambda image: (np.ones(image.shape[:2]), None), COARSE, "all things")
+    coarse = Segmenter(lambda image: (np.ones(image.shape[:2]), None), COARSE, "all things", "")
     scores = evaluate_dataset(coarse, memory, to_coarse)
     labels = np.stack([e.labels for e in memory.examples])
     assert scores.confusion.tolist() == [[0, int((labels < 2).sum())], [0, int((labels == 2).sum())]]

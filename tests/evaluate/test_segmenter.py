@@ -86,7 +86,7 @@ def test_overlay_default_image_and_none(segmenter, classes):
 def make_segmenter(folder):
     """The loader that a run folder names."""
     values = json.loads((folder / "model.json").read_text())
-    return Segmenter(lambda image: (np.full(image.shape[:2], values["label"]), None), CLASS_LIST, "constant")
+    return Segmenter(lambda image: (np.full(image.shape[:2], values["label"]), None), CLASS_LIST, "constant", "")
 
 
 def write_model(folder, **values):

@@ -25,6 +25,7 @@ from fmda.models.clip import VitConfig
 from fmda.models.dinoiser import Heads
 from fmda.progress import track
 from fmda.weights.clip import LoadedClip, load_clip
+from fmda.weights.diffusers import params_fingerprint
 from fmda.weights.dinoiser import load_heads
 from fmda.weights.source import resolve
 
@@ -42,6 +43,7 @@ class Floss:
 
     def __init__(self, config: Config, classes: ClassList, clip: LoadedClip, heads: Heads | None, mesh: Mesh) -> None:
         self.config, self.classes, self.fingerprint = config, classes, clip.fingerprint
+        self.heads_fingerprint = None if heads is None else params_fingerprint(heads)
         self.host = config.host_config()
         if self.host.trained_scale:
             self.host = replace(self.host, scale=float(np.exp(np.asarray(clip.params["logit_scale"], np.float32))))
@@ -65,6 +67,20 @@ class Floss:
             folder = Path(config.heads) if config.heads else resolve(config.clip, config.revision)
             heads = load_heads(folder, clip.config.vision.width)
         return cls(config, classes, clip, heads, mesh or make_mesh(devices=jax.local_devices()))
+
+    def identity(self, chosen: Chosen | None) -> str:
+        """Returns the fingerprint of all that a prediction depends on; None stands for the host alone."""
+        fused = None if chosen is None else {"chosen": chosen, "fusion": self.config.fusion}
+        return fingerprint(
+            {
+                "weights": [self.fingerprint, self.heads_fingerprint],
+                "host": self.host,
+                "queries": self.queries,
+                "templates": template_hash(self.templates),
+                "background": self.background,
+                "fused": fused,
+            }
+        )
 
     def predict_host(self, image: UInt8[np.ndarray, "H W 3"]) -> Result:
         """Returns (labels, confidence) by the host alone."""

@@ -1,6 +1,7 @@
 """The stages of a FLOSS run: rank -> host -> floss (-> criteria) -> report. Kind `floss` in a configuration."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from fmda.atomic import write_atomic
 from fmda.config import from_dict, to_dict
 from fmda.data import ClassList, ClassMap, Dataset, known_class_maps
 from fmda.errors import UserError
-from fmda.evaluate import Segmenter, evaluate_dataset
+from fmda.evaluate import Protocol, Segmenter, evaluate_dataset
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.methods.floss import criteria
 from fmda.methods.floss.model import Chosen, Floss, scored_images, unlabelled_images
@@ -63,10 +64,13 @@ def load_segmenter(folder: Path) -> Segmenter:
 
 def segmenter(model: Floss, chosen: Chosen | None) -> Segmenter:
     """Returns FLOSS with these experts as a segmenter, or its host alone for None."""
+    host, mark = model.host, model.identity(chosen)
+    protocol = Protocol((host.long_max, host.short_max), host.crop, host.stride)
     if chosen is None:
-        return Segmenter(model.predict_host, model.classes, model.host.name)
+        return Segmenter(model.predict_host, model.classes, host.name, mark, protocol)
     classifiers = model.classifiers(chosen)
-    return Segmenter(lambda image: model.predict(image, classifiers), model.classes, f"{model.host.name} + FLOSS")
+    forward = partial(model.predict, classifiers=classifiers)
+    return Segmenter(forward, model.classes, f"{host.name} + FLOSS", mark, protocol)
 
 
 def predicted_classes(config: Config) -> ClassList:
