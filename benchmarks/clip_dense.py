@@ -45,7 +45,7 @@ SIZES = {
 
 def photograph(side: int) -> tuple[np.ndarray, str]:
     """Returns a square uint8 crop and where it comes from: a real photograph, else a rendered street."""
-    if (data_root() / "camvid").is_dir():
+    if data_root() and (data_root() / "camvid").is_dir():
         image, source = open_dataset("camvid", split="val")[0].image, "photograph (CamVid)"
     else:
         from fmda.world import render

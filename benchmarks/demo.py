@@ -38,7 +38,7 @@ def main() -> None:
             peak_bytes=used.peak_bytes,
             runs={name: mark["seconds"] for name, mark in sorted(marks.items())},
             work_bytes=size,
-            photographs=(data_root() / "camvid").is_dir(),
+            photographs=bool(data_root()) and (data_root() / "camvid").is_dir(),
             load_per_core=round(load, 3),
         ),
         options.out,

@@ -47,7 +47,7 @@ TINY = VitConfig(image_size=32, patch_size=16, width=64, layers=3, heads=2, mlp_
 
 def picture() -> tuple[np.ndarray, str]:
     """Returns a uint8 image of 448x448 and where it comes from."""
-    if (data_root() / "camvid").is_dir():
+    if data_root() and (data_root() / "camvid").is_dir():
         image, source = open_dataset("camvid", split="val")[0].image, "photograph (CamVid)"
     else:
         from fmda.world import render

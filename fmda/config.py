@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 import yaml
 
 from fmda.errors import UserError, did_you_mean
+from fmda.text import read_text
 
 T = TypeVar("T")
 
@@ -169,8 +170,7 @@ def _read_one(path: Path) -> dict[str, Any]:
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise UserError(f"{path}: no such configuration file{near}")
     try:
-        # bytes, since YAML itself recognises UTF-16 and byte order marks
-        values = yaml.load(path.read_bytes(), _Loader)
+        values = yaml.load(read_text(path), _Loader)
     except yaml.MarkedYAMLError as fault:
         line = fault.problem_mark.line + 1 if fault.problem_mark else "?"
         quote = " (text that holds ': ' needs quotes)" if "mapping values" in str(fault.problem) else ""

@@ -10,11 +10,12 @@ import pytest
 import fmda
 
 ROOT = Path(fmda.__file__).parent
-LEAVES = {"atomic", "errors", "progress"}
+LEAVES = {"atomic", "errors", "progress", "text"}
 RULE = {
     "atomic": set(),
     "errors": set(),
     "progress": set(),
+    "text": set(),
     "config": set(),
     "precision": set(),
     "trees": set(),

@@ -1,6 +1,6 @@
-"""What is known of each data set: where its files lie, which splits it has, what its labels mean.
+"""What is known of each dataset: where its files lie, which splits it has, what its labels mean.
 
-A path pattern is relative to the data set's folder. `{key}` is the image's name (sub-folders included), `{split}` the
+A path pattern is relative to the dataset's folder. `{key}` is the image's name (sub-folders included), `{split}` the
 folder of the split, `{name}` the split's own name, `{ext}` png, jpg or jpeg; any other word in braces is one folder.
 """
 
@@ -12,16 +12,21 @@ from fmda.data.classes import class_list
 
 @dataclass(frozen=True)
 class Labels:
-    """One place where labels may lie. `class_map` leads from the ids in the file to the set's class list."""
+    """One place where labels may lie.
+
+    `class_map` leads from the ids in the file to the set's class list; `red16` is SYNTHIA's form; `lacks_255`: the
+    published files never hold 255, the sign of ids that were lowered by one.
+    """
 
     pattern: str
     class_map: str | None = None
     red16: bool = False
+    lacks_255: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which a data set lies on disk: the images, and where the labels may be, best first."""
+    """One way in which a dataset lies on disk: the images, and where the labels may be, best first."""
 
     images: str
     labels: tuple[Labels, ...] = ()
@@ -29,7 +34,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set: its folders, or list file, or the images whose name starts in a certain way.
+    """One part of a dataset: its folders, or list file, or the images whose name starts in a certain way.
 
     `part` cuts the sorted images; `size` is the published number of images.
     """
@@ -44,7 +49,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Entry:
-    """A data set. `places` are its usual folders below the data root; `free` sets name their own splits."""
+    """A dataset. `places` are its usual folders below the data root; `free` sets name their own splits."""
 
     title: str
     classes: str
@@ -247,7 +252,7 @@ CATALOG: dict[str, Entry] = {
         layouts=(
             Layout(
                 "images/{split}/{key}.{ext}",
-                (Labels("annotations/{split}/{key}.png", "ade20k-ids-to-ade20k"),),
+                (Labels("annotations/{split}/{key}.png", "ade20k-ids-to-ade20k", lacks_255=True),),
             ),
         ),
         splits={"train": Split(("training",), 20210), "val": Split(("validation",), 2000)},
@@ -318,7 +323,7 @@ CATALOG: dict[str, Entry] = {
             Layout("{key}.{ext}"),
         ),
         free=True,
-        note="an undivided folder is split 'val' or 'all'; bare pictures open with labels=False",
+        note="an undivided folder is split 'val' or 'all'; bare images open with labels=False, also as 'train'",
     ),
     "world": Entry(
         title="a rendered street-world folder; a domain's folder is a split",
@@ -344,7 +349,7 @@ ALIASES = {
 
 
 def known_datasets() -> list[dict[str, Any]]:
-    """Returns one row per data set: name, title, classes (count), splits, layout, places, home, note."""
+    """Returns one row per dataset: name, title, classes (count), splits, layout, places, home, note."""
     rows: list[dict[str, Any]] = []
     for name, entry in CATALOG.items():
         rows.append(

@@ -1,10 +1,12 @@
-"""`check`: is a data set fit for a run? Every fault with its file, and the pixels of each class."""
+"""Is a dataset fit for a run? `check` reports every fault with its file; `check_images` decodes before training."""
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
@@ -13,9 +15,11 @@ from fmda.data.catalog import CATALOG
 from fmda.data.classes import ClassList
 from fmda.data.dataset import Dataset
 from fmda.data.files import FileFault, read_image
+from fmda.errors import UserError
 from fmda.progress import track
 
 THREADS = 2
+WINDOW = 64
 SHOWN_FAULTS = 20
 
 
@@ -33,8 +37,9 @@ class DataReport:
     """What `check` found.
 
     Attributes:
-        name, split: the data set.
+        name, split: the dataset.
         images: how many images it has; `expected` is the published number, where it is known.
+        labelled: how many images have a label file. A set without any is fit as unlabelled images alone.
         faults: everything that would stop a run; empty means fit.
         notes: what is odd but harmless.
         sizes: how many images have each (height, width).
@@ -45,6 +50,7 @@ class DataReport:
     name: str
     split: str
     images: int
+    labelled: int
     expected: int | None
     faults: tuple[Fault, ...]
     notes: tuple[str, ...]
@@ -57,6 +63,13 @@ class DataReport:
     def shares(self) -> np.ndarray:
         """float64 [K]: each class's share of the labelled pixels; 0 where nothing is labelled."""
         return self.pixels / max(1, int(self.pixels.sum()))
+
+    @property
+    def verdict(self) -> str:
+        """One line: fit for a run, fit as unlabelled images alone, or not fit."""
+        if self.faults:
+            return f"not fit for a run: {len(self.faults)} faults"
+        return "fit for a run" if self.labelled else "fit only as unlabelled images: no label was found"
 
     def table(self) -> str:
         """Returns the classes with their pixels and shares, as aligned text."""
@@ -80,7 +93,7 @@ class DataReport:
         lines += [f"  {fault.message}" for fault in self.faults[:SHOWN_FAULTS]]
         if len(self.faults) > SHOWN_FAULTS:
             lines.append(f"  ... and {len(self.faults) - SHOWN_FAULTS} more")
-        lines.append("fit for a run" if not self.faults else f"not fit for a run: {len(self.faults)} faults")
+        lines.append(self.verdict)
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,7 +103,9 @@ class DataReport:
             "split": self.split,
             "images": self.images,
             "expected": self.expected,
-            "fit": not self.faults,
+            "fit": bool(not self.faults and self.labelled),
+            "fit_unlabelled": not self.faults,
+            "labelled": self.labelled,
             "faults": [{"kind": f.kind, "file": f.file, "message": f.message} for f in self.faults],
             "notes": list(self.notes),
             "sizes": [[h, w, n] for (h, w), n in sorted(self.sizes.items())],
@@ -105,22 +120,25 @@ class _Seen:
     faults: list[Fault]
     size: tuple[int, int] | None
     counts: np.ndarray
+    has_255: bool = False
 
 
 def check(dataset: Dataset) -> DataReport:
-    """Returns a report on every file of a data set; opens and decodes all of them.
+    """Returns a report on every file of a dataset; opens and decodes all of them.
 
     Found are: no images, images without label and labels without image (open the set with `strict=False`, else the
-    first such pair is already an error), missing, truncated, 16-bit and colour files, image and label of different
-    size, and label values outside the class list. Pixels are counted by class, 255 apart. Nothing is changed.
+    first such pair is already an error), missing, truncated, 16-bit, lossy and colour files, image and label of
+    different size, and label values outside the class list. Pixels are counted by class, 255 apart. Nothing is changed.
     """
     faults: list[Fault] = []
     sizes: Counter[tuple[int, int]] = Counter()
     counts = np.zeros(256, np.int64)
-    wants_labels = any(item.label is not None for item in dataset.items)
-    for seen in track(_examine(dataset, wants_labels), f"check {dataset.name}", len(dataset)):
+    labelled = sum(item.label is not None for item in dataset.items)
+    reduced = 0
+    for seen in track(_examine(dataset, labelled > 0), f"check {dataset.name}", len(dataset)):
         faults += seen.faults
         counts += seen.counts
+        reduced += seen.has_255
         if seen.size:
             sizes[seen.size] += 1
     for path in dataset.orphans:
@@ -136,12 +154,20 @@ def check(dataset: Dataset) -> DataReport:
         notes.append(f"the published split has {expected} images, this folder {len(dataset)}")
     known = len(dataset.classes)
     absent = [n for n, c in zip(dataset.classes.names, counts[:known], strict=True) if not c]
-    if wants_labels and absent:
+    if reduced:
+        notes.append(
+            f"255 occurs in {reduced} label files, which the published {dataset.name} labels never hold: their "
+            "ids were probably lowered by one already, and every class would be one too low; use the published files"
+        )
+    if not labelled and dataset.label_pattern:
+        notes.append(f"looked for labels {dataset.label_pattern} in {dataset.root}")
+    if labelled and absent:
         notes.append(f"classes without a pixel: {', '.join(absent)}")
     return DataReport(
         name=dataset.name,
         split=dataset.split,
         images=len(dataset),
+        labelled=labelled,
         expected=expected,
         faults=tuple(faults),
         notes=tuple(notes),
@@ -152,21 +178,59 @@ def check(dataset: Dataset) -> DataReport:
     )
 
 
-def _examine(dataset: Dataset, wants_labels: bool) -> Iterator[_Seen]:
-    """Yields what each example shows, in order; decoding lets go of the interpreter, so threads help."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def check_images(images: Dataset | Sequence[str | Path], skip: bool = False) -> Any:
+    """Returns the images that are whole, a Dataset or a list of paths, after decoding each once, with its labels.
+
+    For a training that draws images at random: a broken file is found before the first step.
+
+    Raises UserError naming the broken files, unless `skip`: then a warning names them and they are left out.
+    """
+    if isinstance(images, Dataset):
+        faults = [seen.faults for seen in track(_examine(images, True), f"check {images.name}", len(images))]
+    else:
+        faults = list(track(_in_threads(_image_faults, images), "check images", len(images)))
+    whole = [i for i, found in enumerate(faults) if not found]
+    messages = [fault.message for found in faults for fault in found]
+    if messages:
+        more = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
+        text = "; ".join(messages[:3]) + more
+        if not skip or not whole:
+            raise UserError(f"{len(faults) - len(whole)} of {len(faults)} images cannot be used: {text}")
+        warnings.warn(f"{len(faults) - len(whole)} of {len(faults)} images are left out: {text}", stacklevel=2)
+    if isinstance(images, Dataset):
+        return images.subset(whole) if messages else images
+    return [images[i] for i in whole]
+
+
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """Yields results in order; decoding releases the interpreter lock, so threads help."""
     with ThreadPoolExecutor(THREADS) as pool:
         # a bounded window: a plain map over a large set would queue every result
-        step = 64
-        for start in range(0, len(dataset), step):
-            window = range(start, min(start + step, len(dataset)))
-            yield from pool.map(lambda i: _examine_one(dataset, i, wants_labels), window)
+        for start in range(0, len(items), WINDOW):
+            yield from pool.map(function, items[start : start + WINDOW])
+
+
+def _examine(dataset: Dataset, wants_labels: bool) -> Iterator[_Seen]:
+    return _in_threads(lambda i: _examine_one(dataset, i, wants_labels), range(len(dataset)))
+
+
+def _image_faults(path: str | Path) -> list[Fault]:
+    try:
+        read_image(path)
+    except FileFault as fault:
+        return [Fault(fault.kind, fault.path, str(fault))]
+    return []
 
 
 def _examine_one(dataset: Dataset, index: int, wants_labels: bool) -> _Seen:
     item = dataset.items[index]
     faults: list[Fault] = []
     size: tuple[int, int] | None = None
-    labels = None
+    labels, has_255 = None, False
     try:
         height, width, _ = read_image(item.image).shape
         size = (height, width)
@@ -174,6 +238,9 @@ def _examine_one(dataset: Dataset, index: int, wants_labels: bool) -> _Seen:
         faults.append(Fault(fault.kind, fault.path, str(fault)))
     try:
         labels = dataset.labels(index)
+        if labels is not None and item.form and item.form.lacks_255:
+            raw = dataset.raw_labels(index)
+            has_255 = raw is not None and bool((raw == 255).any())
     except FileFault as fault:
         faults.append(Fault(fault.kind, fault.path, str(fault)))
     if item.label is None and wants_labels:
@@ -188,4 +255,4 @@ def _examine_one(dataset: Dataset, index: int, wants_labels: bool) -> _Seen:
     counts = np.zeros(256, np.int64)
     if labels is not None:
         counts += np.bincount(labels.ravel(), minlength=256)
-    return _Seen(faults, size, counts)
+    return _Seen(faults, size, counts, has_255)

@@ -19,12 +19,17 @@ from jaxtyping import UInt8
 
 from fmda.config import read_yaml, resolved
 from fmda.errors import UserError, did_you_mean
+from fmda.text import composed
 
 IGNORE = 255
 MOST_CLASSES = 255
 
 _HERE = Path(__file__).parent
 _LIST_KEYS = ("classes", "palette", "ignore", "void")
+_DROP = (
+    "to leave out a class such as a background at 0, list it too, and drop it by a class map "
+    "(a YAML file with from:, to: and map:, named by class_map=)"
+)
 _ENTRY_KEYS = ("name", "colour", "prompts", "naclip")
 _MAP_KEYS = ("from", "to", "map")
 
@@ -55,19 +60,17 @@ class ClassList:
         where: str = "class list",
     ) -> None:
         """Raises UserError, naming `where`, for a duplicate, an empty name, a bad palette or too many classes."""
-        self.names = tuple(names)
+        self.names = tuple(composed(name) if isinstance(name, str) else name for name in names)
         _check_names(self.names, where)
         colours = default_palette(len(self.names)) if palette is None else palette
         self.palette = _palette(colours, len(self.names), where)
-        self.ignore = int(ignore)
-        if self.ignore != IGNORE:
+        self.ignore = ignore
+        if ignore != IGNORE:
             raise UserError(
-                f"{where}: ignore is {ignore}, but label maps mark pixels without class by {IGNORE}; "
-                "list other such values under `void:`"
+                f"{where}: ignore is {ignore!r}, but pixels without a class have the value {IGNORE}; "
+                f"list values above the classes under `void:`; {_DROP}"
             )
-        self.void = tuple(int(value) for value in void)
-        if any(not len(self.names) <= value <= 255 for value in self.void):
-            raise UserError(f"{where}: void values {list(self.void)} must lie between {len(self.names)} and 255")
+        self.void = _void(void, len(self.names), where)
         self.prompts: Names = _prompts(prompts, self.names, where)
         spelled = naclip or [None] * len(self.names)
         self.naclip: Names = tuple(
@@ -272,9 +275,9 @@ def _list_beside(name: Any, path: Path, key: str) -> ClassList:
 
 
 def _find(name: str, classes: ClassList, what: str) -> int:
-    if name not in classes.names:
+    if composed(name) not in classes.names:
         raise UserError(f"{what} '{name}' is unknown{did_you_mean(name, classes.names)}")
-    return classes.names.index(name)
+    return classes.names.index(composed(name))
 
 
 def _canonical(name: str) -> str:
@@ -286,7 +289,7 @@ def _is_file_name(name: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace(" ", "").replace("-", "").replace("_", "")
+    return composed(name).lower().replace(" ", "").replace("-", "").replace("_", "")
 
 
 def _without_blanks(prompts: Sequence[str]) -> tuple[str, ...]:
@@ -311,13 +314,21 @@ def _check_names(names: tuple[str, ...], where: str) -> None:
         raise UserError(f"{where}: {len(names)} classes; 8-bit labels hold {MOST_CLASSES} at most")
 
 
+def _void(values: Any, count: int, where: str) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
+        raise UserError(f"{where}: `void:` is {values!r}; give a list of label values, such as [30, 31]")
+    if any(not count <= value <= 255 for value in values):
+        raise UserError(f"{where}: void values {list(values)} must lie between {count} and 255; {_DROP}")
+    return tuple(values)
+
+
 def _palette(colours: Any, count: int, where: str) -> UInt8[np.ndarray, "K 3"]:
     try:
-        array = np.asarray(colours, np.int64).reshape(-1, 3) if count else np.zeros((0, 3), np.int64)
+        array = np.asarray(colours, np.float64).reshape(-1, 3) if count else np.zeros((0, 3))
     except (ValueError, TypeError):
         raise UserError(f"{where}: a colour is three numbers, [red, green, blue]") from None
-    if len(array) != count or (array < 0).any() or (array > 255).any():
-        raise UserError(f"{where}: the palette needs {count} colours [red, green, blue] of 0-255 each")
+    if len(array) != count or (array < 0).any() or (array > 255).any() or (array % 1).any():
+        raise UserError(f"{where}: the palette needs {count} colours [red, green, blue], whole numbers of 0-255 each")
     return array.astype(np.uint8)
 
 
@@ -327,7 +338,7 @@ def _prompts(given: Sequence[Sequence[str]], names: tuple[str, ...], where: str)
     for name, options in zip(names, given, strict=True):
         if isinstance(options, str) or not options or not all(isinstance(o, str) and o for o in options):
             raise UserError(f"{where}: the prompts of '{name}' must be a list of words")
-    return tuple(tuple(options) for options in given)
+    return tuple(tuple(composed(option) for option in options) for options in given)
 
 
 def _entry(item: Any, where: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""`open_dataset`: any known data set, or a folder of one's own, as a sequence of examples."""
+"""`open_dataset`: any known dataset, or a folder of one's own, as a sequence of examples."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,26 +9,22 @@ from typing import overload
 import numpy as np
 from jaxtyping import UInt8
 
-from fmda.data.catalog import ALIASES, CATALOG, Entry, Labels, Layout, Split, describe
+from fmda.data.catalog import ALIASES, CATALOG, Entry, Labels, Split
 from fmda.data.classes import ClassList, ClassMap, class_list
 from fmda.data.digest import digest, file_evidence
 from fmda.data.files import FileFault, read_image, read_labels
+from fmda.data.search import label_file, label_files, locate, unique_names
 from fmda.errors import UserError, did_you_mean
-
-UNDIVIDED = ("val", "all")
-
-_EXTENSIONS = ("png", "jpg", "jpeg", "PNG", "JPG", "JPEG")
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A picture and its label map.
+    """An image and its label map.
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
-        labels: uint8 [H, W] in the data set's class list, 255 where there is no class; None without labels.
-        name: the image's name, unique in its data set.
+        labels: uint8 [H, W] in the dataset's class list, 255 where there is no class; None without labels.
+        name: the image's name, unique in its dataset.
     """
 
     image: UInt8[np.ndarray, "H W 3"]
@@ -39,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a data set: its name, its file, its label file if there is one, and how to read that."""
+    """One image of a dataset: its name, its file, its label file if there is one, and how to read that."""
 
     name: str
     image: str
@@ -55,6 +50,8 @@ class Dataset(Sequence[Example]):
         classes: the class list of the labels.
         items: the files.
         class_map: a further map that the labels go through (`mapped`).
+        orphans: label files without an image, where the set was opened with `strict=False`.
+        label_pattern: where labels were looked for; None where none were.
     """
 
     def __init__(
@@ -67,12 +64,14 @@ class Dataset(Sequence[Example]):
         *,
         class_map: ClassMap | None = None,
         orphans: Sequence[str] = (),
+        label_pattern: str | None = None,
     ) -> None:
         self.name, self.split, self.root = name, split, Path(root)
         self.items = tuple(items)
         self.classes = classes if class_map is None else class_map.target
         self.class_map = class_map
         self.orphans = tuple(orphans)
+        self.label_pattern = label_pattern
         self._file_classes = classes
 
     def __len__(self) -> int:
@@ -83,7 +82,7 @@ class Dataset(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> "Dataset": ...
     def __getitem__(self, index: "int | slice") -> "Example | Dataset":
-        """Returns one example, or a data set of some of them. Raises FileFault naming the file and the fault."""
+        """Returns one example, or a dataset of some of them. Raises FileFault naming the file and the fault."""
         if isinstance(index, slice):
             return self.subset(range(len(self))[index])
         item = self.items[index]
@@ -119,26 +118,33 @@ class Dataset(Sequence[Example]):
 
         Raises FileFault for a faulty file or a value outside the class list.
         """
-        item = self.items[index]
-        if item.label is None or item.form is None:
+        raw = self.raw_labels(index)
+        if raw is None:
             return None
-        raw = read_labels(item.label, red16=item.form.red16)
-        to_list = ClassMap.load(item.form.class_map) if item.form.class_map else None
+        item = self.items[index]
+        to_list = ClassMap.load(item.form.class_map) if item.form and item.form.class_map else None
         in_file = to_list.source if to_list else self._file_classes
         allowed = in_file.allowed()
         if not allowed[raw].all():
             stray = int(raw[~allowed[raw]][0])
             raise FileFault(
-                item.label,
+                item.label or "",
                 "value outside",
                 f"label value {stray} is outside the class list (0-{len(in_file) - 1}, "
-                f"{in_file.ignore} for none); mend the file or the list",
+                f"{in_file.ignore} for none); correct the file or the list",
             )
         if to_list is not None:
             labels = to_list.apply(raw)
         else:
             labels = np.where(raw < len(in_file), raw, np.uint8(in_file.ignore))
         return labels if self.class_map is None else self.class_map.apply(labels)
+
+    def raw_labels(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
+        """Returns the values in a label file, uint8 [H, W], before any map; None without labels."""
+        item = self.items[index]
+        if item.label is None or item.form is None:
+            return None
+        return read_labels(item.label, red16=item.form.red16)
 
     def digest(self, *, labels: bool = True) -> str:
         """Returns 16 hexadecimal digits of image names, file contents and, with `labels`, how the labels are read.
@@ -160,14 +166,14 @@ class Dataset(Sequence[Example]):
         return digest(parts())
 
     def subset(self, indices: Sequence[int]) -> "Dataset":
-        """Returns the data set of the examples at `indices`, in that order."""
+        """Returns the dataset of the examples at `indices`, in that order."""
         items = [self.items[i] for i in indices]
         return Dataset(self.name, self.split, self.root, items, self._file_classes, class_map=self.class_map)
 
     def mapped(self, class_map: str | Path | ClassMap) -> "Dataset":
         """Returns the same images with their labels in another class list.
 
-        Raises UserError if the map does not start from this data set's classes.
+        Raises UserError if the map does not start from this dataset's classes.
         """
         onward = ClassMap.load(class_map)
         if onward.source.names != self.classes.names:
@@ -179,11 +185,10 @@ class Dataset(Sequence[Example]):
         return Dataset(self.name, self.split, self.root, self.items, self._file_classes, class_map=onward)
 
 
-def data_root() -> Path:
-    """Returns the folder that holds the data sets: the environment's FMDA_DATA, else `shared/data` beside the
-    checkout. It need not exist."""
+def data_root() -> Path | None:
+    """Returns the folder that holds the datasets: the environment's FMDA_DATA, None where that is not set."""
     named = os.environ.get("FMDA_DATA")
-    return Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data"
+    return Path(named).expanduser() if named else None
 
 
 def open_dataset(
@@ -194,11 +199,11 @@ def open_dataset(
     labels: bool = True,
     strict: bool = True,
 ) -> Dataset:
-    """Returns a data set as a sequence of examples, sorted by name.
+    """Returns a dataset as a sequence of examples, sorted by name.
 
     Args:
-        name: a known data set (`known_datasets`), "folder" for one's own images and labels, "world" for a rendered one.
-        root: the data set's folder, or the folder above it; default: `data_root()`.
+        name: a known dataset (`known_datasets`), "folder" for one's own images and labels, "world" for a rendered one.
+        root: the dataset's folder, or the folder above it; default: `data_root()`.
         split: which part.
         labels: False opens the images alone, also where there are no labels.
         strict: False leaves images without labels in, for `check` to report; True makes them an error.
@@ -211,34 +216,46 @@ def open_dataset(
     if root is None and not entry.places:
         raise UserError(f"'{name}' has no usual place; name its folder with root= (data.root= for a run)")
     part = _split(name, entry, split)
-    if labels and not part.labelled:
+    if labels and strict and not part.labelled:
         raise UserError(f"split '{split}' of {name} has no labels; open it with labels=False or take another split")
-    folder, layout, found = _locate(name, entry, Path(root or data_root()), split, part, labels)
-    classes = _classes(entry, folder, split, labels)
-    keys = _unique_names(found)
+    labels = labels and part.labelled
+    folder, layout, files = locate(
+        name,
+        entry,
+        data_root() if root is None else Path(root).expanduser(),
+        split,
+        part,
+        labels=labels,
+        needs_labels=labels and strict,
+    )
     items = []
-    last = 0
-    for key, (path, fields) in zip(keys, found, strict=True):
+    place = 0
+    for key, (path, fields) in zip(unique_names(files), files, strict=True):
         label: str | None = None
         if labels:
-            label, last = _label_file(folder, layout, fields, last)
-        items.append(Item(key, str(path), label, layout.labels[last] if label else None))
+            label, place = label_file(folder, layout, fields, place)
+        items.append(Item(key, str(path), label, layout.labels[place] if label else None))
     missing = [item for item in items if item.label is None]
+    classes = _classes(entry, folder, split, needed=labels and (strict or len(missing) < len(items)))
+    pattern = layout.labels[0].pattern if labels and layout.labels else None
     if labels and strict and missing:
-        looked = layout.labels[0].pattern if layout.labels else "labels/{key}.png"
         raise UserError(
-            f"{missing[0].image}: image without label ({len(missing)} of {len(items)}); looked for {looked} "
+            f"{missing[0].image}: image without label ({len(missing)} of {len(items)}); looked for {pattern} "
             f"in {folder}; add it, or open with labels=False"
         )
-    orphans = () if strict or not labels else _orphans(folder, layout, split, part, items)
-    return Dataset(name, split, folder, items, classes, orphans=orphans)
+    orphans: list[str] = []
+    if labels and not strict and not (part.listed or part.starts or part.part):
+        forms = {item.form for item in items if item.form} or set(layout.labels[:1])
+        taken = {item.label for item in items}
+        orphans = sorted({f for form in forms for f in label_files(folder, form.pattern, split, part)} - taken)
+    return Dataset(name, split, folder, items, classes, orphans=orphans, label_pattern=pattern)
 
 
 def _known_name(name: str) -> str:
     plain = name.lower().replace("_", "-")
     plain = ALIASES.get(plain, plain)
     if plain not in CATALOG:
-        raise UserError(f"'{name}': no such data set{did_you_mean(plain, CATALOG)}")
+        raise UserError(f"'{name}': no such dataset{did_you_mean(plain, CATALOG)}")
     return plain
 
 
@@ -250,110 +267,8 @@ def _split(name: str, entry: Entry, split: str) -> Split:
     return entry.splits[split]
 
 
-Found = list[tuple[Path, dict[str, str]]]
-
-
-def _locate(name: str, entry: Entry, root: Path, split: str, part: Split, labels: bool) -> tuple[Path, Layout, Found]:
-    """Returns the first folder and layout that hold images, and these with their pattern fields."""
-    folders = [root, *(root / place for place in entry.places)]
-    for folder in folders:
-        if not folder.is_dir():
-            continue
-        for layout in entry.layouts:
-            undivided = entry.free and "{split}" not in layout.images
-            if (undivided and split not in UNDIVIDED) or (labels and not layout.labels):
-                continue
-            found = _images(folder, layout, split, part)
-            if found:
-                return folder, layout, found
-    layout_text = f"expected layout: {describe(entry)}" + (f"; get it from {entry.home}" if entry.home else "")
-    if not root.is_dir():
-        raise UserError(
-            f"{root}: no such folder (for data set '{name}'); name it with root=, data.root= or FMDA_DATA; "
-            f"{layout_text}"
-        )
-    looked = part.listed or entry.layouts[0].images.replace("{split}", part.folders[0]).replace("{name}", split)
-    below = ", ".join(str(folder.relative_to(root)) for folder in folders[1:])
-    where = f"{root}" + (f" (and {below} below it)" if below else "")
-    raise UserError(
-        f"{where}: no images of '{name}', split '{split}'; looked for {looked}; {layout_text}"
-        + (f" ({entry.note})" if entry.free else "")
-    )
-
-
-def _images(folder: Path, layout: Layout, split: str, part: Split) -> Found:
-    """Returns the images of a split with the fields of their pattern, sorted by their fields."""
-    found: Found = []
-    if part.listed is not None:
-        listing = folder / part.listed
-        if not listing.is_file():
-            return []
-        for key in listing.read_text(encoding="utf-8").split():
-            fields = {"split": part.folders[0], "name": split, "key": key}
-            found.append((_with_extension(folder, layout.images, fields), fields))
-        return found
-    for place in part.folders:
-        for path, more in _scan(folder, layout.images, {"split": place, "name": split}):
-            found.append((path, {"split": place, "name": split, **more}))
-    if part.starts:
-        found = [row for row in found if Path(row[1]["key"]).name.startswith(part.starts)]
-    found.sort(key=lambda row: (row[1]["key"], row[1]["split"], str(row[0])))
-    return found[slice(*part.part)] if part.part else found
-
-
-def _scan(folder: Path, pattern: str, given: dict[str, str]) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yields the files below `folder` that match a pattern, with what its placeholders stand for."""
-    for word, value in given.items():
-        pattern = pattern.replace("{" + word + "}", value)
-    fixed, _, _ = pattern.partition("{")
-    start = folder / fixed.rpartition("/")[0]
-    if not start.is_dir():
-        return
-    expression = ""
-    for i, piece in enumerate(_PLACEHOLDER.split(pattern)):
-        if i % 2 == 0:
-            expression += re.escape(piece)
-        else:
-            inner = {"key": ".+", "ext": "(?i:png|jpe?g)"}.get(piece, "[^/]+")
-            expression += f"(?P<{piece}>{inner})"
-    match = re.compile(expression).fullmatch
-    for place, _, files in os.walk(start, followlinks=True):
-        below = Path(place).relative_to(folder).as_posix()
-        for file in files:
-            hit = match(file if below == "." else f"{below}/{file}")
-            if hit and not file.startswith("."):
-                yield Path(place, file), hit.groupdict()
-
-
-def _with_extension(folder: Path, pattern: str, fields: dict[str, str]) -> Path:
-    """Returns the path of a listed image, with the first extension that exists."""
-    paths = [folder / pattern.format(ext=ext, **fields) for ext in _EXTENSIONS]
-    return next((path for path in paths if path.is_file()), paths[1])
-
-
-def _label_file(folder: Path, layout: Layout, fields: dict[str, str], last: int) -> tuple[str | None, int]:
-    """Returns the label file of an image and the place in `layout.labels`; the last place is tried first."""
-    order = [last, *(i for i in range(len(layout.labels)) if i != last)] if layout.labels else []
-    for i in order:
-        path = folder / layout.labels[i].pattern.format(**fields)
-        if path.is_file():
-            return str(path), i
-    return None, last
-
-
-def _unique_names(found: Found) -> list[str]:
-    """Returns the images' base names where these differ, else their names with folders."""
-    short = [Path(fields["key"]).name for _, fields in found]
-    if len(set(short)) == len(short):
-        return short
-    keys = [fields["key"] for _, fields in found]
-    if len(set(keys)) == len(keys):
-        return keys
-    return ["/".join(v for k, v in sorted(fields.items()) if k not in ("ext", "name")) for _, fields in found]
-
-
-def _classes(entry: Entry, folder: Path, split: str, labels: bool) -> ClassList:
-    """Returns the set's class list; for free folders that of its classes.yaml."""
+def _classes(entry: Entry, folder: Path, split: str, *, needed: bool) -> ClassList:
+    """Returns the set's class list; for free folders that of its classes.yaml, an empty one if not `needed`."""
     if not entry.free:
         return class_list(entry.classes)
     for place in (folder / split / "classes.yaml", folder / "classes.yaml"):
@@ -361,27 +276,12 @@ def _classes(entry: Entry, folder: Path, split: str, labels: bool) -> ClassList:
             return ClassList.load(place)
     if entry.classes:
         return class_list(entry.classes)
-    if labels:
+    if needed:
         raise UserError(
             f"{folder / 'classes.yaml'}: no class list; write `classes:` with the names in label order, "
             "or open with labels=False"
         )
     return ClassList(())
-
-
-def _orphans(folder: Path, layout: Layout, split: str, part: Split, items: Sequence[Item]) -> list[str]:
-    """Returns the label files without an image, where the split is whole folders."""
-    if part.listed or part.starts or part.part:
-        return []
-    used = {item.form for item in items if item.form} or set(layout.labels[:1])
-    taken = {item.label for item in items}
-    return sorted(
-        str(path)
-        for form in used
-        for place in part.folders
-        for path, _ in _scan(folder, form.pattern, {"split": place, "name": split})
-        if str(path) not in taken
-    )
 
 
 def _size(array: np.ndarray) -> str:

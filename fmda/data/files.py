@@ -1,6 +1,9 @@
-"""Pictures and label maps from disk, each fault named with its file."""
+"""Images and label maps from disk, each fault named with its file."""
 
 import io
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -10,11 +13,25 @@ from PIL import Image, UnidentifiedImageError
 
 from fmda.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# Pillow's warnings name no file: a large photograph (one above twice the limit is refused), unreadable EXIF blocks
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", ".*orrupt EXIF data", UserWarning)
 
 _STARTS = (b"\x89PNG", b"\xff\xd8\xff")
 _PNG_END = b"IEND\xaeB`\x82"
 _COLOUR_MODES = ("RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA")
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by the EXIF orientation."""
 
 
 class FileFault(UserError):
@@ -30,67 +47,95 @@ class FileFault(UserError):
 
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns a picture as RGB. Grey and palette pictures are widened, an alpha channel is dropped.
+    """Returns an image as upright RGB: the EXIF orientation is applied.
 
-    Raises FileFault for a missing, truncated, 16-bit or unreadable file.
+    Grey and palette images are widened, an alpha channel is dropped.
+    Raises FileFault for a missing, truncated, 16-bit, too large or unreadable file.
     """
-    picture = _decode(Path(path), "image")
-    if picture.mode.startswith(("I", "F")):
-        raise FileFault(path, "16-bit image", "more than 8 bits a channel; convert it to an 8-bit picture")
-    return np.array(picture.convert("RGB"))
+    return np.array(_decode(Path(path), "image", _check_image).convert("RGB"))
 
 
 def read_labels(path: str | Path, *, red16: bool = False) -> UInt8[np.ndarray, "H W"]:
     """Returns a label map as its raw values: grey levels, or palette indices (never the palette's colours).
 
     With `red16`, files of three 16-bit channels with the class in the red one (SYNTHIA) are read as well.
-    Raises FileFault for a missing, truncated, 16-bit, colour or unreadable file.
+    Raises FileFault for a missing, truncated, 16-bit, colour or unreadable file, for a lossy format, and for grey
+    levels of fewer than 8 bits.
     """
     path = Path(path)
-    if red16:
-        return _red_channel(path)
-    picture = _decode(path, "label map")
-    if picture.mode.startswith(("I", "F")):
-        raise FileFault(path, "16-bit label", "a 16-bit label map; save it with 8 bits, one class id for each pixel")
-    if picture.mode in _COLOUR_MODES:
+    return _red_channel(path) if red16 else np.array(_decode(path, "label map", _check_labels), np.uint8)
+
+
+def _check_image(path: Path, image: Image.Image) -> None:
+    # of 16 bits a channel Pillow leaves 8 in colour, without a warning
+    if image.mode.startswith(("I", "F")) or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        raise FileFault(path, "16-bit image", "more than 8 bits a channel; convert it to an 8-bit image")
+
+
+def _check_labels(path: Path, image: Image.Image) -> None:
+    if image.format in _LOSSY or "jpeg" in str(image.info.get("compression", "")):
         raise FileFault(
             path,
-            "colour label",
-            f"a colour picture ({picture.mode}), not class ids; save one 8-bit channel of class ids",
+            "lossy label",
+            f"a label map in the lossy format {image.format}, which changes class ids; export it anew as an 8-bit PNG",
         )
-    return np.array(picture, np.uint8)
+    if image.mode.startswith(("I", "F")):
+        raise FileFault(path, "16-bit label", "a 16-bit label map; save it with 8 bits, one class id for each pixel")
+    if image.mode in _COLOUR_MODES:
+        raise FileFault(
+            path, "colour label", f"a colour image ({image.mode}), not class ids; save one 8-bit channel of class ids"
+        )
+    # grey levels of few bits: ids as they are, or 8-bit values that an optimiser packed; the file does not say which
+    if image.mode == "1" or any(re.search(r"\bL;[1-7]", str(tile[3])) for tile in getattr(image, "tile", ())):
+        raise FileFault(
+            path,
+            "label of few bits",
+            "grey levels of fewer than 8 bits, whose class ids are ambiguous; save it with 8 bits",
+        )
 
 
-def _decode(path: Path, what: str) -> Image.Image:
+def _decode(path: Path, what: str, check: Callable[[Path, Image.Image], None]) -> Image.Image:
+    """Returns the decoded file, upright; `check` sees it before its pixels are decoded."""
     data = _bytes(path, what)
     try:
-        picture = Image.open(io.BytesIO(data))
-        # of 16 bits a channel Pillow leaves 8 in colour, and says nothing
-        deep = any(";16" in str(tile[3]) for tile in picture.tile)
-        picture.load()
+        image = Image.open(io.BytesIO(data))
+        check(path, image)
+        image.load()
     except UnidentifiedImageError:
         if data.startswith(_STARTS):
             raise FileFault(path, f"truncated {what}", "cut off in its header; copy or download it again") from None
-        raise FileFault(path, f"unreadable {what}", f"not a picture file; replace it by a PNG or JPEG {what}") from None
+        raise FileFault(path, f"unreadable {what}", f"not an image file; replace it by a PNG or JPEG {what}") from None
+    except Image.DecompressionBombError as fault:
+        count = int("".join(re.findall(r"\((\d+) pixels", str(fault))) or 0)
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise FileFault(
+            path, f"huge {what}", f"{count:,} pixels, more than {most:,}; cut it into tiles or reduce its size"
+        ) from None
     except (OSError, SyntaxError, ValueError, EOFError) as fault:
         raise FileFault(
             path, f"truncated {what}", f"truncated or damaged ({fault}); copy or download it again"
         ) from None
-    if deep and what == "image":
-        raise FileFault(path, "16-bit image", "more than 8 bits a channel; convert it to an 8-bit picture")
-    return picture
+    return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block raises whatever its bytes lead to, and names no orientation
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _bytes(path: Path, what: str) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise FileFault(path, f"missing {what}", f"no such {what}; add the file or mend the path") from None
+        raise FileFault(path, f"missing {what}", f"no such {what}; add the file or correct the path") from None
     except IsADirectoryError:
         raise FileFault(path, f"missing {what}", f"is a folder; name a {what} in it") from None
     except OSError as fault:
         raise FileFault(
-            path, f"unreadable {what}", f"cannot be read ({fault.strerror}); mend its permissions"
+            path, f"unreadable {what}", f"cannot be read ({fault.strerror}); check its permissions"
         ) from None
     if not data:
         raise FileFault(path, f"truncated {what}", "an empty file; copy or download it again")
@@ -99,7 +144,7 @@ def _bytes(path: Path, what: str) -> bytes:
 
 def _red_channel(path: Path) -> UInt8[np.ndarray, "H W"]:
     data = _bytes(path, "label map")
-    # OpenCV fills what is missing with zeros and says nothing, so the end mark is looked for first
+    # OpenCV fills what is missing with zeros without a warning, so the end mark is looked for first
     if not data.rstrip(b"\0\n").endswith(_PNG_END):
         raise FileFault(path, "truncated label map", "truncated or damaged (no end mark); copy or download it again")
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -1,12 +1,13 @@
 """Images as users give them: arrays of several forms, files and folders, with one-line errors."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-from fmda.data.files import IMAGE_SUFFIXES
+from fmda.data.listing import IMAGE_SUFFIXES, images_in
 from fmda.errors import UserError
 
 
@@ -35,19 +36,20 @@ def as_rgb(image: UInt8[np.ndarray, "..."], where: str = "image") -> UInt8[np.nd
 def image_files(paths: Sequence[str | Path]) -> list[Path]:
     """Returns image files in order, each folder replaced by the images directly in it, sorted by name.
 
+    Hidden files of a folder are left out; a warning names its other files that are not images.
+
     Raises:
         UserError: a path is missing or a folder holds no image.
     """
-    return [file for path in paths for file in _files(Path(path))]
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; check the path")
-    if not path.is_dir():
-        yield path
-        return
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise UserError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)}); give a folder of images")
-    yield from found
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; check the path")
+        images, others = images_in(path) if path.is_dir() else ([path], [])
+        if not images:
+            raise UserError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)}); give a folder of images")
+        if others:
+            names = ", ".join(p.name for p in others[:5]) + (", ..." if len(others) > 5 else "")
+            warnings.warn(f"{path}: {len(others)} files are skipped, not images by their suffix: {names}", stacklevel=2)
+        files += images
+    return files

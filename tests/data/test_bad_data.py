@@ -74,7 +74,7 @@ def test_16_bit_picture(tmp_path, suffix: str, shape: tuple[int, ...]) -> None:
     assert cv2.imwrite(str(tmp_path / f"a.{suffix}"), np.full(shape, 40000, np.uint16))
     with pytest.raises(FileFault) as fault:
         read_image(tmp_path / f"a.{suffix}")
-    assert fault.value.kind == "16-bit image" and "convert it to an 8-bit picture" in one_line(fault)
+    assert fault.value.kind == "16-bit image" and "convert it to an 8-bit image" in one_line(fault)
 
 
 def test_truncated_16_bit_label_of_synthia(tmp_path) -> None:

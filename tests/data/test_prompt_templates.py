@@ -17,8 +17,8 @@ def test_the_eighty_templates_are_the_published_ones_in_order() -> None:
 
 
 def test_users_templates_from_a_text_file(tmp_path) -> None:
-    (tmp_path / "mine.txt").write_text("a {} by night\n\na {} in fog\n")
-    assert templates(str(tmp_path / "mine.txt")) == ("a {} by night", "a {} in fog")
+    (tmp_path / "mine.txt").write_text("# by weather\na {} by night\n\na {} in {{fog}}\n")
+    assert templates(str(tmp_path / "mine.txt")) == ("a {} by night", "a {} in {{fog}}")
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,19 @@ def test_users_templates_from_a_text_file(tmp_path) -> None:
     [
         ("a {}\na photo", "template 1 'a photo' needs exactly one slot {}"),
         ("a {} and {}", "exactly one slot"),
+        ("a {} and {car}", "exactly one slot"),
+        ("a {0}", "exactly one slot"),
+        ("a {:>9}", "exactly one slot"),
+        ("a {{}}", "exactly one slot"),
+        ("a {} and {", "exactly one slot"),
+        ("a caf\u00e9 {}\na cafe\u0301 {}", "stands twice"),
         ("a {}\na {}", "stands twice"),
         ("\n", "holds no template"),
     ],
 )
 def test_faulty_templates_name_file_and_line(tmp_path, text: str, message: str) -> None:
     file = tmp_path / "mine.txt"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as fault:
         templates(str(file))
     assert message in str(fault.value) and str(file) in str(fault.value)

@@ -322,11 +322,15 @@ def test_a_data_set_is_a_light_picklable_sequence(street) -> None:
     assert [p.name for p in found.image_paths] == [p.name for p in found.label_paths] == ["0.png", "1.png", "2.png"]
 
 
-def test_data_root_is_the_environments_else_beside_the_checkout(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("FMDA_DATA", str(tmp_path))
-    assert data_root() == tmp_path
+def test_data_root_is_the_environments_alone(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named, expected in ((str(tmp_path), tmp_path), ("~/data", tmp_path / "data"), ("", None)):
+        monkeypatch.setenv("FMDA_DATA", named)
+        assert data_root() == expected
     monkeypatch.delenv("FMDA_DATA")
-    assert data_root().parts[-2:] == ("shared", "data")
+    assert data_root() is None
+    with pytest.raises(UserError, match="'cityscapes': its folder is not named; name it with root=.*or FMDA_DATA"):
+        open_dataset("cityscapes")
 
 
 def test_known_datasets_describes_each() -> None:

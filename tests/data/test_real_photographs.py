@@ -28,7 +28,8 @@ HELD = [
 def present(name: str) -> bool:
     """Whether the data root holds the set's folder."""
     places = {"cityscapes": "samples/cityscapes", "bdd10k": "samples/bdd10k", "coco-stuff": "samples/coco-stuff"}
-    return (data_root() / places.get(name, name)).is_dir()
+    root = data_root()
+    return root is not None and (root / places.get(name, name)).is_dir()
 
 
 @pytest.mark.parametrize(("name", "split", "count", "size", "class_name", "share"), HELD)

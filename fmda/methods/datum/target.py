@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-from fmda.data.files import IMAGE_SUFFIXES, read_image
+from fmda.data.files import read_image
+from fmda.data.listing import images_in
 from fmda.errors import UserError
 
 Picture = UInt8[np.ndarray, "H W 3"]
@@ -69,8 +70,7 @@ class ClassPictures(Sequence[Picture]):
         """Raises UserError for a folder without pictures, and for a picture whose head tells that it holds no crop."""
         folder = Path(folder).expanduser()
         inside = folder / "images" if (folder / "images").is_dir() else folder
-        found = inside.iterdir() if inside.is_dir() else ()
-        self.paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+        self.paths = images_in(inside)[0] if inside.is_dir() else []
         if not self.paths:
             raise UserError(f"prior.images: {folder} holds no pictures; mend the path, or leave it out to draw some")
         for path in self.paths:

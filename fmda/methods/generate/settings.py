@@ -11,6 +11,7 @@ from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.generate import check_numbers
 from fmda.diffusion.manifest import Prompt
 from fmda.errors import UserError
+from fmda.text import read_lines
 
 THINGS: dict[str, str] = {
     "traffic light": "traffic lights",
@@ -131,11 +132,7 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
     if config.texts:
         return [Prompt(text) for text in config.texts]
     if config.file is not None:
-        try:
-            lines = Path(config.file).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts.file: {config.file} cannot be read ({error}); name a text file") from None
-        texts = [line.strip() for line in lines if line.strip()]
+        texts = read_lines(Path(config.file).expanduser())
         if not texts:
             raise UserError(f"prompts.file: {config.file} holds no prompt; write one on each line")
         return [Prompt(text) for text in texts]

@@ -10,10 +10,10 @@ from jaxtyping import Bool, UInt8
 
 from fmda.data.dataset import Example
 from fmda.data.files import read_image
+from fmda.data.listing import images_in
 from fmda.data.transforms import ColourJitter
 from fmda.errors import UserError
 
-ENDINGS = (".png", ".jpg", ".jpeg")
 Image = UInt8[np.ndarray, "h w 3"]
 
 
@@ -27,10 +27,10 @@ class Pictures(Sequence[Image]):
         self.paths: list[Path] = []
         for root in map(Path, roots):
             folder = root / "images" if (root / "images").is_dir() else root
-            found = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS) if folder.is_dir() else []
-            if not found:
+            images = images_in(folder)[0] if folder.is_dir() else []
+            if not images:
                 raise UserError(f"{root}: no pictures there; draw some with `fmda data render` or mend the path")
-            self.paths += found
+            self.paths += images
         if not self.paths:
             raise UserError("data: names no folder; give at least one that holds pictures")
 
