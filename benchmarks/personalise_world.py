@@ -28,13 +28,13 @@ from fmda.methods.datum.settings import Config
 from fmda.methods.datum.stop import probe_config, read_images
 from fmda.methods.generate import PromptConfig, draw_images
 from fmda.methods.judges import embed
-from fmda.methods.pipeline import run_stages
 from fmda.methods.pretrain.crops import TAGS
 from fmda.methods.pretrain.diffusion_check import Images, Probe, Windows, cut_windows, described
 from fmda.methods.pretrain.latent_diffusion import Padded
 from fmda.methods.pretrain.latents import WindowConfig, caption_maker
 from fmda.methods.render import RenderConfig, write_world
 from fmda.perf.record import record, write_record
+from fmda.runs.stages import run_stages
 from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.files import read_json
 

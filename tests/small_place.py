@@ -24,7 +24,7 @@ data: {name: folder, root: data, split: val}
 ranking: {chunk: 8, save_every: 1}
 """
 
-CLIP = """kind: clip
+CLIP = """kind: pretrain-clip
 data: [scenes]
 model:
   embed_dim: 16

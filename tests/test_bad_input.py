@@ -184,10 +184,10 @@ CASES = {
     "typo in an override": (nothing, ["unknown key '", "did you mean '"], [
         "run floss.yaml dat.root=data", "plan clip.yaml crop.siz=3", "data render new heigth=64",
         "demo --work-dir new runs.held.heigth=64", "demo --work-dir new runs.maskclip-night.data.rot=x"]),
-    "work folder of another configuration": (nothing, ["done: holds a run of another configuration (", "work_dir="], [
+    "work folder of another configuration": (nothing, ["done: holds work of another configuration (", "work_dir="], [
         "run floss.yaml n=2 work_dir=done", "run clip.yaml work_dir=done", "run world.yaml work_dir=done",
         "demo --work-dir done"]),
-    "work folder that is none": (nothing, ["data: is not empty and no run of ours", "work_dir="], [
+    "work folder that is none": (nothing, ["data: is not empty and not a run folder", "work_dir="], [
         "run floss.yaml work_dir=data", "demo --work-dir data"]),
     "output of something else": (nothing, ["done/host: holds work of another configuration"], [
         "evaluate done folder --root data --split train --out done/host"]),

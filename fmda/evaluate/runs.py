@@ -13,11 +13,10 @@ import numpy as np
 from fmda.errors import UserError
 from fmda.evaluate.confusion import Scores
 from fmda.evaluate.sections import Section, read_sections
+from fmda.runs.stages import STAGE
 
 SKIPPED = {"checkpoints", "images", "labels", "instances", "cache"}
 DEPTH = 4
-STAGE = "stage.json"
-"""Record of a finished stage, in its folder; written last."""
 
 
 @dataclass(frozen=True)

@@ -1,56 +1,70 @@
-"""The kinds of run: what `kind:` in a configuration may say, and how a configuration becomes stages.
+"""The kinds of run: what `kind:` in a configuration may name, and how a configuration becomes stages.
 
-The module of a kind offers three names: `Config` (a frozen dataclass), `stages(config) -> list[Stage]` and
-`plan(config) -> Plan`. The kind `pipeline` runs several such configurations one after another in one folder; text
-`@name/...` in a later one means the folder of the earlier run `name`. A run with `only_with_data: camvid` is left out
-where that data set is not on the machine.
+The module of a kind offers `Config` (a frozen dataclass), `stages(config) -> list[Stage]` and `plan(config) -> Plan`.
+It may offer `check(config)`, which raises UserError for whatever is certain to fail later: class lists, maps, folders
+and weights that are missing or damaged. Checks of all runs are made before the first stage starts. They skip values
+that are `pending`, since an earlier run makes what these name.
+
+The kind `pipeline` runs several such configurations one after another in one folder; text `@name/...` in a later one
+means the folder of the earlier run `name`. A run with `only_with_data: camvid` is left out where that dataset is not
+on the machine.
 """
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fmda.config import from_dict, merge, override, read_yaml, resolved, user_path
 from fmda.errors import UserError, did_you_mean
-from fmda.methods.pipeline import Plan, Stage, run_stages
+from fmda.methods.pipeline import Plan
+from fmda.runs.stages import Stage, begun, pending, run_stages
 
 KINDS: dict[str, tuple[str, str]] = {
-    "world": ("fmda.methods.render", "draw data sets of the street world"),
+    "world": ("fmda.methods.render", "render datasets of the street world"),
     "floss": ("fmda.methods.floss.run", "rank templates without labels, fuse class experts, score"),
-    "clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),
-    "dino": ("fmda.methods.pretrain.dino", "train a self-supervised teacher on images alone"),
-    "dinoiser": ("fmda.methods.pretrain.dinoiser", "train CLIP-DINOiser's two heads on a CLIP and a teacher"),
-    "vae": ("fmda.methods.pretrain.vae", "train an autoencoder of Stable Diffusion's shape on images alone"),
-    "latent_diffusion": ("fmda.methods.pretrain.latent_diffusion", "train a small Stable Diffusion on captions"),
-    "generate": ("fmda.methods.generate", "draw a set of images from prompts by a diffusion model"),
-    "personalise": ("fmda.methods.datum.personalise", "teach a diffusion model the look of one picture"),
+    "pretrain-clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),
+    "pretrain-dino": ("fmda.methods.pretrain.dino", "train a self-supervised teacher on images alone"),
+    "pretrain-dinoiser": ("fmda.methods.pretrain.dinoiser", "train the two heads of CLIP-DINOiser"),
+    "pretrain-vae": ("fmda.methods.pretrain.vae", "train an autoencoder of Stable Diffusion's shape"),
+    "pretrain-latent-diffusion": ("fmda.methods.pretrain.latent_diffusion", "train a small Stable Diffusion"),
+    "generate": ("fmda.methods.generate", "generate images from prompts with a diffusion model"),
+    "personalise": ("fmda.methods.datum.personalise", "personalise a diffusion model on one image"),
     "report": ("fmda.methods.report", "write one HTML page over several runs"),
 }
+OLD_NAMES = {name.removeprefix("pretrain-").replace("-", "_"): name for name in KINDS if name.startswith("pretrain-")}
 
 
 @dataclass(frozen=True)
-class Run:
-    """A resolved configuration: its kind, its values and the functions of its method."""
+class Job:
+    """A resolved configuration: its kind, its values and the functions of its method.
+
+    Attributes:
+        make_stages: called with a function that receives a line for each thing that is left out.
+        check: raises UserError for what is certain to fail later, for runs of which no stage is finished.
+    """
 
     kind: str
     config: Any
+    work_dir: Path
     make_stages: Callable[[Callable[[str], None]], list[Stage]]
     plan: Callable[[], Plan]
-    work_dir: Path
+    check: Callable[[], None]
 
     def stages(self, say: Callable[[str], None] = lambda _: None) -> list[Stage]:
-        """Returns the stages in order; `say` receives a line for each thing left out."""
+        """Returns the stages in order; `say` receives a line for each thing that is left out."""
         return self.make_stages(say)
 
     def execute(self, say: Callable[[str], None]) -> dict[str, Path]:
-        """Returns the stages' folders after running what is not finished yet."""
-        return run_stages(self.stages(say), self.work_dir, {"kind": self.kind, "config": self.config}, say)
+        """Returns the stages' folders after checking everything and running what is not finished yet."""
+        stages = self.stages(say)
+        self.check()
+        return run_stages(stages, self.work_dir, {"kind": self.kind, "config": self.config}, say)
 
 
-def open_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
-    """Returns the run that a configuration file describes; reads YAML only, touches nothing.
+def open_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
+    """Returns the run that a configuration file describes; reads YAML only, writes nothing.
 
     `work_dir` defaults to `runs/<file name>`. Raises UserError for an unknown kind, key or value.
     """
@@ -58,76 +72,98 @@ def open_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> R
     work_dir = values.pop("work_dir", f"runs/{Path(path).stem}")
     if not isinstance(work_dir, str) or not isinstance(resolved(work_dir), str | int | float):
         raise UserError(f"work_dir: '{work_dir}' is not a path; name a folder")
-    return _run(values, str(path), user_path(work_dir), Path(path).parent)
+    if values.get("kind") == "pipeline":
+        return _pipeline(values, str(path), user_path(work_dir), Path(path).parent)
+    return _job(values, str(path), user_path(work_dir))
 
 
-def _run(values: Mapping[str, Any], where: str, work_dir: Path, here: Path) -> Run:
+def _job(values: Mapping[str, Any], where: str, work_dir: Path) -> Job:
     values = dict(values)
     kind = str(values.pop("kind", None))
-    if kind == "pipeline":
-        return _pipeline(values, where, work_dir, here)
+    kind = OLD_NAMES.get(kind, kind)
     if kind not in KINDS:
         raise UserError(f"{where}: kind '{kind}' is unknown{did_you_mean(kind, [*KINDS, 'pipeline'])}")
     module = importlib.import_module(KINDS[kind][0])
     config = from_dict(module.Config, values, where)
-    return Run(kind, config, lambda _: module.stages(config), lambda: module.plan(config), work_dir)
+
+    def check() -> None:
+        if hasattr(module, "check") and not begun(module.stages(config), work_dir):
+            module.check(config)
+
+    return Job(kind, config, work_dir, lambda _: module.stages(config), lambda: module.plan(config), check)
 
 
-def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) -> Run:
-    runs = values.pop("runs", None)
-    if values or not isinstance(runs, Mapping) or not runs:
-        extra = f"unknown key '{next(iter(values))}'" if values else "the key 'runs' is missing"
-        raise UserError(f"{where}: {extra}; a pipeline reads `runs: {{name: {{kind: ..., ...}}}}`")
-    configs: dict[str, dict[str, Any]] = {}
+def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) -> Job:
+    runs = values.get("runs")
+    unknown = [key for key in values if key not in ("kind", "runs")]
+    if unknown or not isinstance(runs, Mapping) or not runs:
+        fault = f"unknown key '{unknown[0]}'" if unknown else "the key 'runs' is missing"
+        raise UserError(f"{where}: {fault}; a pipeline reads `runs: {{name: {{kind: ..., ...}}}}`")
+    raw: dict[str, dict[str, Any]] = {}
+    jobs: dict[str, Job] = {}
     missing: set[str] = set()
     for name, inner in runs.items():
         if not isinstance(inner, Mapping):
-            raise UserError(f"{where}: runs.{name}: expected a group of keys; mend the value")
+            raise UserError(f"{where}: runs.{name}: expected a group of keys, got {inner!r}; fix the value")
         inner = dict(inner)
-        base = inner.pop("base", None)
+        base = resolved(inner.pop("base", None))
         inner = merge(read_yaml(here / base), inner) if base else inner
-        if not _found(inner.pop("only_with_data", None)):
+        if inner.get("kind") == "pipeline":
+            raise UserError(f"{where}: runs.{name}: a pipeline inside a pipeline; list its runs here instead")
+        if not _available(resolved(inner.pop("only_with_data", None))):
             missing.add(name)
-            continue
-        configs[name] = _without(inner, missing)
-        # a typing error anywhere is found before the first stage runs
-        _run(configs[name], f"{where}: runs.{name}", work_dir / name, here)
+        # with references as text: what a later call is compared with, wherever the folder lies
+        jobs[name] = _job(inner, f"{where}: runs.{name}", work_dir / name)
+        raw[name] = _without(inner, missing)
+    order = [name for name in jobs if name not in missing]
 
-    def open_inner(name: str, inner: dict[str, Any], folder: Path) -> Run:
-        return _run(inner, f"{where}: runs.{name}", folder, here)
-
-    def stage(name: str, inner: dict[str, Any], say: Callable[[str], None]) -> Stage:
-        page = inner["kind"] == "report"
+    def stage(name: str, say: Callable[[str], None]) -> Stage:
+        job, page = jobs[name], jobs[name].kind == "report"
 
         def run(folder: Path, done: dict[str, Path]) -> dict[str, Any] | None:
-            job = open_inner(name, _resolve(inner, {k: str(v) for k, v in done.items()}), folder)
+            actual = _job(_resolve(raw[name], done), f"{where}: runs.{name}", folder)
             if page:
-                # a page is written anew each time, over whatever runs there are by then
-                return job.stages()[0].run(folder, done)
-            job.execute(lambda line: say(f"  {name} {line}"))
+                # a page is written anew each time, over all runs that exist by then
+                return actual.stages()[0].run(folder, done)
+            pairs = zip(actual.stages(), job.stages(), strict=True)
+            inner = replace(job, make_stages=lambda _: [replace(one, config=text.config) for one, text in pairs])
+            replace(inner, check=actual.check).execute(lambda line: say(f"  {name} {line}"))
             return None
 
-        inputs = tuple(sorted(_references(inner, where, name, list(configs))))
-        return Stage(name, run, inner, inputs, always=page)
+        inputs = tuple(sorted(_references(raw[name], where, name, order)))
+        return Stage(name, run, {"kind": job.kind, "config": job.config}, inputs, always=page, renew=True)
 
     def stages(say: Callable[[str], None]) -> list[Stage]:
         for name in sorted(missing):
-            say(f"{name}: left out, its photographs are not here (FMDA_DATA names their folder)")
-        return [stage(name, inner, say) for name, inner in configs.items()]
+            say(f"{name}: left out, its dataset is not on this machine (FMDA_DATA names the folder of datasets)")
+        return [stage(name, say) for name in order]
 
     def plan() -> Plan:
-        plans = [(name, open_inner(name, inner, work_dir / name)) for name, inner in configs.items()]
-        return Plan(
-            stages=tuple((f"{name}/{s.name}", KINDS[job.kind][1]) for name, job in plans for s in job.stages()),
-            parameters=tuple((f"{name}: {k}", v) for name, job in plans for k, v in job.plan().parameters),
-            flops=tuple((f"{name}: {k}", v) for name, job in plans for k, v in job.plan().flops),
-        )
+        plans = {name: jobs[name].plan() for name in order}
+        rows = {
+            field.name: tuple(row for name, one in plans.items() for row in _named(name, getattr(one, field.name)))
+            for field in fields(Plan)
+        }
+        return Plan(**rows)
 
-    return Run("pipeline", dict(runs), stages, plan, work_dir)
+    def check() -> None:
+        for name in order:
+            try:
+                jobs[name].check()
+            except UserError as fault:
+                raise UserError(f"{where}: runs.{name}: {fault}") from None
+
+    config = {name: {"kind": job.kind, "config": job.config} for name, job in jobs.items()}
+    return Job("pipeline", config, work_dir, stages, plan, check)
 
 
-def _found(dataset: Any) -> bool:
-    """Returns whether a data set that a run asks for is on this machine; True where it asks for none."""
+def _named(name: str, rows: tuple[Any, ...]) -> list[Any]:
+    """Returns the rows of a plan with the name of their run in front."""
+    return [f"{name}: {row}" if isinstance(row, str) else (f"{name}: {row[0]}", *row[1:]) for row in rows]
+
+
+def _available(dataset: Any) -> bool:
+    """Returns whether the dataset that a run asks for is on this machine; True where it asks for none."""
     if dataset is None:
         return True
     from fmda.data import open_dataset
@@ -138,36 +174,38 @@ def _found(dataset: Any) -> bool:
         return False
 
 
+def _target(reference: str) -> str:
+    return reference[1:].split("/")[0]
+
+
 def _without(value: Any, missing: set[str]) -> Any:
     """Returns the values without list entries that refer to runs which are left out."""
     if isinstance(value, Mapping):
         return {k: _without(v, missing) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        refers = [isinstance(v, str) and v.startswith("@") and v[1:].split("/")[0] in missing for v in value]
-        return [_without(v, missing) for v, gone in zip(value, refers, strict=True) if not gone]
+        return [_without(v, missing) for v in value if not (pending(v) and _target(v) in missing)]
     return value
 
 
 def _references(value: Any, where: str, name: str, order: list[str]) -> set[str]:
-    if isinstance(value, Mapping):
-        return set().union(*(_references(v, where, name, order) for v in value.values()), set())
-    if isinstance(value, list | tuple):
-        return set().union(*(_references(v, where, name, order) for v in value), set())
-    if isinstance(value, str) and value.startswith("@"):
-        target = value[1:].split("/")[0]
-        earlier = order[: order.index(name)]
-        if target not in earlier:
-            raise UserError(f"{where}: runs.{name}: '{value}' names no earlier run{did_you_mean(target, earlier)}")
-        return {target}
-    return set()
+    if isinstance(value, Mapping | list | tuple):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return {target for v in inner for target in _references(v, where, name, order)}
+    if not pending(value):
+        return set()
+    target, earlier = _target(value), order[: order.index(name)]
+    if target not in earlier:
+        raise UserError(f"{where}: runs.{name}: '{value}' names no earlier run{did_you_mean(target, earlier)}")
+    return {target}
 
 
-def _resolve(value: Any, folders: Mapping[str, str]) -> Any:
+def _resolve(value: Any, folders: Mapping[str, Path]) -> Any:
+    """Returns the values with each reference replaced by the path that it stands for."""
     if isinstance(value, Mapping):
         return {k: _resolve(v, folders) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_resolve(v, folders) for v in value]
-    if isinstance(value, str) and value.startswith("@"):
-        target, _, rest = value[1:].partition("/")
-        return str(Path(folders[target]) / rest) if rest else folders[target]
-    return value
+    if not pending(value):
+        return value
+    target, _, rest = value[1:].partition("/")
+    return str(folders[target] / rest)

@@ -14,8 +14,9 @@ from fmda.atomic import occupied, replacing, write_atomic
 from fmda.config import differences, fingerprint, to_dict
 from fmda.data import class_list
 from fmda.errors import UserError, did_you_mean
-from fmda.methods.pipeline import Plan, Stage
+from fmda.methods.pipeline import Plan
 from fmda.progress import track
+from fmda.runs.stages import Stage
 from fmda.world.captions import caption, facts_of
 from fmda.world.names import CLASSES, DOMAINS, PALETTE
 

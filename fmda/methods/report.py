@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fmda.errors import UserError
-from fmda.methods.pipeline import Plan, Stage
+from fmda.methods.pipeline import Plan
+from fmda.runs.stages import Stage
 
 
 @dataclass(frozen=True)

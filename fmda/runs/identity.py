@@ -60,13 +60,17 @@ def compare(path: str | Path, facts: Mapping[str, Any], free: Collection[str] = 
         raise UserError(f"{path}: damaged or not a record of fmda; {remedy}")
     changed = changes(before, facts, free)
     if changed:
-        shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-        raise UserError(f"{path.parent}: holds work of another configuration ({shown}); {remedy}")
+        raise UserError(f"{path.parent}: holds work of another configuration ({listed(changed)}); {remedy}")
+
+
+def listed(changed: list[str]) -> str:
+    """Returns the first three of some changes as one text, and how many more there are."""
+    return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
 def changes(before: Mapping[str, Any], facts: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
     """Returns a line `name: old -> new` for each fact that differs from a record."""
-    return differences(_kept(_filled(before, facts), facts, free), recorded(facts, free))
+    return differences(_kept(filled(before, facts), facts, free), recorded(facts, free))
 
 
 def recorded(facts: Any, free: Collection[str] = ()) -> Any:
@@ -74,18 +78,18 @@ def recorded(facts: Any, free: Collection[str] = ()) -> Any:
     return json.loads(json.dumps(_kept(to_dict(facts), facts, free), default=str))
 
 
-def _filled(before: Any, now: Any) -> Any:
+def filled(before: Any, now: Any) -> Any:
     """Returns recorded values with the declared defaults of the dataclasses in `now` for fields the record lacks."""
     if not isinstance(before, Mapping):
         return before
     if isinstance(now, Mapping):
-        return {name: _filled(value, now.get(name)) for name, value in before.items()}
+        return {name: filled(value, now.get(name)) for name, value in before.items()}
     if not dataclasses.is_dataclass(now):
         return dict(before)
     values = dict(before)
     for field in dataclasses.fields(now):
         if field.name in values:
-            values[field.name] = _filled(values[field.name], getattr(now, field.name))
+            values[field.name] = filled(values[field.name], getattr(now, field.name))
         elif field.default is not dataclasses.MISSING:
             values[field.name] = to_dict(field.default)
         elif field.default_factory is not dataclasses.MISSING:

@@ -176,7 +176,7 @@ def test_images_of_another_checkpoint_are_refused(place, capsys):
 
 def test_another_configuration_is_refused(place, capsys):
     line = refused(capsys, "run set.yaml work_dir=done sample.steps=3")
-    assert "done: holds a run of another configuration" in line and "choose another work_dir=" in line
+    assert "done: holds work of another configuration" in line and "choose another work_dir=" in line
 
 
 def test_more_images_in_other_batches_are_added_to_a_finished_run(place):

@@ -1,113 +1,21 @@
-"""Stages: finished ones are skipped, interrupted ones resume, foreign folders are left alone."""
+"""Kinds of run and pipelines: references, checks before the first stage, faults in one line."""
 
 import dataclasses
-import json
 import os
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from fmda.config import FREE
 from fmda.errors import UserError
+from fmda.methods import kinds
 from fmda.methods.kinds import open_run
-from fmda.methods.pipeline import Plan, Stage, run_stages
-
-
-def stages(log: list[str], second: int = 1, fail: bool = False) -> list[Stage]:
-    def draw(folder: Path, done: dict[str, Path]) -> dict:
-        log.append("draw")
-        (folder / "drawn.txt").write_text("x")
-        return {"images": 3}
-
-    def rank(folder: Path, done: dict[str, Path]) -> None:
-        log.append("rank")
-        assert (done["draw"] / "drawn.txt").read_text() == "x"
-        if fail:
-            raise KeyboardInterrupt
-
-    return [Stage("draw", draw, {"n": 1}), Stage("rank", rank, {"n": second}, inputs=("draw",))]
-
-
-def test_finished_stages_are_skipped_and_recorded(tmp_path):
-    log: list[str] = []
-    run_stages(stages(log), tmp_path / "work", {"a": 1}, lambda _: None)
-    run_stages(stages(log), tmp_path / "work", {"a": 1}, lambda _: None)
-    assert log == ["draw", "rank"]
-    record = json.loads((tmp_path / "work/draw/stage.json").read_text())
-    assert record["outputs"] == {"images": 3} and record["versions"]["python"]
-
-
-def test_an_interrupted_stage_is_called_again(tmp_path):
-    log: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        run_stages(stages(log, fail=True), tmp_path, {"a": 1}, lambda _: None)
-    run_stages(stages(log), tmp_path, {"a": 1}, lambda _: None)
-    assert log == ["draw", "rank", "rank"]
-
-
-def test_another_configuration_is_refused_and_named(tmp_path):
-    run_stages(stages([]), tmp_path, {"a": 1}, lambda _: None)
-    before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(UserError, match=r"another configuration \(a: 1 -> 2\); choose another work_dir="):
-        run_stages(stages([]), tmp_path, {"a": 2}, lambda _: None)
-    with pytest.raises(UserError, match="made from other inputs or settings"):
-        run_stages(stages([], second=2), tmp_path, {"a": 1}, lambda _: None)
-    assert (tmp_path / "config.yaml").read_text() == before
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    steps: int = 1
-    log_every: int = dataclasses.field(default=5, metadata=FREE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outer:
-    name: str = "a"
-    inner: Inner = Inner()
-    count: int = dataclasses.field(default=1, metadata=FREE)
-
-
-def test_what_is_free_may_change_between_the_parts_of_a_run(tmp_path):
-    def chain(config):
-        return [Stage("one", lambda folder, done: log.append(config), config)]
-
-    log: list[Outer] = []
-    first = Outer()
-    run_stages(chain(first), tmp_path, {"kind": "x", "config": first}, lambda _: None)
-    again = Outer(inner=Inner(log_every=9), count=2)
-    run_stages(chain(again), tmp_path, {"kind": "x", "config": again}, lambda _: None)
-    assert log == [first]  # finished, and still so
-    assert "count: 2" in (tmp_path / "config.yaml").read_text()
-    with pytest.raises(UserError, match=r"config\.inner\.steps: 1 -> 2"):
-        run_stages(chain(first), tmp_path, {"kind": "x", "config": Outer(inner=Inner(steps=2))}, lambda _: None)
-
-
-def test_a_folder_with_foreign_files_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="is not empty and no run of ours"):
-        run_stages(stages([]), tmp_path, {}, lambda _: None)
-    assert os.listdir(tmp_path) == ["thesis.tex"]
-
-
-def test_a_folder_with_half_a_hidden_file_of_a_killed_start_is_taken(tmp_path):
-    (tmp_path / ".config.part.yaml").write_text("half")
-    run_stages([Stage("one", lambda folder, done: None)], tmp_path, {"a": 1}, say=lambda line: None)
-    assert (tmp_path / "one/stage.json").is_file()
-
-
-def test_a_stage_may_read_earlier_ones_only(tmp_path):
-    with pytest.raises(UserError, match="reads 'draw', which is no earlier stage"):
-        run_stages(stages([])[::-1], tmp_path, {}, lambda _: None)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_unwritable_folder_is_one_line():
-    with pytest.raises(UserError, match="cannot be written"):
-        run_stages(stages([]), Path("/proc/fmda-run"), {}, lambda _: None)
-    assert not Path("/proc/fmda-run").exists()
+from fmda.methods.pipeline import Plan
+from fmda.runs.stages import Stage, pending
 
 
 def test_plan_prints_aligned_lines():
@@ -157,34 +65,6 @@ def test_help_of_every_verb_needs_no_jax():
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_a_second_run_at_the_same_time_is_refused_and_the_first_goes_on(tmp_path):
-    def again(folder: Path, done: dict[str, Path]) -> None:
-        with pytest.raises(UserError, match="another run is at work in it; wait for its end, or choose another work_"):
-            run_stages(stages([]), tmp_path, {"a": 1}, lambda _: None)
-
-    run_stages([Stage("again", again, {})], tmp_path, {"a": 1}, lambda _: None)
-    log: list[str] = []
-    run_stages(stages(log), tmp_path, {"a": 1}, lambda _: None)
-    assert log == ["draw", "rank"]
-
-
-def test_a_device_that_is_full_is_one_line_and_gives_the_folder_back(tmp_path):
-    def fill(folder: Path, done: dict[str, Path]) -> None:
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes\nand more")
-
-    with pytest.raises(
-        UserError, match="^fill: the device's memory is full .*; a smaller batch, smaller images"
-    ) as full:
-        run_stages([Stage("fill", fill, {})], tmp_path / "work", {"a": 1}, lambda _: None)
-    assert "\n" not in str(full.value) and not (tmp_path / "work").exists()
-
-    def fail(folder: Path, done: dict[str, Path]) -> None:
-        raise RuntimeError("another")
-
-    with pytest.raises(RuntimeError, match="another"):
-        run_stages([Stage("fail", fail, {})], tmp_path / "work", {"a": 1}, lambda _: None)
-
-
 @pytest.mark.parametrize("value", ["", "null", "[a]", "{a: 1}"])
 def test_a_work_dir_that_is_no_path_is_refused(tmp_path, value):
     (tmp_path / "run.yaml").write_text("kind: report\nruns: [x]\n")
@@ -198,8 +78,114 @@ def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
     assert open_run(tmp_path / "run.yaml", ["work_dir=~/runs"]).work_dir == tmp_path / "runs"
 
 
-@pytest.mark.parametrize("text", ["[]", "5", "", "{a"])
-def test_a_damaged_configuration_of_a_run_is_named(tmp_path, text):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match="config.yaml: is not what a run wrote; choose another work_dir="):
-        run_stages(stages([]), tmp_path, {"a": 1}, lambda _: None)
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A kind of run that copies a file as often as it is asked to."""
+
+    source: str
+    seed: int = 0
+    count: int = dataclasses.field(default=1, metadata=FREE)
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    """The kind `copy`; returns what it did, and the function that opens a pipeline of two."""
+    log: list[str] = []
+
+    def stages(config):
+        def run(folder: Path, done: dict[str, Path]) -> None:
+            log.append(f"copy {Path(config.source).name} x{config.count}")
+            (folder / "copy.txt").write_text(Path(config.source).read_text())
+            if config.seed == 9:
+                raise KeyboardInterrupt
+
+        return [Stage("write", run, config, always=True)]
+
+    def check(config):
+        log.append(f"check {config.source}")
+        if not pending(config.source) and not Path(config.source).is_file():
+            raise UserError(f"source: {config.source} does not exist; fix the path")
+
+    def plan(config):
+        return Plan(
+            stages=(("write", "x"),), memory=(("file", 8.0),), shardings=(("file", "whole"),), notes=(config.source,)
+        )
+
+    module = types.SimpleNamespace(Config=Copy, stages=stages, check=check, plan=plan)
+    monkeypatch.setitem(sys.modules, "copy_kind", module)
+    monkeypatch.setitem(kinds.KINDS, "copy", ("copy_kind", "copy"))
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a")
+    Path("two.yaml").write_text(
+        "kind: pipeline\nruns:\n  first: {kind: copy, source: a.txt}\n"
+        "  second: {kind: copy, source: '@first/write/copy.txt'}\n"
+    )
+    return types.SimpleNamespace(log=log, module=module)
+
+
+def execute(*overrides: str, recipe: str = "two.yaml") -> None:
+    open_run(recipe, ["work_dir=out", *overrides]).execute(lambda _: None)
+
+
+def test_everything_is_checked_before_the_first_stage(copies):
+    with pytest.raises(UserError, match=r"two.yaml: runs.second: source: b.txt does not exist; fix the path"):
+        execute("runs.second.source=b.txt")
+    assert copies.log == ["check a.txt", "check b.txt"] and not Path("out").exists()
+
+
+def test_what_an_earlier_run_makes_is_checked_when_it_is_there(copies):
+    execute()
+    assert copies.log[:2] == ["check a.txt", "check @first/write/copy.txt"]
+    assert copies.log[-2:] == [f"check {Path('out/first/write/copy.txt').absolute()}", "copy copy.txt x1"]
+    copies.log.clear()
+    Path("a.txt").unlink()
+    execute()  # nothing to do, and nothing to check
+    assert copies.log == []
+
+
+def test_free_settings_are_free_inside_pipelines(copies):
+    execute()
+    copies.log.clear()
+    execute("runs.first.count=3")
+    assert copies.log == ["copy a.txt x3"]
+    with pytest.raises(UserError, match=r"config.second.config.seed: 0 -> 1"):
+        execute("runs.second.seed=1")
+
+
+def test_a_pipeline_accepts_its_folder_after_a_configuration_gained_a_field(copies):
+    with pytest.raises(KeyboardInterrupt):
+        execute("runs.second.seed=9")
+    copies.log.clear()
+    copies.module.Config = dataclasses.make_dataclass("Copy", [("blur", float, 0.0)], bases=(Copy,), frozen=True)
+    with pytest.raises(KeyboardInterrupt):
+        execute("runs.second.seed=9")
+    assert copies.log[-1] == "copy copy.txt x1" and "copy a.txt x1" not in copies.log
+
+
+def test_a_moved_pipeline_goes_on(copies):
+    with pytest.raises(KeyboardInterrupt):
+        execute("runs.second.seed=9")
+    shutil.move("out", "moved")
+    with pytest.raises(KeyboardInterrupt):
+        open_run("two.yaml", ["work_dir=moved", "runs.second.seed=9"]).execute(lambda _: None)
+    assert not Path("out").exists()
+
+
+def test_a_plan_of_a_pipeline_keeps_memory_shardings_and_notes(copies):
+    plan = open_run("two.yaml").plan()
+    assert plan.memory == (("first: file", 8.0), ("second: file", 8.0)) and len(plan.shardings) == 2
+    assert plan.notes == ("first: a.txt", "second: @first/write/copy.txt")
+
+
+def test_a_pipeline_inside_a_pipeline_is_refused(copies):
+    Path("outer.yaml").write_text("kind: pipeline\nruns:\n  inner: {base: two.yaml}\n")
+    with pytest.raises(UserError, match=r"outer.yaml: runs.inner: a pipeline inside a pipeline; list its runs here"):
+        open_run("outer.yaml")
+
+
+def test_old_names_of_kinds_are_read(tmp_path):
+    for old in kinds.OLD_NAMES:
+        (tmp_path / f"{old}.yaml").write_text(f"kind: {old}\nwrong: 1\n")
+        with pytest.raises(UserError, match="unknown key 'wrong'"):
+            open_run(tmp_path / f"{old}.yaml")
+    assert {"clip", "dino", "dinoiser", "vae", "latent_diffusion"} == set(kinds.OLD_NAMES)

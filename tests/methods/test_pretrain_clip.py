@@ -10,11 +10,11 @@ import pytest
 
 from fmda.data import templates
 from fmda.errors import UserError
-from fmda.methods.pipeline import run_stages
 from fmda.methods.pretrain.clip import Config, also_true, stages
 from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Scenes, spoiled
 from fmda.methods.pretrain.prompts import LOOKS, fitting, looks_of, needs
 from fmda.models.clip import ClipConfig, TextConfig, VitConfig
+from fmda.runs.stages import run_stages
 from fmda.train import OptimConfig
 from fmda.weights.clip import load_clip
 from fmda.world.captions import facts_of

@@ -15,7 +15,6 @@ from flax import nnx
 from fmda.errors import UserError
 from fmda.mesh import FSDP_RULES, make_mesh
 from fmda.methods.kinds import open_run
-from fmda.methods.pipeline import run_stages
 from fmda.methods.pretrain.dino import Config, ModelConfig, plan, stages
 from fmda.methods.pretrain.dino_check import agreement, object_overlap
 from fmda.methods.pretrain.dino_net import (
@@ -31,6 +30,7 @@ from fmda.methods.pretrain.dino_views import Pictures, ViewConfig, Views, block_
 from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
 from fmda.perf.flops import count_flops
+from fmda.runs.stages import run_stages
 from fmda.train import NumberedBatches, OptimConfig, fit
 from fmda.weights.dino import load_dino
 from fmda.world.names import CLASSES

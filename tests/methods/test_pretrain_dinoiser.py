@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from fmda.errors import UserError
-from fmda.methods.pipeline import run_stages
 from fmda.methods.pretrain.dinoiser import (
     Config,
     Crop,
@@ -29,6 +28,7 @@ from fmda.models.dino import dino, vit_config
 from fmda.models.dinoiser import guide_features, init_heads, object_features, saliency
 from fmda.models.module import init
 from fmda.perf.flops import count_flops
+from fmda.runs.stages import run_stages
 from fmda.weights.clip import save_clip
 from fmda.weights.dino import load_dino, save_dino
 from fmda.weights.dinoiser import load_heads

@@ -16,7 +16,6 @@ from fmda.diffusion.load import load_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
-from fmda.methods.pipeline import run_stages
 from fmda.methods.pretrain import latents
 from fmda.methods.pretrain.crops import Scenes
 from fmda.methods.pretrain.latent_diffusion import (
@@ -34,6 +33,7 @@ from fmda.methods.pretrain.vae import signed
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import init
 from fmda.perf.flops import count_flops
+from fmda.runs.stages import run_stages
 from fmda.train import OptimConfig, create_state, make_step
 from fmda.weights.clip import save_clip
 from fmda.weights.diffusers import load_vae, save_part

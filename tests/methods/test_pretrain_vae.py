@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from fmda.errors import UserError
-from fmda.methods.pipeline import run_stages
 from fmda.methods.pretrain.dino_views import Pictures
 from fmda.methods.pretrain.vae import Config, Crop, crop_flops, make_loss, measured_scale, plan, signed, stages
 from fmda.models.sd_vae import VaeConfig
 from fmda.perf.flops import count_flops
+from fmda.runs.stages import run_stages
 from fmda.train import OptimConfig
 from fmda.weights.diffusers import load_vae, vae_graph
 

@@ -30,8 +30,8 @@ from fmda.methods.datum.snapshots import SnapshotWriter, snapshot_model, untouch
 from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
 from fmda.methods.datum.target import digest
 from fmda.methods.generate.run import ORIGIN
-from fmda.methods.pipeline import Stage
 from fmda.precision import Policy, cast
+from fmda.runs.stages import Stage
 from fmda.train import TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.train.step import Step
 from fmda.trees import Tree

@@ -19,7 +19,7 @@ from fmda.methods.floss.settings import Config
 from fmda.methods.floss.summary import plan
 from fmda.methods.floss.tally import Tally
 from fmda.methods.floss.text import template_hash
-from fmda.methods.pipeline import Stage
+from fmda.runs.stages import Stage
 
 __all__ = ["Config", "load_segmenter", "plan", "stages"]
 

@@ -21,7 +21,7 @@ from fmda.mesh import make_mesh
 from fmda.methods.generate.checks import check_drawing, check_filters
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
 from fmda.methods.judges import clip_score, embed, grid_share
-from fmda.methods.pipeline import Stage
+from fmda.runs.stages import Stage
 from fmda.weights import files
 from fmda.weights.clip import load_clip
 

@@ -24,7 +24,7 @@ from fmda.methods.generate import Config as GenerateConfig
 from fmda.methods.generate import PromptConfig
 from fmda.methods.generate import stages as generate_stages
 from fmda.methods.kinds import open_run
-from fmda.methods.pipeline import run_stages
+from fmda.runs.stages import run_stages
 from fmda.train.checkpoints import read_params
 
 
@@ -208,7 +208,7 @@ def test_probes_choose_the_step_that_is_exported(place):
     model = load_stable_diffusion(work / "export/chosen")
     assert small.same(model.params, snapshot_model(configured(place), work / "train", choice["step"]).params)
     trained = (work / "train/stage.json").read_bytes()
-    with pytest.raises(AssertionError, match="export: was made from other inputs or settings; delete it"):
+    with pytest.raises(AssertionError, match="export: made from other inputs or settings; delete it"):
         finish(place, "probed", probe, "export=[0,2]", "steps=2", "snapshots=[2]", "log_every=2")
     shutil.rmtree(work / "export")
     finish(place, "probed", probe, "export=[0,2]", "steps=2", "snapshots=[2]", "log_every=2")

@@ -46,7 +46,7 @@ def test_a_run_goes_on_only_with_the_weights_it_began_with(place, unbroken, tmp_
     (tmp_path / "unbroken/train/stage.json").unlink()
     monkeypatch.chdir(tmp_path)
     line = refused(capsys, "run.yaml", "work_dir=unbroken")
-    assert "holds a run of another configuration (weights: " in line
+    assert "holds work of another configuration (weights: " in line
 
 
 TEN = ("steps=10", "snapshots=[10]", "export=[10]")

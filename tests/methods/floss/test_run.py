@@ -18,7 +18,7 @@ from fmda.methods.floss.hosts import HOSTS, host_for
 from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.run import Config, plan, stages
 from fmda.methods.kinds import open_run
-from fmda.methods.pipeline import run_stages
+from fmda.runs.stages import run_stages
 from fmda.weights.dinoiser import load_heads, save_heads
 
 ROOT = Path(__file__).resolve().parents[3]
