@@ -38,7 +38,7 @@ from sides.processes import BATCHES, answer, arguments, check_memory, parsed, sw
 
 from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig
-from fmda.methods.datum.dreambooth import Graphs, make_loss, noised
+from fmda.methods.datum.dreambooth import Graphs, make_objective, noised
 from fmda.methods.datum.settings import Optimizer
 from fmda.models.sd_unet import Remat
 from fmda.perf import compiled_memory, text_flops
@@ -46,8 +46,7 @@ from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_flops
 from fmda.perf.diffusion_memory import personalisation_memory, unet_training_bytes
 from fmda.precision import Policy
 from fmda.train.optim import make_optimizer
-from fmda.train.state import create_state
-from fmda.train.step import make_step
+from fmda.train.step import create_state, make_step
 from fmda.trees import Tree
 from fmda.weights.diffusers import text_graph, unet_graph, vae_graph
 
@@ -85,12 +84,12 @@ def our_step(options: argparse.Namespace) -> dict[str, Any]:
     """Returns times, memory and losses of ours."""
     modules, shapes = graphs(options)
     tx = optax.set_to_zero() if options.optimizer == "none" else make_optimizer(Optimizer(), 1000)
-    step = make_step(make_loss(modules), tx)
+    step = make_step(make_objective(modules), tx)
     frozen, batches = (jax.tree.map(jnp.asarray, tree) for tree in inputs(options))
     key = jax.random.key(0)
 
     def init(params: Tree) -> Any:
-        return create_state(params, tx, ema=False)
+        return create_state(params, tx, teacher=False)
 
     begin = time.perf_counter()
     abstract = jax.eval_shape(init, shapes)

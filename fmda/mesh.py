@@ -96,7 +96,7 @@ def place(shapes: Any, rules: Sequence[Rule], mesh: Mesh | AbstractMesh) -> Any:
 
     A rule is (glob, partition spec or tactic). The glob is held against the slash path of a leaf and against every
     ending of that path that begins at a slash, so that one rule for `up/kernel` also places the optimizer's moments
-    (`opt/0/mu/up/kernel`) and the average (`ema/up/kernel`). The first rule that matches wins; a last rule for "*"
+    (`opt/0/mu/up/kernel`) and the average (`teacher/up/kernel`). The first rule that matches wins; a last rule for "*"
     takes the rest, and matches everything.
 
     Raises UserError that names the rule for a rule no leaf matches, a spec with an unknown axis, a spec longer than the

@@ -5,13 +5,14 @@ from fmda.train.checkpoints import read_params
 from fmda.train.loop import fit
 from fmda.train.optim import OptimConfig, make_optimizer, make_schedule
 from fmda.train.signals import Stopped
-from fmda.train.state import TrainState, create_state
-from fmda.train.step import make_step
+from fmda.train.step import Objective, Outcome, TrainState, create_state, make_step
 
 __all__ = [
     "Batches",
     "NumberedBatches",
+    "Objective",
     "OptimConfig",
+    "Outcome",
     "Stopped",
     "TrainState",
     "create_state",

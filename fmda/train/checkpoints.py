@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from fmda import trees
 from fmda.errors import UserError
-from fmda.train.state import TrainState
+from fmda.train.step import TrainState
 from fmda.trees import Tree
 
 _FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata", "data/metadata")
@@ -191,8 +191,8 @@ class Checkpoints:
         return TrainState(**loaded["state"]), loaded["data"]["position"]
 
 
-def read_params(folder: str | Path, which: Literal["params", "ema"] = "params", *, step: int | None = None) -> Tree:
-    """Returns the parameters, or their average, of a run folder's newest checkpoint (or of `step`), on one device.
+def read_params(folder: str | Path, which: Literal["params", "teacher"] = "params", *, step: int | None = None) -> Tree:
+    """Returns the parameters, or the teacher's, of a run folder's newest checkpoint (or of `step`), on one device.
 
     No model is needed: shapes and dtypes come from the checkpoint. Raises UserError where there is none.
     """

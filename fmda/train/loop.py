@@ -22,8 +22,7 @@ from fmda.train.log import MetricLog
 from fmda.train.meter import Meter, status
 from fmda.train.signals import Stopped, StopSignals
 from fmda.train.start import starting_state
-from fmda.train.state import TrainState
-from fmda.train.step import Step
+from fmda.train.step import Step, TrainState
 from fmda.trees import Tree
 
 MIB = 2**20
@@ -69,7 +68,7 @@ def fit(
       batches: host batches whose position can be saved; see `Batches`.
       steps: number of updates.
       mesh: from `make_mesh`.
-      rules: sharding rules for the state (paths `params/...`, `opt/...`, `ema/...`); see `place`.
+      rules: sharding rules for the state (paths `params/...`, `opt/...`, `teacher/...`); see `place`.
       folder: run folder; gets `metrics.jsonl`, `checkpoints/`, `train.json`. Several processes must share it.
       key: root key of all randomness; the step folds its number in.
       log_every: steps between lines of `metrics.jsonl`.

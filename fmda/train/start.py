@@ -11,7 +11,7 @@ import numpy as np
 from fmda import trees
 from fmda.errors import UserError, did_you_mean
 from fmda.train.checkpoints import Checkpoints
-from fmda.train.state import TrainState
+from fmda.train.step import TrainState
 from fmda.trees import Tree
 
 
@@ -27,7 +27,7 @@ def starting_state(
     """Returns (state on the devices, loader position or None, a phrase that says where it came from).
 
     First of these that applies: the newest checkpoint of this run; the newest of the run `continue_from`, with its step
-    and position; `init(key)` with the parameters (and their average) that `weights` holds in place of its own;
+    and position; `init(key)` with the parameters of `weights` in place of its own, in the teacher too;
     `init(key)`. `target` is the state as `ShapeDtypeStruct`s with shardings.
     """
     step = checkpoints.latest()
@@ -58,7 +58,7 @@ def _with_weights(state: TrainState, weights: Tree) -> TrainState:
             {path: jnp.copy(given[path]).astype(leaf.dtype) if path in given else leaf for path, leaf in flat.items()}
         )
 
-    return state._replace(params=filled(state.params), ema=filled(state.ema))
+    return state._replace(params=filled(state.params), teacher=filled(state.teacher))
 
 
 def _placed(weights: Tree, params: Tree) -> Tree:

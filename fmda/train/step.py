@@ -1,7 +1,7 @@
-"""The training step as a pure function over plain trees."""
+"""The state of a training run and its step, a pure function over plain trees."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,65 +10,124 @@ from jaxtyping import Array, Float, Int
 
 from fmda import trees
 from fmda.errors import UserError
-from fmda.train.state import TrainState
 from fmda.trees import Tree
 
 Metrics = dict[str, Float[Array, ""]]
-LossFn = Callable[[Tree, Any, Any, Any], tuple[Float[Array, ""], Metrics]]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step carries on: donated, sharded by rules and checkpointed as a whole.
+
+    Attributes:
+        step: finished updates.
+        params: what the optimizer changes.
+        opt: the optimizer's own state.
+        teacher: running average of `params`, of the same structure; {} where none is kept.
+        aux: what the objective itself carries on: batch statistics, centres, class counts; {} where nothing.
+    """
+
+    step: Int[Array, ""]
+    params: Tree
+    opt: Any
+    teacher: Tree
+    aux: Tree
+
+
+class Outcome(NamedTuple):
+    """What an objective returns: a scalar loss, scalars to log, and the auxiliary state after this batch."""
+
+    loss: Float[Array, ""]
+    metrics: Metrics
+    aux: Tree
+
+
+Objective = Callable[[Tree, TrainState, Any, Any, Any], Outcome]
+"""(params, state, frozen, batch, key) -> Outcome; differentiated in `params` alone, may read the whole state."""
+
 Step = Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics]]
 
 
+def create_state(
+    params: Tree, tx: optax.GradientTransformation, *, teacher: bool = True, aux: Tree | None = None
+) -> TrainState:
+    """Returns the state before the first update; call it inside a jitted `init`.
+
+    The teacher starts as a copy: a buffer shared with the parameters could not be donated.
+    """
+    average = jax.tree.map(jnp.copy, params) if teacher else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average, {} if aux is None else aux)
+
+
 def make_step(
-    loss_fn: LossFn,
+    objective: Objective,
     tx: optax.GradientTransformation,
-    ema_decay: float | Callable[[Int[Array, ""]], Any] | None = None,
     *,
+    teacher_decay: float | Callable[[Int[Array, ""]], Any] | None = None,
+    teacher_when: Literal["before", "after"] = "after",
     accumulate: int = 1,
     schedule: Callable[[Any], Any] | None = None,
 ) -> Step:
     """Returns `step(state, frozen, batch, key) -> (state, metrics)`, to be jitted with the state donated.
 
-    `loss_fn(params, frozen, batch, key)` returns (scalar loss, dict of scalars). Each step folds its number into `key`,
-    so the same key gives the same run, wherever it was interrupted. `ema_decay` is the share that the average keeps,
-    a number or a function of the step (0 for the first); None leaves `state.ema` alone. With `accumulate` = n the batch
-    is taken in n parts, of which part i holds the examples i, i + n, ...; the gradient is the mean over the parts, and
-    part i sees the key folded with i. Metrics are those of `loss_fn` plus `loss`, `grad_norm` (before clipping) and, if
-    a schedule is given, `learning_rate`.
+    Each step folds its number into `key`, so the result does not depend on where a run was interrupted.
 
-    Raises UserError, when traced, for a batch that does not divide into n parts.
+    Args:
+        objective: see `Objective`.
+        tx: the optimizer.
+        teacher_decay: share that the teacher keeps at each step: a number, a function of the step (0 for the first),
+            or None, which leaves `state.teacher` as it is.
+        teacher_when: "after" averages the updated parameters in; "before" averages the current ones in before the
+            objective reads the teacher, as DACS and DAFormer do.
+        accumulate: parts n that a batch is taken in. Part i holds the examples i, i + n, ... and sees the key folded
+            with i. Gradient, metrics and floating-point `aux` are means over the parts; changes of integer `aux` are
+            summed.
+        schedule: learning rate by step, to be logged.
+
+    The metrics are those of the objective, `loss`, `grad_norm` (before clipping), `learning_rate` where a schedule is
+    given, and `teacher_decay` where it is a function. Raises UserError, when traced, for a batch that does not divide
+    into n parts.
     """
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def whole(params: Tree, frozen: Any, batch: Any, key: Any) -> tuple[Metrics, Tree]:
-        (loss, metrics), grads = gradient(params, frozen, batch, key)
-        return {**metrics, "loss": loss}, grads
+    def loss(params: Tree, state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[Any, tuple[Metrics, Tree]]:
+        value, metrics, aux = objective(params, state, frozen, batch, key)
+        return value, ({**metrics, "loss": value}, aux)
 
-    def in_parts(params: Tree, frozen: Any, batch: Any, key: Any) -> tuple[Metrics, Tree]:
+    gradient = jax.grad(loss, has_aux=True)
+
+    def in_parts(state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[Tree, tuple[Metrics, Tree]]:
         parts = jax.tree.map(lambda leaf: _parts(leaf, accumulate), batch)
 
-        def one(index: Any) -> tuple[Metrics, Tree]:
+        def one(index: Any) -> Any:
             part = jax.tree.map(lambda leaf: leaf[index], parts)
-            return whole(params, frozen, part, jax.random.fold_in(key, index))
+            return gradient(state.params, state, frozen, part, jax.random.fold_in(key, index))
 
         def add(total: Any, index: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, one(index)), None
 
-        total, _ = jax.lax.scan(add, one(0), jnp.arange(1, accumulate))
-        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+        grads, (metrics, aux) = jax.lax.scan(add, one(0), jnp.arange(1, accumulate))[0]
+        grads, metrics = jax.tree.map(lambda leaf: leaf / accumulate, (grads, metrics))
+        return grads, (metrics, jax.tree.map(lambda total, old: _merged(total, old, accumulate), aux, state.aux))
 
     def step(state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        metrics, grads = (whole if accumulate == 1 else in_parts)(state.params, frozen, batch, key)
+        decay = teacher_decay(state.step) if callable(teacher_decay) else teacher_decay
+        if decay is not None and teacher_when == "before":
+            state = state._replace(teacher=_averaged(state.teacher, state.params, decay))
+        if accumulate == 1:
+            grads, (metrics, aux) = gradient(state.params, state, frozen, batch, key)
+        else:
+            grads, (metrics, aux) = in_parts(state, frozen, batch, key)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            keep = ema_decay(state.step) if callable(ema_decay) else ema_decay
-            ema = jax.tree.map(lambda old, new: (old + (1 - keep) * (new - old)).astype(old.dtype), ema, params)
+        teacher = state.teacher
+        if decay is not None and teacher_when == "after":
+            teacher = _averaged(teacher, params, decay)
         metrics = {**metrics, "grad_norm": trees.norm(grads)}
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step)
-        return TrainState(state.step + 1, params, opt, ema), metrics
+        if callable(teacher_decay):
+            metrics["teacher_decay"] = decay
+        return TrainState(state.step + 1, params, opt, teacher, aux), metrics
 
     return step
 
@@ -76,9 +135,20 @@ def make_step(
 def rising(decay: float) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
     """Returns the share that an average keeps at each step, min(decay, (1 + step) / (10 + step)).
 
-    The parameters that a network begins with are forgotten at once, where a constant share carries decay^steps of them.
+    The initial parameters are forgotten at once; a constant share would still carry decay^steps of them.
     """
     return lambda step: jnp.minimum(decay, (1 + step) / (10 + step))
+
+
+def _averaged(average: Tree, params: Tree, keep: Any) -> Tree:
+    return jax.tree.map(lambda old, new: (old + (1 - keep) * (new - old)).astype(old.dtype), average, params)
+
+
+def _merged(total: Any, before: Any, parts: int) -> Any:
+    """Returns a leaf of `aux` from the sum of its values after each part, all of which began with `before`."""
+    if jnp.issubdtype(total.dtype, jnp.inexact):
+        return total / parts
+    return total - (parts - 1) * before
 
 
 def _parts(leaf: Any, count: int) -> Any:

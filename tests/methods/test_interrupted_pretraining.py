@@ -114,7 +114,7 @@ def distance(ours, theirs):
     gradient is rounding alone, and Adam makes steps of full size from it.
     """
     found = []
-    for which in ("params", "ema"):
+    for which in ("params", "teacher"):
         mine, yours = (trees.flatten(read_params(work / "train", which)) for work in (ours, theirs))
         assert mine.keys() == yours.keys()
         found += [np.abs(mine[p] - yours[p]).max() for p in mine if not p.endswith("attention/key/bias")]

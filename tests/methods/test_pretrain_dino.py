@@ -21,8 +21,8 @@ from fmda.methods.pretrain.dino_net import (
     DistillConfig,
     HeadConfig,
     Pupil,
-    create_pupils,
-    make_step,
+    initial_centres,
+    make_objective,
     momentum_schedule,
     normalised,
 )
@@ -31,7 +31,7 @@ from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
 from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
-from fmda.train import NumberedBatches, OptimConfig, fit
+from fmda.train import NumberedBatches, OptimConfig, create_state, fit, make_step
 from fmda.weights.dino import load_dino
 from fmda.world.names import CLASSES
 
@@ -81,8 +81,9 @@ def pupil(rngs):
 
 def step_and_start(config=DistillConfig(), steps=4, tx=None):  # noqa: B008
     tx = tx or optax.sgd(0.1)
-    step = make_step(abstract(pupil)[0], config, tx, steps, lambda count: jnp.float32(0.1))
-    return step, lambda key: create_pupils(init(pupil, key), HEAD.prototypes, tx)
+    objective = make_objective(abstract(pupil)[0], config)
+    step = make_step(objective, tx, teacher_decay=momentum_schedule(config.teacher_momentum, steps))
+    return step, lambda key: create_state(init(pupil, key), tx, aux=initial_centres(HEAD.prototypes))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 0.5, 1.0])
@@ -146,7 +147,7 @@ def test_the_step_is_what_numpy_says():
     # the teacher differs from the student, the step is one in the middle of the warm-up
     state, other = start(jax.random.key(0)), init(pupil, jax.random.key(1))
     centre = {"views": jnp.linspace(-0.1, 0.1, 24), "patches": jnp.linspace(0.2, 0.0, 24)}
-    state = state._replace(step=jnp.int32(1), ema={"teacher": other, "centre": centre})
+    state = state._replace(step=jnp.int32(1), teacher=other, aux=centre)
     batch = example_batch()
     after, metrics = jax.jit(step)(state, {}, batch, jax.random.key(9))
 
@@ -177,11 +178,11 @@ def test_the_step_is_what_numpy_says():
     assert float(metrics["view_loss"]) == pytest.approx(view, rel=1e-4)
     assert float(metrics["patch_loss"]) == pytest.approx(patch, rel=1e-4)
     assert float(metrics["loss"]) == pytest.approx(view + patch, rel=1e-4)
-    moved = after.ema["centre"]
+    moved = after.aux
     np.testing.assert_allclose(moved["views"], 0.9 * centre["views"] + 0.1 * views.mean((0, 1)), atol=1e-6)
     np.testing.assert_allclose(moved["patches"], 0.9 * centre["patches"] + 0.1 * said[:, 1:].mean((0, 1)), atol=1e-6)
     keep = float(momentum_schedule(0.8, 4)(1))
-    new, old, mixed = (t["backbone"]["patch"]["kernel"] for t in (after.params, other, after.ema["teacher"]))
+    new, old, mixed = (t["backbone"]["patch"]["kernel"] for t in (after.params, other, after.teacher))
     np.testing.assert_allclose(mixed, keep * old + (1 - keep) * new, atol=1e-6)
     assert int(after.step) == 2 and not np.array_equal(new, state.params["backbone"]["patch"]["kernel"])
 
@@ -191,7 +192,7 @@ def test_prototypes_wait_until_they_may_move():
     state = start(jax.random.key(0))
     prototypes = [np.asarray(state.params["head"]["prototypes"])]
     for _ in range(2):
-        state, _ = jax.jit(step)(state, {}, example_batch(), None)
+        state, _ = jax.jit(step)(state, {}, example_batch(), jax.random.key(0))
         prototypes.append(np.asarray(state.params["head"]["prototypes"]))
     np.testing.assert_array_equal(prototypes[0], prototypes[1])
     assert not np.array_equal(prototypes[1], prototypes[2])
@@ -199,7 +200,7 @@ def test_prototypes_wait_until_they_may_move():
 
 def test_weight_zero_switches_a_loss_off():
     step, start = step_and_start(DistillConfig(patch_weight=0.0, koleo_weight=0.0))
-    state, metrics = jax.jit(step)(start(jax.random.key(0)), {}, example_batch(), None)
+    state, metrics = jax.jit(step)(start(jax.random.key(0)), {}, example_batch(), jax.random.key(0))
     assert "patch_loss" not in metrics and "koleo" not in metrics
     assert float(metrics["loss"]) == float(metrics["view_loss"])
     assert not np.asarray(state.params["mask_token"]).any()
@@ -259,7 +260,7 @@ def test_flops_of_the_plan_are_those_of_the_step():
     config = small("anywhere", views=VIEWS, distill=DistillConfig())
     step, start = step_and_start(config.distill)
     state = jax.eval_shape(start, jax.random.key(0))
-    counted = count_flops(step, state, {}, jax.eval_shape(lambda: example_batch(8)), None) / 8
+    counted = count_flops(step, state, {}, jax.eval_shape(lambda: example_batch(8)), jax.random.key(0)) / 8
     assert dict(plan(config).flops)["one training picture, all views"] == pytest.approx(counted, rel=0.15)
 
 

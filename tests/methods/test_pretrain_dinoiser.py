@@ -18,7 +18,7 @@ from fmda.methods.pretrain.dinoiser import (
     crop_flops,
     load_networks,
     make_heads_optimizer,
-    make_loss,
+    make_objective,
     make_see,
     stages,
 )
@@ -142,7 +142,7 @@ def test_the_loss_is_what_numpy_says(place):
     assert (networks.clip_side, networks.teacher_side) == (24, 12)
     heads = init_heads(jax.random.key(3), 16, 4)
     batch = {"pixels": RNG.integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)}
-    value, metrics = jax.jit(make_loss(networks, config))(heads, networks.frozen, batch, None)
+    value, metrics, _ = jax.jit(make_objective(networks, config))(heads, None, networks.frozen, batch, None)
     guide, reading = jax.jit(make_see(networks))(networks.frozen, batch["pixels"])
     assert guide.shape == (2, 3, 3, 16) and reading.values.shape == (2, 9, 3, 4)
     objects = np.asarray(object_features(heads, guide), np.float64).reshape(2, 9, 4)
@@ -163,7 +163,7 @@ def test_flops_are_those_of_the_step(place):
     config = small(place)
     networks = load_networks(config)
     batch = {"pixels": jax.ShapeDtypeStruct((8, 24, 24, 3), np.uint8)}
-    gradient = jax.grad(lambda *given: make_loss(networks, config)(*given, None)[0])
+    gradient = jax.grad(lambda heads, *rest: make_objective(networks, config)(heads, None, *rest, None).loss)
     counted = count_flops(gradient, init_heads(jax.random.key(3), 16, 4), networks.frozen, batch) / 8
     assert crop_flops(networks, config.channels) == pytest.approx(counted, rel=0.1)
 

@@ -22,7 +22,7 @@ from fmda.methods.pretrain.latent_diffusion import (
     Config,
     ModelConfig,
     load_networks,
-    make_loss,
+    make_objective,
     plan,
     stages,
     window_flops,
@@ -34,7 +34,7 @@ from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import init
 from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
-from fmda.train import OptimConfig, create_state, make_step
+from fmda.train import OptimConfig, Outcome, create_state, make_step
 from fmda.weights.clip import save_clip
 from fmda.weights.diffusers import load_vae, save_part
 from fmda.world.captions import SYNONYMS, facts_of
@@ -229,8 +229,8 @@ def losses(networks, unet):
     @functools.cache
     def make(prediction="epsilon", drop=0.0, min_snr=None):
         scale, text = networks.vae.config.scale, networks.text.graphdef
-        loss = make_loss(unet.graphdef, text, ScheduleConfig(prediction=prediction), scale, drop, min_snr)
-        return jax.jit(lambda *given: loss(*given)[0])
+        objective = make_objective(unet.graphdef, text, ScheduleConfig(prediction=prediction), scale, drop, min_snr)
+        return jax.jit(lambda params, *rest: objective(params, None, *rest).loss)
 
     return make
 
@@ -276,8 +276,8 @@ def test_the_loss_of_one_window_falls(losses, unet, frozen, batch):
     one = {"moments": np.zeros_like(batch["moments"]), "ids": np.repeat(batch["ids"][:1], 3, axis=0)}
     one["moments"][..., :4], one["moments"][..., 4:] = 1, -20
     tx, loss = optax.adam(1e-2), losses("v_prediction")
-    step = jax.jit(make_step(lambda *given: (loss(*given), {}), tx, 0.9))
-    state = create_state(unet.params, tx)
+    step = jax.jit(make_step(lambda params, state, *rest: Outcome(loss(params, *rest), {}, {}), tx))
+    state = create_state(unet.params, tx, teacher=False)
     for _ in range(40):
         state, _ = step(state, frozen, one, jax.random.key(0))
     before, after = (

@@ -10,7 +10,7 @@ import pytest
 
 from fmda.errors import UserError
 from fmda.methods.pretrain.dino_views import Pictures
-from fmda.methods.pretrain.vae import Config, Crop, crop_flops, make_loss, measured_scale, plan, signed, stages
+from fmda.methods.pretrain.vae import Config, Crop, crop_flops, make_objective, measured_scale, plan, signed, stages
 from fmda.models.sd_vae import VaeConfig
 from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
@@ -98,8 +98,8 @@ def test_the_loss_by_hand_on_a_net_that_always_answers_the_same():
     params["quant"]["bias"] = jnp.asarray(np.concatenate([mean, logvar]), jnp.float32)
     params["decoder"]["conv_out"]["bias"] = jnp.asarray(colour, jnp.float32)
     pixels = RNG.integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
-    loss = jax.jit(make_loss(graphdef, edges=0.5, kl=0.01))
-    value, metrics = loss(params, {}, {"pixels": pixels}, jax.random.key(0))
+    objective = jax.jit(make_objective(graphdef, edges=0.5, kl=0.01))
+    value, metrics, _ = objective(params, None, {}, {"pixels": pixels}, jax.random.key(0))
     error = colour - (pixels / 127.5 - 1)
     assert float(metrics["pixel_error"]) == pytest.approx(np.abs(error).mean(), rel=1e-5)
     down, across = np.abs(error[:, 1:] - error[:, :-1]).mean(), np.abs(error[:, :, 1:] - error[:, :, :-1]).mean()
@@ -125,13 +125,13 @@ def test_a_run_ends_in_a_checkpoint_whose_latents_have_deviation_one(place, run)
 
 def test_the_decoder_sees_latents_drawn_from_the_posterior(run):
     vae, pixels = load_vae(run["export"]), RNG.integers(0, 256, (1, 32, 48, 3), dtype=np.uint8)
-    loss = jax.jit(make_loss(vae.graphdef, edges=0.0, kl=0.0))
+    objective = jax.jit(make_objective(vae.graphdef, edges=0.0, kl=0.0))
     mean, logvar = (np.asarray(part, np.float64) for part in vae.encode(signed(pixels)))
     values = []
     for seed in (5, 6):
         drawn = mean + np.exp(logvar / 2) * np.asarray(jax.random.normal(jax.random.key(seed), mean.shape))
         error = np.asarray(vae.decode(drawn.astype(np.float32))) - (pixels / 127.5 - 1)
-        value, _ = loss(vae.params, {}, {"pixels": pixels}, jax.random.key(seed))
+        value, *_ = objective(vae.params, None, {}, {"pixels": pixels}, jax.random.key(seed))
         assert float(value) == pytest.approx(np.abs(error).mean(), rel=1e-4)
         values.append(float(value))
     assert abs(values[0] - values[1]) > 1e-5
@@ -197,7 +197,7 @@ def test_the_plan_holds_parameters_and_flops(place):
     assert sum(dict(found.parameters).values()) + outer == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     def both(params, images):
-        return make_loss(graphdef, 0.5, 1e-4)(params, {}, {"pixels": images}, jax.random.key(0))[0]
+        return make_objective(graphdef, 0.5, 1e-4)(params, None, {}, {"pixels": images}, jax.random.key(0)).loss
 
     counted = count_flops(both, shapes, jax.ShapeDtypeStruct((1, 16, 16, 3), np.uint8))
     assert crop_flops(config) == dict(found.flops)["encoder and decoder, one crop"] == pytest.approx(counted, rel=0.02)

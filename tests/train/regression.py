@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmda.mesh import LargestAxis, P
-from fmda.train import NumberedBatches, OptimConfig, TrainState, create_state, make_optimizer, make_step
+from fmda.train import NumberedBatches, OptimConfig, Outcome, TrainState, create_state, make_optimizer, make_step
 
 WIDTH = 16
 BATCH = 16
@@ -32,20 +32,20 @@ def init(key: Any, tx: Any) -> TrainState:
     return create_state(params, tx)
 
 
-def loss_fn(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+def objective(params: Any, state: TrainState, frozen: Any, batch: Any, key: Any) -> Outcome:
     """Returns the mean squared error under dropout noise, so that the key matters."""
     hidden = jnp.tanh(batch["inputs"] @ params["up"]["kernel"] + params["up"]["bias"][None])
     hidden = hidden * (1 + 0.1 * jax.random.normal(key, hidden.shape))
     outputs = (hidden @ params["down"]["kernel"] + params["down"]["bias"][None]) * frozen["scale"]
     error = jnp.mean(jnp.square(outputs - batch["targets"]))
-    return error, {"error": error}
+    return Outcome(error, {"error": error}, {})
 
 
 def parts(steps: int) -> dict[str, Any]:
     """Returns what `fit` wants: step, init, frozen, batches."""
     tx = make_optimizer(OptimConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.01, clip_norm=5.0), steps)
     return {
-        "step": make_step(loss_fn, tx, 0.9),
+        "step": make_step(objective, tx, teacher_decay=0.9),
         "init": lambda key: init(key, tx),
         "frozen": {"scale": np.float32(1.5)},
         "batches": NumberedBatches(batch),

@@ -120,10 +120,10 @@ def test_another_model_is_refused(tmp_path, state, how):
 
 def test_read_params_needs_no_model(tmp_path, state):
     saved(tmp_path, state, steps=(1, 2))
-    params, ema = read_params(tmp_path), read_params(tmp_path, "ema", step=1)
+    params, teacher = read_params(tmp_path), read_params(tmp_path, "teacher", step=1)
     assert jax.tree.structure(params) == jax.tree.structure(state.params)
     np.testing.assert_array_equal(params["up"]["kernel"], state.params["up"]["kernel"])
-    np.testing.assert_array_equal(ema["down"]["bias"], state.ema["down"]["bias"])
+    np.testing.assert_array_equal(teacher["down"]["bias"], state.teacher["down"]["bias"])
 
 
 def test_read_params_names_what_is_missing(tmp_path, state):

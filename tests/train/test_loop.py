@@ -14,7 +14,7 @@ from fmda.data.dataset import Example
 from fmda.data.loader import batches
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
-from fmda.train import NumberedBatches, create_state, fit, make_step
+from fmda.train import NumberedBatches, Outcome, create_state, fit, make_step
 
 
 def run(folder, steps=10, **changes):
@@ -103,7 +103,7 @@ def test_evaluation_is_logged_and_its_best_checkpoint_kept(tmp_path):
 
     def evaluate(state):
         # Transfers are an evaluation's own affair.
-        assert jnp.isfinite(state.ema["up"]["kernel"]).all()
+        assert jnp.isfinite(state.teacher["up"]["kernel"]).all()
         return {"miou": scores[int(state.step)]}
 
     run(tmp_path, evaluate=evaluate, evaluate_steps=3, best="miou", keep=1)
@@ -153,14 +153,18 @@ def test_weights_replace_parameters_and_average_and_are_not_donated(tmp_path):
     elsewhere = jax.device_put(jnp.full((16,), 0.5), jax.devices()[3])
     weights = {"up": {"bias": elsewhere}, "down": {"bias": np.full((4,), 2.0)}}
 
-    def still(params, frozen, batch, key):
-        return jnp.sum(params["up"]["bias"]) * 0.0, {}
+    def still(params, state, frozen, batch, key):
+        return Outcome(jnp.sum(params["up"]["bias"]) * 0.0, {}, {})
 
     tx = optax.sgd(1.0)
     state = run(
-        tmp_path, steps=2, step=make_step(still, tx, 0.5), init=lambda key: regression.init(key, tx), weights=weights
+        tmp_path,
+        steps=2,
+        step=make_step(still, tx, teacher_decay=0.5),
+        init=lambda key: regression.init(key, tx),
+        weights=weights,
     )
-    for tree in (state.params, state.ema):
+    for tree in (state.params, state.teacher):
         np.testing.assert_array_equal(tree["up"]["bias"], np.full(16, 0.5, np.float32))
         np.testing.assert_array_equal(tree["down"]["bias"], np.full(4, 2.0, np.float32))
     np.testing.assert_array_equal(weights["up"]["bias"], np.full(16, 0.5))
@@ -255,9 +259,9 @@ def test_state_without_average(tmp_path):
     tx = optax.sgd(0.01)
 
     def init(key):
-        return create_state(regression.init(key, tx).params, tx, ema=False)
+        return create_state(regression.init(key, tx).params, tx, teacher=False)
 
-    step = make_step(regression.loss_fn, tx)
+    step = make_step(regression.objective, tx)
     rules = (("*", RULES[2][1]),)
     run(tmp_path, steps=2, step=step, init=init, rules=rules)
-    assert run(tmp_path, steps=4, step=step, init=init, rules=rules).ema == {}
+    assert run(tmp_path, steps=4, step=step, init=init, rules=rules).teacher == {}

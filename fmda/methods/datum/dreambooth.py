@@ -17,7 +17,7 @@ from fmda.diffusion.schedule import ScheduleConfig, add_noise, training_target
 from fmda.errors import UserError
 from fmda.methods.datum.lora import merged
 from fmda.models.sd_vae import signed
-from fmda.train.step import LossFn, Metrics
+from fmda.train.step import Objective, Outcome, TrainState
 from fmda.trees import Tree
 
 
@@ -100,10 +100,10 @@ def noised(
     )
 
 
-def make_loss(
+def make_objective(
     graphs: Graphs, *, lora_scale: float = 1.0, prior_weight: float = 1.0, noise: NoiseConfig = NoiseConfig()
-) -> LossFn:
-    """Returns loss(params, frozen, batch, key): the mean squared error of the prediction, float32.
+) -> Objective:
+    """Returns the objective: the mean squared error of the prediction, float32.
 
     `params` and `frozen` hold the parameters of "unet", "text_encoder" and "vae" by these names. A network that stands
     in both has its weights in `frozen` and adapters, to be multiplied by `lora_scale`, in `params`. `frozen` also holds
@@ -111,8 +111,8 @@ def make_loss(
     encoder does not train, its states of them, "context" [k, T, width].
 
     `batch` holds "pixels" uint8 [B, k, S, S, 3] or "moments" [B, k, h, w, 2c] (mean and log-variance), and "seed"
-    uint32 [B, k]; `key` is not used. With class pictures the loss is that of the target plus `prior_weight` times
-    theirs, and the metrics hold both as "target_loss" and "prior_loss".
+    uint32 [B, k]; state and key are not used. With class pictures the loss is that of the target plus `prior_weight`
+    times theirs, and the metrics hold both as "target_loss" and "prior_loss".
     """
 
     def weights(params: Tree, frozen: Tree, part: str) -> Tree:
@@ -120,8 +120,8 @@ def make_loss(
             return merged(frozen[part], params[part], lora_scale)
         return params[part] if part in params else frozen[part]
 
-    def loss(params: Tree, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, Metrics]:
-        del key
+    def objective(params: Tree, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array) -> Outcome:
+        del state, key
         rows, pictures = batch["seed"].shape
         flat = {name: leaf.reshape(rows * pictures, *leaf.shape[2:]) for name, leaf in batch.items()}
         if "moments" in flat:
@@ -138,7 +138,8 @@ def make_loss(
         found = nnx.merge(graphs.unet, weights(params, frozen, "unet"))(latents, times, context)
         errors = ((found - target) ** 2).mean(axis=(1, 2, 3)).reshape(rows, pictures).mean(axis=0)
         if pictures == 1:
-            return errors[0], {}
-        return errors[0] + prior_weight * errors[1], {"target_loss": errors[0], "prior_loss": errors[1]}
+            return Outcome(errors[0], {}, {})
+        metrics = {"target_loss": errors[0], "prior_loss": errors[1]}
+        return Outcome(errors[0] + prior_weight * errors[1], metrics, {})
 
-    return loss
+    return objective

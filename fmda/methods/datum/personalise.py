@@ -22,7 +22,7 @@ from fmda.diffusion.load import StableDiffusion, save_stable_diffusion
 from fmda.mesh import FSDP_RULES, make_mesh, place
 from fmda.methods import trainer
 from fmda.methods.datum.cost import check_memory, plan, row_flops
-from fmda.methods.datum.dreambooth import Graphs, make_loss
+from fmda.methods.datum.dreambooth import Graphs, make_objective
 from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.prepare import check_prepared, examples, prepare
 from fmda.methods.datum.settings import Config
@@ -92,13 +92,13 @@ def training_step(config: Config, model: StableDiffusion) -> Step:
         unet_graph(model.unet.config, dtype, config.remat)[0], text_graph(model.text_encoder.config, dtype)[0],
         vae_graph(model.vae.config, dtype)[0], model.schedule, model.vae.config.scale,
     )  # fmt: skip
-    loss = make_loss(
+    objective = make_objective(
         graphs, lora_scale=config.lora.alpha / config.lora.rank,
         prior_weight=1.0 if config.prior is None else config.prior.weight, noise=config.noise,
     )  # fmt: skip
     tx = make_optimizer(config.optim, config.steps)
     rate = make_schedule(config.optim, config.steps)
-    return make_step(loss, tx, config.ema, accumulate=config.accumulate, schedule=rate)
+    return make_step(objective, tx, teacher_decay=config.ema, accumulate=config.accumulate, schedule=rate)
 
 
 def starting_point(config: Config, model: StableDiffusion) -> tuple[Tree, Tree | None, Callable[[Array], TrainState]]:
@@ -125,7 +125,9 @@ def starting_point(config: Config, model: StableDiffusion) -> tuple[Tree, Tree |
             keys = jax.random.split(key, len(shapes))
             named = zip(shapes.items(), keys, strict=True)
             return create_state(
-                {part: init_adapters(key, shape, config.lora.rank) for (part, shape), key in named}, tx, ema=averaged
+                {part: init_adapters(key, shape, config.lora.rank) for (part, shape), key in named},
+                tx,
+                teacher=averaged,
             )
 
         return frozen, None, start
@@ -134,7 +136,7 @@ def starting_point(config: Config, model: StableDiffusion) -> tuple[Tree, Tree |
 
     def start_from_zeros(key: Array) -> TrainState:
         del key
-        return create_state(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), zeros), tx, ema=averaged)
+        return create_state(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), zeros), tx, teacher=averaged)
 
     return frozen, weights, start_from_zeros
 

@@ -34,7 +34,7 @@ class SnapshotWriter:
 
     def __init__(self, config: Config, train: Path) -> None:
         self.steps = config.snapshot_steps
-        self._which = "params" if config.ema is None else "ema"
+        self._which = "params" if config.ema is None else "teacher"
         self._dtype = jnp.dtype(config.store)
         self._train = train
 

@@ -34,6 +34,7 @@ from fmda.perf.flops import text_flops, training_flops, vit_flops
 from fmda.progress import track
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
+from fmda.train.step import Objective, Outcome
 from fmda.weights.clip import load_clip, save_clip
 from fmda.weights.tokenizer import Tokenizer
 from fmda.world.names import CLASSES
@@ -190,14 +191,15 @@ def _grid(model: ClipConfig) -> int:
     return model.vision.side
 
 
-def make_loss(graphdef: nnx.GraphDef, model: ClipConfig, patch_weight: float, patch_templates: int) -> Any:
-    """Returns loss(params, frozen, batch, key) of a batch with axes [pictures, crops, ...].
+def make_objective(graphdef: nnx.GraphDef, model: ClipConfig, patch_weight: float, patch_templates: int) -> Objective:
+    """Returns the objective for batches with axes [pictures, crops, ...].
 
     `frozen` holds "prompts", ids of every template with every class [m, k, t], and "needs", see `template_needs`.
     """
     mean, std = np.asarray(model.image_mean, np.float32), np.asarray(model.image_std, np.float32)
 
-    def loss(params: Any, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    def objective(params: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array) -> Outcome:
+        del state
         flat = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in batch.items()}
         pixels = (flat["pixels"].astype(jnp.float32) / 255.0 - mean[None, None, None]) / std[None, None, None]
         clip = nnx.merge(graphdef, params)
@@ -214,9 +216,9 @@ def make_loss(graphdef: nnx.GraphDef, model: ClipConfig, patch_weight: float, pa
             parts = [patch_text_loss(patches, names, flat["patches"], scale) for patches in readings]
             value += patch_weight * sum(part for part, _ in parts) / len(parts)
             metrics |= {"patch_loss": parts[0][0], "patch_accuracy": parts[0][1]}
-        return value, metrics
+        return Outcome(value, metrics, {})
 
-    return loss
+    return objective
 
 
 def also_true(present: Bool[Array, "b tags"], stated: Bool[Array, "b tags"]) -> Bool[Array, "b b"]:
@@ -236,8 +238,8 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
     graphdef, _ = abstract(make)
     tx = make_optimizer(config.optim, config.steps)
-    loss = make_loss(graphdef, model, config.patch_weight, config.patch_templates)
-    step = make_step(loss, tx, config.ema, schedule=make_schedule(config.optim, config.steps))
+    objective = make_objective(graphdef, model, config.patch_weight, config.patch_templates)
+    step = make_step(objective, tx, teacher_decay=config.ema, schedule=make_schedule(config.optim, config.steps))
     prompts = [template.format(name) for template in bank for name in CLASSES]
     ids = _tokenizer_of(words)(prompts, text.context)
     frozen = {"prompts": ids.reshape(len(bank), len(CLASSES), -1), "needs": template_needs(bank, TAGS)}
@@ -256,7 +258,7 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     model = model_config(config, done["tokenizer"])
     files = Tokenizer(done["tokenizer"], model.text.eos_token_id, model.text.vocab_size).files()
-    params = read_params(done["train"], "ema")
+    params = read_params(done["train"], "teacher")
     save_clip(folder, model, jax.device_get(params), files, dtype=np.float16)
     write_summary(folder / "training.json", config, done["train"])
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}

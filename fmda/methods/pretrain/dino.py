@@ -19,7 +19,14 @@ from fmda.atomic import write_atomic
 from fmda.errors import UserError
 from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.dino_check import agreement_on, normalised_float
-from fmda.methods.pretrain.dino_net import DistillConfig, HeadConfig, Pupil, create_pupils, make_step
+from fmda.methods.pretrain.dino_net import (
+    DistillConfig,
+    HeadConfig,
+    Pupil,
+    initial_centres,
+    make_objective,
+    momentum_schedule,
+)
 from fmda.methods.pretrain.dino_views import Pictures, ViewConfig, Views
 from fmda.methods.trainer import TrainerConfig, train, write_summary
 from fmda.models.clip import VitConfig
@@ -27,7 +34,7 @@ from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
 from fmda.perf.flops import training_flops, vit_flops
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, make_optimizer, make_schedule, read_params
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
 from fmda.weights.dino import load_dino, save_dino
 
 
@@ -145,11 +152,14 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         return Pupil(config.vit, config.head, rngs=rngs)
 
     tx = make_optimizer(config.optim, config.steps)
-    schedule = make_schedule(config.optim, config.steps)
-    step = make_step(abstract(make)[0], config.distill, tx, config.steps, schedule)
+    step = make_step(
+        make_objective(abstract(make)[0], config.distill), tx,
+        teacher_decay=momentum_schedule(config.distill.teacher_momentum, config.steps),
+        schedule=make_schedule(config.optim, config.steps),
+    )  # fmt: skip
 
     def start(key: jax.Array) -> TrainState:
-        return create_pupils(init(make, key), config.head.prototypes, tx)
+        return create_state(init(make, key), tx, aux=initial_centres(config.head.prototypes))
 
     views = Views(config.views, config.vit.side)
     state = train(
@@ -159,7 +169,7 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    params = jax.device_get(read_params(done["train"], "ema")["teacher"]["backbone"])
+    params = jax.device_get(read_params(done["train"], "teacher")["backbone"])
     save_dino(folder, config.vit, params, dtype=np.float16)
     write_summary(folder / "training.json", config, done["train"])
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}

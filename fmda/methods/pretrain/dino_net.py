@@ -1,4 +1,4 @@
-"""Student and teacher of self-distillation: backbone with a projection head, and the step that trains both."""
+"""Student and teacher of self-distillation: backbone with a projection head, and the objective of the student."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -22,8 +21,7 @@ from fmda.losses.self_distillation import (
 from fmda.models.clip import VisionTransformer, VitConfig
 from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, dino
 from fmda.nn.norm import unit
-from fmda.train import TrainState
-from fmda.train.step import Metrics, Step
+from fmda.train import Objective, Outcome, TrainState
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Head(nnx.Module):
 
 
 class Pupil(nnx.Module):
-    """Backbone, head, and the token that stands for a masked patch. The teacher is one too, and masks nothing."""
+    """Backbone, head, and the token that replaces a masked patch. The teacher has the same parts."""
 
     def __init__(self, model: VitConfig, head: HeadConfig, *, rngs: nnx.Rngs) -> None:
         self.backbone = dino(model, rngs=rngs)
@@ -105,8 +103,8 @@ class Pupil(nnx.Module):
         return net.norm_post(x)
 
 
-class Told(NamedTuple):
-    """What a pupil says of two global views of b pictures: logits of class tokens and of patches."""
+class Logits(NamedTuple):
+    """Prototype logits of two global views of b images: of their class tokens and of all n = 2b views' patches."""
 
     views: Float[Array, "b 2 k"]
     patches: Float[Array, "n p k"]
@@ -118,14 +116,9 @@ def normalised(pixels: Array) -> Float[Array, "n H W 3"]:
     return (pixels.astype(jnp.float32) / 255.0 - mean) / std
 
 
-def create_pupils(params: trees.Tree, prototypes: int, tx: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first update: the teacher is a copy of the student, the centres are 0.
-
-    `ema` holds {"teacher": parameters, "centre": {"views": [k], "patches": [k]}}.
-    """
-    centre = {name: jnp.zeros((prototypes,), jnp.float32) for name in ("views", "patches")}
-    ema = {"teacher": jax.tree.map(jnp.copy, params), "centre": centre}
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+def initial_centres(prototypes: int) -> trees.Tree:
+    """Returns the centres before the first update, the auxiliary state of the objective: zeros [k] each."""
+    return {name: jnp.zeros((prototypes,), jnp.float32) for name in ("views", "patches")}
 
 
 def momentum_schedule(start: float, steps: int) -> Callable[[Any], Float[Array, ""]]:
@@ -138,81 +131,62 @@ def momentum_schedule(start: float, steps: int) -> Callable[[Any], Float[Array, 
     return momentum
 
 
-def make_step(
-    graphdef: nnx.GraphDef,
-    config: DistillConfig,
-    tx: optax.GradientTransformation,
-    steps: int,
-    schedule: Callable[[Any], Any],
-) -> Step:
-    """Returns the pure step(state, frozen, batch, key) -> (state, metrics) of self-distillation.
+def make_objective(graphdef: nnx.GraphDef, config: DistillConfig) -> Objective:
+    """Returns the objective of self-distillation.
 
-    `batch` is what `Views` makes, stacked; `frozen` and `key` are not used, all chance is in the views. The teacher of
-    a step is the one before the update, and its logits move the centres after they were used (DINO, algorithm 1).
-    Metrics: `loss`, `view_loss`, `patch_loss`, `koleo`, `prototypes_used` (perplexity of the teacher's mean
-    distribution), `teacher_entropy` (nats; 0 and log k both mean collapse), `momentum`, `grad_norm`, `learning_rate`.
+    `batch` is what `Views` makes, stacked; `frozen` and `key` are not used, all randomness is in the views. Targets are
+    those of the teacher before the update, and its logits move the centres after they were used (DINO, algorithm 1).
+    Metrics: `view_loss`, `patch_loss`, `koleo`, `prototypes_used` (perplexity of the teacher's mean distribution) and
+    `teacher_entropy` (nats; 0 and log k both mean collapse).
     """
-    momentum = momentum_schedule(config.teacher_momentum, steps)
     cold, warm = config.teacher_temperature
 
-    def told(params: Any, pixels: Array, masked: Array | None) -> tuple[Told, Array]:
+    def logits_of(params: Any, pixels: Array, masked: Array | None) -> tuple[Logits, Array]:
         pupil = nnx.merge(graphdef, params)
         tokens = pupil(normalised(pixels.reshape(-1, *pixels.shape[2:])), masked)
         views = pupil.head(tokens[:, 0]).reshape(*pixels.shape[:2], -1)
         patches = pupil.head(tokens[:, 1:]) if config.patch_weight else jnp.zeros((1, 1, views.shape[-1]))
-        return Told(views, patches), tokens[:, 0]
+        return Logits(views, patches), tokens[:, 0]
 
-    def step(state: TrainState, frozen: Any, batch: dict[str, Array], key: Any) -> tuple[TrainState, Metrics]:
+    def objective(params: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Any) -> Outcome:
         del frozen, key
-        teacher, centre = state.ema["teacher"], state.ema["centre"]
+        centres = state.aux
         warmed = jnp.minimum(1.0, state.step.astype(jnp.float32) / max(1, config.warmup_steps))
         temperature = cold + (warm - cold) * warmed
-        said, _ = told(teacher, batch["globals"], None)
-        targets = Told(
-            teacher_distribution(said.views, centre["views"], temperature),
-            teacher_distribution(said.patches, centre["patches"], temperature),
+        teacher, _ = logits_of(state.teacher, batch["globals"], None)
+        targets = Logits(
+            teacher_distribution(teacher.views, centres["views"], temperature),
+            teacher_distribution(teacher.patches, centres["patches"], temperature),
         )
         masked = batch["masks"].reshape(-1, batch["masks"].shape[-1])
 
-        def objective(params: Any) -> tuple[Array, Metrics]:
-            heard, classes = told(params, batch["globals"], masked if config.patch_weight else None)
-            views = heard.views
-            if batch["locals"].shape[1]:
-                pupil = nnx.merge(graphdef, params)
-                local = normalised(batch["locals"].reshape(-1, *batch["locals"].shape[2:]))
-                logits = pupil.head(pupil(local)[:, 0]).reshape(*batch["locals"].shape[:2], -1)
-                views = jnp.concatenate([views, logits], axis=1)
-            loss = view_loss(targets.views, views, config.student_temperature)
-            metrics = {"view_loss": loss}
-            if config.patch_weight:
-                part = masked_patch_loss(targets.patches, heard.patches, masked, config.student_temperature)
-                loss, metrics = loss + config.patch_weight * part, metrics | {"patch_loss": part}
-            if config.koleo_weight:
-                pair = classes.reshape(-1, 2, classes.shape[-1])
-                part = (koleo_loss(pair[:, 0]) + koleo_loss(pair[:, 1])) / 2
-                loss, metrics = loss + config.koleo_weight * part, metrics | {"koleo": part}
-            return loss, metrics
-
-        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        free = (state.step >= config.freeze_steps).astype(jnp.float32)
-        grads["head"]["prototypes"] = grads["head"]["prototypes"] * free
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        keep = momentum(state.step)
-        teacher = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, teacher, params)
-        centre = {
-            "views": updated_centre(centre["views"], said.views, config.centre_momentum),
-            "patches": updated_centre(centre["patches"], said.patches, config.centre_momentum),
-        }
-        entropy = jax.scipy.special.entr(targets.views).sum(-1).mean()
+        prototypes = params["head"]["prototypes"]
+        prototypes = jnp.where(state.step < config.freeze_steps, jax.lax.stop_gradient(prototypes), prototypes)
+        params = {**params, "head": {**params["head"], "prototypes": prototypes}}
+        student, classes = logits_of(params, batch["globals"], masked if config.patch_weight else None)
+        views = student.views
+        if batch["locals"].shape[1]:
+            pupil = nnx.merge(graphdef, params)
+            local = normalised(batch["locals"].reshape(-1, *batch["locals"].shape[2:]))
+            logits = pupil.head(pupil(local)[:, 0]).reshape(*batch["locals"].shape[:2], -1)
+            views = jnp.concatenate([views, logits], axis=1)
+        loss = view_loss(targets.views, views, config.student_temperature)
+        metrics = {"view_loss": loss}
+        if config.patch_weight:
+            part = masked_patch_loss(targets.patches, student.patches, masked, config.student_temperature)
+            loss, metrics = loss + config.patch_weight * part, metrics | {"patch_loss": part}
+        if config.koleo_weight:
+            pair = classes.reshape(-1, 2, classes.shape[-1])
+            part = (koleo_loss(pair[:, 0]) + koleo_loss(pair[:, 1])) / 2
+            loss, metrics = loss + config.koleo_weight * part, metrics | {"koleo": part}
         metrics |= {
-            "loss": loss,
             "prototypes_used": perplexity(targets.views),
-            "teacher_entropy": entropy,
-            "momentum": keep,
-            "grad_norm": trees.norm(grads),
-            "learning_rate": schedule(state.step),
+            "teacher_entropy": jax.scipy.special.entr(targets.views).sum(-1).mean(),
         }
-        return TrainState(state.step + 1, params, opt, {"teacher": teacher, "centre": centre}), metrics
+        moved = {
+            "views": updated_centre(centres["views"], teacher.views, config.centre_momentum),
+            "patches": updated_centre(centres["patches"], teacher.patches, config.centre_momentum),
+        }
+        return Outcome(loss, metrics, moved)
 
-    return step
+    return objective

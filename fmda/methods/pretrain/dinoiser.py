@@ -38,7 +38,7 @@ from fmda.nn.resize import resize
 from fmda.perf.flops import training_flops, vit_flops
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_step, read_params
-from fmda.train.step import LossFn, Metrics
+from fmda.train.step import Objective, Outcome
 from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.dino import LoadedDino, load_dino
 from fmda.weights.dinoiser import load_heads, save_heads
@@ -175,8 +175,8 @@ def make_see(networks: Networks) -> See:
     return see
 
 
-def make_loss(networks: Networks, config: Config) -> LossFn:
-    """Returns loss(heads, frozen, batch, key) -> (sum of both heads' binary cross-entropies, metrics).
+def make_objective(networks: Networks, config: Config) -> Objective:
+    """Returns the objective of the heads: the sum of both heads' binary cross-entropies.
 
     `obj_proj`: over all pairs of patches, with the cosine of the object features, negative ones set to 0, as the logit.
     `bkg_decoder`: over all patches. Both are means, in nats (the authors' training code; the paper's eq. 5 and 6).
@@ -186,8 +186,8 @@ def make_loss(networks: Networks, config: Config) -> LossFn:
 
     see = make_see(networks)
 
-    def loss(heads: Any, frozen: Any, batch: dict[str, Array], key: Any) -> tuple[Array, Metrics]:
-        del key
+    def objective(heads: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Any) -> Outcome:
+        del state, key
         guide, reading = see(frozen, batch["pixels"])
         together = same_object(reading.values, config.floor).astype(jnp.float32)
         objects = 1.0 - background(reading.attention, reading.keys, config.background).astype(jnp.float32)
@@ -202,9 +202,9 @@ def make_loss(networks: Networks, config: Config) -> LossFn:
             "alike": together.mean(),
             "objects": objects.mean(),
         }
-        return object_loss + background_loss, metrics
+        return Outcome(object_loss + background_loss, metrics, {})
 
-    return loss
+    return objective
 
 
 def crop_flops(networks: Networks, channels: int) -> float:
@@ -244,10 +244,10 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     tx = make_heads_optimizer(config)
 
     def start(key: Array) -> TrainState:
-        return create_state(init_heads(key, networks.tower.width, config.channels), tx, ema=False)
+        return create_state(init_heads(key, networks.tower.width, config.channels), tx, teacher=False)
 
     state = train(
-        config, folder, make_step(make_loss(networks, config), tx), start, networks.frozen, Pictures(config.data),
+        config, folder, make_step(make_objective(networks, config), tx), start, networks.frozen, Pictures(config.data),
         Crop(networks.clip_side, config.side, config.jitter), what="dinoiser", rules=REPLICATED_RULES,
         flops_per_row=crop_flops(networks, config.channels), marks={"weights": networks.digest},
     )  # fmt: skip

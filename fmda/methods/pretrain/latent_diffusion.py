@@ -35,7 +35,7 @@ from fmda.perf.flops import text_flops, training_flops
 from fmda.progress import track
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
-from fmda.train.step import LossFn, Metrics, rising
+from fmda.train.step import Objective, Outcome, rising
 from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.diffusers import (
     LoadedTextEncoder,
@@ -222,15 +222,15 @@ def loss_weights(schedule: ScheduleConfig, min_snr: float | None) -> Float[np.nd
     return np.minimum(snr, min_snr) / (snr + 1 if schedule.prediction == "v_prediction" else snr)
 
 
-def make_loss(
+def make_objective(
     unet: nnx.GraphDef,
     text: nnx.GraphDef,
     schedule: ScheduleConfig,
     scale: float,
     drop: float,
     min_snr: float | None = None,
-) -> LossFn:
-    """Returns loss(params, frozen, batch, key): the mean squared error of the prediction (Ho et al. 2020, eq. 14).
+) -> Objective:
+    """Returns the objective: the mean squared error of the prediction (Ho et al. 2020, eq. 14).
 
     Noise levels count by `loss_weights`; the metric "error" is the loss without them.
     `params` are the UNet's. `frozen` holds "text", the text tower's parameters, and "empty", the ids [T] of no
@@ -238,7 +238,8 @@ def make_loss(
     """
     weights = loss_weights(schedule, min_snr)
 
-    def loss(params: Any, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, Metrics]:
+    def objective(params: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array) -> Outcome:
+        del state
         keys = jax.random.split(key, 4)
         mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
         clean = (mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys[0], mean.shape)) * scale
@@ -249,9 +250,9 @@ def make_loss(
         context = nnx.merge(text, frozen["text"]).hidden(ids)
         found = nnx.merge(unet, params)(add_noise(schedule, clean, noise, times), times, context)
         error = ((found - training_target(schedule, clean, noise, times)) ** 2).mean((1, 2, 3))
-        return (error * jnp.asarray(weights)[times]).mean(), {"error": error.mean()}
+        return Outcome((error * jnp.asarray(weights)[times]).mean(), {"error": error.mean()}, {})
 
-    return loss
+    return objective
 
 
 def _latents(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
@@ -272,11 +273,13 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
     tx = make_optimizer(config.optim, config.steps)
     text = networks.text
-    loss = make_loss(
+    objective = make_objective(
         abstract(make)[0], text.graphdef, networks.schedule, networks.vae.config.scale, config.drop,
         config.min_snr,
     )  # fmt: skip
-    step = make_step(loss, tx, rising(config.ema), schedule=make_schedule(config.optim, config.steps))
+    step = make_step(
+        objective, tx, teacher_decay=rising(config.ema), schedule=make_schedule(config.optim, config.steps)
+    )
 
     def start(key: Array) -> TrainState:
         return create_state(init(make, key), tx)
@@ -293,7 +296,7 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     networks = load_networks(config)
     check_networks(done["latents"], networks.digest)
-    params = jax.device_get(read_params(done["train"], "ema"))
+    params = jax.device_get(read_params(done["train"], "teacher"))
     graphdef = abstract(lambda rngs: UNet(networks.unet, rngs=rngs))[0]
     tokenizer = networks.padded.tokenizer
     model = StableDiffusion(

@@ -31,7 +31,7 @@ from fmda.perf.flops import training_flops
 from fmda.progress import track
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
-from fmda.train.step import LossFn, Metrics
+from fmda.train.step import Objective, Outcome
 from fmda.weights.diffusers import LoadedVae, load_vae, save_part
 
 
@@ -86,11 +86,11 @@ class Crop:
         return {"pixels": np.ascontiguousarray(square[:, ::-1] if rng.random() < 0.5 else square)}
 
 
-def make_loss(graphdef: nnx.GraphDef, edges: float, kl: float) -> LossFn:
-    """Returns loss(params, frozen, batch, key) -> (weighted sum, {"pixel_error", "edge_error", "kl"})."""
+def make_objective(graphdef: nnx.GraphDef, edges: float, kl: float) -> Objective:
+    """Returns the objective: the weighted sum, with the metrics "pixel_error", "edge_error" and "kl"."""
 
-    def loss(params: Any, frozen: Any, batch: dict[str, Array], key: Array) -> tuple[Array, Metrics]:
-        del frozen
+    def objective(params: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array) -> Outcome:
+        del state, frozen
         vae, images = nnx.merge(graphdef, params), signed(batch["pixels"])
         mean, logvar = vae.encode(images)
         drawn = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
@@ -99,9 +99,9 @@ def make_loss(graphdef: nnx.GraphDef, edges: float, kl: float) -> LossFn:
         edge_error = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
         divergence = 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).mean()
         metrics = {"pixel_error": pixel_error, "edge_error": edge_error, "kl": divergence}
-        return pixel_error + edges * edge_error + kl * divergence, metrics
+        return Outcome(pixel_error + edges * edge_error + kl * divergence, metrics, {})
 
-    return loss
+    return objective
 
 
 def stages(config: Config) -> list[Stage]:
@@ -140,8 +140,8 @@ def _make(config: Config) -> Any:
 def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     make = _make(config)
     tx = make_optimizer(config.optim, config.steps)
-    loss = make_loss(abstract(make)[0], config.edges, config.kl)
-    step = make_step(loss, tx, config.ema, schedule=make_schedule(config.optim, config.steps))
+    objective = make_objective(abstract(make)[0], config.edges, config.kl)
+    step = make_step(objective, tx, teacher_decay=config.ema, schedule=make_schedule(config.optim, config.steps))
 
     def start(key: Array) -> TrainState:
         return create_state(init(make, key), tx)
@@ -154,7 +154,7 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    params = jax.device_get(read_params(done["train"], "ema"))
+    params = jax.device_get(read_params(done["train"], "teacher"))
     graphdef = abstract(_make(config))[0]
     scale = measured_scale(LoadedVae(config.model, graphdef, params), Pictures(config.data), config.seed)
     model = dataclasses.replace(config.model, scale=scale)

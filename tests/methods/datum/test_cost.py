@@ -10,7 +10,7 @@ import small_diffusion as small
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
 from fmda.methods.datum.cost import check_memory, memory, plan, row_flops, trained_count
-from fmda.methods.datum.dreambooth import Graphs, make_loss
+from fmda.methods.datum.dreambooth import Graphs, make_objective
 from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.settings import Config, LoraConfig, PriorConfig
 from fmda.methods.generate.cost import GIB
@@ -91,7 +91,7 @@ def traced(given, pictures):
         rows["moments"] = np.zeros((given.batch, pictures, 8, 8, 8), np.float32)
     else:
         rows["pixels"] = np.zeros((given.batch, pictures, 16, 16, 3), np.uint8)
-    return count_flops(jax.grad(lambda params: make_loss(graphs)(params, frozen, rows, None)[0]), params)
+    return count_flops(jax.grad(lambda params: make_objective(graphs)(params, None, frozen, rows, None).loss), params)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from flax import nnx
 from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from fmda.errors import UserError
-from fmda.methods.datum.dreambooth import Graphs, NoiseConfig, make_loss, noised
+from fmda.methods.datum.dreambooth import Graphs, NoiseConfig, make_objective, noised
 from fmda.methods.datum.lora import init_adapters, merged
 from fmda.models.module import abstract
 from fmda.train import create_state, make_step
@@ -158,7 +158,7 @@ def predicted(params, latents, times, ids):
 
 def test_the_loss_is_the_mean_squared_error_of_the_prediction():
     rows = batch(5)
-    value, metrics = jax.jit(make_loss(GRAPHS))(PARAMS, FROZEN, rows, None)
+    value, metrics, _ = jax.jit(make_objective(GRAPHS))(PARAMS, None, FROZEN, rows, None)
     asked = noised(GRAPHS, *moments(rows["pixels"][:, 0]), rows["seed"][:, 0])
     error = predicted(PARAMS, asked.latents, asked.times, IDS[0]) - asked.target
     assert float(value) == pytest.approx(float((error**2).mean()), rel=1e-5)
@@ -167,11 +167,13 @@ def test_the_loss_is_the_mean_squared_error_of_the_prediction():
 
 def test_class_pictures_are_the_second_half_of_the_loss():
     rows = batch(4, pictures=2)
-    value, metrics = make_loss(GRAPHS, prior_weight=0.25)(PARAMS, FROZEN | {"ids": IDS}, rows, None)
+    value, metrics, _ = make_objective(GRAPHS, prior_weight=0.25)(PARAMS, None, FROZEN | {"ids": IDS}, rows, None)
     halves = []
     for half, name in enumerate(("target_loss", "prior_loss")):
         alone = {key: leaf[:, half : half + 1] for key, leaf in rows.items()}
-        halves.append(float(make_loss(GRAPHS)(PARAMS, FROZEN | {"ids": IDS[half : half + 1]}, alone, None)[0]))
+        halves.append(
+            float(make_objective(GRAPHS)(PARAMS, None, FROZEN | {"ids": IDS[half : half + 1]}, alone, None).loss)
+        )
         assert float(metrics[name]) == pytest.approx(halves[-1], rel=1e-5)
     assert float(value) == pytest.approx(halves[0] + 0.25 * halves[1], rel=1e-5)
 
@@ -180,8 +182,8 @@ def test_encoded_crops_give_what_the_crops_give():
     rows = batch(3)
     mean, logvar = moments(rows["pixels"][:, 0])
     bank = {"moments": np.concatenate([mean, logvar], -1)[:, None], "seed": rows["seed"]}
-    loss = make_loss(GRAPHS)
-    ours, theirs = (float(loss(PARAMS, FROZEN, given, None)[0]) for given in (bank, rows))
+    objective = make_objective(GRAPHS)
+    ours, theirs = (float(objective(PARAMS, None, FROZEN, given, None).loss) for given in (bank, rows))
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
@@ -190,15 +192,15 @@ def test_a_text_encoder_that_does_not_train_is_read_once():
     context = nnx.merge(TEXT, PARAMS["text_encoder"]).hidden(IDS[:1])
     alone = {"unet": PARAMS["unet"]}
     frozen = {"vae": VAE_PARAMS, "context": context}
-    ours = float(make_loss(GRAPHS)(alone, frozen, rows, None)[0])
-    assert ours == pytest.approx(float(make_loss(GRAPHS)(PARAMS, FROZEN, rows, None)[0]), rel=1e-6)
+    ours = float(make_objective(GRAPHS)(alone, None, frozen, rows, None).loss)
+    assert ours == pytest.approx(float(make_objective(GRAPHS)(PARAMS, None, FROZEN, rows, None).loss), rel=1e-6)
 
 
 def trained(params, frozen, rows, accumulate=1):
     """The parameters after one step of plain gradient descent, which hides no factor."""
     tx = optax.sgd(0.1)
-    step = jax.jit(make_step(make_loss(GRAPHS, lora_scale=2.0), tx, accumulate=accumulate))
-    state, metrics = step(create_state(params, tx, ema=False), frozen, rows, jax.random.key(0))
+    step = jax.jit(make_step(make_objective(GRAPHS, lora_scale=2.0), tx, accumulate=accumulate))
+    state, metrics = step(create_state(params, tx, teacher=False), frozen, rows, jax.random.key(0))
     return state.params, metrics
 
 
@@ -226,8 +228,8 @@ def test_adapters_begin_as_nothing_and_move_alone():
     adapters = {"unet": init_adapters(jax.random.key(1), PARAMS["unet"], 2)}
     frozen = {"vae": VAE_PARAMS, "unet": PARAMS["unet"], "text_encoder": PARAMS["text_encoder"], "ids": IDS[:1]}
     rows = batch()
-    assert float(make_loss(GRAPHS)(adapters, frozen, rows, None)[0]) == pytest.approx(
-        float(make_loss(GRAPHS)(PARAMS, FROZEN, rows, None)[0]), rel=1e-6
+    assert float(make_objective(GRAPHS)(adapters, None, frozen, rows, None).loss) == pytest.approx(
+        float(make_objective(GRAPHS)(PARAMS, None, FROZEN, rows, None).loss), rel=1e-6
     )
     # a has no gradient while b is zero
     after, _ = trained(adapters, frozen, rows)
@@ -235,5 +237,5 @@ def test_adapters_begin_as_nothing_and_move_alone():
     again, _ = trained(after, frozen, rows)
     assert moved(after, again) == {"unet/attention/query/a", "unet/attention/query/b"}
     whole = {"unet": merged(PARAMS["unet"], again["unet"], 2.0), "text_encoder": PARAMS["text_encoder"]}
-    ours = float(make_loss(GRAPHS, lora_scale=2.0)(again, frozen, rows, None)[0])
-    assert ours == pytest.approx(float(make_loss(GRAPHS)(whole, FROZEN, rows, None)[0]), rel=1e-6)
+    ours = float(make_objective(GRAPHS, lora_scale=2.0)(again, None, frozen, rows, None).loss)
+    assert ours == pytest.approx(float(make_objective(GRAPHS)(whole, None, FROZEN, rows, None).loss), rel=1e-6)

@@ -191,7 +191,7 @@ def test_prior_preservation_draws_its_class_pictures_first(place):
 def test_a_snapshot_is_the_average_where_one_is_kept(place):
     work = finish(place, "averaged", "ema=0.5", "steps=2", "snapshots=[2]", "export=[2]")
     kept = read_snapshot(work / "train", 2)
-    assert small.same(kept, read_params(work / "train", "ema"))
+    assert small.same(kept, read_params(work / "train", "teacher"))
     assert not small.same(kept, read_params(work / "train", "params"))
 
 
