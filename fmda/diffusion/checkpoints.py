@@ -92,7 +92,8 @@ def verify(source: str | os.PathLike[str], revision: str | None = None) -> Check
         report.faults["tokenizer"] = str(error)
     try:
         schedule = read_schedule(folder)
-        report.schedule = f"{schedule.train_steps} steps, {schedule.prediction} prediction, {schedule.sampler} sampler"
+        sampler = schedule.sampler or "no known"
+        report.schedule = f"{schedule.train_steps} steps, {schedule.prediction} prediction, {sampler} sampler"
         if len(params) == len(PARTS):
             ordered = (configs[part] for part in PARTS)
             networks = {part: diffusers.params_fingerprint(tree) for part, tree in params.items()}

@@ -91,7 +91,14 @@ def timesteps(config: ScheduleConfig, sampler: str, steps: int) -> Num[np.ndarra
     Raises UserError where the sampler does not exist or the schedule has no such steps.
     """
     if sampler not in SAMPLERS:
-        raise UserError(f"sampler: '{sampler}' does not exist{did_you_mean(sampler, SAMPLERS)}")
+        raise UserError(f"sampler: '{sampler}' does not exist{did_you_mean(str(sampler), SAMPLERS)}")
+    if config.unsupported and sampler == config.sampler:
+        options = ", ".join(f"{key}={value}" for key, value in config.unsupported)
+        others = ", ".join(name for name in SAMPLERS if name != sampler)
+        raise UserError(
+            f"sampler: the checkpoint's scheduler_config.json has {options}, which {sampler} does not support here; "
+            f"choose {others}, or remove the line"
+        )
     n, spacing = config.train_steps, config.spacing or ("leading" if sampler in ("ddim", "plms") else "linspace")
     # dpm++2m leaves out the last point of a grid with one more
     points = steps + (sampler == "dpm++2m")
@@ -209,7 +216,8 @@ def _euler(config: ScheduleConfig, times: np.ndarray, stride: int) -> Table:
 def _dpm(config: ScheduleConfig, times: np.ndarray, stride: int) -> Table:
     """Lu et al. 2022 (DPM-Solver++), algorithm 2 with the midpoint rule. Remembers clean estimates.
 
-    The first step is of first order, and so is the last if it ends without noise or is one of fewer than 15.
+    The first step is of first order, and so is the last if it ends without noise, is one of fewer than 15, or where
+    `euler_at_final` asks for it.
     """
     sigmas, n = _sigmas(config, times), len(times)
     picture = 1 / np.hypot(1, sigmas)
@@ -219,7 +227,7 @@ def _dpm(config: ScheduleConfig, times: np.ndarray, stride: int) -> Table:
     size = np.log(sigmas[:-1]) - np.log(sigmas[1:])  # steps of the logarithm of picture over noise
     ahead = np.zeros(n)
     ahead[1:] = size[1:] / size[:-1] / 2
-    if n < 15 or sigmas[-1] == 0:
+    if n < 15 or sigmas[-1] == 0 or config.euler_at_final:
         ahead[-1] = 0
     weights = np.stack([towards * (1 + ahead), -towards * ahead], 1)
     return Table(times, levels.rest[1:] / levels.rest[:-1], np.zeros(n), _columns(clean, n), weights, np.ones(n))

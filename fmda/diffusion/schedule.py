@@ -44,6 +44,7 @@ _KEYS: dict[str, tuple[str, type | tuple[str, ...]]] = {
     "spacing": ("timestep_spacing", SPACINGS),
     "zero_terminal_snr": ("rescale_betas_zero_snr", bool),
     "final_sigma": ("final_sigmas_type", FINAL_SIGMAS),
+    "euler_at_final": ("euler_at_final", bool),
 }
 # What diffusers takes for an absent key, where that is not our default. None: each sampler has its own.
 _ABSENT: dict[str, Any] = {
@@ -52,18 +53,21 @@ _ABSENT: dict[str, Any] = {
     "beta_schedule": "linear",
     "set_alpha_to_one": None,
 }
-# Options that change the result and exist here in one setting only.
+# Options that change what the network was trained on; only one setting of each exists here.
 _ONLY: dict[str, Any] = {
     "trained_betas": None,
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+    "timestep_type": "discrete",
+}
+# Options of the samplers themselves, of which only one setting exists here: another one rules out that sampler.
+_SAMPLER_ONLY: dict[str, Any] = {
     "thresholding": False,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
     "interpolation_type": "linear",
-    "timestep_type": "discrete",
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
     "solver_type": "midpoint",
@@ -91,8 +95,11 @@ class ScheduleConfig:
         zero_terminal_snr: whether the schedule is stretched so that nothing of the picture is left at the last
             timestep (Lin et al. 2024, algorithm 1).
         final_sigma: whether euler and dpm++2m end without noise, "zero", or with that of timestep 0, "sigma_min".
+        euler_at_final: whether the last step of dpm++2m is of first order whatever it ends with.
         clip: bound on the size of the clean estimate in ddim; None for none, as latents need it.
-        sampler: the sampler that the checkpoint names, one of SAMPLERS.
+        sampler: the sampler that the checkpoint names, one of SAMPLERS, or None for one that does not exist here.
+        unsupported: (key, JSON value) of the sampler class or sampler options in the checkpoint's file that do not
+            exist here. Training and other samplers do not need them; they are kept for saving.
     """
 
     train_steps: int = 1000
@@ -105,14 +112,17 @@ class ScheduleConfig:
     spacing: str | None = None
     zero_terminal_snr: bool = False
     final_sigma: str = "zero"
+    euler_at_final: bool = False
     clip: float | None = None
-    sampler: str = "plms"
+    sampler: str | None = "plms"
+    unsupported: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name, (key, kind) in _KEYS.items():
             if getattr(self, name) is not None:
                 _check(key, getattr(self, name), kind)
-        _check("sampler", self.sampler, SAMPLERS)
+        if self.sampler is not None:
+            _check("sampler", self.sampler, SAMPLERS)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
                 f"beta_start, beta_end: {self.beta_start}, {self.beta_end} is no rising pair between 0 and 1; mend them"
@@ -134,8 +144,9 @@ class ScheduleConfig:
         """Returns the schedule that a diffusers scheduler_config.json, already parsed, describes.
 
         Absent keys mean what diffusers' Stable Diffusion pipeline makes of them: the scheduler class's own default,
-        but no clipping and a steps_offset of 1. Keys without influence on the result are ignored. Raises UserError,
-        naming `where`, for a class, a beta schedule or an option that does not exist here.
+        but no clipping and a steps_offset of 1. Keys without influence on the result are ignored. A scheduler class or
+        option that does not exist here is recorded in `unsupported`, provided that the file holds the betas. Raises
+        UserError, naming `where`, for anything else that cannot be represented.
         """
         try:
             return cls(**_fields(values))
@@ -153,9 +164,10 @@ class ScheduleConfig:
         """Returns the content of a scheduler_config.json that diffusers and `from_json` read."""
         values = {key: getattr(self, name) for name, (key, _) in _KEYS.items()}
         clip = {"clip_sample": False} if self.clip is None else {"clip_sample": True, "clip_sample_range": self.clip}
-        name = next(name for name, sampler in CLASSES.items() if sampler == self.sampler)
+        name = next((name for name, sampler in CLASSES.items() if sampler == self.sampler), None)
         kept = {key: value for key, value in values.items() if value is not None}
-        return {"_class_name": name, **kept, **clip, "skip_prk_steps": True}
+        unsupported = {key: json.loads(value) for key, value in self.unsupported}
+        return {"_class_name": name, **kept, **clip, "skip_prk_steps": True, **unsupported}
 
 
 def _check(key: str, value: Any, kind: type | tuple[str, ...]) -> None:
@@ -176,20 +188,27 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"holds a {type(values).__name__}, not the keys of a scheduler; mend the file")
     given = {key: value for key, value in values.items() if value is not None}
     name = str(given.get("_class_name", "")).removeprefix("Flax")
-    if name not in CLASSES:
-        raise UserError(f"_class_name: '{name}' is no scheduler that exists here{did_you_mean(name, CLASSES)}")
+    if name not in CLASSES and not {"beta_start", "beta_end", "beta_schedule"} <= given.keys():
+        raise UserError(
+            f"_class_name: '{name}' is not supported, and the file holds no beta_start, beta_end and beta_schedule"
+            f"{did_you_mean(name, CLASSES)}"
+        )
     for key, only in _ONLY.items():
         if given.get(key, only) != only:
             raise UserError(f"{key}: {given[key]!r} is not supported; set it to {json.dumps(only)} or remove the line")
+    options = {key: given[key] for key, only in _SAMPLER_ONLY.items() if given.get(key, only) != only}
     if name == "PNDMScheduler" and given.get("skip_prk_steps") is not True:
-        raise UserError("skip_prk_steps: PNDMScheduler is supported without Runge-Kutta steps; set it to true")
+        options["skip_prk_steps"] = False
+    if name not in CLASSES:
+        options["_class_name"] = name
     fields = dict(_ABSENT)
+    fields["unsupported"] = tuple((key, json.dumps(value)) for key, value in options.items())
     fields |= {field: given[key] for field, (key, _) in _KEYS.items() if key in given}
     clips = given.get("clip_sample", False)
     _check("clip_sample", clips, bool)
     if clips:
         fields["clip"] = given.get("clip_sample_range", 1.0)
-    return fields | {"sampler": CLASSES[name]}
+    return fields | {"sampler": CLASSES.get(name)}
 
 
 @functools.lru_cache(maxsize=16)

@@ -194,7 +194,8 @@ class Checkpoints:
 def read_params(folder: str | Path, which: Literal["params", "teacher"] = "params", *, step: int | None = None) -> Tree:
     """Returns the parameters, or the teacher's, of a run folder's newest checkpoint (or of `step`), on one device.
 
-    No model is needed: shapes and dtypes come from the checkpoint. Raises UserError where there is none.
+    No model is needed: shapes and dtypes come from the checkpoint. A process of several may call it by itself: nothing
+    waits for the others. Raises UserError where there is no checkpoint.
     """
     root = Path(folder) / "checkpoints"
     steps = sorted(int(path.name) for path in root.glob("*") if path.name.isdecimal())
@@ -205,7 +206,13 @@ def read_params(folder: str | Path, which: Literal["params", "teacher"] = "param
         which_one = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{root}: holds {which_one}; train first, or name another run folder")
     path = root.resolve() / str(step) / "state"
-    with quiet_orbax(), contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}")
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with (
+        quiet_orbax(),
+        contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as reader,
+    ):
         saved = reader.metadata(path).item_metadata.tree[which]
         device = SingleDeviceSharding(jax.local_devices()[0])
         target = {which: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), saved)}

@@ -78,6 +78,7 @@ def test_trajectory_on_every_grid(sampler, spacing):
         ("euler", {"final_sigma": "sigma_min"}),
         ("euler", {"prediction": "sample"}),
         ("dpm++2m", {"final_sigma": "sigma_min"}),
+        ("dpm++2m", {"final_sigma": "sigma_min", "euler_at_final": True}),
         ("dpm++2m", {"prediction": "sample"}),
     ],
 )

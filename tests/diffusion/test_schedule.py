@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmda.diffusion.samplers import SAMPLERS, timesteps
 from fmda.diffusion.schedule import (
     BETA_SCHEDULES,
     PREDICTIONS,
@@ -159,11 +160,11 @@ def test_config_survives_the_file(config):
     ("change", "message"),
     [
         (
-            {"_class_name": "PNDMSchedular"},
-            "_class_name: 'PNDMSchedular' is no scheduler that exists here; did you mean",
+            {"_class_name": "PNDMSchedular", "beta_start": None},
+            "_class_name: 'PNDMSchedular' is not supported, and the file holds no beta_start, beta_end and beta_s",
         ),
-        ({"_class_name": "KarrasVeScheduler"}, "is no scheduler that exists here"),
-        ({"_class_name": None}, "_class_name: ''"),
+        ({"_class_name": "KarrasVeScheduler", "beta_end": None}, "_class_name: 'KarrasVeScheduler' is not supported"),
+        ({"_class_name": None, "beta_schedule": None}, "_class_name: '' is not supported"),
         ({"beta_schedule": "scaled_liner"}, "beta_schedule: 'scaled_liner' does not exist here; did you mean 'scaled_"),
         ({"beta_schedule": ["linear"]}, "beta_schedule: "),
         (
@@ -172,11 +173,9 @@ def test_config_survives_the_file(config):
         ),
         ({"timestep_spacing": "even"}, "timestep_spacing: 'even'"),
         ({"final_sigmas_type": 0}, "final_sigmas_type: '0'"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas: True is not supported; set it to false or remove the line"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas: [0.1, 0.2] is not supported; set it to null or remove"),
-        ({"algorithm_type": "sde-dpmsolver++"}, 'set it to "dpmsolver++" or remove the line'),
-        ({"lambda_min_clipped": -5.1}, "set it to -Infinity or remove the line"),
-        ({"skip_prk_steps": False}, "skip_prk_steps: PNDMScheduler is supported without Runge-Kutta steps; set it to"),
+        ({"timestep_type": "continuous"}, 'set it to "discrete" or remove the line'),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas: True is not supported; set it to false or remove the line"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps: expected a whole number, got '1000'; mend the value"),
         ({"num_train_timesteps": True}, "num_train_timesteps: expected a whole number, got True"),
         ({"num_train_timesteps": 1}, "num_train_timesteps, steps_offset: 1, 1: there must be two timesteps"),
@@ -194,6 +193,49 @@ def test_unusable_file_is_one_line_with_the_mend(change, message):
         ScheduleConfig.from_json(SD1 | change, "model/scheduler/scheduler_config.json")
     assert str(caught.value).startswith("model/scheduler/scheduler_config.json: ")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+FOREIGN = (
+    "DDPMScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_betas_and_prediction_come_from_any_discrete_scheduler(name):
+    values = SD2 | {"_class_name": name, "beta_end": 0.013}
+    config = ScheduleConfig.from_json(values)
+    assert (config.beta_end, config.prediction, config.sampler) == (0.013, "v_prediction", None)
+    assert [len(timesteps(config, sampler, 4)) for sampler in SAMPLERS] == [4, 5, 4, 4]
+    with pytest.raises(UserError, match="sampler: 'None' does not exist"):
+        timesteps(config, config.sampler, 4)
+    saved = json.loads(json.dumps(config.to_json()))
+    assert saved["_class_name"] == name and ScheduleConfig.from_json(saved) == config
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ({"use_karras_sigmas": True}, "use_karras_sigmas=true, which dpm..2m does not support here"),
+        ({"algorithm_type": "sde-dpmsolver++"}, 'algorithm_type="sde-dpmsolver..", which dpm..2m does not'),
+        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped=-5.1"),
+        ({"solver_order": 3}, "solver_order=3"),
+    ],
+)
+def test_an_unsupported_option_rules_out_the_named_sampler_alone(option, line):
+    config = ScheduleConfig.from_json(SD1 | {"_class_name": "DPMSolverMultistepScheduler"} | option)
+    assert config.sampler == "dpm++2m" and len(timesteps(config, "plms", 5)) == 6
+    with pytest.raises(UserError, match=line):
+        timesteps(config, "dpm++2m", 5)
+    assert ScheduleConfig.from_json(config.to_json()) == config
+
+
+def test_runge_kutta_steps_rule_out_plms_alone():
+    for values in (SD1 | {"skip_prk_steps": False}, {k: v for k, v in SD1.items() if k != "skip_prk_steps"}):
+        config = ScheduleConfig.from_json(values)
+        assert len(timesteps(config, "ddim", 5)) == 5
+        with pytest.raises(UserError, match="has skip_prk_steps=false, which plms does not support here; choose ddim"):
+            timesteps(config, "plms", 5)
 
 
 def test_file_that_holds_a_list():

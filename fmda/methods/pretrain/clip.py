@@ -23,17 +23,18 @@ from fmda.atomic import write_atomic
 from fmda.data import templates
 from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
+from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Scenes
 from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
 from fmda.methods.pretrain.tokenizer import train_tokenizer
-from fmda.methods.trainer import TrainerConfig, train, write_summary
+from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import abstract, init
 from fmda.perf.flops import text_flops, training_flops, vit_flops
 from fmda.progress import track
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.train.step import Objective, Outcome
 from fmda.weights.clip import load_clip, save_clip
 from fmda.weights.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def stages(config: Config) -> list[Stage]:
     chain = [
         Stage("tokenizer", functools.partial(_tokenizer, config), _words(config), alone=True),
         Stage("train", functools.partial(_train, config), config, inputs=("tokenizer",)),
-        Stage("export", functools.partial(_export, config), config.model, inputs=("tokenizer", "train")),
+        Stage("export", functools.partial(_export, config), config.model, inputs=("tokenizer", "train"), alone=True),
     ]
     if config.held:
         chain.append(Stage("check", functools.partial(_check, config), config.held, ("export",), alone=True))
@@ -258,10 +259,11 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     model = model_config(config, done["tokenizer"])
     files = Tokenizer(done["tokenizer"], model.text.eos_token_id, model.text.vocab_size).files()
-    params = read_params(done["train"], "teacher")
-    save_clip(folder, model, jax.device_get(params), files, dtype=np.float16)
-    write_summary(folder / "training.json", config, done["train"])
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+
+    def write(params: Any) -> None:
+        save_clip(folder, model, params, files, dtype=np.float16)
+
+    return export(config, folder, done["train"], write)
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from fmda.atomic import write_atomic
 from fmda.errors import UserError
+from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.dino_check import agreement_on, normalised_float
 from fmda.methods.pretrain.dino_net import (
@@ -28,13 +29,13 @@ from fmda.methods.pretrain.dino_net import (
     momentum_schedule,
 )
 from fmda.methods.pretrain.dino_views import Pictures, ViewConfig, Views
-from fmda.methods.trainer import TrainerConfig, train, write_summary
+from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.clip import VitConfig
 from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
 from fmda.perf.flops import training_flops, vit_flops
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.weights.dino import load_dino, save_dino
 
 
@@ -99,7 +100,7 @@ def stages(config: Config) -> list[Stage]:
     """Returns train, export (Hugging Face layout) and, with held pictures, check."""
     chain = [
         Stage("train", functools.partial(_train, config), config),
-        Stage("export", functools.partial(_export, config), config.model, inputs=("train",)),
+        Stage("export", functools.partial(_export, config), config.model, inputs=("train",), alone=True),
     ]
     if config.held:
         seen = [config.held, config.check_size, config.check_thresholds]
@@ -169,10 +170,10 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    params = jax.device_get(read_params(done["train"], "teacher")["backbone"])
-    save_dino(folder, config.vit, params, dtype=np.float16)
-    write_summary(folder / "training.json", config, done["train"])
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+    def write(params: Any) -> None:
+        save_dino(folder, config.vit, params, dtype=np.float16)
+
+    return export(config, folder, done["train"], write, part="teacher/backbone")
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

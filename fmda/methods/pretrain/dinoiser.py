@@ -25,19 +25,20 @@ from fmda.data.dataset import Example
 from fmda.data.transforms import ColourJitter
 from fmda.errors import UserError
 from fmda.mesh import REPLICATED_RULES
+from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.dino_check import agreement_on, object_overlap
 from fmda.methods.pretrain.dino_net import normalised
 from fmda.methods.pretrain.dino_views import Image, Pictures, random_square, resized_window
 from fmda.methods.pretrain.dinoiser_targets import Reading, background, read_teacher, same_object
-from fmda.methods.trainer import TrainerConfig, train, write_summary
+from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.clip import VitConfig, vision_tower
 from fmda.models.dinoiser import LEAST_BLOCKS, guide_features, init_heads, object_features, saliency
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
 from fmda.perf.flops import training_flops, vit_flops
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_step, read_params
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_step
 from fmda.train.step import Objective, Outcome
 from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.dino import LoadedDino, load_dino
@@ -107,7 +108,7 @@ def stages(config: Config) -> list[Stage]:
     """Returns train, export (`dinoiser.safetensors`) and, with held pictures, check."""
     chain = [
         Stage("train", functools.partial(_train, config), config),
-        Stage("export", functools.partial(_export, config), None, inputs=("train",)),
+        Stage("export", functools.partial(_export, config), None, inputs=("train",), alone=True),
     ]
     if config.held:
         chain.append(Stage("check", functools.partial(_check, config), config.held, ("export",), alone=True))
@@ -255,10 +256,10 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    heads = jax.device_get(read_params(done["train"]))
-    save_heads(folder, heads, np.float16)
-    write_summary(folder / "dinoiser.json", config, done["train"])
-    return {"parameters": trees.count(heads)}
+    def write(heads: Any) -> None:
+        save_heads(folder, heads, np.float16)
+
+    return export(config, folder, done["train"], write, which="params", summary="dinoiser.json")
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

@@ -24,17 +24,18 @@ from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, save_sta
 from fmda.diffusion.schedule import ScheduleConfig, add_noise, alphas_cumprod, training_target
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
+from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
 from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, check_networks, write_latents
-from fmda.methods.trainer import TrainerConfig, train, write_summary
+from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.module import abstract, init
 from fmda.models.sd_unet import UNet, UNetConfig
 from fmda.perf.diffusion_flops import unet_flops
 from fmda.perf.flops import text_flops, training_flops
 from fmda.progress import track
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.train.step import Objective, Outcome, rising
 from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.diffusers import (
@@ -296,18 +297,17 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     networks = load_networks(config)
     check_networks(done["latents"], networks.digest)
-    params = jax.device_get(read_params(done["train"], "teacher"))
     graphdef = abstract(lambda rngs: UNet(networks.unet, rngs=rngs))[0]
-    tokenizer = networks.padded.tokenizer
-    model = StableDiffusion(
-        LoadedUNet(networks.unet, graphdef, params), networks.vae, networks.text, tokenizer,
-        networks.schedule, folder,
-    )  # fmt: skip
-    if not (folder / "model").is_dir():
-        # it appears whole: what is there was written before an interruption
-        save_stable_diffusion(folder / "model", model, dtype=np.float16)
-    write_summary(folder / "training.json", config, done["train"])
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+
+    def write(params: Any) -> None:
+        unet = LoadedUNet(networks.unet, graphdef, params)
+        tokenizer = networks.padded.tokenizer
+        model = StableDiffusion(unet, networks.vae, networks.text, tokenizer, networks.schedule, folder)
+        if not (folder / "model").is_dir():
+            # it appears whole: what is there was written before an interruption
+            save_stable_diffusion(folder / "model", model, dtype=np.float16)
+
+    return export(config, folder, done["train"], write)
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

@@ -21,16 +21,17 @@ from jaxtyping import Array
 
 from fmda.atomic import write_atomic
 from fmda.errors import UserError
+from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.dino_views import Image, Pictures
-from fmda.methods.trainer import TrainerConfig, train, write_summary
+from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.module import abstract, init
 from fmda.models.sd_vae import Vae, VaeConfig, signed
 from fmda.perf.diffusion_flops import vae_decode_flops, vae_encode_flops
 from fmda.perf.flops import training_flops
 from fmda.progress import track
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step, read_params
+from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.train.step import Objective, Outcome
 from fmda.weights.diffusers import LoadedVae, load_vae, save_part
 
@@ -154,13 +155,14 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    params = jax.device_get(read_params(done["train"], "teacher"))
     graphdef = abstract(_make(config))[0]
-    scale = measured_scale(LoadedVae(config.model, graphdef, params), Pictures(config.data), config.seed)
-    model = dataclasses.replace(config.model, scale=scale)
-    save_part(folder, "vae", model, params, np.float16)
-    write_summary(folder / "training.json", config, done["train"])
-    return {"scale": scale, "parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+
+    def write(params: Any) -> dict[str, Any]:
+        scale = measured_scale(LoadedVae(config.model, graphdef, params), Pictures(config.data), config.seed)
+        save_part(folder, "vae", dataclasses.replace(config.model, scale=scale), params, np.float16)
+        return {"scale": scale}
+
+    return export(config, folder, done["train"], write)
 
 
 def measured_scale(vae: LoadedVae, pictures: Pictures, seed: int, count: int = 100) -> float:

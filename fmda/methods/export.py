@@ -1,0 +1,46 @@
+"""Export of a trained network: the newest checkpoint's parameters, written as a folder that others open."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from fmda import trees
+from fmda.methods.trainer import TrainerConfig, write_summary
+from fmda.train import read_params
+from fmda.trees import Tree
+
+
+def export(
+    config: TrainerConfig,
+    folder: Path,
+    trained: Path,
+    write: Callable[[Tree], Mapping[str, Any] | None],
+    *,
+    which: Literal["params", "teacher"] = "teacher",
+    part: str = "",
+    summary: str = "training.json",
+) -> dict[str, Any]:
+    """Writes a trained network and a summary of its training. Returns {"parameters": count, **facts}.
+
+    Belongs into a stage with `alone=True`: of several processes the first one reads, gathers and writes, the others
+    wait at the end of the stage.
+
+    Args:
+        config: of the training run; goes into the summary.
+        folder: where the export and its summary lie.
+        trained: the folder of the training stage.
+        write: receives the parameters as NumPy arrays, writes them, and returns facts of its own, or None.
+        which: the parameters or their average.
+        part: slash path of the exported part of the tree; "" exports the whole.
+        summary: file name of the summary.
+
+    Raises UserError where `trained` holds no checkpoint, or the folder cannot be written.
+    """
+    params = jax.device_get(read_params(trained, which))
+    for key in filter(None, part.split("/")):
+        params = params[key]
+    facts = write(params) or {}
+    write_summary(folder / summary, config, trained)
+    return {**facts, "parameters": trees.count(params)}
