@@ -20,8 +20,8 @@ from fmda.atomic import replacing, write_atomic
 from fmda.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-INDICES = (".safetensors.index.json", ".safetensors.index.fp16.json", ".safetensors.fp16.index.json")
-"""Ends of the names of a sharded checkpoint's index, without and with float16 in the name."""
+_INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _CONVERT = (
     'python -c "import torch; from safetensors.torch import save_file; '
     "d = torch.load('{source}', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
@@ -32,16 +32,27 @@ _CONVERT = (
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Returns {stored name: array} of a checkpoint file, in the stored dtype (bfloat16 included).
 
-    `path` is a .safetensors file, the index of a sharded one (see INDICES), or a Flax .msgpack; the nested names of
+    `path` is a .safetensors file, the index of a sharded one (see `is_index`), or a Flax .msgpack; the nested names of
     the last are joined by dots. Raises UserError for a torch pickle (with the command that converts it), for a file
     that is missing or damaged, and for any other kind.
     """
     _check_kind(path)
-    if path.name.endswith(INDICES):
+    if is_index(path.name):
         return _read_sharded(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _read_msgpack(path)
+
+
+def is_index(name: str) -> bool:
+    """Returns whether a file name is that of a sharded checkpoint's index, with or without a variant such as fp16."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def is_pointer(path: Path) -> bool:
+    """Returns whether a file is a Git LFS pointer, which stands for a file that was not downloaded."""
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def check_file(path: Path) -> None:
@@ -50,7 +61,7 @@ def check_file(path: Path) -> None:
     Noticed are pickles, other kinds of files, files and shards that are missing, and safetensors that are cut short.
     """
     _check_kind(path)
-    if path.name.endswith(INDICES):
+    if is_index(path.name):
         for shard in set(_weight_map(path).values()):
             _names(_shard(path, shard))
     elif path.suffix == ".safetensors":
@@ -67,8 +78,14 @@ def _check_kind(path: Path) -> None:
         )
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder that holds the checkpoint")
-    if not path.name.endswith(INDICES) and path.suffix not in (".safetensors", ".msgpack"):
+    _refuse_pointer(path)
+    if not is_index(path.name) and path.suffix not in (".safetensors", ".msgpack"):
         raise UserError(f"{path}: not a known kind of weight file; give .safetensors or .msgpack")
+
+
+def _refuse_pointer(path: Path) -> None:
+    if is_pointer(path):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 def _safetensors_name(name: str) -> str:
@@ -109,6 +126,7 @@ def _shard(path: Path, name: str) -> Path:
     file = path.parent / name
     if not file.is_file():
         raise UserError(f"{file}: shard named in {path.name} is not there; copy or download it")
+    _refuse_pointer(file)
     return file
 
 
@@ -200,6 +218,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; copy it from where the weights come from") from None
     except (OSError, ValueError) as error:
+        if path.is_file():
+            _refuse_pointer(path)
         raise UserError(f"{path}: cannot be read as JSON ({error}); copy or download it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not an object; copy or download it again")

@@ -13,24 +13,12 @@ from huggingface_hub.utils import logging as hub_logging
 
 import fmda
 from fmda.errors import UserError, did_you_mean
-from fmda.weights.files import INDICES, PICKLES
+from fmda.weights.files import PICKLES, is_index, is_pointer
 
+_ENDINGS = ("safetensors", "msgpack", "index", "json")
 _HALF = "fp16"
 
-
-def _with_halves(*names: str) -> tuple[str, ...]:
-    """Returns the names and, after them all, those of the float16 variants of the safetensors among them."""
-    halves = []
-    for name in names:
-        stem, kind, end = name.partition(".safetensors")
-        if kind and end:  # an index; libraries and releases differ in where the variant stands
-            halves += [f"{stem}{kind}.index.{_HALF}.json", f"{stem}{kind}.{_HALF}{end}"]
-        if kind:
-            halves.append(f"{stem}.{_HALF}{kind}{end}")
-    return *names, *halves
-
-
-WEIGHT_FILES = _with_halves(
+WEIGHT_FILES = (
     "open_clip_model.safetensors",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -38,14 +26,14 @@ WEIGHT_FILES = _with_halves(
 )
 """Names under which weights are looked for, best first. timm's repositories hold a bare trunk as model.safetensors."""
 
-DIFFUSION_FILES = _with_halves(
+DIFFUSION_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_flax_model.msgpack",
 )
 """Names of the weights of a UNet or an autoencoder in diffusers' layout, best first."""
 
-TEXT_FILES = _with_halves("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
+TEXT_FILES = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 """Names of the weights of a text encoder in diffusers' layout, best first."""
 
 PARTS = {"unet": DIFFUSION_FILES, "vae": DIFFUSION_FILES, "text_encoder": TEXT_FILES}
@@ -97,19 +85,54 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None, layout:
 
 
 def weight_file(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
-    """Returns the file that holds the weights. Raises UserError where there is none, or only a torch pickle."""
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
+    """Returns the file that holds the weights. Raises UserError where there is none, or only a torch pickle.
+
+    Files under the plain names go first, then float16 variants, then a single other variant. Git LFS pointers are
+    passed over where a complete file lies beside them.
+    """
+    there = [folder / name for name in _ranked([path.name for path in folder.iterdir()], names, str(folder))]
+    found = [path for path in there if path.is_file()]
+    if found:
+        return next((path for path in found if not is_pointer(path)), found[0])
+    if there:
+        raise UserError(f"{there[0]}: is a link to a file that is not there; copy or download the checkpoint again")
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return pickles[0]  # reading it raises the error that says how to convert it
     raise UserError(f"{folder}: holds no weights; one of {_listed(names)} is needed")
 
 
+def _variant(name: str) -> tuple[str, str]:
+    """Returns (name without variant, variant or ""): `model.fp16.safetensors` -> `model.safetensors`, `fp16`.
+
+    The name of an index has its variant in any place: libraries and releases differ.
+    """
+    stem, *parts = name.split(".")
+    plain = [part for part in parts if part in _ENDINGS]
+    return ".".join([stem, *plain]), ".".join(part for part in parts if part not in _ENDINGS)
+
+
+def _ranked(files: Sequence[str], names: Sequence[str], where: str) -> list[str]:
+    """Returns those of the files that hold weights, best first: plain names, float16 variants, another single variant.
+
+    Raises UserError where there are several other variants and nothing else.
+    """
+    ranks = {}
+    for file in files:
+        plain, variant = _variant(file)
+        if plain in names and "-of-" not in variant:
+            ranks[file] = (2 if variant not in ("", _HALF) else int(variant == _HALF), names.index(plain))
+    ranked = sorted(ranks, key=lambda file: ranks[file])
+    if len(ranked) > 1 and ranks[ranked[0]][0] == 2:
+        raise UserError(
+            f"{where}: holds several variants, {', '.join(sorted(ranked))}; keep one, or rename it to {names[0]}"
+        )
+    return ranked
+
+
 def _listed(names: Sequence[str]) -> str:
-    """Returns the names for an error, without those of float16 variants."""
-    return ", ".join(name for name in names if _HALF not in name)
+    """Returns the names for an error."""
+    return ", ".join(names)
 
 
 def _download(name: str, revision: str | None, layout: Layout) -> Path:
@@ -177,9 +200,8 @@ def _parts_wanted(files: list[str], at: str) -> list[str]:
 
 def _weights_wanted(files: list[str], at: str, names: Sequence[str] = WEIGHT_FILES) -> list[str]:
     """Returns the patterns of the best weight file among a repository's files, with all its shards."""
-    for name in names:
-        if name in files:
-            return [name, *(file for file in files if name.endswith(INDICES) and _shard_of(name, file))]
+    for name in _ranked(files, names, at)[:1]:
+        return [name, *(file for file in files if is_index(name) and _shard_of(name, file))]
     # A pickle is not fetched: the error that names it needs no more than an empty place.
     pickles = [file for file in files if Path(file).suffix in PICKLES]
     if pickles:
@@ -192,6 +214,7 @@ def _weights_wanted(files: list[str], at: str, names: Sequence[str] = WEIGHT_FIL
 
 def _shard_of(index: str, file: str) -> bool:
     """Returns whether a file has the name of a shard that an index of that name lists."""
-    stem, half = re.escape(index.split(".")[0]), rf"\.{_HALF}" if f".{_HALF}." in index else ""
+    plain, variant = _variant(index)
+    stem, mark = re.escape(plain.split(".")[0]), rf"\.{re.escape(variant)}" if variant else ""
     # old releases name the variant after the number of the shard
-    return re.fullmatch(rf"{stem}({half}-\d+-of-\d+|-\d+-of-\d+{half})\.safetensors", file) is not None
+    return re.fullmatch(rf"{stem}({mark}-\d+-of-\d+|-\d+-of-\d+{mark})\.safetensors", file) is not None

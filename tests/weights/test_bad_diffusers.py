@@ -15,7 +15,7 @@ from fmda.diffusion.load import check_stable_diffusion, load_stable_diffusion, s
 from fmda.errors import UserError
 from fmda.weights.diffusers import load_text_encoder, load_unet, load_vae, save_part
 from fmda.weights.files import check_file
-from fmda.weights.source import WEIGHT_FILES
+from fmda.weights.source import DIFFUSION_FILES, weight_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -120,8 +120,8 @@ CASES = {
     "tokenizer damaged": (write("tokenizer/tokenizer.json", b"{}"), ["sd/tokenizer: its tokenizer files cannot"], None),
     "widths that differ": (config("unet", cross_attention_dim=24), ["sd: its UNet reads 24-wide texts", "give 12"],
         True),
-    "unknown scheduler": (edit("scheduler/scheduler_config.json", _class_name="LCMScheduler"),
-        ["sd/scheduler/scheduler_config.json: ", "'LCMScheduler'"], True),
+    "unknown scheduler": (edit("scheduler/scheduler_config.json", _class_name="FlowMatch", beta_end=None),
+        ["sd/scheduler/scheduler_config.json: ", "'FlowMatch' is not supported"], True),
 }  # fmt: skip
 
 
@@ -254,7 +254,43 @@ def test_the_command_that_converts_a_pickle_is_complete(place):
 def test_a_converted_pickle_is_found_again(name, tmp_path):
     with pytest.raises(UserError) as error:
         check_file(tmp_path / name)
-    assert str(error.value).split("'")[-2].rsplit("/", 1)[-1] in WEIGHT_FILES
+    converted = tmp_path / str(error.value).split("'")[-2].rsplit("/", 1)[-1]
+    converted.touch()
+    assert weight_file(tmp_path) == converted
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 22366552\n"
+
+
+@pytest.mark.parametrize("name", [f"unet/{WEIGHTS}", "unet/config.json"])
+def test_a_git_lfs_pointer_is_named(name, place):
+    (place / "sd" / name).write_bytes(POINTER)
+    with pytest.raises(UserError, match=rf"sd/{name}: is a Git LFS pointer.*; run `git lfs pull`"):
+        check_stable_diffusion("sd")
+
+
+def test_a_complete_float16_file_goes_before_a_pointer(place):
+    shutil.copy(place / "sd/unet" / WEIGHTS, place / "sd/unet/diffusion_pytorch_model.fp16.safetensors")
+    (place / "sd/unet" / WEIGHTS).write_bytes(POINTER)
+    assert weight_file(place / "sd/unet", DIFFUSION_FILES).name == "diffusion_pytorch_model.fp16.safetensors"
+    check_stable_diffusion("sd")
+
+
+def test_a_single_variant_is_read_and_several_are_named(place):
+    folder, (stem, end) = place / "sd/unet", WEIGHTS.split(".")
+    (folder / WEIGHTS).rename(folder / f"{stem}.bf16.{end}")
+    assert weight_file(folder, DIFFUSION_FILES).name == f"{stem}.bf16.{end}"
+    shutil.copy(folder / f"{stem}.bf16.{end}", folder / f"{stem}.non_ema.{end}")
+    with pytest.raises(UserError, match=f"sd/unet: holds several variants, {stem}.bf16.{end}, {stem}.non_ema"):
+        weight_file(folder, DIFFUSION_FILES)
+    shutil.copy(folder / f"{stem}.bf16.{end}", folder / WEIGHTS)
+    assert weight_file(folder, DIFFUSION_FILES).name == WEIGHTS
+
+
+def test_a_broken_link_is_named(tmp_path):
+    (tmp_path / WEIGHTS).symlink_to("../blobs/missing")
+    with pytest.raises(UserError, match=f"{WEIGHTS}: is a link to a file that is not there; copy or download"):
+        weight_file(tmp_path, DIFFUSION_FILES)
 
 
 def test_a_missing_shard_is_known_before_loading(place):
