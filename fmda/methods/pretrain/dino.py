@@ -173,7 +173,7 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     def write(params: Any) -> None:
         save_dino(folder, config.vit, params, dtype=np.float16)
 
-    return export(config, folder, done["train"], write, part="teacher/backbone")
+    return export(config, folder, done["train"], write, part="backbone")
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
