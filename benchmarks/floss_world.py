@@ -19,8 +19,9 @@ from fmda.data import open_dataset
 from fmda.errors import UserError
 from fmda.evaluate import Scores, evaluate_dataset
 from fmda.methods.floss import criteria
-from fmda.methods.floss.model import Floss, unlabelled_images
-from fmda.methods.floss.run import predicted_classes, segmenter
+from fmda.methods.floss.inputs import predicted_classes, unlabelled_images
+from fmda.methods.floss.label_maps import segmenter
+from fmda.methods.floss.model import Floss
 from fmda.methods.floss.selection import select
 from fmda.methods.floss.settings import Config
 from fmda.methods.render import RenderConfig, write_world

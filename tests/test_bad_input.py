@@ -47,7 +47,11 @@ def pristine(tmp_path_factory):
 def place(pristine, tmp_path, monkeypatch):
     """A copy of the place, which the test may damage, as working directory."""
     monkeypatch.setenv("FMDA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(shutil.copytree(pristine, tmp_path / "place"))
+    copy = shutil.copytree(pristine, tmp_path / "place")
+    for path in (p for p in (copy / "done").rglob("*") if p.suffix in (".json", ".yaml")):
+        # runs record absolute paths; the copy reads its own weights and images
+        path.write_text(path.read_text().replace(str(pristine), str(copy)))
+    monkeypatch.chdir(copy)
     return Path()
 
 
@@ -154,7 +158,7 @@ CASES = {
     "truncated PNG to rank": (cut("data/train/images/1.png"), ["data/train/images/1.png: truncated"], [RUN]),
     "truncated scene": (cut("scenes/images/000002.png"), ["scenes/images/000002.png: missing or trunc"], [CLIP]),
     "16-bit label": (png(LABEL, np.zeros((32, 48), np.uint16)), [f"{LABEL}: a 16-bit label map"], SCORERS[:2]),
-    "RGB label": (png(LABEL, np.zeros((32, 48, 3), np.uint8)), [f"{LABEL}: a colour picture (RGB)"], SCORERS[:2]),
+    "RGB label": (png(LABEL, np.zeros((32, 48, 3), np.uint8)), [f"{LABEL}: a colour image (RGB)"], SCORERS[:2]),
     "label value 37": (png(LABEL, np.full((32, 48), 37, np.uint8)), [f"{LABEL}: label value 37 is"], SCORERS[:2]),
     "16-bit scene label": (png(SCENE_LABEL, np.zeros((32, 64), np.uint16)), [f"{SCENE_LABEL}: a 16-bit"], [CLIP]),
     "RGB scene label": (png(SCENE_LABEL, np.zeros((32, 64, 3), np.uint8)), [f"{SCENE_LABEL}: a colour"], [CLIP]),
@@ -211,7 +215,7 @@ def test_one_line_and_nothing_overwritten(place, capsys, item, command):
     ("label", "kind"),
     [
         (np.zeros((32, 48), np.uint16), "a 16-bit label map"),
-        (np.zeros((32, 48, 3), np.uint8), "a colour picture (RGB)"),
+        (np.zeros((32, 48, 3), np.uint8), "a colour image (RGB)"),
         (np.full((32, 48), 37, np.uint8), "label value 37 is outside the class list (0-2"),
         (None, "data/val/images/1.png: image without label"),
     ],
@@ -330,9 +334,9 @@ def test_a_read_only_folder_is_one_line(place, capsys, command):
 
 
 def test_a_run_that_became_read_only_is_left_as_it_is(place, capsys):
-    shutil.rmtree("done/floss")
+    shutil.rmtree("done/score")
     with read_only(Path("done")):
-        _, new = fails(capsys, "run floss.yaml work_dir=done", "done/floss: Permission denied", "run again")
+        _, new = fails(capsys, "run floss.yaml work_dir=done", "done/score: Permission denied", "run again")
     assert new == []
 
 

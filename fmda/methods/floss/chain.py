@@ -7,6 +7,7 @@ Arrays: h, w patches of one window; N windows in row-major order; H, W pixels; K
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple, TypeVar
 
 import jax
@@ -95,19 +96,28 @@ class Axis:
         return counts
 
     def matrix(self, to: Resolution = "original") -> Float[np.ndarray, "n_out n_in"]:
-        """Returns the chain of this side as one matrix over the patches of all windows side by side.
+        """Returns the chain of this side as one matrix over the patches of all windows side by side; read-only.
 
         "network" stops before the last resize; "patch" is the identity (patches of overlapping windows stay apart).
         """
-        n = len(self.starts) * self.patches
-        if to == "patch":
-            return np.eye(n, dtype=np.float32)
-        inside = taps_matrix(self.window_taps, self.patches)
-        whole = np.zeros((self.network, n), np.float32)
-        for i, start in enumerate(self.starts):
-            whole[start : start + self.window, i * self.patches : (i + 1) * self.patches] += inside
-        whole /= self.coverage[:, None]
-        return whole if to == "network" else taps_matrix(self.resize_taps, self.network) @ whole
+        return _chain_matrix(self, to)
+
+
+@lru_cache(maxsize=128)
+def _chain_matrix(side: Axis, to: Resolution) -> Float[np.ndarray, "n_out n_in"]:
+    n = len(side.starts) * side.patches
+    if to == "patch":
+        matrix = np.eye(n, dtype=np.float32)
+    else:
+        inside = taps_matrix(side.window_taps, side.patches)
+        matrix = np.zeros((side.network, n), np.float32)
+        for i, start in enumerate(side.starts):
+            matrix[start : start + side.window, i * side.patches : (i + 1) * side.patches] += inside
+        matrix /= side.coverage[:, None]
+        if to == "original":
+            matrix = taps_matrix(side.resize_taps, side.network) @ matrix
+    matrix.flags.writeable = False
+    return matrix
 
 
 @dataclass(frozen=True)

@@ -121,23 +121,14 @@ def rank_correlation(risks: Risk, iou: Float[np.ndarray, "M K"], count: Float[np
 
     Templates that never predict the class are left out; NaN where fewer than three are left, or nothing varies.
     """
-    found = np.full(risks.shape[1], np.nan)
+    from scipy.stats import spearmanr  # slow to import
+
+    correlation = np.full(risks.shape[1], np.nan)
     for k in range(risks.shape[1]):
         used = (count[:, k] > 0) & np.isfinite(iou[:, k])
-        if used.sum() < 3:
-            continue
-        a, b = _ranks(-risks[used, k]), _ranks(iou[used, k])
-        spread = a.std() * b.std()
-        if spread > 0:
-            found[k] = ((a - a.mean()) * (b - b.mean())).mean() / spread
-    return found
-
-
-def _ranks(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Returns ranks from 0, equal values sharing the mean of theirs."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    ends = counts.cumsum()
-    return (ends - (counts + 1) / 2)[inverse]
+        if used.sum() >= 3 and np.ptp(risks[used, k]) > 0 and np.ptp(iou[used, k]) > 0:
+            correlation[k] = spearmanr(-risks[used, k], iou[used, k]).statistic
+    return correlation
 
 
 def comparison(tally: Tally, n: int) -> list[dict[str, float | str]]:

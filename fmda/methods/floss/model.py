@@ -1,35 +1,44 @@
-"""Host and FLOSS as one object: loads what a configuration names, ranks, chooses and predicts."""
+"""Host and FLOSS as one object: loads what a configuration names, ranks templates and predicts."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, UInt8
 
-from fmda.config import fingerprint, to_dict
-from fmda.data import ClassList, Dataset, open_dataset
+from fmda.config import fingerprint
+from fmda.data import ClassList, Dataset
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.floss.features import Patches
 from fmda.methods.floss.predict import agreement, fused_labels, host_labels
 from fmda.methods.floss.ranking import Scanner, Seen, rank_images
+from fmda.methods.floss.selection import flip_consistency
 from fmda.methods.floss.settings import Config
 from fmda.methods.floss.tally import Tally
-from fmda.methods.floss.text import default_classifier, expert_classifiers, template_hash, text_embeddings
+from fmda.methods.floss.text import (
+    default_classifier,
+    expert_classifiers,
+    prompt_ids,
+    template_hash,
+    text_embeddings,
+    text_fingerprint,
+)
 from fmda.methods.floss.tower import Tower
 from fmda.models.clip import VitConfig
 from fmda.models.dinoiser import Heads
 from fmda.progress import track
+from fmda.runs.identity import claim
 from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.diffusers import params_fingerprint
 from fmda.weights.dinoiser import load_heads
-from fmda.weights.source import resolve
 
 Chosen = tuple[tuple[int, ...], ...]
+Image = UInt8[np.ndarray, "H W 3"]
 Result = tuple[Int[np.ndarray, "H W"], Float[np.ndarray, "H W"]]
 
 
@@ -37,56 +46,89 @@ class Floss:
     """A host with its text table on the local devices.
 
     Attributes:
-        classes: what is predicted.
+        classes: the predicted classes.
+        templates: M texts with a slot for a class name.
         table: text embeddings [M, Q, D].
+        weights: fingerprints: `clip` of the checkpoint, `heads` of CLIP-DINOiser's (None for other hosts), `text` of
+            the checkpoint and the tokenized prompts.
     """
 
-    def __init__(self, config: Config, classes: ClassList, clip: LoadedClip, heads: Heads | None, mesh: Mesh) -> None:
-        self.config, self.classes, self.fingerprint = config, classes, clip.fingerprint
-        self.heads_fingerprint = None if heads is None else params_fingerprint(heads)
+    def __init__(
+        self,
+        config: Config,
+        classes: ClassList,
+        clip: LoadedClip,
+        heads: Heads | None = None,
+        *,
+        templates: Sequence[str] | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        """Takes `templates` in place of those that the configuration names; `mesh` defaults to the local devices."""
+        self.config, self.classes = config, classes
         self.host = config.host_config()
         if self.host.trained_scale:
             self.host = replace(self.host, scale=float(np.exp(np.asarray(clip.params["logit_scale"], np.float32))))
         self.queries = config.queries(classes)
-        self.templates = config.template_list()
-        self.table = text_embeddings(clip, self.queries, self.templates)
+        self.templates = config.template_list() if templates is None else tuple(templates)
+        ids = prompt_ids(clip, self.queries, self.templates)
+        self.weights = {
+            "clip": clip.fingerprint,
+            "heads": None if heads is None else params_fingerprint(heads),
+            "text": text_fingerprint(clip, ids),
+        }
+        self.table = text_embeddings(clip, ids)
         self.ordinary = default_classifier(self.table)
+        mesh = mesh or make_mesh(devices=jax.local_devices())
         self.tower = Tower(self.host, clip.config, clip.graphdef, clip.params, mesh, heads)
         self.background = None
         if config.background is not None:
             self.background = self.queries.classes.index(classes.index(config.background))
 
     @classmethod
-    def load(cls, config: Config, classes: ClassList, mesh: Mesh | None = None) -> "Floss":
-        """Returns the host of a configuration, by default on all devices of this process."""
-        clip = load_clip(config.clip, config.revision, dtype=config.dtype)
+    def load(
+        cls,
+        config: Config,
+        classes: ClassList,
+        *,
+        clip: LoadedClip | None = None,
+        templates: Sequence[str] | None = None,
+        mesh: Mesh | None = None,
+    ) -> "Floss":
+        """Returns the host of a configuration; reads the checkpoint unless it is passed as `clip`."""
+        if clip is None:
+            clip = load_clip(config.clip, config.revision, dtype=config.dtype)
         heads = None
         if config.host_config().features == "clip-dinoiser":
             if not isinstance(clip.config.vision, VitConfig):
                 raise UserError(f"{config.clip}: CLIP-DINOiser reads a vision transformer; name another clip=")
-            folder = Path(config.heads) if config.heads else resolve(config.clip, config.revision)
-            heads = load_heads(folder, clip.config.vision.width)
-        return cls(config, classes, clip, heads, mesh or make_mesh(devices=jax.local_devices()))
+            folder = config.heads or clip.folder
+            assert folder is not None  # of a checkpoint that was loaded
+            heads = load_heads(Path(folder).expanduser(), clip.config.vision.width)
+        return cls(config, classes, clip, heads, templates=templates, mesh=mesh)
 
     def identity(self, chosen: Chosen | None) -> str:
         """Returns the fingerprint of all that a prediction depends on; None stands for the host alone."""
-        fused = None if chosen is None else {"chosen": chosen, "fusion": self.config.fusion}
-        return fingerprint(
-            {
-                "weights": [self.fingerprint, self.heads_fingerprint],
-                "host": self.host,
-                "queries": self.queries,
-                "templates": template_hash(self.templates),
-                "background": self.background,
-                "fused": fused,
-            }
-        )
+        experts = None if chosen is None else {"chosen": chosen, "fusion": self.config.fusion}
+        return fingerprint({**self._facts(), "classes": self.classes.names, "experts": experts})
 
-    def predict_host(self, image: UInt8[np.ndarray, "H W 3"]) -> Result:
-        """Returns (labels, confidence) by the host alone."""
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights,
+            "host": self.host,
+            "queries": self.queries,
+            "templates": template_hash(self.templates),
+            "background": self.background,
+        }
+
+    def look(self, image: Image) -> Patches:
+        """Returns the patches of the windows, on the first device: devices share the tower alone."""
+        return _first_device(self.tower.see([image])[0])
+
+    def predict_host(self, image: Image, patches: Patches | None = None) -> Result:
+        """Returns (labels, confidence) by the host alone; `patches` saves a pass of the tower."""
         return host_labels(
             self.host,
-            self._look(image),
+            self.look(image) if patches is None else patches,
             self.ordinary,
             self.tower.geometry(image),
             self.queries.classes,
@@ -94,19 +136,15 @@ class Floss:
             background=self.background,
         )
 
-    def _look(self, image: UInt8[np.ndarray, "H W 3"]) -> Patches:
-        """Returns the patches on the first device: the devices share the tower's work, the rest is done once."""
-        return Patches(*(a.addressable_data(0) for a in self.tower.see([image])[0]))
-
     def classifiers(self, chosen: Chosen) -> Float[np.ndarray, "E Q D"]:
         """Returns the experts and, last, the ordinary classifier as fusion uses it."""
         return expert_classifiers(self.table, chosen, self.queries.classes, renormalise=self.host.renormalise_mean)
 
-    def predict(self, image: UInt8[np.ndarray, "H W 3"], classifiers: Float[np.ndarray, "E Q D"]) -> Result:
-        """Returns (labels, confidence) by the fused experts."""
+    def predict(self, image: Image, classifiers: Float[np.ndarray, "E Q D"], patches: Patches | None = None) -> Result:
+        """Returns (labels, confidence) by the fused experts; `patches` saves a pass of the tower."""
         return fused_labels(
             self.host,
-            self._look(image),
+            self.look(image) if patches is None else patches,
             classifiers,
             self.tower.geometry(image),
             self.queries.classes,
@@ -114,79 +152,80 @@ class Floss:
             background=self.background,
         )
 
-    def rank(self, images: Dataset, state: Path, *, labels: bool = False) -> Tally:
-        """Returns the sums of all templates over a data set; continues what `state` holds.
+    def rank(
+        self,
+        images: Dataset,
+        state: Path,
+        *,
+        labels: bool = False,
+        each: Callable[[Image, Patches], None] | None = None,
+        over_processes: bool = True,
+    ) -> Tally:
+        """Returns the sums of all templates over a dataset; continues from those in the file `state`.
 
-        With several processes each takes every n-th image and keeps a state of its own.
+        With several processes each takes every n-th image and keeps its own state. The number of devices may change
+        before a pass continues.
 
         Args:
             labels: also count hits with true labels, for scoring criteria.
+            each: called with every image and its patches, which other work can use without another pass.
+            over_processes: False ranks all images in this process.
+
+        Raises UserError for a state of other weights, prompts, images or settings.
         """
-        ranking = self.config.ranking
+        settings = self.config.ranking
         scanner = Scanner(
             self.host,
             self.table,
             self.ordinary,
             self.queries.classes,
             self.tower.mesh,
-            resolution=ranking.resolution,
-            chunk=ranking.chunk,
+            resolution=settings.resolution,
+            chunk=settings.chunk,
             background=self.background,
         )
 
         def see(indices: Sequence[int]) -> Iterator[Seen]:
-            pictures = [images[i] for i in indices]
-            patches = self.tower.see([p.image for p in pictures])
-            turned = self.tower.see([p.image[:, ::-1] for p in pictures]) if ranking.flip else [None] * len(pictures)
-            for picture, one, other in zip(pictures, patches, turned, strict=True):
-                known = picture.labels if labels else None
-                yield Seen(one, other, self.tower.geometry(picture.image), known)
+            examples = [images[i] for i in indices]
+            patches = self.tower.see([e.image for e in examples])
+            turned = self.tower.see([e.image[:, ::-1] for e in examples]) if settings.flip else [None] * len(examples)
+            for example, one, other in zip(examples, patches, turned, strict=True):
+                if each is not None:
+                    each(example.image, _first_device(one))
+                truth = example.labels if labels else None
+                yield Seen(one, other, self.tower.geometry(example.image), truth)
 
-        mark = self._mark(images, labels)
-        own = range(jax.process_index(), len(images), jax.process_count())
-        if jax.process_count() > 1:
-            state = state.with_stem(f"{state.stem}-{jax.process_index()}-of-{jax.process_count()}")
-        return rank_images(
+        process, count = (jax.process_index(), jax.process_count()) if over_processes else (0, 1)
+        if count > 1:
+            state = state.with_stem(f"{state.stem}-{process}-of-{count}")
+        facts = {**self._facts(), "ranking": settings, "images": images.digest(labels=labels), "labels": labels}
+        sums_alike = ("ranking.criterion", "ranking.file")
+        if not claim(state.parent, facts, sums_alike, record=f"{state.stem}.json"):
+            state.unlink(missing_ok=True)  # sums without a record may be of anything
+        tally = rank_images(
             see,
-            own,
+            range(process, len(images), count),
             scanner,
             state=state,
-            fingerprint=mark,
             group=max(1, self.tower.mesh.size // 2),
-            save_every=ranking.save_every,
+            save_every=settings.save_every,
             progress=lambda groups: track(list(groups), "rank templates", unit="groups"),
         )
+        return tally.over_processes() if count > 1 else tally
 
-    def _mark(self, images: Dataset, labels: bool) -> str:
-        names = hashlib.sha256("\n".join(item.name for item in images.items).encode()).hexdigest()
-        ranking = replace(self.config.ranking, criterion="", file=None, chunk=0, save_every=0)
-        parts = [self.fingerprint, to_dict(self.host), self.queries, template_hash(self.templates), ranking]
-        return fingerprint([*(to_dict(p) for p in parts), names, labels, self.background, self.tower.mesh.size])
-
-    def flip_counts(self, images: Dataset, chosen: Chosen) -> Int[np.ndarray, "I K 3"]:
-        """Returns how the fused labels of each image agree with those of its mirror image, turned back."""
-        classifiers = self.classifiers(chosen)
-        counts = []
+    def flip_consistency(self, images: Dataset, candidates: Mapping[int, Chosen]) -> dict[int, float]:
+        """Returns, for each candidate, how alike images and their mirror images are labelled by its experts."""
+        classifiers = {n: self.classifiers(chosen) for n, chosen in candidates.items()}
+        counts: dict[int, list[np.ndarray]] = {n: [] for n in candidates}
         for example in images:
-            labels, _ = self.predict(example.image, classifiers)
-            turned, _ = self.predict(np.ascontiguousarray(example.image[:, ::-1]), classifiers)
-            counts.append(agreement(labels, turned[:, ::-1], len(self.classes)))
-        return np.stack(counts)
+            mirrored = np.ascontiguousarray(example.image[:, ::-1])
+            patches, other = self.look(example.image), self.look(mirrored)
+            for n, experts in classifiers.items():
+                labels, _ = self.predict(example.image, experts, patches)
+                turned, _ = self.predict(mirrored, experts, other)
+                counts[n].append(agreement(labels, turned[:, ::-1], len(self.classes)))
+        return {n: flip_consistency(np.stack(c)) for n, c in counts.items()}
 
 
-def unlabelled_images(config: Config) -> Dataset:
-    """Returns the images of the ranking, drawn by its seed where there is a budget; in the data set's order."""
-    part = config.unlabelled
-    root = part.root if part.root is not None else (config.data.root if part.name is None else None)
-    images = open_dataset(part.name or config.data.name, root, part.split, labels=False)
-    if part.images is None or part.images >= len(images):
-        return images
-    if part.images < 1:
-        raise UserError(f"unlabelled.images: a budget of {part.images} ranks nothing; give 1 or more, or null for all")
-    drawn = np.random.default_rng(part.seed).permutation(len(images))[: part.images]
-    return images.subset(sorted(int(i) for i in drawn))
-
-
-def scored_images(config: Config) -> Dataset:
-    """Returns the labelled images host and FLOSS are scored on."""
-    return open_dataset(config.data.name, config.data.root, config.data.split)
+def _first_device(patches: Patches) -> Patches:
+    return Patches(*(a.addressable_data(0) for a in patches))

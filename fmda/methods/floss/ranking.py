@@ -267,26 +267,24 @@ def rank_images(
     scanner: Scanner,
     *,
     state: Path,
-    fingerprint: str,
     group: int = 1,
     save_every: int = 8,
     progress: Callable[[Iterable[Sequence[int]]], Iterable[Sequence[int]]] = iter,
 ) -> Tally:
     """Returns the tally over the images `indices`, from where an earlier call stopped.
 
-    With several processes, `indices` are this one's; the tally is over those of all.
+    With several processes, `indices` are this one's.
 
     Args:
-        see: reads some images and runs the tower on them.
-        state: file of the sums so far; made if missing, left complete at the end.
-        fingerprint: of everything that determines the sums; a file with another one is refused.
+        see: reads images and runs the tower on them.
+        state: file of the sums so far; made if missing, complete at the end.
         group: images that go through the tower together.
         save_every: groups between two writes of the file.
-        progress: wraps the groups still to do.
+        progress: wraps the remaining groups.
     """
     classes = scanner.classes[-1] + 1
     if state.is_file():
-        tally = Tally.load(state, fingerprint)
+        tally = Tally.load(state)
     else:
         tally = Tally.empty(scanner.templates, classes)
     groups = [indices[i : i + group] for i in range(tally.images, len(indices), group)]
@@ -294,6 +292,6 @@ def rank_images(
         for seen in see(some):
             tally.add(scanner.tally(seen))
         if number % save_every == 0:
-            tally.save(state, fingerprint)
-    tally.save(state, fingerprint)
-    return tally.over_processes()
+            tally.save(state)
+    tally.save(state)
+    return tally

@@ -9,6 +9,7 @@ Published files have no `meta`. There, a template that never predicts a class ha
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from jaxtyping import Float
 
 from fmda.atomic import write_atomic
 from fmda.data import ClassList
+from fmda.data import templates as known_templates
 from fmda.errors import UserError
 from fmda.methods.floss.selection import order
+from fmda.methods.floss.text import template_hash
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Ranking:
         head = {"model": self.host, "dataset": self.dataset, "split": self.split}
         write_atomic(path, json.dumps({**head, "classes": classes, "meta": self.meta}, indent=1) + "\n")
 
-    def for_classes(self, classes: ClassList, where: str = "ranking") -> "Ranking":
+    def for_classes(self, classes: ClassList, where: str | Path = "ranking") -> "Ranking":
         """Returns the ranking with its columns in the order of a class list.
 
         Names are matched as written, then as synonyms of the list's classes. Rankings thus carry over to another data
@@ -87,15 +90,20 @@ class Ranking:
         return replace(self, classes=classes.names, risks=self.risks[:, columns], share=self.share[:, columns])
 
 
-def read_ranking(path: str | Path, templates: int = 80) -> Ranking:
+def read_ranking(path: str | Path, templates: Sequence[str] | None = None) -> Ranking:
     """Returns the ranking in a file of either form.
 
-    Raises UserError, naming file and class, for a missing or broken file, a class whose templates are not
-    0..templates-1 each once, and values that are no numbers or out of range.
+    Args:
+        templates: those that the ids stand for; default "imagenet80", of which published files are.
+
+    Raises UserError, naming file and class, for a missing or broken file, a ranking of other or reordered templates, a
+    class whose template ids are not 0..M-1 once each, and values that are not numbers or out of range.
     """
-    path = Path(path)
+    path, published = Path(path), known_templates()
+    templates = published if templates is None else templates
+    count = len(templates)
     if not path.is_file():
-        raise UserError(f"{path}: no such ranking file; name one with ranking_file=, or leave it out to rank images")
+        raise UserError(f"{path}: no such ranking file; name one with ranking.file=, or remove the key to rank images")
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except (UnicodeDecodeError, json.JSONDecodeError) as fault:
@@ -110,28 +118,34 @@ def read_ranking(path: str | Path, templates: int = 80) -> Ranking:
         raise UserError(f"{path}: no ranking file: {fault} is missing; see the form of published ones") from None
     if not lists:
         raise UserError(f"{path}: ranks no class; name another file")
-    risks, share = np.zeros((templates, len(lists))), np.zeros((templates, len(lists)))
+    meta = dict(content.get("meta") or {})
+    if meta.get("templates", template_hash(published)) != template_hash(templates):
+        raise UserError(
+            f"{path}: ranks other templates, or the same in another order; name the templates it was made from with "
+            "templates=, or rank again"
+        )
+    risks, share = np.zeros((count, len(lists))), np.zeros((count, len(lists)))
     for k, (name, rows) in enumerate(lists.items()):
         try:
             ids = [int(row["template_id"]) for row in rows]
             values = np.asarray([[row["entropy"], row["pixel_percentage"]] for row in rows], np.float64)
         except (KeyError, TypeError, ValueError) as fault:
-            raise UserError(f"{path}: class '{name}': {fault} is missing or no number; mend that entry") from None
-        if sorted(ids) != list(range(templates)):
+            raise UserError(f"{path}: class '{name}': {fault} is missing or not a number; fix that entry") from None
+        if sorted(ids) != list(range(count)):
             raise UserError(
                 f"{path}: class '{name}' ranks {len(set(ids))} different templates of ids {min(ids, default=0)} to "
-                f"{max(ids, default=0)}, not 0 to {templates - 1} once each; it belongs to other templates"
+                f"{max(ids, default=0)}, not 0 to {count - 1} once each; it belongs to other templates"
             )
         if not np.isfinite(values).all() or (values[:, 1] < 0).any() or (values[:, 1] > 100).any():
-            raise UserError(f"{path}: class '{name}' has a value out of range; mend that entry")
+            raise UserError(f"{path}: class '{name}' has a value out of range; fix that entry")
         risks[ids, k], share[ids, k] = values.T
-    return Ranking(host, dataset, split, tuple(lists), risks, share, dict(content.get("meta") or {}))
+    return Ranking(host, dataset, split, tuple(lists), risks, share, meta)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in content:
             raise KeyError(key)
-        found[key] = value
-    return found
+        content[key] = value
+    return content

@@ -1,9 +1,11 @@
-"""Everything a FLOSS run can be told, as frozen dataclasses."""
+"""The settings of a FLOSS run, as frozen dataclasses."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from fmda.data import class_list, prompts, templates
+from fmda.config import FREE, FileOrName, FolderOrName, NonNegativeInt, PositiveInt
+from fmda.data import prompts, templates
 from fmda.data.classes import ClassList
 from fmda.errors import UserError
 from fmda.methods.floss.chain import Resolution
@@ -21,31 +23,31 @@ class DataConfig:
     Attributes:
         name, root, split: as `fmda.open_dataset` takes them.
         class_map: leads from the classes that are predicted to those of the labels, where they differ.
-        limit: score the first so many images.
+        limit: score only the first `limit` images.
     """
 
     name: str = "cityscapes"
-    root: str | None = None
+    root: Path | None = None
     split: str = "val"
-    class_map: str | None = None
-    limit: int | None = None
+    class_map: FileOrName | None = None
+    limit: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
 class UnlabelledConfig:
-    """The images the ranking looks at. Their labels are never opened.
+    """The images that templates are ranked on. Their labels are never opened.
 
     Attributes:
         name, root: default: those of the scored data.
-        split: which part; default "train".
+        split: default "train", or all images of a folder without splits.
         images: budget, drawn by `seed`; default all.
     """
 
     name: str | None = None
-    root: str | None = None
-    split: str = "train"
-    images: int | None = None
-    seed: int = 0
+    root: Path | None = None
+    split: str | None = None
+    images: PositiveInt | None = None
+    seed: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,19 @@ class RankingConfig:
 
     Attributes:
         criterion: one of `criteria.CRITERIA`.
-        resolution: where pixels are judged: the photograph's size, the network's, or patches.
-        flip: look at mirrored images too (for the criterion "flip"); doubles the work.
+        resolution: where pixels are compared: at the size of the image, of the network's input, or of the patches.
+        flip: also process mirrored images (for the criterion "flip"); doubles the work.
         chunk: templates at a time on a device.
         save_every: groups of images between two writes of the resumable state.
-        file: a ranking made before, here or elsewhere; nothing is ranked then.
+        file: an existing ranking; no image is ranked then.
     """
 
     criterion: str = "entropy"
     resolution: Resolution = "original"
     flip: bool = False
-    chunk: int = 4
-    save_every: int = 8
-    file: str | None = None
+    chunk: PositiveInt = field(default=4, metadata=FREE)
+    save_every: PositiveInt = field(default=8, metadata=FREE)
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Config:
         clip: folder, name of a model of the package, or hub id; `revision` for the hub.
         host: `name` (maskclip, naclip, clip-dinoiser) and any field of `HostConfig` to change.
         heads: folder of CLIP-DINOiser's heads; default: beside the weights of `clip`.
-        classes: class list whose names become prompts; default: that of the scored data.
+        classes: class list whose names become prompts; default: that of the scored or the unlabelled data.
         templates: a known set or a text file with one template a line.
+        data: labelled images to score on; without them the run ranks templates and leaves a model.
         n: templates an expert, or "auto": chosen without labels among `n_candidates` on `n_images` unlabelled images.
         guards: conditions on templates besides their risk.
         fusion: "exact", "reference" (equal and slow) or "patch" (fast, not equal).
@@ -86,19 +89,19 @@ class Config:
         compare_criteria: also score all label-free criteria, on the scored images.
     """
 
-    clip: str = "street-clip"
+    clip: FolderOrName = "street-clip"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     host: dict[str, Any] = field(default_factory=lambda: {"name": "maskclip"})
-    heads: str | None = None
-    classes: str | None = None
-    templates: str = "imagenet80"
-    data: DataConfig = DataConfig()
+    heads: FolderOrName | None = None
+    classes: FileOrName | None = None
+    templates: FileOrName = "imagenet80"
+    data: DataConfig | None = None
     unlabelled: UnlabelledConfig = UnlabelledConfig()
     ranking: RankingConfig = RankingConfig()
-    n: int | Literal["auto"] = 4
-    n_candidates: tuple[int, ...] = (1, 2, 4, 8, 16)
-    n_images: int = 16
+    n: PositiveInt | Literal["auto"] = 4
+    n_candidates: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16)
+    n_images: PositiveInt = 16
     guards: Guards = Guards()
     fusion: Fusion = "exact"
     background: str | None = None
@@ -106,6 +109,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises UserError for what cannot work, before anything is loaded."""
+        if self.data is None and self.unlabelled.name is None:
+            raise UserError("data: missing; name labelled images under data, or only unlabelled ones under unlabelled")
         host = self.host_config()
         if self.ranking.criterion not in CRITERIA:
             raise UserError(
@@ -114,21 +119,33 @@ class Config:
         if self.ranking.criterion == "flip" and not self.ranking.flip and self.ranking.file is None:
             raise UserError("ranking.criterion: 'flip' needs mirrored images; set ranking.flip=true")
         if self.background is not None and host.features != "clip-dinoiser":
-            raise UserError("background: only clip-dinoiser knows what is no object; take that host or leave it out")
-        if host.pamr_steps and self.ranking.file is None:
-            raise UserError("host.pamr_steps: PAMR refines the host alone; set it to 0, or name ranking.file")
-        if isinstance(self.n, int) and self.n < 1:
-            raise UserError(f"n: {self.n} templates make no expert; give 1 or more, or auto")
+            raise UserError("background: only clip-dinoiser detects background; choose that host or remove the key")
+        if host.pamr_steps and (self.background is not None or self.compare_criteria or self.ranking.file is None):
+            raise UserError(
+                "host.pamr_steps: PAMR refines the host alone, without background, ranking or compare_criteria; "
+                "set it to 0, or name ranking.file"
+            )
+        if self.compare_criteria and (self.data is None or self.ranking.resolution != "original"):
+            raise UserError("compare_criteria: needs labelled data and ranking.resolution=original")
+
+    @property
+    def unlabelled_name(self) -> str:
+        """The dataset that templates are ranked on."""
+        if self.unlabelled.name is not None:
+            return self.unlabelled.name
+        assert self.data is not None  # checked above
+        return self.data.name
+
+    @property
+    def unlabelled_root(self) -> Path | None:
+        """The folder of that dataset; None for its usual place."""
+        if self.unlabelled.root is None and self.unlabelled.name is None and self.data is not None:
+            return self.data.root
+        return self.unlabelled.root
 
     def host_config(self) -> HostConfig:
-        """Returns the host with the settings for the scored data and one's own."""
-        return host_for(self.host, self.data.name)
-
-    def class_list(self, of_data: ClassList | None = None) -> ClassList:
-        """Returns the classes that are predicted."""
-        if self.classes is not None:
-            return class_list(self.classes)
-        return class_list(self.data.name) if of_data is None else of_data
+        """Returns the host with its settings for the dataset and the configured changes."""
+        return host_for(self.host, self.unlabelled_name if self.data is None else self.data.name)
 
     def queries(self, classes: ClassList) -> Queries:
         """Returns the names that are put into the templates."""

@@ -4,11 +4,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from fmda import trees
-from fmda.data import ClassList, class_list, known_class_lists, open_dataset
+from fmda.data import ClassList, class_list, known_class_lists
 from fmda.data.catalog import CATALOG
 from fmda.errors import UserError
 from fmda.methods.floss.chain import Geometry
 from fmda.methods.floss.hosts import HostConfig
+from fmda.methods.floss.inputs import predicted_classes
 from fmda.methods.floss.settings import Config
 from fmda.methods.pipeline import Plan
 from fmda.models.catalog import ENTRIES
@@ -36,9 +37,10 @@ def plan(config: Config) -> Plan:
     clip, host = clip_shapes(config), config.host_config()
     if not isinstance(clip.vision, VitConfig):
         raise UserError(f"{config.clip}: FLOSS hosts read a vision transformer; this is a convolutional tower")
-    classes = config.class_list(_own_classes(config))
+    classes = _classes(config)
+    dataset = config.unlabelled_name if config.data is None else config.data.name
     queries, templates = len(config.queries(classes).names), len(config.template_list())
-    size = {**_SIZES, **_SMALL}.get(config.data.name, _TYPICAL)
+    size = {**_SIZES, **_SMALL}.get(dataset, _TYPICAL)
     where = host.geometry(size, clip.vision.patch_size)
     count = where.grid[0] * where.grid[1]
     patches = where.rows.patches * where.columns.patches
@@ -67,15 +69,16 @@ def plan(config: Config) -> Plan:
         width = clip.vision.width
         counts["heads"] = (9 * width + 1) * GUIDE_CHANNELS + width + 1
     what = {
-        "rank": f"{templates} templates x {len(classes)} classes on {config.unlabelled.split}, by "
-        f"{config.ranking.criterion}"
+        "rank": f"{templates} templates x {len(classes)} classes on {config.unlabelled_name} "
+        f"{config.unlabelled.split or 'train'}, by {config.ranking.criterion}"
         if config.ranking.file is None
         else f"read {config.ranking.file}",
-        "host": f"{host.name} alone on {config.data.name} {config.data.split}",
-        "floss": f"{host.name} with {config.n} templates an expert, {config.fusion} fusion",
     }
-    if config.compare_criteria:
-        what["criteria"] = "label-free criteria against true IoU"
+    if config.data is not None:
+        what["score"] = (
+            f"{host.name} alone and with {config.n} templates an expert, {config.fusion} fusion, on {dataset} "
+            f"{config.data.split}" + (", and label-free criteria against true IoU" if config.compare_criteria else "")
+        )
     what["page"] = "report.html"
     return Plan(
         stages=tuple(what.items()),
@@ -86,14 +89,15 @@ def plan(config: Config) -> Plan:
     )
 
 
-def _own_classes(config: Config) -> ClassList | None:
-    """Returns the classes of the scored data where its name is no class list; those of a free folder stand in it."""
-    if config.classes is not None or config.data.name in known_class_lists():
-        return None
-    entry = CATALOG.get(config.data.name)
-    if entry is not None and not entry.free:
-        return class_list(entry.classes)
-    return open_dataset(config.data.name, config.data.root, config.data.split, labels=False).classes
+def _classes(config: Config) -> ClassList:
+    """Returns the predicted classes; opens a folder only where the dataset's name does not tell its classes."""
+    if config.classes is not None:
+        return class_list(config.classes)
+    name = config.unlabelled_name if config.data is None else config.data.name
+    if name in known_class_lists():
+        return class_list(name)
+    entry = CATALOG.get(name)
+    return class_list(entry.classes) if entry is not None and not entry.free else predicted_classes(config)
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,6 @@ continues to the same last bit.
 """
 
 import io
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,28 +96,25 @@ class Tally:
             total.add(Tally(int(head[0]), int(head[1]), sums, *rest[len(sums) :]))
         return total
 
-    def save(self, path: Path, fingerprint: str) -> None:
+    def save(self, path: Path) -> None:
         """Writes the tally so that a reader finds the old or the new one, also after a crash of the machine."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {f"sum_{m}": a for m, a in self.sums.items()}
         arrays |= {"ordinary": self.ordinary, "mirrored": self.mirrored, "truth": self.truth}
-        head = {"fingerprint": fingerprint, "images": self.images, "pixels": self.pixels}
-        np.savez(buffer, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
+        np.savez(buffer, head=np.asarray([self.images, self.pixels], np.int64), **arrays)
         with replacing(path) as part, open(part, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str) -> "Tally":
-        """Returns a saved tally. Raises UserError if it is of another ranking or damaged."""
+    def load(cls, path: Path) -> "Tally":
+        """Returns a saved tally. Raises UserError for a damaged file."""
         try:
             with np.load(path) as file:
-                head = json.loads(file["head"].tobytes())
+                images, pixels = (int(n) for n in file["head"])
                 sums = {m: file[f"sum_{m}"] for m in (*MEASURES, *SCORING)}
                 rest = [file[name] for name in ("ordinary", "mirrored", "truth")]
         except (OSError, ValueError, KeyError) as fault:
-            raise UserError(f"{path}: damaged ({fault}); delete it to start the ranking anew") from None
-        if head["fingerprint"] != fingerprint:
-            raise UserError(f"{path}: belongs to another ranking; delete it or choose another work_dir=")
-        return cls(head["images"], head["pixels"], sums, *rest)
+            raise UserError(f"{path}: damaged ({fault}); delete it to rank the templates again") from None
+        return cls(images, pixels, sums, *rest)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file, save_file
 
 from fmda.data import check_templates
+from fmda.data.prompting import SLOT
 from fmda.errors import UserError
 from fmda.progress import track
 
@@ -61,34 +62,44 @@ def template_hash(templates: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(templates).encode()).hexdigest()
 
 
-def text_embeddings(
-    clip: TextEncoder, queries: Queries, templates: Sequence[str], *, cache: Path | None = None
-) -> Float[np.ndarray, "M Q D"]:
-    """Returns the unit-length embedding of each name in each template, float32.
-
-    Equal prompts are encoded once. The table is kept on disk under a key made of weights, names and templates.
-
-    Args:
-        cache: folder of such tables; default `cache_folder()`. One that cannot be written is not used.
+def prompt_ids(clip: TextEncoder, queries: Queries, templates: Sequence[str]) -> Int[np.ndarray, "M Q T"]:
+    """Returns the token ids of every name in every template.
 
     Raises UserError for a template without exactly one slot or a repeated one.
     """
     check_templates(tuple(templates))
-    prompts = [template.format(name) for template in templates for name in queries.names]
-    key = hashlib.sha256("\n".join([clip.fingerprint, *prompts]).encode()).hexdigest()[:24]
-    path = (cache_folder() if cache is None else cache) / f"{key}.safetensors"
-    found = _read(path)
-    if found is None:
-        unique = list(dict.fromkeys(prompts))
-        place = {prompt: i for i, prompt in enumerate(unique)}
-        vectors = _encode(clip, unique)
-        found = vectors[[place[p] for p in prompts]].reshape(len(templates), len(queries.names), -1)
-        _write(path, found)
-    return found
+    prompts = [template.replace(SLOT, name) for template in templates for name in queries.names]
+    return np.asarray(clip.tokenize(prompts), np.int32).reshape(len(templates), len(queries.names), -1)
 
 
-def _encode(clip: TextEncoder, prompts: list[str]) -> Float[np.ndarray, "N D"]:
-    ids = np.asarray(clip.tokenize(prompts))
+def text_fingerprint(clip: TextEncoder, ids: Int[np.ndarray, "M Q T"]) -> str:
+    """Returns 24 hex digits that change with the weights, a template, a name, or how the tokenizer reads them."""
+    digest = hashlib.sha256(f"{clip.fingerprint} {ids.shape}\n".encode())
+    digest.update(np.ascontiguousarray(ids).data)
+    return digest.hexdigest()[:24]
+
+
+def text_embeddings(
+    clip: TextEncoder, ids: Int[np.ndarray, "M Q T"], *, cache: Path | None = None
+) -> Float[np.ndarray, "M Q D"]:
+    """Returns the unit-length embedding of each name in each template, float32.
+
+    Equal prompts are encoded once. The table is kept on disk under `text_fingerprint`.
+
+    Args:
+        ids: from `prompt_ids`.
+        cache: folder of such tables; default `cache_folder()`. A folder that is not writable is not used.
+    """
+    path = (cache_folder() if cache is None else cache) / f"{text_fingerprint(clip, ids)}.safetensors"
+    table = _read(path)
+    if table is None:
+        unique, place = np.unique(ids.reshape(-1, ids.shape[-1]), axis=0, return_inverse=True)
+        table = _encode(clip, unique)[place].reshape(*ids.shape[:2], -1)
+        _write(path, table)
+    return table
+
+
+def _encode(clip: TextEncoder, ids: Int[np.ndarray, "N T"]) -> Float[np.ndarray, "N D"]:
     # whole batches only, so that the text tower compiles once
     size = min(BATCH, len(ids))
     filled = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % size, axis=0)])
@@ -111,7 +122,7 @@ def cache_folder() -> Path:
 def _read(path: Path) -> Float[np.ndarray, "M Q D"] | None:
     try:
         return load_file(str(path))["embeddings"] if path.is_file() else None
-    except Exception:  # a damaged table is made anew
+    except Exception:  # a damaged table is encoded again
         return None
 
 

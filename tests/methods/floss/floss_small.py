@@ -4,7 +4,9 @@ import jax
 import numpy as np
 
 from fmda import trees
+from fmda.config import from_dict
 from fmda.mesh import make_mesh
+from fmda.methods.floss.settings import Config
 from fmda.methods.floss.tower import Tower
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import abstract
@@ -60,3 +62,14 @@ def table(templates=6, queries=5, dim=16, seed=0):
     rng = np.random.default_rng(seed)
     found = rng.normal(size=(1, queries, dim)) + 0.5 * rng.normal(size=(templates, queries, dim))
     return (found / np.linalg.norm(found, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def floss_config(place, **changes):
+    """Returns a run on the folder that the fixture `place` makes."""
+    values = {
+        "clip": str(place / "clip"),
+        "host": {"name": "maskclip", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32},
+        "data": {"name": "folder", "root": str(place / "data"), "split": "val"},
+        "ranking": {"chunk": 8},
+    }
+    return from_dict(Config, {**values, **changes})

@@ -149,7 +149,7 @@ def test_a_resumed_pass_is_the_same_to_the_last_bit(tmp_path):
         for i in indices:
             yield _seen(tower, picture(i))
 
-    options = dict(fingerprint="f", save_every=1)
+    options = dict(save_every=1)
     with pytest.raises(KeyboardInterrupt):
         rank_images(see, range(6), scanner, state=tmp_path / "a.npz", **options)
     resumed = rank_images(see, range(6), scanner, state=tmp_path / "a.npz", **options)
@@ -179,8 +179,8 @@ _SCRIPT = """
         sys.stdin.readline()  # one line lets one image through; at its end, all
         return [_seen(tower, picture(i)) for i in indices]
     own = range(jax.process_index(), int(sys.argv[2]), jax.process_count())
-    tally = rank_images(see, own, scanner, state=Path(sys.argv[1]), fingerprint="f", save_every=1)
-    tally.save(Path(sys.argv[1] + ".sum"), "f")
+    tally = rank_images(see, own, scanner, state=Path(sys.argv[1]), save_every=1)
+    tally.over_processes().save(Path(sys.argv[1] + ".sum"))
     print("done", flush=True)
 """
 
@@ -204,7 +204,7 @@ def test_two_processes_equal_one(tmp_path):
         for i in range(2)
     ]
     assert [process.wait(timeout=600) for process in pair] == [0, 0]
-    one, first, second = (Tally.load(tmp_path / f"{n}.npz.sum", "f") for n in ("one", "0", "1"))
+    one, first, second = (Tally.load(tmp_path / f"{n}.npz.sum") for n in ("one", "0", "1"))
     assert first.images == one.images == 12 and first.pixels == one.pixels
     for measure, sums in one.sums.items():
         np.testing.assert_allclose(first.sums[measure], sums, rtol=1e-9)

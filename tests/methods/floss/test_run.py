@@ -5,69 +5,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-from floss_small import CONFIG, picture, small_clip, small_heads
-from PIL import Image
+from floss_small import floss_config, picture, small_heads
 
 from fmda.config import from_dict
 from fmda.data import open_dataset
 from fmda.errors import UserError
 from fmda.evaluate import Segmenter
 from fmda.methods.floss import features
+from fmda.methods.floss.check import check
 from fmda.methods.floss.hosts import HOSTS, host_for
+from fmda.methods.floss.inputs import scored_images
+from fmda.methods.floss.model import Floss
 from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.run import Config, plan, stages
 from fmda.methods.kinds import open_run
 from fmda.runs.stages import run_stages
+from fmda.weights.clip import load_clip
 from fmda.weights.dinoiser import load_heads, save_heads
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ["sky", "road", "car"]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with `clip` (and heads), and `data` of two splits."""
-    from dataclasses import replace
-
-    from fmda.methods.pretrain.tokenizer import train_tokenizer
-    from fmda.weights.clip import save_clip
-
-    folder = tmp_path_factory.mktemp("floss")
-    config = replace(CONFIG, text=replace(CONFIG.text, vocab_size=520))
-    _, params = small_clip(0, config)
-    train_tokenizer(["a photo of the road and the sky"] * 3, 520, folder / "words")
-    save_clip(folder / "clip", config, params, sorted((folder / "words").iterdir()))
-    save_heads(folder / "clip", small_heads())
-    for split, count in (("train", 4), ("val", 2)):
-        for part in ("images", "labels"):
-            (folder / "data" / split / part).mkdir(parents=True)
-        for i in range(count):
-            image = picture(i, (40, 56))
-            Image.fromarray(image).save(folder / "data" / split / "images" / f"{i}.png")
-            labels = np.digitize(image.mean(-1), [110, 150]).astype(np.uint8)
-            Image.fromarray(labels).save(folder / "data" / split / "labels" / f"{i}.png")
-    (folder / "data" / "classes.yaml").write_text(yaml.safe_dump({"classes": NAMES}))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("FMDA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-def _config(place, **changes):
-    values = {
-        "clip": str(place / "clip"),
-        "host": {"name": "maskclip", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32},
-        "data": {"name": "folder", "root": str(place / "data"), "split": "val"},
-        "ranking": {"chunk": 8},
-    }
-    return from_dict(Config, {**values, **changes})
-
-
 def test_a_run_ranks_scores_reports_and_leaves_a_model(place, tmp_path):
-    config = _config(place, n="auto", n_candidates=(1, 4), n_images=2, compare_criteria=True)
+    config = floss_config(place, n="auto", n_candidates=(1, 4), n_images=2, compare_criteria=True)
     work = tmp_path / "run"
     done = run_stages(stages(config), work, config, lambda line: None)
     ranking = read_ranking(done["rank"] / "ranking.json")
@@ -76,10 +37,10 @@ def test_a_run_ranks_scores_reports_and_leaves_a_model(place, tmp_path):
     experts = json.loads((done["rank"] / "experts.json").read_text())
     assert experts["n"] in (1, 4) and len(experts["chosen"]) == 3
     for name in ("host", "floss"):
-        scores = json.loads((done[name] / "scores.json").read_text())
+        scores = json.loads((work / name / "scores.json").read_text())
         assert scores["classes"] == NAMES and scores["images"] == 2
     assert (work / "report.html").is_file()
-    assert {row["criterion"] for row in json.loads((done["criteria"] / "criteria.json").read_text())} >= {"entropy"}
+    assert {row["criterion"] for row in json.loads((work / "criteria" / "criteria.json").read_text())} >= {"entropy"}
     segmenter = Segmenter.load(work)
     example = open_dataset("folder", place / "data", "val")[0]
     found = segmenter.predict(example.image)
@@ -97,49 +58,44 @@ def test_other_hosts_with_a_ranking_file(place, tmp_path, name):
     shares = np.full((80, 3), 100 / 3)
     Ranking(name, "folder", "train", tuple(NAMES), rng.random((80, 3)), shares).save(tmp_path / "r.json")
     host = {"name": name, "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
-    config = _config(place, host=host, ranking={"file": str(tmp_path / "r.json")}, fusion="patch")
-    done = run_stages(stages(config)[:3], tmp_path / "run", config, lambda line: None)
-    scores = [json.loads((done[s] / "scores.json").read_text())["scores"] for s in ("host", "floss")]
+    config = floss_config(place, host=host, ranking={"file": str(tmp_path / "r.json")}, fusion="patch")
+    done = run_stages(stages(config)[:2], tmp_path / "run", config, lambda line: None)
+    scores = [json.loads((tmp_path / "run" / s / "scores.json").read_text())["scores"] for s in ("host", "floss")]
     assert all(0 <= s["miou"] <= 1 for s in scores)
     assert not (done["rank"] / "tally.npz").exists()
 
 
 def test_the_trained_scale_is_the_checkpoints_own(place):
-    from fmda.methods.floss.model import Floss, scored_images
-    from fmda.weights.clip import load_clip
-
     host = {"name": "maskclip", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
-    config = _config(place, host={**host, "trained_scale": True})
+    config = floss_config(place, host={**host, "trained_scale": True})
     classes = scored_images(config).classes
     own = float(np.exp(load_clip(config.clip).params["logit_scale"]))
-    model, fixed = Floss.load(config, classes), Floss.load(_config(place, host={**host, "scale": own}), classes)
+    model, fixed = Floss.load(config, classes), Floss.load(floss_config(place, host={**host, "scale": own}), classes)
     assert model.host.scale == pytest.approx(own) and own < 50
     image = picture(1, (40, 56))
     np.testing.assert_allclose(model.predict_host(image)[1], fixed.predict_host(image)[1], rtol=1e-6)
 
 
 def test_background_takes_what_looks_like_no_object(place):
-    from fmda.methods.floss.model import Floss, scored_images
 
     host = {"name": "clip-dinoiser", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
     image = picture(1, (40, 56))
     shares = []
     for background in (None, "sky"):
-        config = _config(place, host=host, background=background)
+        config = floss_config(place, host=host, background=background)
         labels, _ = Floss.load(config, scored_images(config).classes).predict_host(image)
         shares.append((labels == 0).mean())
     assert shares[1] > shares[0]
 
 
 def test_pamr_changes_the_host_alone(place):
-    from fmda.methods.floss.model import Floss, scored_images
 
     host = {"name": "naclip", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
     image = picture(1, (40, 56))
     found = []
     for steps in (0, 3):
         changed = {**host, "pamr_steps": steps, "pamr_dilations": [1, 2]}
-        config = _config(place, host=changed, ranking={"file": "r.json"})
+        config = floss_config(place, host=changed, ranking={"file": "r.json"})
         found.append(Floss.load(config, scored_images(config).classes).predict_host(image)[1])
     assert found[0].shape == found[1].shape == (40, 56) and (found[0] != found[1]).any()
 
@@ -154,12 +110,16 @@ def test_pamr_changes_the_host_alone(place):
         ({"ranking": {"criterion": "entropi"}}, "none of the choices"),
         ({"background": "sky"}, "only clip-dinoiser"),
         ({"host": {"name": "naclip", "pamr_steps": 2}}, "PAMR refines the host alone"),
-        ({"n": 0}, "make no expert"),
+        ({"n": 0}, "n: expected a whole number >= 1"),
+        ({"data": {"limit": 0}}, "data.limit: expected a whole number >= 1"),
+        ({"compare_criteria": True, "ranking": {"resolution": "network"}}, "resolution=original"),
+        ({"host": {"name": "clip-dinoiser", "pamr_steps": 2}, "background": "sky"}, "without background"),
+        ({"data": None}, "data: missing"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(place, changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        _config(place, **changes)
+        floss_config(place, **changes)
     assert "\n" not in str(caught.value)
 
 
@@ -189,13 +149,13 @@ def test_heads_with_torch_names_are_read(tmp_path):
     np.testing.assert_array_equal(found["obj_proj"]["kernel"], heads["obj_proj"]["kernel"])
 
 
-def test_ranking_of_other_classes_stops_the_run(place, tmp_path):
+def test_ranking_of_other_classes_is_refused_before_the_run(place, tmp_path):
     from fmda.methods.floss.rankings import Ranking
 
     Ranking("maskclip", "x", "train", ("cat",), np.ones((80, 1)), np.ones((80, 1))).save(tmp_path / "r.json")
-    config = _config(place, ranking={"file": str(tmp_path / "r.json")})
+    config = floss_config(place, ranking={"file": str(tmp_path / "r.json")})
     with pytest.raises(UserError, match="ranks other classes"):
-        run_stages(stages(config), tmp_path / "run", config, lambda line: None)
+        check(config)
 
 
 def test_neighbourhood_of_naclip():
@@ -210,7 +170,7 @@ def test_configurations_plan(path):
     run = open_run(path, ["clip=openai/clip-vit-base-patch16"] if path.stem.startswith("camvid") else [])
     assert run.config.host_config().features == path.stem.split("-", 1)[1]
     found = run.plan()
-    assert [name for name, _ in found.stages][:3] == ["rank", "host", "floss"]
+    assert [name for name, _ in found.stages] == ["rank", "score", "page"]
     assert dict(found.parameters)["vision"] == 86_192_640 and dict(found.parameters)["text"] == 63_428_096
 
 
@@ -221,7 +181,7 @@ def test_there_is_a_configuration_for_every_host_and_set():
 
 
 def test_flops_of_the_published_windows():
-    config = from_dict(Config, {"clip": "laion/CLIP-ViT-B-16-laion2B-s34B-b88K", "host": {"name": "maskclip"}})
+    config = from_dict(Config, {"clip": "laion/CLIP-ViT-B-16-laion2B-s34B-b88K", "data": {"name": "cityscapes"}})
     flops = dict(plan(config).flops)
     # 153 GFLOP a 448 window, 3 windows; 1520 prompts of 1.2 GFLOP
     assert flops["image tower, 3 windows"] == pytest.approx(3 * 153e9, rel=0.02)

@@ -15,47 +15,59 @@ class Letters:
     fingerprint = "letters"
 
     def __init__(self):
-        self.seen = []
+        self.encoded = 0
 
     def tokenize(self, texts):
-        self.seen += texts
         width = max(map(len, texts))
         return np.asarray([[ord(c) for c in t.ljust(width)] for t in texts], np.int32)
 
     def encode_text(self, ids):
+        self.encoded += len(ids)
         return np.stack([(np.asarray(ids) == ord(c)).sum(1) + 1 for c in "abcdefgh"], 1).astype(np.float32)
+
+
+def _table(clip, queries, bank, cache):
+    return text.text_embeddings(clip, text.prompt_ids(clip, queries, bank), cache=cache)
 
 
 def test_table_of_unique_prompts_is_kept_on_disk(tmp_path):
     clip = Letters()
     queries = text.Queries(("bad", "cab", "bad"), (0, 1, 2))
     bank = ("a {}.", "the {}!")
-    first = text.text_embeddings(clip, queries, bank, cache=tmp_path)
-    assert first.shape == (2, 3, 8) and len(clip.seen) == 4
+    first = _table(clip, queries, bank, tmp_path)
+    assert first.shape == (2, 3, 8) and clip.encoded == 4
     vector = np.asarray([3, 2, 1, 2, 1, 1, 1, 1], np.float32)  # "a bad."
     np.testing.assert_allclose(first[0, 0], vector / np.linalg.norm(vector), rtol=1e-6)
     np.testing.assert_array_equal(first[:, 0], first[:, 2])
-    again = text.text_embeddings(clip, queries, bank, cache=tmp_path)
+    again = _table(clip, queries, bank, tmp_path)
     np.testing.assert_array_equal(first, again)
-    assert len(clip.seen) == 4 and len(list(tmp_path.glob("*.safetensors"))) == 1
-    text.text_embeddings(clip, queries, bank[:1], cache=tmp_path)
+    assert clip.encoded == 4 and len(list(tmp_path.glob("*.safetensors"))) == 1
+    _table(clip, queries, bank[:1], tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_another_tokenizer_of_the_same_weights_has_its_own_table(tmp_path):
+    """The table was keyed by weights and prompts alone, so a replaced tokenizer was ignored."""
+    clip, queries = Letters(), text.Queries(("bad",), (0,))
+    first = _table(clip, queries, ("a {}",), tmp_path)
+    clip.tokenize = lambda texts: Letters.tokenize(clip, [t.replace("b", "h") for t in texts])
+    assert not np.array_equal(_table(clip, queries, ("a {}",), tmp_path), first)
 
 
 def test_damaged_or_unwritable_cache_is_no_error(tmp_path):
     clip, queries = Letters(), text.Queries(("bad",), (0,))
-    first = text.text_embeddings(clip, queries, ("a {}",), cache=tmp_path)
+    first = _table(clip, queries, ("a {}",), tmp_path)
     next(tmp_path.glob("*.safetensors")).write_bytes(b"nonsense")
-    np.testing.assert_array_equal(text.text_embeddings(clip, queries, ("a {}",), cache=tmp_path), first)
+    np.testing.assert_array_equal(_table(clip, queries, ("a {}",), tmp_path), first)
     (tmp_path / "file").write_text("")
-    np.testing.assert_array_equal(text.text_embeddings(clip, queries, ("a {}",), cache=tmp_path / "file" / "x"), first)
+    np.testing.assert_array_equal(_table(clip, queries, ("a {}",), tmp_path / "file" / "x"), first)
 
 
-def test_templates_without_a_slot_or_twice_are_refused(tmp_path):
-    with pytest.raises(UserError, match="needs exactly one slot"):
-        text.text_embeddings(Letters(), text.Queries(("a",), (0,)), ("a photo",), cache=tmp_path)
+def test_templates_without_a_slot_or_twice_are_refused():
+    with pytest.raises(UserError, match="exactly one slot"):
+        text.prompt_ids(Letters(), text.Queries(("a",), (0,)), ("a photo",))
     with pytest.raises(UserError, match="stands twice"):
-        text.text_embeddings(Letters(), text.Queries(("a",), (0,)), ("a {}", "a {}"), cache=tmp_path)
+        text.prompt_ids(Letters(), text.Queries(("a",), (0,)), ("a {}", "a {}"))
 
 
 def test_the_bank_is_the_published_one():

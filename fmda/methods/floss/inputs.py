@@ -1,0 +1,69 @@
+"""The images and classes that a configuration names."""
+
+import numpy as np
+
+from fmda.data import ClassList, ClassMap, Dataset, class_list, known_class_maps, open_dataset
+from fmda.errors import UserError
+from fmda.methods.floss.settings import Config
+
+
+def predicted_classes(config: Config) -> ClassList:
+    """Returns the predicted classes: the configured list, else those of the scored or the unlabelled dataset."""
+    if config.classes is not None:
+        return class_list(config.classes)
+    classes = scored_images(config).classes if config.data is not None else _all_unlabelled(config).classes
+    if not len(classes):
+        raise UserError("classes: these images have no class list; name one with classes=, or add a classes.yaml")
+    return classes
+
+
+def unlabelled_images(config: Config) -> Dataset:
+    """Returns the images of the ranking in the dataset's order; a budget is drawn by `unlabelled.seed`."""
+    images, part = _all_unlabelled(config), config.unlabelled
+    if part.images is None or part.images >= len(images):
+        return images
+    drawn = np.random.default_rng(part.seed).permutation(len(images))[: part.images]
+    return images.subset(sorted(int(i) for i in drawn))
+
+
+def scored_images(config: Config) -> Dataset:
+    """Returns the labelled images that host and FLOSS are scored on."""
+    assert config.data is not None
+    return open_dataset(config.data.name, config.data.root, config.data.split)
+
+
+def compared_images(config: Config, classes: ClassList) -> Dataset:
+    """Returns the scored images with labels in the predicted classes.
+
+    They are mapped by the configured class map, or by a known one between the two lists: a map that merges predictions
+    does not say which of the merged classes a label means, and another map may. Raises UserError where neither exists.
+    """
+    assert config.data is not None
+    dataset = scored_images(config)
+    if config.data.limit is not None:
+        dataset = dataset[: config.data.limit]
+    if dataset.classes.names == classes.names:
+        return dataset
+    known = f"{config.data.name}-to-{config.classes}"
+    for name in (config.data.class_map, known if known in known_class_maps() else None):
+        if name is not None:
+            onward = ClassMap.load(name)
+            if onward.source.names == dataset.classes.names and onward.target.names == classes.names:
+                return dataset.mapped(onward)
+    raise UserError(
+        f"compare_criteria: no class map leads from the labels of {dataset.name} to the {len(classes)} predicted "
+        "classes; set data.class_map or classes"
+    )
+
+
+def _all_unlabelled(config: Config) -> Dataset:
+    name, root, split = config.unlabelled_name, config.unlabelled_root, config.unlabelled.split
+    if split is not None:
+        return open_dataset(name, root, split, labels=False)
+    try:
+        return open_dataset(name, root, "train", labels=False)
+    except UserError:
+        # a flat folder has no splits
+        if name != "folder" or root is None:
+            raise
+        return open_dataset(name, root, "all", labels=False)
