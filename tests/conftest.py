@@ -1,10 +1,21 @@
-"""Strict settings for every test: eight CPU devices, no network, no silent rank promotion."""
+"""Strict settings for every test: eight CPU devices, no network, no silent rank promotion; compiled programs are kept."""
 
 import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+if DATA.is_dir():
+    os.environ.setdefault("FMDA_DATA", str(DATA))
+# in the environment, so that the processes which tests start share the cache of the workers
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# tests compile much and compute little
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_llvm_disable_expensive_passes=true"
 
 import jax
 
