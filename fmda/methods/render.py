@@ -1,7 +1,7 @@
 """Rendered data sets: the street world written to folders that the readers, the trainers and people can use."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +144,7 @@ def _write_domain(root: Path, config: RenderConfig, domain: str, count: int) -> 
     lines = _lines(root / "captions.jsonl")
     missing = [i for i, name in enumerate(names) if name not in lines or not _complete(root, name)]
     with ThreadPoolExecutor(2) as pool, open(root / "captions.jsonl", "a", encoding="utf-8") as journal:
-        for name, picture in track(_pictures(config, domain, missing), f"render {domain}", len(missing)):
+        for name, picture in track(pictures(config, domain, missing), f"render {domain}", len(missing)):
             files = {
                 "images": picture["image"][..., ::-1],
                 "labels": picture["labels"],
@@ -179,7 +179,7 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path}: damaged; delete the folder and draw it again") from None
 
 
-def _pictures(config: RenderConfig, domain: str, indices: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+def pictures(config: RenderConfig, domain: str, indices: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields name and arrays, facts, caption of each picture; the next batch is drawn while one is handed out."""
     from fmda.world.renderer import render_batch
 
@@ -188,9 +188,9 @@ def _pictures(config: RenderConfig, domain: str, indices: list[int]) -> Iterator
     batch = config.batch
     groups = [indices[k : k + batch] for k in range(0, len(indices), batch)]
 
-    def draw(group: list[int]) -> Any:
+    def draw(group: Sequence[int]) -> Any:
         # the last batch is filled up, so that every call has the compiled shape
-        full = group + [group[-1]] * (batch - len(group))
+        full = [*group] + [group[-1]] * (batch - len(group))
         return render_batch(
             picture_keys(config.seed, domain, full), np.full(batch, DOMAINS.index(domain), np.int32),
             height=config.height, width=config.width, supersample=config.supersample,

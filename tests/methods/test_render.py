@@ -48,6 +48,24 @@ def test_the_folder_opens_as_a_data_set(world):
     assert found[0].image.shape == (64, 128, 3)
 
 
+def test_scenes_in_memory_equal_those_of_the_folder(world):
+    from fmda.methods.pretrain.crops import Drawn, Scenes
+
+    folder, memory = Scenes([world / "photo"]), Scenes([Drawn("photo", 5, **SMALL)])
+    assert len(memory) == len(folder) == 5
+    for ours, theirs in zip(memory, folder, strict=True):
+        assert ours["facts"] == theirs["facts"]
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ("image", "labels", "instances"))
+
+
+@pytest.mark.parametrize("wrong", [{"domain": "photos", "count": 5}, {"domain": "photo", "count": 0}])
+def test_scenes_in_memory_are_checked_when_they_are_declared(wrong):
+    from fmda.methods.pretrain.crops import Drawn
+
+    with pytest.raises(UserError):
+        Drawn(**wrong)
+
+
 def test_a_second_call_rewrites_nothing(world):
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*") if path.is_file() and path.parent != world}
     write_world(RenderConfig(domains={"photo": 5, "night": 4}, **SMALL), world)

@@ -25,7 +25,7 @@ from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
 from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
-from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Scenes
+from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Drawn, Scenes
 from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
 from fmda.methods.pretrain.tokenizer import train_tokenizer
 from fmda.methods.trainer import TrainerConfig, train
@@ -48,7 +48,7 @@ class Config(TrainerConfig):
     """Data, network and schedule of a CLIP run.
 
     Attributes:
-        data: rendered folders to train on.
+        data: rendered folders, or `Drawn` domains, to train on.
         held: rendered folders for the zero-shot check; none of them may be in `data`.
         model: both towers; vocabulary and special ids follow from the tokenizer.
         crop: how crops are cut and described.
@@ -61,8 +61,8 @@ class Config(TrainerConfig):
         mean, std: normalisation of RGB in [0, 1].
     """
 
-    data: tuple[str, ...]
-    held: tuple[str, ...] = ()
+    data: tuple[str | Drawn, ...]
+    held: tuple[str | Drawn, ...] = ()
     model: ClipConfig = field(
         default_factory=lambda: ClipConfig(
             embed_dim=192,
@@ -84,7 +84,7 @@ class Config(TrainerConfig):
 def stages(config: Config) -> list[Stage]:
     """Returns tokenizer, train, export (Hugging Face layout) and, with held pictures, check."""
     if overlap := set(config.data) & set(config.held):
-        raise UserError(f"held: {', '.join(sorted(overlap))} is trained on too; hold other folders")
+        raise UserError(f"held: {', '.join(sorted(map(str, overlap)))} is trained on too; hold other folders")
     if config.batch % config.crops:
         raise UserError(f"batch: {config.batch} is no multiple of crops={config.crops}; choose one")
     chain = [
@@ -267,12 +267,14 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    result = {root: zero_shot(done["export"], root, config.crop, config.seed) for root in config.held}
+    result = {str(root): zero_shot(done["export"], root, config.crop, config.seed) for root in config.held}
     write_atomic(folder / "zero-shot.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
-def zero_shot(model: str | Path, root: str, crop: CropConfig, seed: int = 0, most: int = 100) -> dict[str, float]:
+def zero_shot(
+    model: str | Path, root: str | Drawn, crop: CropConfig, seed: int = 0, most: int = 100
+) -> dict[str, float]:
     """Returns how well "a photo of a {class}." tells the contents of crops of held pictures.
 
     {"top1": share of crops whose best class is present with at least `crop.least` of the crop, "chance": the same for

@@ -12,6 +12,8 @@ from jaxtyping import Bool, UInt8
 
 from fmda.errors import UserError
 from fmda.methods.pretrain.prompts import LOOKS, fitting, looks_of, needs
+from fmda.methods.render import RenderConfig, pictures
+from fmda.progress import track
 from fmda.world.captions import caption, crop_facts, word
 from fmda.world.names import CLASSES, VOID
 
@@ -48,12 +50,47 @@ class CropConfig:
     least: float = 0.02
 
 
-class Scenes(Sequence[dict[str, Any]]):
-    """Rendered pictures of several data-set folders, as a random-access source of plain dicts."""
+@dataclass(frozen=True)
+class Drawn:
+    """Images of one domain of the street world, rendered into memory when a run opens them; no folder is needed.
 
-    def __init__(self, roots: Sequence[str | Path]) -> None:
-        self.rows: list[tuple[Path, dict[str, Any]]] = []
-        for root in map(Path, roots):
+    Attributes:
+        domain: of the street world.
+        count: images.
+        height, width: of an image, pixels.
+        seed: image i follows from (seed, domain, i) alone.
+        batch: images per call of the renderer.
+    """
+
+    domain: str
+    count: int
+    height: int = 128
+    width: int = 256
+    seed: int = 0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an unknown domain, and numbers below their range."""
+        self.renderer()
+
+    def __str__(self) -> str:
+        return f"{self.domain} ({self.count} drawn from seed {self.seed})"
+
+    def renderer(self) -> RenderConfig:
+        """Returns what the renderer is asked for."""
+        return RenderConfig({self.domain: self.count}, self.height, self.width, self.seed, self.batch)
+
+
+class Scenes(Sequence[dict[str, Any]]):
+    """Street scenes of rendered folders, or drawn into memory, as a random-access source of plain dicts."""
+
+    def __init__(self, sources: Sequence[str | Path | Drawn]) -> None:
+        self.rows: list[dict[str, Any] | tuple[Path, dict[str, Any]]] = []
+        for drawn in sources:
+            if isinstance(drawn, Drawn):
+                images = pictures(drawn.renderer(), drawn.domain, range(drawn.count))
+                self.rows += [scene for _, scene in track(images, f"render {drawn.domain}", drawn.count)]
+        for root in (Path(source) for source in sources if not isinstance(source, Drawn)):
             index = root / "captions.jsonl"
             if not index.is_file():
                 raise UserError(f"{index}: not found; draw the folder with `fmda data render` or mend the path")
@@ -64,13 +101,16 @@ class Scenes(Sequence[dict[str, Any]]):
                 except (ValueError, KeyError, TypeError):
                     raise UserError(f"{index}, line {number}: is damaged; draw the folder again") from None
         if not self.rows:
-            raise UserError(f"{', '.join(map(str, roots))}: no pictures; draw some with `fmda data render`")
+            raise UserError(f"{', '.join(map(str, sources))}: no pictures; draw some with `fmda data render`")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        root, row = self.rows[index]
+        scene = self.rows[index]
+        if isinstance(scene, dict):
+            return scene
+        root, row = scene
         name = f"{row['name']}.png"
         return {
             "image": _read(root / "images" / name, cv2.IMREAD_COLOR)[..., ::-1],

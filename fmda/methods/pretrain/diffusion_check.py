@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from fmda.evaluate.quality import cmmd, frechet_distance, pairwise_diversity
 from fmda.methods.judges import embed
-from fmda.methods.pretrain.crops import TAGS, Crops, Scenes
+from fmda.methods.pretrain.crops import TAGS, Crops, Drawn, Scenes
 from fmda.methods.pretrain.latents import WindowConfig
 from fmda.progress import track
 from fmda.weights.clip import LoadedClip
@@ -29,7 +29,7 @@ class Windows:
     stated: Bool[np.ndarray, "n tags"]
 
 
-def cut_windows(config: WindowConfig, captions: Crops, roots: Sequence[str], count: int, seed: int) -> Windows:
+def cut_windows(config: WindowConfig, captions: Crops, roots: Sequence[str | Drawn], count: int, seed: int) -> Windows:
     """Returns `count` windows, taken from all pictures in turn, with captions that are true of them."""
     scenes, rng = Scenes(roots), np.random.default_rng((seed, 5))
     order = rng.permutation(len(scenes))

@@ -26,6 +26,7 @@ from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
+from fmda.methods.pretrain.crops import Drawn
 from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
 from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, check_networks, write_latents
 from fmda.methods.trainer import TrainerConfig, train
@@ -75,7 +76,7 @@ class Config(TrainerConfig):
     """Data, networks and schedule of a small latent diffusion model.
 
     Attributes:
-        data: rendered folders to train on.
+        data: rendered folders, or `Drawn` domains, to train on.
         held: rendered folders for the check; none of them may be in `data`.
         vae: folder of the autoencoder, or of a checkpoint that holds one.
         clip: the CLIP whose text tower reads the captions.
@@ -89,8 +90,8 @@ class Config(TrainerConfig):
         check_sample: how it samples them.
     """
 
-    data: tuple[str, ...]
-    held: tuple[str, ...] = ()
+    data: tuple[str | Drawn, ...]
+    held: tuple[str | Drawn, ...] = ()
     vae: str
     clip: str = "street-clip"
     model: ModelConfig = ModelConfig()
@@ -110,7 +111,7 @@ class Config(TrainerConfig):
     def __post_init__(self) -> None:
         """Raises UserError for pictures that are trained on and held, and for too few images to show."""
         if overlap := set(self.data) & set(self.held):
-            raise UserError(f"held: {', '.join(sorted(overlap))} is trained on too; hold other folders")
+            raise UserError(f"held: {', '.join(sorted(map(str, overlap)))} is trained on too; hold other folders")
         if self.min_snr is not None and self.min_snr <= 0:
             raise UserError(f"min_snr: {self.min_snr}; give a ratio above 0, or null")
         if self.held and self.check_images < SHOWN:

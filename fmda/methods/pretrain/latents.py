@@ -12,7 +12,7 @@ import numpy as np
 from fmda.atomic import replacing, write_atomic
 from fmda.data import templates
 from fmda.errors import UserError
-from fmda.methods.pretrain.crops import CropConfig, Crops, Scenes
+from fmda.methods.pretrain.crops import CropConfig, Crops, Drawn, Scenes
 from fmda.models.sd_vae import signed
 from fmda.progress import track
 from fmda.weights.diffusers import LoadedVae
@@ -42,7 +42,13 @@ class WindowConfig:
 
 
 def write_latents(
-    config: WindowConfig, vae: LoadedVae, captions: Crops, roots: Sequence[str], folder: Path, seed: int, digest: str
+    config: WindowConfig,
+    vae: LoadedVae,
+    captions: Crops,
+    roots: Sequence[str | Drawn],
+    folder: Path,
+    seed: int,
+    digest: str,
 ) -> int:
     """Returns the number of windows in the folder: files of moments float16 [n, h, w, 2c] and ids int32 [n, T].
 
