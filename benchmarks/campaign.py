@@ -35,7 +35,7 @@ class Item:
 
     Attributes:
         name: of the item, and of its record `<name>.json`.
-        command: arguments after the interpreter at full size; {out} is the campaign's folder, {seconds} the item's limit.
+        command: arguments after the interpreter at full size; {out} is the campaign's folder, {seconds} the limit.
         tiny: the same for very small networks.
         seconds: limit at full size, compilation included.
         least: seconds below which the item is not worth starting.
@@ -93,7 +93,7 @@ def rendered(record: Row) -> Iterable[Row]:
 
 def trained(record: Row) -> Iterable[Row]:
     """Yields a row for each quality score of a trained asset, and its throughput."""
-    yield {"what": f"{record['steps']} steps", "images_per_second": record["images_per_second"], "mfu": record.get("mfu")}
+    yield {"what": f"{record['steps']} steps", **{name: record.get(name) for name in ("images_per_second", "mfu")}}
     for name, value in record["quality"].items():
         yield {"what": name, "value": value}
 

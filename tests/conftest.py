@@ -1,4 +1,4 @@
-"""Strict settings for every test: eight CPU devices, no network, no silent rank promotion; compiled programs are kept."""
+"""Strict settings for every test: eight CPU devices, no network, no silent rank promotion, a compilation cache."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # tests compile much and compute little
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_llvm_disable_expensive_passes=true"
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
