@@ -40,7 +40,7 @@ EVERYTHING_BELOW = set(RULE) - {"__main__", "__init__"}
 RULE["methods"] = EVERYTHING_BELOW
 RULE["cli"] = EVERYTHING_BELOW | {"methods"}
 # What one method may take from another.
-SHARED_METHODS = {"export", "generate", "judges", "pipeline", "trainer", "uda"}
+SHARED_METHODS = {"export", "generate", "judges", "pipeline", "render", "trainer", "uda"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 
