@@ -5,6 +5,8 @@ batch is built, so that every random choice is a function of the seed and the po
 the augmentations do not depend on workers, threads, processes or restarts.
 """
 
+import errno
+import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -94,6 +96,11 @@ class Batches(Iterator[Batch]):
         except StopIteration:
             self.close()
             raise
+        except (OSError, RuntimeError) as fault:
+            meaning = _worker_fault(fault) if self._workers else None
+            if meaning is None:
+                raise
+            raise meaning from None
         self._done += 1
         # what workers send lies in shared memory; a copy frees that at once and leaves ordinary arrays
         return {key: np.array(value) for key, value in batch.items()} if self._workers else batch
@@ -189,6 +196,23 @@ def _fields(example: Any) -> Mapping[str, Any]:
     if isinstance(example, Mapping):
         return example
     raise UserError(f"a transform gave a {type(example).__name__}; it must return an Example or a dict of arrays")
+
+
+def _worker_fault(fault: OSError | RuntimeError) -> UserError | None:
+    """Returns what a failure between processes means to a user; None for one that has another cause."""
+    crashed = "Worker process was terminated unexpectedly" in str(fault)
+    # a full tmpfs refuses a new segment (ENOSPC) or kills the process that writes to it (SIGBUS)
+    if getattr(fault, "errno", None) == errno.ENOSPC or (crashed and f"exit code {-signal.SIGBUS}." in str(fault)):
+        return UserError(
+            "/dev/shm: no space left for the batches of loader processes; set workers=0, or enlarge it "
+            "(docker run --shm-size=2g)"
+        )
+    if crashed:
+        return UserError(
+            "loader: a loader process ended at its start or was killed; start the run under "
+            "`if __name__ == '__main__':` in a script file, or set workers=0"
+        )
+    return None
 
 
 def _close(running: list[Any]) -> None:

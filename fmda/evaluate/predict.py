@@ -1,41 +1,112 @@
-"""Prediction of many files into a folder: label maps and overlays."""
+"""Prediction of many files into a folder: label maps and overlays. An interrupted call resumes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fmda.data.digest import file_evidence
 from fmda.errors import UserError
 from fmda.evaluate.images import image_files
-from fmda.evaluate.segmenter import Segmenter, overlay_path
+from fmda.evaluate.segmenter import Segmentation, Segmenter, overlay_path
 from fmda.progress import track
+from fmda.runs.journal import Journal, read_rows
+
+JOURNAL = "predictions.jsonl"
+"""Which image and model each label map of the folder was made from; a line is written before its files."""
+
+SHOWN = 3
 
 
-def predict_files(segmenter: Segmenter, images: Sequence[str | Path], out: str | Path) -> Iterator[dict]:
+def predict_files(segmenter: Segmenter, images: Sequence[str | Path], out: str | Path) -> Iterator[dict[str, Any]]:
     """Yields one record per image after writing `<name>.png` (labels) and `<name>_overlay.jpg` into `out`.
 
     A record holds `image`, `labels`, `overlay` (paths) and `classes` (name -> share of the pixels, largest first).
-    Everything is checked before the first prediction; existing files are not replaced.
+    What an earlier call predicted from the same image with the same model is kept, an image that changed is predicted
+    again, and no other file is replaced. An image that cannot be read does not stop the others.
 
     Raises:
-        UserError: a missing image, two images of one name, or an output that exists.
+        UserError: before the first prediction a missing image, two images of one name, or an output that exists; after
+            the last one the images that could not be predicted.
     """
     out = Path(out)
-    files = image_files(images)
+    targets = _targets(image_files(images), out)
+    earlier = {row["name"]: row for row in read_rows(out / JOURNAL)}
+    for target, file in targets.items():
+        _refuse_others(target, file, earlier.get(target.name), segmenter.fingerprint)
+    faults: list[str] = []
+    with Journal(out / JOURNAL) as journal:
+        for target, file in track(list(targets.items()), "predict"):
+            row = earlier.get(target.name)
+            try:
+                evidence = file_evidence(file).hex()
+                if row is None or row["evidence"] != evidence or not all(p.exists() for p in _outputs(target)):
+                    result = segmenter.predict(file)
+                    row = {"name": target.name, "image": str(file), "model": segmenter.fingerprint}
+                    row |= {"evidence": evidence, "classes": _shares(result)}
+                else:
+                    result = None
+            except (UserError, OSError) as fault:
+                faults.append(str(fault))
+                continue
+            if result is not None:
+                _write(result, row, target, journal)
+            labels, overlay = map(str, _outputs(target))
+            yield {"image": str(file), "labels": labels, "overlay": overlay, "classes": row["classes"]}
+    if faults:
+        more = f" (and {len(faults) - SHOWN} more)" if len(faults) > SHOWN else ""
+        raise UserError(
+            f"{len(faults)} of {len(targets)} images could not be predicted: {'; '.join(faults[:SHOWN])}{more}; fix or "
+            "remove them and run the same command again"
+        )
+
+
+def _targets(files: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Returns the label map's path -> the image."""
     targets: dict[Path, Path] = {}
     for file in files:
         target = out / f"{file.stem}.png"
         if target in targets:
             raise UserError(f"{file}: has the same name as {targets[target]}; predict them into two folders")
-        for path in (target, overlay_path(target)):
-            if path.exists():
-                raise UserError(f"{path}: exists already; choose another output folder or delete it")
         targets[target] = file
-    for target, file in track(list(targets.items()), "predict"):
-        result = segmenter.predict(file)
-        labels, picture = result.save(target)
-        values, counts = np.unique(result.labels, return_counts=True)
-        found = sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)
-        names = segmenter.classes.names
-        shares = {names[k]: round(n / result.labels.size, 4) for n, k in found if k < len(names)}
-        yield {"image": str(file), "labels": str(labels), "overlay": str(picture), "classes": shares}
+    return targets
+
+
+def _refuse_others(target: Path, file: Path, row: dict[str, Any] | None, model: str) -> None:
+    """Raises UserError for an output that exists and was made from another image or by another model."""
+    path = next((path for path in _outputs(target) if path.exists()), None)
+    if path is None:
+        return
+    if row is None:
+        raise UserError(f"{path}: exists already; choose another output folder or delete it")
+    if row["model"] != model:
+        raise UserError(f"{path}: was predicted by another model; choose another output folder or delete it")
+    if (
+        Path(row["image"]).absolute() != file.absolute()
+        and file.is_file()
+        and file_evidence(file).hex() != row["evidence"]
+    ):
+        raise UserError(f"{path}: was predicted from {row['image']}; choose another output folder or delete it")
+
+
+def _write(result: Segmentation, row: dict[str, Any], target: Path, journal: Journal) -> None:
+    try:
+        for path in _outputs(target):
+            path.unlink(missing_ok=True)
+        journal.append(row)
+    except OSError as fault:
+        raise UserError(f"{journal.path}: cannot be written ({fault.strerror}); choose another place") from None
+    result.save(target)
+
+
+def _outputs(target: Path) -> tuple[Path, Path]:
+    return target, overlay_path(target)
+
+
+def _shares(result: Segmentation) -> dict[str, float]:
+    """Returns each class's share of the pixels, largest first."""
+    values, counts = np.unique(result.labels, return_counts=True)
+    ranked = sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)
+    names = result.classes.names
+    return {names[k]: round(n / result.labels.size, 4) for n, k in ranked if k < len(names)}

@@ -9,6 +9,7 @@ continues from what is there.
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import platform
 import sys
@@ -179,6 +180,11 @@ def _locked(work: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if getattr(multiprocessing.current_process(), "_inheriting", False):
+                    raise UserError(
+                        "a loader process runs the script a second time; start the run under "
+                        "`if __name__ == '__main__':`, or set workers=0"
+                    ) from None
                 raise _Taken(
                     f"{work}: another run is at work in it; wait for its end, or choose another work_dir="
                 ) from None

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -110,6 +112,48 @@ def test_workers_change_nothing(street) -> None:
     resumed = batches(source, chain, 2, seed=9, workers=2)
     resumed.set_state({**resumed.get_state(), "batches": 3})
     assert numbers(resumed, 4) == found[0][3:]
+
+
+class Failing:
+    """A pipeline that fails between its processes."""
+
+    def __init__(self, fault: Exception) -> None:
+        self.fault = fault
+
+    def __next__(self) -> dict:
+        raise self.fault
+
+    def close(self) -> None:
+        pass
+
+
+CRASH = "Worker process was terminated unexpectedly with exit code {}. Search the logs above"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (OSError(28, "No space left on device"), "/dev/shm: no space left.*; set workers=0"),
+        (RuntimeError(CRASH.format(-7)), "/dev/shm: no space left.*; set workers=0"),
+        (RuntimeError(CRASH.format(1)), "under `if __name__ == '__main__':`.*workers=0"),
+    ],
+)
+def test_failures_between_processes_are_one_line(fault: Exception, message: str) -> None:
+    loader = batches(SOURCE, None, 2, seed=0, workers=1)
+    loader._open.append(Failing(fault))
+    with pytest.raises(UserError, match=message):
+        next(loader)
+
+
+def test_a_script_without_guard_is_told_of_it(tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import numpy as np\nfrom fmda.data.loader import batches\n"
+        "print(next(batches([{'x': np.zeros(2)}], None, 1, seed=0, workers=1)))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("fmda.errors.UserError") and "if __name__ == '__main__':" in last
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -122,7 +122,7 @@ def test_load_refuses_what_is_no_run(tmp_path):
         Segmenter.load(tmp_path / "c")
 
 
-def test_predict_files_writes_and_never_replaces(segmenter, tmp_path):
+def test_predict_files_writes_and_replaces_no_other_file(segmenter, tmp_path):
     Image.fromarray(IMAGE).save(tmp_path / "one.png")
     Image.fromarray(IMAGE).save(tmp_path / "two.jpg", quality=100)
     out = tmp_path / "out"
@@ -130,13 +130,55 @@ def test_predict_files_writes_and_never_replaces(segmenter, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == [
         "one.png",
         "one_overlay.jpg",
+        "predictions.jsonl",
         "two.png",
         "two_overlay.jpg",
     ]
     assert records[0]["classes"] == {"car": 0.3333, "sky": 0.3333, "road": 0.3333}
     before = (out / "one.png").stat().st_mtime_ns
+    (tmp_path / "other").mkdir()
+    Image.fromarray(IMAGE + 1).save(tmp_path / "other/one.png")
+    with pytest.raises(UserError, match=r"one\.png: was predicted from .*one\.png; choose another output"):
+        list(predict_files(segmenter, [tmp_path / "other/one.png"], out))
+    other = Segmenter(segmenter.forward, segmenter.classes, segmenter.name, "another model")
+    with pytest.raises(UserError, match="was predicted by another model"):
+        list(predict_files(other, [tmp_path / "one.png"], out))
+    assert (out / "one.png").stat().st_mtime_ns == before
+    (out / "predictions.jsonl").unlink()
     with pytest.raises(UserError, match="exists already"):
         list(predict_files(segmenter, [tmp_path / "one.png"], out))
-    assert (out / "one.png").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="same name"):
         list(predict_files(segmenter, [tmp_path / "one.png", tmp_path / "one.png"], tmp_path / "new"))
+
+
+def test_a_broken_image_stops_no_other_and_the_call_resumes(segmenter, tmp_path):
+    images, out, calls = tmp_path / "images", tmp_path / "out", []
+    images.mkdir()
+    for name in ("a", "b", "c"):
+        Image.fromarray(IMAGE).save(images / f"{name}.png")
+    (images / "b.png").write_bytes((images / "a.png").read_bytes()[:45])
+    (images / "notes.heic").write_bytes(b"")
+    (images / "._a.png").write_bytes(b"")
+
+    def counted(image):
+        calls.append(1)
+        return segmenter.forward(image)
+
+    model = Segmenter(counted, segmenter.classes, segmenter.name, segmenter.fingerprint)
+
+    def predicted() -> list[str]:
+        names = []
+        with pytest.warns(UserWarning, match=r"1 files are skipped, not images by their suffix: notes\.heic"):
+            for record in predict_files(model, [images], out):
+                names.append(record["labels"].rpartition("/")[2])
+        return names
+
+    with pytest.raises(UserError, match=r"1 of 3 images could not be predicted: .*b\.png: truncated"):
+        predicted()
+    assert len(calls) == 2 and not (out / "b.png").exists()
+    Image.fromarray(IMAGE).save(images / "b.png")
+    assert predicted() == ["a.png", "b.png", "c.png"] and len(calls) == 3
+    # an image that changed is predicted again, and so is one whose files were lost
+    Image.fromarray(IMAGE + 1).save(images / "c.png")
+    (out / "a_overlay.jpg").unlink()
+    assert predicted() == ["a.png", "b.png", "c.png"] and len(calls) == 5

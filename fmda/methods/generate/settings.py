@@ -132,7 +132,10 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
     if config.texts:
         return [Prompt(text) for text in config.texts]
     if config.file is not None:
-        texts = read_lines(Path(config.file).expanduser())
+        try:
+            texts = read_lines(Path(config.file).expanduser())
+        except UserError as fault:
+            raise UserError(f"prompts.file: {fault}") from None
         if not texts:
             raise UserError(f"prompts.file: {config.file} holds no prompt; write one on each line")
         return [Prompt(text) for text in texts]
