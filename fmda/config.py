@@ -62,6 +62,10 @@ NonNegativeInt = Annotated[int, Bounds(0)]
 PositiveFloat = Annotated[float, Bounds(above=0)]
 NonNegativeFloat = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
+Decay = Annotated[float, Bounds(0, below=1)]
+"""The share that a moving average keeps at each step."""
+Side = Annotated[float, Bounds(above=0, most=1)]
+"""A side of a crop as a share of the image's."""
 
 FileOrName = Annotated[str, "file"]
 """A known name, or a text file: text that leads to a file becomes its absolute path, other text stays."""

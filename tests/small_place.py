@@ -1,9 +1,13 @@
 """A small place to work in: a tiny CLIP, labelled pictures, rendered scenes and the configurations that use them.
 
-All paths in it are relative, so that a copy of the folder works as well as the folder itself.
+All paths in its configurations are relative. Runs record them as absolute paths, so a finished run is resumed at its
+own place alone: `borrowed` lends a test the folder itself.
 """
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -39,6 +43,15 @@ optim: {learning_rate: 0.001}
 """
 
 WORLD = "kind: world\ndomains: {photo: 1}\nheight: 32\nwidth: 64\nbatch: 1\n"
+
+
+@contextmanager
+def borrowed(folder: Path, spare: Path) -> Iterator[Path]:
+    """Lends a folder that may be damaged; it comes back from the copy `spare`."""
+    shutil.copytree(folder, spare)
+    yield folder
+    shutil.rmtree(folder)
+    shutil.move(spare, folder)
 
 
 def make_place(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """From prompts and seeds to images: text states, sampling and decoding as one compiled program over all devices."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, UInt8, UInt32
 
+from fmda.config import PositiveInt
 from fmda.diffusion.guidance import guided
 from fmda.diffusion.load import StableDiffusion
 from fmda.diffusion.samplers import SAMPLERS, Denoise, make_table, sample
@@ -38,17 +38,15 @@ class SamplerConfig:
     """
 
     sampler: str = "plms"
-    steps: int = 50
+    steps: PositiveInt = 50
     guidance: float = 7.5
     negative: str = ""
-    size: tuple[int, int] | None = None
+    size: tuple[PositiveInt, PositiveInt] | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown sampler, less than a step, and a guidance that is no number or has no use."""
+        """Raises UserError for an unknown sampler, and a negative prompt that has no effect."""
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler: '{self.sampler}' does not exist{did_you_mean(self.sampler, SAMPLERS)}")
-        if self.steps < 1 or not math.isfinite(self.guidance):
-            raise UserError(f"steps, guidance: {self.steps}, {self.guidance}; give at least 1 step and a finite number")
         if self.guidance == 1 and self.negative:
             raise UserError(f"negative: '{self.negative}' has no use with a guidance of 1; leave it out, or raise that")
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 
 from fmda.atomic import occupied, replacing, write_atomic
-from fmda.config import differences, fingerprint, to_dict
+from fmda.config import Bounds, NonNegativeInt, PositiveInt, differences, fingerprint, to_dict
 from fmda.data import class_list
 from fmda.errors import UserError, did_you_mean
 from fmda.methods.pipeline import Plan
@@ -35,25 +35,19 @@ class RenderConfig:
         supersample: rays per pixel along each side; 2 smooths edges at four times the cost.
     """
 
-    domains: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DOMAINS, 20))
-    height: int = 128
-    width: int = 256
-    seed: int = 0
-    batch: int = 4
-    supersample: int = 1
+    domains: dict[str, PositiveInt] = field(default_factory=lambda: dict.fromkeys(DOMAINS, 20))
+    height: Annotated[int, Bounds(32)] = 128
+    width: Annotated[int, Bounds(32)] = 256
+    seed: NonNegativeInt = 0
+    batch: PositiveInt = 4
+    supersample: PositiveInt = 1
 
     def __post_init__(self) -> None:
-        for name, count in self.domains.items():
+        for name in self.domains:
             if name not in DOMAINS:
                 raise UserError(f"domains: '{name}' is no domain of the street world{did_you_mean(name, DOMAINS)}")
-            if count < 1:
-                raise UserError(f"domains: {name}: {count} pictures; give at least 1 or leave the domain out")
         if not self.domains:
             raise UserError("domains: none named; give pictures per domain, such as {photo: 100}")
-        if min(self.height, self.width) < 32:
-            raise UserError(f"height, width: {self.height} x {self.width} is too small; use 32 or more")
-        if min(self.batch, self.supersample) < 1:
-            raise UserError("batch, supersample: must be 1 or more")
 
 
 Config = RenderConfig

@@ -17,7 +17,7 @@ class Config:
         runs: run folders; the first is the one the others are compared with.
     """
 
-    runs: tuple[str, ...]
+    runs: tuple[Path, ...]
 
 
 def stages(config: Config) -> list[Stage]:

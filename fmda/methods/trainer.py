@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from fmda.atomic import write_atomic
-from fmda.config import FREE, identity, to_dict
+from fmda.config import FREE, NonNegativeInt, PositiveFloat, PositiveInt, identity, to_dict
 from fmda.data.loader import Transform, batches
 from fmda.mesh import FSDP_RULES, Rule, make_mesh
 from fmda.perf.peaks import peak_flops
@@ -33,14 +33,14 @@ class TrainerConfig:
         tensorboard: write TensorBoard files beside the metrics.
     """
 
-    steps: int
-    batch: int
-    seed: int = 0
+    steps: PositiveInt
+    batch: PositiveInt
+    seed: NonNegativeInt = 0
     mesh: tuple[int, int] = (-1, 1)
-    workers: int = 0
-    log_every: int = field(default=25, metadata=FREE)
-    save_steps: int = field(default=250, metadata=FREE)
-    save_minutes: float = field(default=5.0, metadata=FREE)
+    workers: NonNegativeInt = 0
+    log_every: PositiveInt = field(default=25, metadata=FREE)
+    save_steps: PositiveInt = field(default=250, metadata=FREE)
+    save_minutes: PositiveFloat = field(default=5.0, metadata=FREE)
     tensorboard: bool = field(default=False, metadata=FREE)
 
 

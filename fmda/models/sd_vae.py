@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from fmda.config import PositiveFloat, PositiveInt
 from fmda.models.sd_blocks import Downsample, ResBlock, Upsample
 from fmda.nn.attention import memory_efficient_attention
 from fmda.nn.conv import conv
@@ -32,13 +33,13 @@ class VaeConfig:
         sample_size: side of the images it was trained on.
     """
 
-    in_channels: int = 3
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers: int = 2
-    latent_channels: int = 4
-    scale: float = 0.18215
-    groups: int = 32
-    sample_size: int = 512
+    in_channels: PositiveInt = 3
+    channels: tuple[PositiveInt, ...] = (128, 256, 512, 512)
+    layers: PositiveInt = 2
+    latent_channels: PositiveInt = 4
+    scale: PositiveFloat = 0.18215
+    groups: PositiveInt = 32
+    sample_size: PositiveInt = 512
 
     @property
     def factor(self) -> int:

@@ -1,6 +1,5 @@
 """Optimizers and learning-rate schedules from a configuration."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from fmda import trees
+from fmda.config import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, Share
 from fmda.errors import UserError, did_you_mean
 from fmda.mesh import map_with_paths
 from fmda.trees import Tree
@@ -26,27 +26,22 @@ class OptimConfig:
     """
 
     method: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: NonNegativeFloat = 1e-3
     schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
-    warmup_steps: int = 0
-    end_factor: float = 0.0
+    warmup_steps: NonNegativeInt = 0
+    end_factor: Share = 0.0
     """Learning rate at the end, as a share of the highest."""
-    power: float = 0.9
+    power: NonNegativeFloat = 0.9
     """Exponent of the poly schedule."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     no_decay: tuple[str, ...] = ("*/bias", "*/scale", "*norm*")
-    multipliers: dict[str, float] = field(default_factory=dict)
-    clip_norm: float | None = None
+    multipliers: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    clip_norm: PositiveFloat | None = None
     """Largest global gradient norm; larger gradients are scaled down to it."""
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        """Raises UserError for a rate that would climb, or is no number."""
-        if not 0 <= self.learning_rate < math.inf:
-            raise UserError(f"optim.learning_rate: {self.learning_rate}; give a positive number")
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: PositiveFloat = 1e-8
+    momentum: Decay = 0.9
 
 
 def make_schedule(config: OptimConfig, steps: int) -> Schedule:

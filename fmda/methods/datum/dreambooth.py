@@ -4,17 +4,16 @@ All randomness of an example follows from its own seed. So neither the batch it 
 taken in, nor the devices change what it contributes.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
+from fmda.config import Bounds, NonNegativeFloat
 from fmda.diffusion.schedule import ScheduleConfig, add_noise, training_target
-from fmda.errors import UserError
 from fmda.methods.datum.lora import merged
 from fmda.models.sd_vae import signed
 from fmda.train.step import Objective, Outcome, TrainState
@@ -50,16 +49,8 @@ class NoiseConfig:
             the whole picture, the early ones its texture.
     """
 
-    offset: float = 0.0
-    earliest: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises UserError for an offset that is no deviation, or where no time would be left."""
-        if not 0 <= self.offset < math.inf or not 0 <= self.earliest < 1:
-            raise UserError(
-                f"noise: offset {self.offset}, earliest {self.earliest}; give an offset of 0 or more and an earliest "
-                "time from 0 to below 1"
-            )
+    offset: NonNegativeFloat = 0.0
+    earliest: Annotated[float, Bounds(0, below=1)] = 0.0
 
 
 class Noised(NamedTuple):

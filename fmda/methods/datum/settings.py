@@ -1,16 +1,23 @@
 """What a personalisation may say; the defaults are the paper's."""
 
-import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from fmda.config import FREE
+from fmda.config import (
+    FREE,
+    Decay,
+    FileOrName,
+    FolderOrName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from fmda.diffusion.draw import SamplerConfig
-from fmda.diffusion.generate import check_numbers
 from fmda.errors import UserError
 from fmda.methods.datum.dreambooth import NoiseConfig
 from fmda.methods.datum.stop import ProbeConfig
-from fmda.methods.generate.settings import check_device_memory
 from fmda.methods.trainer import TrainerConfig
 from fmda.models.sd_unet import Remat
 from fmda.train import OptimConfig
@@ -20,11 +27,11 @@ from fmda.train import OptimConfig
 class Optimizer(OptimConfig):
     """AdamW as DreamBooth's: a constant rate, decay of every parameter, one clip over all networks together."""
 
-    learning_rate: float = 5e-6
+    learning_rate: NonNegativeFloat = 5e-6
     schedule: Literal["cosine", "linear", "poly", "constant"] = "constant"
-    weight_decay: float = 1e-2
+    weight_decay: NonNegativeFloat = 1e-2
     no_decay: tuple[str, ...] = ()
-    clip_norm: float | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,16 +44,9 @@ class LoraConfig:
         text: whether the text encoder gets adapters too.
     """
 
-    rank: int = 8
-    alpha: float = 8.0
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 8.0
     text: bool = True
-
-    def __post_init__(self) -> None:
-        """Raises UserError for a rank below 1, and an alpha that is no positive number."""
-        if self.rank < 1:
-            raise UserError(f"lora.rank: {self.rank}; give at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"lora.alpha: {self.alpha}; give a positive number")
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,12 @@ class PriorConfig:
         sampler: how they are drawn.
     """
 
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     prompt: str = "a photo of an urban scene"
-    images: str | None = None
-    count: int = 200
-    batch: int = 4
+    images: Path | None = None
+    count: PositiveInt = 200
+    batch: PositiveInt = 4
     sampler: SamplerConfig = SamplerConfig()
-
-    def __post_init__(self) -> None:
-        """Raises UserError where no class picture would be drawn, or none would count."""
-        check_numbers(**{"prior.count": self.count, "prior.batch": self.batch})
-        if not 0 < self.weight < math.inf:
-            raise UserError(f"prior.weight: {self.weight}; give a positive number, or leave prior out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +98,8 @@ class Config(TrainerConfig):
         device_memory: GiB of a device; None asks the device, and checks nothing where it does not tell.
     """
 
-    image: str
-    model: str = "CompVis/stable-diffusion-v1-4"
+    image: FileOrName
+    model: FolderOrName = "CompVis/stable-diffusion-v1-4"
     revision: str | None = None
     token: str = "sks"
     prompt: str = "a photo of a sks urban scene"
@@ -113,40 +107,32 @@ class Config(TrainerConfig):
     lora: LoraConfig = LoraConfig()
     prior: PriorConfig | None = None
     noise: NoiseConfig = NoiseConfig()
-    resize: int | None = 1024
-    crop: int = 512
-    bank: int = 0
-    steps: int = 1000
-    batch: int = 1
-    accumulate: int = 1
+    resize: PositiveInt | None = 1024
+    crop: PositiveInt = 512
+    bank: NonNegativeInt = 0
+    steps: PositiveInt = 1000
+    batch: PositiveInt = 1
+    accumulate: PositiveInt = 1
     optim: Optimizer = field(default_factory=Optimizer)
-    ema: float | None = None
+    ema: Decay | None = None
     snapshots: tuple[int, ...] | None = None
     probe: ProbeConfig | None = field(default=None, metadata=FREE)
     export: tuple[int, ...] | None = field(default=None, metadata=FREE)
     store: Literal["float16", "bfloat16", "float32"] = "float16"
     precision: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
-    device_memory: float | None = field(default=None, metadata=FREE)
+    device_memory: PositiveFloat | None = field(default=None, metadata=FREE)
 
     def __post_init__(self) -> None:
         """Raises UserError for values that contradict each other."""
         if self.token not in self.prompt.split():
             raise UserError(f"prompt: '{self.prompt}' does not hold the token '{self.token}'; put it there as a word")
-        if self.crop < 1 or self.resize is not None and self.resize < self.crop:
+        if self.resize is not None and self.resize < self.crop:
             raise UserError(f"crop: {self.crop} pixels of a side of {self.resize}; choose a smaller crop")
-        if self.steps < 1 or self.batch < 1 or self.bank < 0 or self.seed < 0:
-            raise UserError(
-                f"steps, batch, bank, seed: {self.steps}, {self.batch}, {self.bank}, {self.seed}; give at least 1 step "
-                "and a batch of 1, nothing negative"
-            )
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema: {self.ema} is no share to keep; give a number between 0 and 1, or null")
-        if self.accumulate < 1 or self.batch % self.accumulate:
+        if self.batch % self.accumulate:
             raise UserError(
                 f"accumulate: a batch of {self.batch} is not taken in {self.accumulate} parts; give a divisor"
             )
-        check_device_memory(self.device_memory)
         steps = self.snapshot_steps
         if not steps or list(steps) != sorted(set(steps)) or not all(1 <= step <= self.steps for step in steps):
             raise UserError(

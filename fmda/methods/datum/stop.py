@@ -11,17 +11,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
 
 from fmda.atomic import write_atomic
+from fmda.config import Bounds, FolderOrName, NonNegativeInt, PositiveInt, Share
 from fmda.data.files import read_image
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import StableDiffusion
 from fmda.diffusion.manifest import Manifest, load_image
-from fmda.errors import UserError
 from fmda.evaluate.quality import alignment, pairwise_diversity, spread
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.evaluate.stopping import Choice, choose_step
@@ -42,7 +42,7 @@ class ProbeConfig:
     """How snapshots are compared.
 
     Attributes:
-        count: images of each snapshot.
+        count: images of each snapshot; standard errors come from halves of them.
         batch: images drawn at once.
         prompts: what is drawn; the token is that of the personalisation.
         sample: how it is sampled.
@@ -52,24 +52,14 @@ class ProbeConfig:
         seed: of the images and the crops.
     """
 
-    count: int = 40
-    batch: int = 8
+    count: Annotated[int, Bounds(4)] = 40
+    batch: PositiveInt = 8
     prompts: PromptConfig = PromptConfig()
     sample: SamplerConfig = SamplerConfig()
-    clip: str = "openai/clip-vit-base-patch16"
-    crops: int = 64
-    floor: float = 0.8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises UserError for values with which nothing could be measured."""
-        if self.count < 4 or self.crops < 4 or self.batch < 1 or self.seed < 0:
-            raise UserError(
-                f"probe: count {self.count}, crops {self.crops}, batch {self.batch}, seed {self.seed}; give at least 4 "
-                "images and crops, from whose halves errors are told, a batch of 1 and no negative seed"
-            )
-        if not 0 <= self.floor <= 1:
-            raise UserError(f"probe.floor: {self.floor} is no share; give a number from 0 to 1")
+    clip: FolderOrName = "openai/clip-vit-base-patch16"
+    crops: Annotated[int, Bounds(4)] = 64
+    floor: Share = 0.8
+    seed: NonNegativeInt = 0
 
 
 def probe_config(probe: ProbeConfig, token: str, dtype: Precision, device_memory: float | None) -> GenerateConfig:

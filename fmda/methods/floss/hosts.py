@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from fmda.config import from_dict, to_dict
+from fmda.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict, to_dict
 from fmda.data.transforms import resize_image
 from fmda.errors import UserError, did_you_mean
 from fmda.methods.floss.chain import Geometry, geometry
@@ -46,32 +46,30 @@ class HostConfig:
 
     name: str
     features: Features
-    long_max: int = 2048
-    short_max: int = 448
-    crop: int = 448
-    stride: int = 224
+    long_max: PositiveInt = 2048
+    short_max: PositiveInt = 448
+    crop: NonNegativeInt = 448
+    stride: PositiveInt = 224
     remainder: Literal["pad", "drop"] = "drop"
-    scale: float = 100.0
+    scale: PositiveFloat = 100.0
     trained_scale: bool = False
     softmax: Literal["patch", "image"] = "patch"
     renormalise_mean: bool = False
     prompts: Literal["plain", "naclip"] = "plain"
     round_statistics: bool = False
-    position_offset: float = 0.0
-    gaussian_std: float = 5.0
+    position_offset: NonNegativeFloat = 0.0
+    gaussian_std: PositiveFloat = 5.0
     affinity_floor: float = 0.2
-    background_confidence: float = 0.99
-    pamr_steps: int = 0
-    pamr_dilations: tuple[int, ...] = (8, 16)
+    background_confidence: Share = 0.99
+    pamr_steps: NonNegativeInt = 0
+    pamr_dilations: tuple[PositiveInt, ...] = (8, 16)
 
     def __post_init__(self) -> None:
-        """Raises UserError for sizes that make no window."""
-        if self.crop < 0 or (self.crop and not 0 < self.stride <= self.crop):
+        """Raises UserError where windows would leave gaps."""
+        if self.crop and self.stride > self.crop:
             raise UserError(
-                f"host: crop {self.crop} and stride {self.stride} leave gaps; take 0 < stride <= crop, or crop 0"
+                f"host: crop {self.crop} and stride {self.stride} leave gaps; take stride <= crop, or crop 0"
             )
-        if min(self.long_max, self.short_max) < 1:
-            raise UserError(f"host: the resize limits {self.long_max}, {self.short_max} must be positive")
 
     def geometry(self, size: tuple[int, int], patch: int) -> Geometry:
         """Returns how an image of `size` (height, width) is resized and cut, for patches of `patch` pixels."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from fmda.config import NonNegativeFloat
 from fmda.errors import UserError
 from fmda.methods.floss.criteria import shrunk
 
@@ -19,13 +20,8 @@ class Guards:
         shrink: per cent of all pixels at which a risk counts half and its template's mean risk half; 0 = off.
     """
 
-    min_share: float = 0.0
-    shrink: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises UserError for a negative share."""
-        if self.min_share < 0 or self.shrink < 0:
-            raise UserError("guards: min_share and shrink are per cent of pixels; give 0 or more")
+    min_share: NonNegativeFloat = 0.0
+    shrink: NonNegativeFloat = 0.0
 
 
 def order(

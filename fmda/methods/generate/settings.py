@@ -1,14 +1,12 @@
 """What a set of generated images may say, and the prompts it is drawn from."""
 
-import math
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fmda.config import FREE
+from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from fmda.diffusion.draw import SamplerConfig
-from fmda.diffusion.generate import check_numbers
 from fmda.diffusion.manifest import Prompt
 from fmda.errors import UserError
 from fmda.text import read_lines
@@ -43,7 +41,7 @@ class PromptConfig:
     form: str = "a photo of {token} {classes}"
     token: str = "sks"
     classes: tuple[str, ...] = tuple(THINGS)
-    file: str | None = None
+    file: Path | None = None
     texts: tuple[str, ...] = ()
 
 
@@ -61,19 +59,12 @@ class FilterConfig:
             with a warning that shows what was lost.
     """
 
-    clip: str = "openai/clip-vit-base-patch16"
+    clip: FolderOrName = "openai/clip-vit-base-patch16"
     clip_score: float | None = None
     near_duplicate: float | None = None
-    class_presence: float | None = None
+    class_presence: Share | None = None
     banned: tuple[str, ...] = ()
     long_prompt: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises UserError for a threshold that is no finite number."""
-        for name in ("clip_score", "near_duplicate", "class_presence"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"filters.{name}: {value} is no threshold; give a number, or null")
 
     @property
     def looks(self) -> bool:
@@ -100,29 +91,18 @@ class Config:
         device_memory: GiB of a device; None asks the device, and checks nothing where it does not tell.
     """
 
-    model: str
+    model: FolderOrName
     revision: str | None = None
     prompts: PromptConfig = PromptConfig()
-    count: int = field(default=2975, metadata=FREE)
-    batch: int = field(default=8, metadata=FREE)
-    seed: int = 0
+    count: PositiveInt = field(default=2975, metadata=FREE)
+    batch: PositiveInt = field(default=8, metadata=FREE)
+    seed: NonNegativeInt = 0
     sample: SamplerConfig = SamplerConfig()
     filters: FilterConfig = FilterConfig()
-    tries: int = field(default=8, metadata=FREE)
+    tries: PositiveInt = field(default=8, metadata=FREE)
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: tuple[int, int] = (-1, 1)
-    device_memory: float | None = field(default=None, metadata=FREE)
-
-    def __post_init__(self) -> None:
-        """Raises UserError for values with which nothing could be drawn."""
-        check_numbers(count=self.count, batch=self.batch, tries=self.tries)
-        check_device_memory(self.device_memory)
-
-
-def check_device_memory(gib: float | None) -> None:
-    """Raises UserError for a number of GiB that no device has."""
-    if gib is not None and not gib > 0:
-        raise UserError(f"device_memory: {gib} GiB is no size of a memory; give a positive number, or null")
+    device_memory: PositiveFloat | None = field(default=None, metadata=FREE)
 
 
 def make_prompts(config: PromptConfig) -> list[Prompt]:
@@ -133,7 +113,7 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
         return [Prompt(text) for text in config.texts]
     if config.file is not None:
         try:
-            texts = read_lines(Path(config.file).expanduser())
+            texts = read_lines(config.file)
         except UserError as fault:
             raise UserError(f"prompts.file: {fault}") from None
         if not texts:

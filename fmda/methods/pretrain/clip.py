@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool
 
 from fmda.atomic import write_atomic
+from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.data import templates
 from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
@@ -61,8 +62,8 @@ class Config(TrainerConfig):
         mean, std: normalisation of RGB in [0, 1].
     """
 
-    data: tuple[str | Drawn, ...]
-    held: tuple[str | Drawn, ...] = ()
+    data: tuple[Path | Drawn, ...]
+    held: tuple[Path | Drawn, ...] = ()
     model: ClipConfig = field(
         default_factory=lambda: ClipConfig(
             embed_dim=192,
@@ -71,14 +72,14 @@ class Config(TrainerConfig):
         )
     )
     crop: CropConfig = CropConfig()
-    vocabulary: int = 1024
-    steps: int = 3000
-    batch: int = 256
-    crops: int = 8
-    patch_weight: float = 1.0
-    patch_templates: int = 6
+    vocabulary: PositiveInt = 1024
+    steps: PositiveInt = 3000
+    batch: PositiveInt = 256
+    crops: PositiveInt = 8
+    patch_weight: NonNegativeFloat = 1.0
+    patch_templates: PositiveInt = 6
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.1, b2=0.98, clip_norm=1.0)
-    ema: float = 0.998
+    ema: Decay = 0.998
 
 
 def stages(config: Config) -> list[Stage]:
@@ -273,7 +274,7 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
 
 def zero_shot(
-    model: str | Path, root: str | Drawn, crop: CropConfig, seed: int = 0, most: int = 100
+    model: str | Path, root: Path | Drawn, crop: CropConfig, seed: int = 0, most: int = 100
 ) -> dict[str, float]:
     """Returns how well "a photo of a {class}." tells the contents of crops of held pictures.
 

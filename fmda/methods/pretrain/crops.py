@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from fmda.config import PositiveInt, Share, Side
 from fmda.errors import UserError
 from fmda.methods.pretrain.prompts import LOOKS, fitting, looks_of, needs
 from fmda.methods.render import RenderConfig, pictures
@@ -41,13 +42,13 @@ class CropConfig:
         least: share of the crop below which a class is not part of it.
     """
 
-    size: int = 64
-    side: tuple[float, float] = (0.2, 1.0)
-    centred: float = 0.6
-    spoiled: float = 0.25
-    prompted: float = 0.6
-    noise: float = 0.03
-    least: float = 0.02
+    size: PositiveInt = 64
+    side: tuple[Side, Side] = (0.2, 1.0)
+    centred: Share = 0.6
+    spoiled: Share = 0.25
+    prompted: Share = 0.6
+    noise: Share = 0.03
+    least: Share = 0.02
 
 
 @dataclass(frozen=True)

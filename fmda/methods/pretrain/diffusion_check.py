@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -29,7 +30,7 @@ class Windows:
     stated: Bool[np.ndarray, "n tags"]
 
 
-def cut_windows(config: WindowConfig, captions: Crops, roots: Sequence[str | Drawn], count: int, seed: int) -> Windows:
+def cut_windows(config: WindowConfig, captions: Crops, roots: Sequence[Path | Drawn], count: int, seed: int) -> Windows:
     """Returns `count` windows, taken from all pictures in turn, with captions that are true of them."""
     scenes, rng = Scenes(roots), np.random.default_rng((seed, 5))
     order = rng.permutation(len(scenes))

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from fmda.atomic import write_atomic
+from fmda.config import PositiveInt
 from fmda.errors import UserError
 from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
@@ -43,11 +44,11 @@ from fmda.weights.dino import load_dino, save_dino
 class ModelConfig:
     """Sizes of the vision transformer; its positions are for the global views."""
 
-    patch_size: int = 8
-    width: int = 128
-    layers: int = 6
-    heads: int = 4
-    mlp_width: int = 512
+    patch_size: PositiveInt = 8
+    width: PositiveInt = 128
+    layers: PositiveInt = 6
+    heads: PositiveInt = 4
+    mlp_width: PositiveInt = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +66,16 @@ class Config(TrainerConfig):
         check_thresholds: cosines above which two patches count as alike in the check.
     """
 
-    data: tuple[str, ...]
-    held: tuple[str, ...] = ()
+    data: tuple[Path, ...]
+    held: tuple[Path, ...] = ()
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()
     views: ViewConfig = ViewConfig()
     distill: DistillConfig = DistillConfig()
-    steps: int = 3000
-    batch: int = 64
+    steps: PositiveInt = 3000
+    batch: PositiveInt = 64
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.04, clip_norm=3.0)
-    check_size: int = 128
+    check_size: PositiveInt = 128
     check_thresholds: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9)
 
     def __post_init__(self) -> None:
@@ -186,7 +187,7 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     patch = config.model.patch_size
     size = config.check_size - config.check_size % patch
     result = {
-        root: agreement_on(root, {"values": values}, size, patch, config.check_thresholds, config.seed)
+        str(root): agreement_on(root, {"values": values}, size, patch, config.check_thresholds, config.seed)
         for root in config.held
     }
     write_atomic(folder / "patches.json", json.dumps(result, indent=1) + "\n")

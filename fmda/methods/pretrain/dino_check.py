@@ -1,6 +1,7 @@
 """Whether patches that look alike to a network show the same class. Labels are read here and nowhere before."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -32,7 +33,7 @@ def raw_patches(pixels: UInt8[np.ndarray, "n s s 3"], patch: int) -> Float[np.nd
 
 
 def labelled_squares(
-    root: str, size: int, patch: int, seed: int, most: int
+    root: Path, size: int, patch: int, seed: int, most: int
 ) -> tuple[UInt8[np.ndarray, "n s s 3"], UInt8[np.ndarray, "n p"]]:
     """Returns squares of a rendered folder's pictures, and the class that fills most of each patch (255 = none)."""
     scenes = Scenes([root])
@@ -48,7 +49,7 @@ def labelled_squares(
 
 
 def agreement_on(
-    root: str,
+    root: Path,
     looks: Mapping[str, Look],
     size: int,
     patch: int,
@@ -106,7 +107,7 @@ def agreement(
 
 
 def object_overlap(
-    root: str, looks: Mapping[str, Look], size: int, patch: int, seed: int, most: int = 64
+    root: Path, looks: Mapping[str, Look], size: int, patch: int, seed: int, most: int = 64
 ) -> dict[str, float]:
     """Returns {"share": patches that show things, name: their IoU with the patches that a network takes for objects}.
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from fmda import trees
+from fmda.config import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from fmda.losses.self_distillation import (
     koleo_loss,
     masked_patch_loss,
@@ -28,9 +29,9 @@ from fmda.train import Objective, Outcome, TrainState
 class HeadConfig:
     """The projection head: an MLP of three layers, unit length, then cosines with unit-length prototypes."""
 
-    hidden: int = 256
-    bottleneck: int = 64
-    prototypes: int = 1024
+    hidden: PositiveInt = 256
+    bottleneck: PositiveInt = 64
+    prototypes: PositiveInt = 1024
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class DistillConfig:
         freeze_steps: during which the prototypes stay as they were drawn.
     """
 
-    patch_weight: float = 1.0
-    koleo_weight: float = 0.1
-    student_temperature: float = 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)
-    warmup_steps: int = 300
-    centre_momentum: float = 0.9
-    teacher_momentum: float = 0.99
-    freeze_steps: int = 50
+    patch_weight: NonNegativeFloat = 1.0
+    koleo_weight: NonNegativeFloat = 0.1
+    student_temperature: PositiveFloat = 0.1
+    teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)
+    warmup_steps: NonNegativeInt = 300
+    centre_momentum: Decay = 0.9
+    teacher_momentum: Share = 0.99
+    freeze_steps: NonNegativeInt = 50
 
 
 class Head(nnx.Module):

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from fmda.config import Bounds, NonNegativeInt, PositiveInt, Share, Side
 from fmda.data.dataset import Example
 from fmda.data.files import read_image
 from fmda.data.listing import images_in
@@ -58,18 +60,18 @@ class ViewConfig:
         masked: probability that a global view is masked at all.
     """
 
-    size: int = 64
-    local_size: int = 32
-    locals: int = 4
-    global_side: tuple[float, float] = (0.5, 1.0)
-    local_side: tuple[float, float] = (0.2, 0.5)
-    aspect: float = 4 / 3
-    jitter: float = 0.8
-    grey: float = 0.2
-    solarise: float = 0.2
-    blur: tuple[float, float, float] = (0.5, 0.1, 0.3)
-    mask: tuple[float, float] = (0.1, 0.5)
-    masked: float = 0.5
+    size: PositiveInt = 64
+    local_size: PositiveInt = 32
+    locals: NonNegativeInt = 4
+    global_side: tuple[Side, Side] = (0.5, 1.0)
+    local_side: tuple[Side, Side] = (0.2, 0.5)
+    aspect: Annotated[float, Bounds(1)] = 4 / 3
+    jitter: Share = 0.8
+    grey: Share = 0.2
+    solarise: Share = 0.2
+    blur: tuple[Share, Share, Share] = (0.5, 0.1, 0.3)
+    mask: tuple[Share, Share] = (0.1, 0.5)
+    masked: Share = 0.5
 
 
 @dataclass(frozen=True)

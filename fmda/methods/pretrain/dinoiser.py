@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from fmda import trees
 from fmda.atomic import write_atomic
+from fmda.config import FolderOrName, NonNegativeFloat, PositiveInt, Share, Side
 from fmda.data.dataset import Example
 from fmda.data.transforms import ColourJitter
 from fmda.errors import UserError
@@ -63,22 +64,22 @@ class Config(TrainerConfig):
         decay_step: step at which both rates fall to a tenth.
     """
 
-    data: tuple[str, ...]
-    held: tuple[str, ...] = ()
-    clip: str = "street-clip"
-    teacher: str = "street-dino"
-    size: int = 448
-    side: tuple[float, float] = (1.0, 1.0)
-    jitter: float = 0.8
-    channels: int = 256
+    data: tuple[Path, ...]
+    held: tuple[Path, ...] = ()
+    clip: FolderOrName = "street-clip"
+    teacher: FolderOrName = "street-dino"
+    size: PositiveInt = 448
+    side: tuple[Side, Side] = (1.0, 1.0)
+    jitter: Share = 0.8
+    channels: PositiveInt = 256
     floor: float = 0.2
     background: float = 0.3
-    steps: int = 6250
-    batch: int = 16
-    learning_rate: float = 5e-5
-    background_rate: float = 1e-2
-    weight_decay: float = 0.01
-    decay_step: int = 5000
+    steps: PositiveInt = 6250
+    batch: PositiveInt = 16
+    learning_rate: NonNegativeFloat = 5e-5
+    background_rate: NonNegativeFloat = 1e-2
+    weight_decay: NonNegativeFloat = 0.01
+    decay_step: PositiveInt = 5000
 
 
 class Networks(NamedTuple):
@@ -286,7 +287,7 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     together = {name: reader(name) for name in ("clip", "teacher", "heads")}
     things = {name: reader(name) for name in ("saliency", "teacher saliency")}
     result = {
-        root: {
+        str(root): {
             "together": agreement_on(root, together, size, patch, (config.floor,), config.seed),
             "things": object_overlap(root, things, size, patch, config.seed),
         }

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fmda.atomic import write_atomic
+from fmda.config import Bounds, Decay, FolderOrName, PositiveFloat, PositiveInt, Share
 from fmda.diffusion.draw import SamplerConfig, make_draw
 from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, save_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig, add_noise, alphas_cumprod, training_target
@@ -57,11 +58,11 @@ SHOWN = 16
 class ModelConfig:
     """Sizes of the UNet; channels of latents and width of texts follow from the other networks."""
 
-    channels: tuple[int, ...] = (64, 128, 192)
-    layers: int = 1
+    channels: tuple[PositiveInt, ...] = (64, 128, 192)
+    layers: PositiveInt = 1
     attention: tuple[bool, ...] = (True, True, True)
-    heads: tuple[int, ...] = (2, 4, 6)
-    groups: int = 8
+    heads: tuple[PositiveInt, ...] = (2, 4, 6)
+    groups: PositiveInt = 8
 
     def __post_init__(self) -> None:
         """Raises UserError where the lists are of different lengths, or heads and groups do not divide widths."""
@@ -90,32 +91,28 @@ class Config(TrainerConfig):
         check_sample: how it samples them.
     """
 
-    data: tuple[str | Drawn, ...]
-    held: tuple[str | Drawn, ...] = ()
-    vae: str
-    clip: str = "street-clip"
+    data: tuple[Path | Drawn, ...]
+    held: tuple[Path | Drawn, ...] = ()
+    vae: FolderOrName
+    clip: FolderOrName = "street-clip"
     model: ModelConfig = ModelConfig()
     windows: WindowConfig = WindowConfig()
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
-    drop: float = 0.1
-    min_snr: float | None = 5.0
-    steps: int = 20000
-    batch: int = 32
+    drop: Share = 0.1
+    min_snr: PositiveFloat | None = 5.0
+    steps: PositiveInt = 20000
+    batch: PositiveInt = 32
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(learning_rate=6e-4, warmup_steps=200, weight_decay=0.01, clip_norm=1.0)
     )
-    ema: float = 0.999
-    check_images: int = 256
+    ema: Decay = 0.999
+    check_images: Annotated[int, Bounds(SHOWN)] = 256
     check_sample: SamplerConfig = SamplerConfig(sampler="dpm++2m", steps=20, guidance=3.0)
 
     def __post_init__(self) -> None:
-        """Raises UserError for pictures that are trained on and held, and for too few images to show."""
+        """Raises UserError for folders that are both trained on and held out."""
         if overlap := set(self.data) & set(self.held):
             raise UserError(f"held: {', '.join(sorted(map(str, overlap)))} is trained on too; hold other folders")
-        if self.min_snr is not None and self.min_snr <= 0:
-            raise UserError(f"min_snr: {self.min_snr}; give a ratio above 0, or null")
-        if self.held and self.check_images < SHOWN:
-            raise UserError(f"check_images: {self.check_images}; give at least {SHOWN}, which the overview shows")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from fmda.atomic import replacing, write_atomic
+from fmda.config import PositiveInt, Share
 from fmda.data import templates
 from fmda.errors import UserError
 from fmda.methods.pretrain.crops import CropConfig, Crops, Drawn, Scenes
@@ -35,17 +36,17 @@ class WindowConfig:
         least: share of the window below which a class is not part of it.
     """
 
-    size: int = 128
-    count: int = 4
-    prompted: float = 0.4
-    least: float = 0.01
+    size: PositiveInt = 128
+    count: PositiveInt = 4
+    prompted: Share = 0.4
+    least: Share = 0.01
 
 
 def write_latents(
     config: WindowConfig,
     vae: LoadedVae,
     captions: Crops,
-    roots: Sequence[str | Drawn],
+    roots: Sequence[Path | Drawn],
     folder: Path,
     seed: int,
     digest: str,

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from fmda.atomic import write_atomic
+from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.errors import UserError
 from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
@@ -50,25 +51,25 @@ class Config(TrainerConfig):
         ema: share that the weight average keeps at each step.
     """
 
-    data: tuple[str, ...]
-    held: tuple[str, ...] = ()
+    data: tuple[Path, ...]
+    held: tuple[Path, ...] = ()
     model: VaeConfig = field(
         default_factory=lambda: VaeConfig(channels=(16, 32, 64, 96), layers=1, groups=8, sample_size=128)
     )
-    crop: int = 64
-    edges: float = 0.5
-    kl: float = 1e-4
-    steps: int = 3000
-    batch: int = 16
+    crop: PositiveInt = 64
+    edges: NonNegativeFloat = 0.5
+    kl: NonNegativeFloat = 1e-4
+    steps: PositiveInt = 3000
+    batch: PositiveInt = 16
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.0, clip_norm=1.0)
-    ema: float = 0.998
+    ema: Decay = 0.998
 
     def __post_init__(self) -> None:
         """Raises UserError for crops that the network cannot halve, or pictures that are trained on and held."""
         if self.crop < self.model.factor or self.crop % self.model.factor:
             raise UserError(f"crop: {self.crop} is no multiple of {self.model.factor}, the pixels of a latent's side")
         if overlap := set(self.data) & set(self.held):
-            raise UserError(f"held: {', '.join(sorted(overlap))} is trained on too; hold other folders")
+            raise UserError(f"held: {', '.join(map(str, sorted(overlap)))} is trained on too; hold other folders")
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
             pair = np.concatenate([picture, found], axis=1)
             if len(shown) < 4 and pair.shape == (shown or [pair])[0].shape:
                 shown.append(pair)
-        result[root] = {"psnr": round(float(np.mean(10 * np.log10(255**2 / np.array(errors)))), 2)}
+        result[str(root)] = {"psnr": round(float(np.mean(10 * np.log10(255**2 / np.array(errors)))), 2)}
         data = cv2.imencode(".png", np.concatenate(shown)[..., ::-1])[1].tobytes()
         write_atomic(folder / f"{number}-{Path(root).name}.png", data)
     write_atomic(folder / "reconstruction.json", json.dumps(result, indent=1) + "\n")

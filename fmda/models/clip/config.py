@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from fmda.config import NonNegativeInt, PositiveFloat, PositiveInt
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -10,14 +12,14 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 class VitConfig:
     """A vision transformer (Dosovitskiy et al. 2021). `image_size` is the side its position table was trained for."""
 
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    mlp_width: int = 3072
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    width: PositiveInt = 768
+    layers: PositiveInt = 12
+    heads: PositiveInt = 12
+    mlp_width: PositiveInt = 3072
     activation: str = "quick_gelu"
-    norm_eps: float = 1e-5
+    norm_eps: PositiveFloat = 1e-5
     pre_norm: bool = True
     """CLIP normalises the tokens before the first block; DINO and plain ViTs do not."""
     patch_bias: bool = False
@@ -32,10 +34,10 @@ class VitConfig:
 class ResNetConfig:
     """CLIP's ModifiedResNet (Radford et al. 2021, 2.4): deep stem, average-pooled strides, attention pool."""
 
-    image_size: int = 224
-    layers: tuple[int, int, int, int] = (3, 4, 6, 3)
-    width: int = 64
-    heads: int = 32
+    image_size: PositiveInt = 224
+    layers: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (3, 4, 6, 3)
+    width: PositiveInt = 64
+    heads: PositiveInt = 32
 
     @property
     def channels(self) -> tuple[int, int, int, int]:
@@ -47,12 +49,12 @@ class ResNetConfig:
 class ConvNextConfig:
     """A ConvNeXt trunk (Liu et al. 2022) with OpenCLIP's projection MLP."""
 
-    image_size: int = 320
-    depths: tuple[int, int, int, int] = (3, 3, 27, 3)
-    channels: tuple[int, int, int, int] = (192, 384, 768, 1536)
-    head_width: int = 1536
+    image_size: PositiveInt = 320
+    depths: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (3, 3, 27, 3)
+    channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (192, 384, 768, 1536)
+    head_width: PositiveInt = 1536
     activation: str = "gelu"
-    norm_eps: float = 1e-6
+    norm_eps: PositiveFloat = 1e-6
 
 
 @dataclass(frozen=True)
@@ -63,23 +65,23 @@ class TextConfig:
     largest id, any other value the first place with that id.
     """
 
-    vocab_size: int = 49408
-    context: int = 77
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-    mlp_width: int = 2048
+    vocab_size: PositiveInt = 49408
+    context: PositiveInt = 77
+    width: PositiveInt = 512
+    layers: PositiveInt = 12
+    heads: PositiveInt = 8
+    mlp_width: PositiveInt = 2048
     activation: str = "quick_gelu"
-    norm_eps: float = 1e-5
-    eos_token_id: int = 2
-    bos_token_id: int = 49406
+    norm_eps: PositiveFloat = 1e-5
+    eos_token_id: NonNegativeInt = 2
+    bos_token_id: NonNegativeInt = 49406
 
 
 @dataclass(frozen=True)
 class ClipConfig:
     """Both towers, the width of the joint space, and the normalisation of the images (RGB in [0, 1])."""
 
-    embed_dim: int = 512
+    embed_dim: PositiveInt = 512
     vision: VitConfig | ResNetConfig | ConvNextConfig = field(default_factory=VitConfig)
     text: TextConfig = field(default_factory=TextConfig)
     image_mean: tuple[float, float, float] = OPENAI_MEAN
