@@ -208,7 +208,7 @@ def test_prompts_of_things_are_those_of_datum():
 
 def test_prompts_come_from_a_file_or_as_they_are(tmp_path):
     (tmp_path / "prompts.txt").write_text("a wet street\n\n  two cars \n")
-    from_file = make_prompts(PromptConfig(file=str(tmp_path / "prompts.txt")))
+    from_file = make_prompts(PromptConfig(file=tmp_path / "prompts.txt"))
     assert [(prompt.text, prompt.class_name) for prompt in from_file] == [("a wet street", None), ("two cars", None)]
     assert [prompt.text for prompt in make_prompts(PromptConfig(texts=("", "{x}")))] == ["", "{x}"]
 
