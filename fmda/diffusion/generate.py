@@ -1,7 +1,7 @@
-"""A folder of images drawn from prompts: seeds by index, resumable, filtered, by one process or several."""
+"""A folder of images generated from prompts: seeds by index, resumable, filtered, by one process or several."""
 
+import contextlib
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from fmda.atomic import occupied
+from fmda.config import to_dict
 from fmda.diffusion.compare import Walk
 from fmda.diffusion.filters import (
     ComparingFilter,
@@ -25,15 +27,12 @@ from fmda.diffusion.filters import (
     refusal_row,
 )
 from fmda.diffusion.manifest import (
-    FIELDS,
-    SETTINGS,
+    IMAGES,
     Ledger,
     Manifest,
     Picture,
     Prompt,
     Row,
-    check_lines,
-    claim,
     image_file,
     load_image,
     save_image,
@@ -41,6 +40,7 @@ from fmda.diffusion.manifest import (
 )
 from fmda.errors import UserError
 from fmda.progress import Line, track
+from fmda.runs.identity import RECORD, claim
 
 Draw = Callable[[Sequence[str], Sequence[int]], UInt8[np.ndarray, "n H W 3"]]
 """(prompts, seeds) -> images. The seed alone decides the noise: not the batch, the place in it, or the device."""
@@ -59,96 +59,102 @@ def generate(
     count: int,
     batch: int,
     seed: int,
-    facts: Mapping[str, Any],
+    facts: Any,
     filters: Sequence[ImageFilter | ComparingFilter] = (),
     prompt_filters: Sequence[PromptFilter] = (),
     tries: int = 4,
     process_index: int = 0,
     process_count: int = 1,
-    wait: Callable[[str], object] | None = None,
+    wait: Callable[[str], object] = lambda what: None,
 ) -> Manifest:
     """Fills a folder with `count` images and returns its manifest.
 
-    Image j shows prompt j modulo the prompts that the prompt filters keep, in their order: every beginning of the set
-    has as many images of each prompt, to within one. Its noise is `image_seed(seed, j, attempt)`, where `attempt` is
-    how many images of index j were refused before. So the image of a manifest line can be drawn again alone by
-    `draw([line.prompt], [line.seed])`; and neither `batch`, nor the number of processes, nor a kill at any moment
-    changes the folder, as far as `draw` and the filters give each image of a batch what they give it alone.
+    Image j shows prompt j modulo the prompts that the prompt filters keep, in their order: the first images of a set
+    hold as many of each prompt, to within one. Its noise is `image_seed(seed, j, attempt)`, where `attempt` is the
+    number of images of index j that were refused before. So the image of a manifest line can be generated again alone
+    by `draw([line.prompt], [line.seed])`. The folder does not depend on batch size, process count or interruptions,
+    provided that `draw` and the filters treat each image of a batch as they would alone.
 
-    A second call with the same arguments continues what was broken off, and brings back files that were deleted and
-    images that were cut off. A larger `count` adds images, a smaller one leaves those beyond it where they are. Black
-    and near-constant images are always made again (`ConstantImage`). What is refused is logged in `refused.jsonl` with
-    filter, score, threshold and why, and counted in `summary.json`; `contact-sheet.png` shows the first image of each
-    prompt.
+    A second call with the same arguments resumes, and restores files that were deleted or cut off. A larger `count`
+    adds images; a smaller one leaves those beyond it. Near-constant images are always generated again
+    (`ConstantImage`). Refusals are logged in `refused.jsonl` and counted in `summary.json`; `contact-sheet.png` shows
+    the first image of each prompt.
 
-    When `tries` images of one index are refused, the others are drawn all the same, and an error names it at the end;
-    at once where more are lost than kept, or where a filter compares images, which has to wait for it. The next call
-    goes on from there, with more tries.
+    When `tries` images of one index are refused, the others are still generated, and an error names it at the end. It
+    ends at once where more indices are lost than kept, or where a filter compares images. The next call continues from
+    there, with more tries.
 
-    With several processes, each draws the indices that are `process_index` modulo `process_count`, on its own devices,
-    into the same folder on a shared disk; the first one then compares and merges. The number of processes may differ
+    With several processes, each generates the indices that are `process_index` modulo `process_count`, on its own
+    devices, into the same folder on a shared disk; the first one then compares and merges. Their number may change
     from call to call.
 
     Args:
         draw: makes the images; always called with `batch` prompts and seeds, the last ones repeated where fewer are
-            wanted, so that it is compiled once.
-        prompts: what to draw; see `fmda.diffusion.manifest.Prompt`.
+            needed, so that it is compiled once.
+        prompts: see `fmda.diffusion.manifest.Prompt`.
         folder: new, empty, or filled by an earlier call.
         count: images in the end.
         batch: images per call of `draw`, per process.
-        seed: of the run, any integer.
-        facts: what else determines the images, plain values: sampler, steps, guidance, size, hash of the checkpoint.
-            They are written to every line, and a folder with others is refused.
-        filters: asked in this order, those that compare images last.
-        prompt_filters: asked before anything is drawn, in this order.
-        tries: images drawn of one index at most.
+        seed: of the set, any integer.
+        facts: what else determines the images, as dataclass or plain values by name: sampler, steps, guidance, size,
+            fingerprint of the checkpoint. They are written to every line, and a folder with others is refused.
+        filters: applied in this order, those that compare images last.
+        prompt_filters: applied in this order before anything is generated.
+        tries: images of one index at most.
         process_index, process_count: which of how many processes this is.
         wait: with several processes, returns when all of them have called it with the same word.
 
     Raises:
-        UserError: count, batch or tries below 1; two filters of one name; the folder holds images or lines of other
-            facts, prompts, seed or filters, or other things; it cannot be written; no prompt is left; all tries of an
-            image were refused.
-        ValueError: a fact has the name of a manifest's own field; `draw` returns something else than its images; there
-            are several processes and no `wait`.
+        UserError: count, batch or tries below 1; two filters of one name; the folder holds images of other facts,
+            prompts, seed or filters, or other files; it cannot be written; no prompt is left; all tries of an image
+            were refused.
+        ValueError: `draw` returns something else than its images.
     """
+    check_numbers(count=count, batch=batch, tries=tries)
     prompts, folder = tuple(prompts), Path(folder)
-    filters = _with_constant(filters)
-    _check(count, batch, tries, facts, [*filters, *prompt_filters], (process_index, process_count, wait))
+    filters = filters if any(isinstance(one, ConstantImage) for one in filters) else (ConstantImage(), *filters)
+    repeated = [name for name, times in Counter(one.name for one in [*filters, *prompt_filters]).items() if times > 1]
+    if repeated:
+        raise UserError(f"filters: two are called '{repeated[0]}'; give them different names")
     cycle, refused_prompts = choose_prompts(prompts, prompt_filters)
-    settings = {
+    identity = {
         "seed": seed,
-        "facts": dict(facts),
-        "prompts": [[prompt.text, prompt.class_index, prompt.class_name] for prompt in prompts],
-        "prompt_filters": [{"name": one.name, **one.settings} for one in prompt_filters],
-        "filters": [{"name": one.name, **one.settings} for one in filters],
+        "facts": facts,
+        "prompts": {str(k): [prompt.text, prompt.class_index, prompt.class_name] for k, prompt in enumerate(prompts)},
+        "prompt_filters": {one.name: dict(one.settings) for one in prompt_filters},
+        "filters": {one.name: dict(one.settings) for one in filters},
     }
-    wait = wait or (lambda what: None)
     try:
-        if process_index == 0 or (folder / SETTINGS).is_file():
-            # a folder of other settings ends all processes, so that none waits for another
-            claim(folder, settings)
+        if process_index == 0 or (folder / RECORD).is_file():
+            # a folder of other facts ends all processes, so that none waits for another
+            _claim(folder, identity)
         wait("claim")
-        # as they are read back from lines
-        plain = json.loads(json.dumps(dict(facts)))
-        run = _Run(draw, cycle, Ledger(folder, process_index), filters, batch, seed, plain, tries)
-        # before another process can have merged: all find the same
-        check_lines(folder, run.picture)
-        run.fill(range(process_index, count, process_count), compare=process_count == 1)
-        wait("drawn")
-        if process_index == 0:
-            if process_count > 1:
-                run = replace(run, ledger=Ledger(folder))
-                run.fill(range(count), compare=True)
-            run.finish(count, refused_prompts)
+        plain = {name: value for name, value in to_dict(facts).items() if value is not None}
+        with contextlib.ExitStack() as journals:
+            ledger = journals.enter_context(contextlib.closing(Ledger(folder, process_index)))
+            run = _Drawing(draw, cycle, ledger, tuple(filters), batch, seed, plain, tries)
+            run.fill(range(process_index, count, process_count), compare=process_count == 1)
+            wait("drawn")
+            if process_index == 0:
+                if process_count > 1:
+                    run = replace(run, ledger=journals.enter_context(contextlib.closing(Ledger(folder))))
+                    run.fill(range(count), compare=True)
+                run.finish(count, refused_prompts)
         wait("merged")
         return Manifest.read(folder).head(count)
     except OSError as fault:
-        # a full disk does not say for which file it was asked
+        # a full disk does not name the file
         raise UserError(
-            f"{fault.filename or folder}: cannot write ({fault.strerror or fault}); make room or mend the path, and "
-            "generate again to go on"
+            f"{fault.filename or folder}: cannot write ({fault.strerror or fault}); free space or fix the path, and "
+            "generate again to continue"
         ) from fault
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    if occupied(folder) and not (folder / RECORD).is_file():
+        raise UserError(f"{folder}: not empty and not a folder of generated images; choose another folder")
+    claim(folder, identity, remedy="choose another folder")
+    (folder / IMAGES).mkdir(exist_ok=True)
 
 
 def check_numbers(**numbers: int) -> None:
@@ -166,15 +172,12 @@ def image_seed(seed: int, index: int, attempt: int) -> int:
 def contact_sheet(folder: str | Path, columns: int = 10) -> UInt8[np.ndarray, "H W 3"]:
     """Returns an overview of a generated folder, RGB: the first image of each prompt over its class or text.
 
-    Of many prompts `SHEET_CELLS` are shown, taken evenly.
+    Of many prompts `SHEET_CELLS` are shown, spaced evenly.
     Raises UserError for a folder without a manifest or with a damaged image.
     """
-    if columns < 1:
-        raise UserError(f"columns: {columns}; give at least 1")
+    check_numbers(columns=columns)
     manifest = Manifest.read(folder)
-    first: dict[int, Picture] = {}
-    for picture in manifest:
-        first.setdefault(picture.prompt_index, picture)
+    first = {picture.prompt_index: picture for picture in reversed(manifest.pictures)}
     order, count = sorted(first), min(len(first), SHEET_CELLS)
     shown = [first[order[k * len(order) // count]] for k in range(count)]
     columns = min(columns, len(shown))
@@ -193,17 +196,15 @@ def _cell(image: UInt8[np.ndarray, "H W 3"], picture: Picture, widest: int) -> U
     height = max(1, round(image.shape[0] * width / image.shape[1]))
     kind = cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_LINEAR
     below = np.full((_CAPTION_HEIGHT, width, 3), 255, np.uint8)
-    # the font has no other letters
-    text = (picture.class_name or picture.prompt).encode("ascii", "replace").decode()
-    while text and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.4, 1)[0][0] > width - 4:
-        text = text[:-1]
+    # the font has ASCII letters only, 7 pixels wide on average
+    text = (picture.class_name or picture.prompt).encode("ascii", "replace").decode()[: width // 7]
     cv2.putText(below, text, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     return np.vstack([np.asarray(cv2.resize(image, (width, height), interpolation=kind)), below])
 
 
 @dataclass
-class _Run:
-    """The drawing of one process. `lost` are the indices whose tries are used up."""
+class _Drawing:
+    """The work of one process. `lost` are the indices whose tries are used up."""
 
     draw: Draw
     cycle: list[tuple[int, Prompt]]
@@ -216,39 +217,38 @@ class _Run:
     lost: set[int] = field(default_factory=set)
 
     def fill(self, indices: range, *, compare: bool) -> None:
-        """Draws the missing images of the indices; with `compare`, which needs all of them, also compares them.
+        """Generates the missing images of the indices; with `compare`, which needs all of them, also compares them.
 
         Raises UserError when all tries of an index are refused.
         """
+        comparing = [one for one in self.filters if isinstance(one, ComparingFilter)]
         walk = None
-        if compare and self.comparing:
-            walk = Walk(self.ledger, self.comparing, len(indices), self.batch, self.refusal)
+        if compare and comparing:
+            walk = Walk(self.ledger, comparing, len(indices), self.batch, self.refusal)
         total = sum(j not in self.ledger.pictures or walk is not None and not self.ledger.passed(j) for j in indices)
         if total:
-            for _ in track(self._finished(indices, walk), "generate", total):
+            for _ in track(self._finished(indices, walk, at_once=bool(comparing)), "generate", total):
                 pass
         if self.lost:
             raise self._error()
 
-    @property
-    def comparing(self) -> list[ComparingFilter]:
-        """The filters that compare images."""
-        return [one for one in self.filters if isinstance(one, ComparingFilter)]
-
-    def prompt(self, index: int) -> tuple[int, Prompt]:
-        """Returns (prompt index, prompt) of an image."""
-        return self.cycle[index % len(self.cycle)]
-
-    def _finished(self, indices: range, walk: Walk | None) -> Iterator[int]:
-        """Yields each index once its image needs nothing more from this process."""
+    def _finished(self, indices: range, walk: Walk | None, at_once: bool) -> Iterator[int]:
+        """Yields each index once its image is final for this process."""
         pending = [j for j in indices if j not in self.ledger.pictures]
         while True:
             if walk is not None:
                 yield from walk.advance()
                 if walk.refused is not None:
-                    # lower than all that is pending, since the walk goes in order
+                    # lower than all that is pending, since the pass goes in order
                     pending.insert(0, walk.refused)
-            pending = self._with_tries_left(pending)
+            lost = {j for j in pending if self.ledger.attempt(j) >= self.tries}
+            self.lost |= lost
+            if self.lost and (at_once or len(self.lost) > len(self.ledger.pictures)):
+                raise self._error()
+            for j in sorted(lost):
+                prompt = self.cycle[j % len(self.cycle)][1]
+                _say(f"generate: image {j} ('{prompt.text}'): all {self.tries} tries refused; continuing")
+            pending = [j for j in pending if j not in lost]
             if not pending:
                 return
             group, pending = pending[: self.batch], pending[self.batch :]
@@ -257,53 +257,42 @@ class _Run:
                 yield from kept
             pending = [j for j in group if j not in kept] + pending
 
-    def _with_tries_left(self, pending: list[int]) -> list[int]:
-        """Returns the indices that may be drawn once more; raises UserError when it is no use to go on with them."""
-        lost = {j for j in pending if self.ledger.attempt(j) >= self.tries}
-        self.lost |= lost
-        if self.lost and (self.comparing or len(self.lost) > len(self.ledger.pictures)):
-            raise self._error()
-        for j in sorted(lost):
-            _say(f"generate: image {j} ('{self.prompt(j)[1].text}'): all {self.tries} tries refused; going on")
-        return [j for j in pending if j not in lost]
-
     def _draw_group(self, group: list[int]) -> list[int]:
-        """Draws one batch, writes what the filters keep and logs the rest; returns the indices kept."""
-        pictures = [self.picture(j, self.ledger.attempt(j)) for j in group]
+        """Generates one batch, writes what the filters keep and logs the rest; returns the indices kept."""
+        pictures = [self.picture(j) for j in group]
         filled = pictures + pictures[-1:] * (self.batch - len(group))
         images = np.asarray(self.draw([p.prompt for p in filled], [p.seed for p in filled]))
         if images.dtype != np.uint8 or images.ndim != 4 or (len(images), images.shape[-1]) != (self.batch, 3):
             raise ValueError(f"draw returned {images.dtype} {images.shape}, expected uint8 ({self.batch}, H, W, 3)")
+        prompts = [Prompt(p.prompt, p.class_index, p.class_name) for p in filled]
         scores: list[dict[str, float | None]] = [{} for _ in group]
         refused: dict[int, Row] = {}
         for one in self.filters:
-            if len(refused) == len(group) or not isinstance(one, ImageFilter):
-                continue
-            verdicts = one.judge(images, [self.prompt(p.index)[1] for p in filled])
-            for j, given, verdict in zip(group, scores, verdicts, strict=False):
-                given[one.name] = verdict.score
-                if verdict.why is not None and j not in refused:
-                    refused[j] = self.refusal(j, one, verdict)
-        kept = [(replace(p, scores=s), image) for p, s, image in zip(pictures, scores, images, strict=False)]
-        kept = [(picture, image) for picture, image in kept if picture.index not in refused]
+            if isinstance(one, ImageFilter) and len(refused) < len(group):
+                for j, row, verdict in zip(group, scores, one.judge(images, prompts), strict=False):
+                    row[one.name] = verdict.score
+                    if verdict.why is not None and j not in refused:
+                        refused[j] = self.refusal(j, one, verdict)
+        kept = [k for k, j in enumerate(group) if j not in refused]
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda item: save_image(self.ledger.folder / item[0].file, item[1]), kept))
-        self.ledger.keep([picture for picture, _ in kept])
+            list(pool.map(lambda k: save_image(self.ledger.folder / pictures[k].file, images[k]), kept))
+        self.ledger.keep([replace(pictures[k], scores=scores[k]) for k in kept])
         self.ledger.refuse(list(refused.values()))
-        return [picture.index for picture, _ in kept]
+        return [group[k] for k in kept]
 
-    def picture(self, index: int, attempt: int) -> Picture:
-        """Returns the manifest line of an attempt at an image, without scores."""
-        number, prompt = self.prompt(index)
+    def picture(self, index: int) -> Picture:
+        """Returns the manifest line of the next attempt at an image, without scores."""
+        number, prompt = self.cycle[index % len(self.cycle)]
+        attempt = self.ledger.attempt(index)
         return Picture(
             index, image_file(index, number), prompt.text, number, prompt.class_index, prompt.class_name,
             image_seed(self.seed, index, attempt), attempt, facts=self.facts,
         )  # fmt: skip
 
     def refusal(self, index: int, by: Filter, verdict: Verdict) -> Row:
-        """Returns the log line of a refusal of the attempt at hand."""
-        picture = self.picture(index, self.ledger.attempt(index))
-        number, prompt = self.prompt(index)
+        """Returns the log line of a refusal of the current attempt."""
+        picture = self.picture(index)
+        number, prompt = self.cycle[index % len(self.cycle)]
         return refusal_row(number, prompt, by, verdict, index=index, attempt=picture.attempt, seed=picture.seed)
 
     def _error(self) -> UserError:
@@ -313,12 +302,12 @@ class _Run:
         more = f", and so of {len(self.lost) - 1} more" if len(self.lost) > 1 else ""
         return UserError(
             f"{self.ledger.folder}: image {first} ('{rows[-1]['prompt']}'): all {len(rows)} tries refused ({counts}; "
-            f"last: {rows[-1]['why']}){more}; what is drawn stays: generate again with more tries to go on, or with "
+            f"last: {rows[-1]['why']}){more}; generate again with more tries to continue from what is there, or with "
             "other prompts or looser filters into another folder"
         )
 
     def finish(self, count: int, refused_prompts: Sequence[Row]) -> None:
-        """Writes what the folder has when it is complete."""
+        """Writes the final files when all images exist."""
         ledger = self.ledger
         if ledger.complete(count) and whole_image(ledger.folder / SHEET):
             return
@@ -328,39 +317,10 @@ class _Run:
         if refused or refused_prompts:
             by = ", ".join(f"{name} {n}" for name, n in sorted(refused.items())) or "none"
             _say(
-                f"generate: images refused and made again: {by}; prompts refused: {len(refused_prompts)}; "
+                f"generate: images refused and generated again: {by}; prompts refused: {len(refused_prompts)}; "
                 f"see {ledger.folder / 'refused.jsonl'}"
             )
         ledger.clear()
-
-
-def _with_constant(filters: Sequence[ImageFilter | ComparingFilter]) -> tuple[ImageFilter | ComparingFilter, ...]:
-    if any(isinstance(one, ConstantImage) for one in filters):
-        return tuple(filters)
-    return (ConstantImage(), *filters)
-
-
-def _check(
-    count: int,
-    batch: int,
-    tries: int,
-    facts: Mapping[str, Any],
-    filters: Sequence[Filter],
-    process: tuple[int, int, Any],
-) -> None:
-    check_numbers(count=count, batch=batch, tries=tries)
-    names = [one.name for one in filters]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"filters: two are called '{name}'; name them apart")
-    for name in facts:
-        if name in (*FIELDS, "scores"):
-            raise ValueError(f"facts: '{name}' is a key that manifest lines have already")
-    index, number, wait = process
-    if not 0 <= index < number:
-        raise ValueError(f"process_index {index} of process_count {number}")
-    if number > 1 and wait is None:
-        raise ValueError("several processes need `wait`, by which the first one knows that the others have drawn")
 
 
 def _say(text: str) -> None:

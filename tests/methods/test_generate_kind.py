@@ -107,7 +107,7 @@ def refused(capsys, command):
 def test_the_folder_holds_images_manifest_and_overview(pristine):
     folder = pristine / "done/images"
     assert {path.name for path in folder.iterdir()} == {
-        "images", "settings.json", "manifest.jsonl", "refused.jsonl", "summary.json", "contact-sheet.png",
+        "images", "identity.json", "manifest.jsonl", "refused.jsonl", "summary.json", "contact-sheet.png",
         "sections.json", "stage.json",
     }  # fmt: skip
     rows = lines(folder / "manifest.jsonl")
@@ -384,7 +384,7 @@ def test_a_device_that_is_too_small_is_told_by_how_much():
 def test_images_that_were_judged_otherwise_are_never_mixed(place):
     config, model, before = open_run("set.yaml").config, load_stable_diffusion("model"), content(place)
     for changes, what in ({"filters": FilterConfig("clip", near_duplicate=0.99)}, "filters"), ({"seed": 1}, "seed"):
-        with pytest.raises(UserError, match=f"done/images: holds images of another generation .*{what}"):
+        with pytest.raises(UserError, match=f"done/images: holds work of another configuration .*{what}"):
             draw_images(replace(config, **changes), model, Path("done/images"))
     assert content(place) == before
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from fmda.diffusion.draw import image_size, make_draw
+from fmda.diffusion.draw import SamplerConfig, image_size, make_draw
 from fmda.diffusion.filters import BannedWords, ClassPresence, ClipScore, DuplicatePrompt, LongPrompt, NearDuplicate
 from fmda.diffusion.filters import PromptFilter as AnyPromptFilter
 from fmda.diffusion.generate import SHEET, generate
@@ -34,7 +35,22 @@ def stages(config: Config) -> list[Stage]:
 
 
 ORIGIN = "personalised.json"
-"""File of an exported model's folder: of which weights it was personalised, for how many steps, on which words."""
+"""File in the folder of a personalised model: fingerprint of the base model, steps, token and prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts(SamplerConfig):
+    """What determines an image besides prompt, seed and filters; written to every line of the manifest.
+
+    Attributes:
+        dtype: that the networks compute in.
+        checkpoint: fingerprint of the model.
+        personalised: content of `ORIGIN`, for a personalised model.
+    """
+
+    dtype: str
+    checkpoint: str
+    personalised: Mapping[str, Any] | None = None
 
 
 def draw_images(
@@ -42,21 +58,14 @@ def draw_images(
 ) -> dict[str, Any]:
     """Fills a folder with the images of a model that is loaded already; returns counts.
 
-    `origin` is what each line of the manifest says of how the model was personalised.
+    `origin` is the content of `ORIGIN` where the model was personalised.
     """
     prompts, sample = make_prompts(config.prompts), config.sample
     draw = make_draw(model, sample, _mesh(config))
-    facts = {
-        "sampler": sample.sampler,
-        "steps": sample.steps,
-        "guidance": sample.guidance,
-        "negative": sample.negative,
-        "size": list(image_size(sample, model.unet.config, model.vae.config)),
-        "dtype": config.dtype,
-        "checkpoint": model.fingerprint,
-    }
-    if origin is not None:
-        facts["personalised"] = dict(origin)
+    size = image_size(sample, model.unet.config, model.vae.config)
+    facts = Facts(
+        **vars(replace(sample, size=size)), dtype=config.dtype, checkpoint=model.fingerprint, personalised=origin
+    )
     prompt_filters: list[AnyPromptFilter] = [DuplicatePrompt()]
     if config.filters.long_prompt:
         prompt_filters.append(LongPrompt(model.tokenizer.length, model.text_encoder.config.context))
@@ -66,7 +75,7 @@ def draw_images(
         draw, prompts, folder, count=config.count, batch=config.batch, seed=config.seed, facts=facts,
         filters=image_filters(config.filters, prompts), prompt_filters=prompt_filters, tries=config.tries,
         process_index=jax.process_index(), process_count=jax.process_count(),
-        wait=multihost_utils.sync_global_devices if jax.process_count() > 1 else None,
+        wait=multihost_utils.sync_global_devices if jax.process_count() > 1 else lambda what: None,
     )  # fmt: skip
     return {"images": len(manifest), "refused": dict(manifest.refused)}
 
