@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fmda.data import ClassList, Example, open_dataset
-from fmda.data.loader import batches
+from fmda.data.streams import Stream, batches
 from fmda.perf import Timing, record, write_record
 
 
@@ -51,7 +51,7 @@ def write_folder(folder: Path, count: int, height: int, width: int) -> None:
 def rate(source: object, side: int, batch: int, workers: int, seconds: float) -> tuple[float, float]:
     """Returns (images a second after two batches, seconds until the first batch)."""
     begin = time.perf_counter()
-    with batches(source, CropFlip(side), batch, seed=0, workers=workers) as stream:
+    with batches(Stream(source, CropFlip(side), batch), 0, workers=workers) as stream:
         next(stream)
         first = time.perf_counter() - begin
         next(stream)

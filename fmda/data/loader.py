@@ -1,8 +1,6 @@
-"""Batches for training: shuffled anew each epoch, the same whatever the number of workers, and resumed exactly.
+"""Endless batches, read ahead by threads or worker processes of grain; the position is saved and restored exactly.
 
-grain shuffles, repeats, groups and runs the workers. What passes through it is only (position, index) pairs until a
-batch is built, so that every random choice is a function of the seed and the position in the stream: the order and
-the augmentations do not depend on workers, threads, processes or restarts.
+A batch is a pure function of its number, so that workers, threads and restarts do not change what comes out.
 """
 
 import errno
@@ -19,67 +17,27 @@ from absl import flags
 from fmda.data.dataset import Example
 from fmda.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 Transform = Callable[[Any, np.random.Generator], Any]
 
 THREADS = 2
 AHEAD = 2
-
-
-def batches(
-    source: Sequence[Any],
-    transform: Transform | None,
-    batch_size: int,
-    *,
-    seed: int,
-    epochs: int | None = None,
-    shuffle: bool = True,
-    workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> "Batches":
-    """Returns an endless (or `epochs` long) iterator over batches; its position can be saved and restored.
-
-    Args:
-        source: examples by index; with workers it must be picklable, as a `Dataset` is.
-        transform: (example, generator) -> Example, or a dict of arrays; None takes examples as they are. With workers
-            it must be picklable (a class of `transforms`, or a function at the top of a module).
-        batch_size: of all processes together. Process p of n gets rows p*b to (p+1)*b, b = batch_size / n, of what a
-            single process would get.
-        seed: decides the order and, with the position, the generator of each example.
-        epochs: None for no end. With an end, the examples that fill no whole batch are left out.
-        shuffle: False keeps the order of `source`.
-        workers: processes that build batches; 0 builds them in threads of this one. A script that uses workers
-            needs the usual `if __name__ == "__main__":`.
-        process_index, process_count: which share of every batch is built here.
-
-    A batch is {"image": uint8 [b, H, W, 3], "labels": uint8 [b, H, W]} (no "labels" without labels), or what the
-    transform's dicts hold, stacked.
-    """
-    if len(source) == 0:
-        raise UserError("the data set is empty, there is nothing to draw batches from; check its folder and split")
-    if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
-        raise UserError(
-            f"batch_size {batch_size} cannot be split over {process_count} processes (this is {process_index}); "
-            f"take a multiple of {process_count}"
-        )
-    if epochs is not None and len(source) * epochs < batch_size:
-        raise UserError(f"batch_size {batch_size} is more than {epochs} epochs of {len(source)} examples; lower it")
-    stream = grain.MapDataset.range(len(source)).seed(seed)
-    if shuffle:
-        stream = stream.shuffle()
-    stream = stream.repeat(epochs).map_with_index(_pair).batch(batch_size, drop_remainder=True)
-    rows = batch_size // process_count
-    build = _Build(source, transform, seed, slice(process_index * rows, (process_index + 1) * rows))
-    kind = {"examples": len(source), "batch_size": batch_size, "seed": seed, "shuffle": shuffle}
-    return Batches(stream.map(build), kind, workers)
+ENDLESS = 2**40
 
 
 class Batches(Iterator[Batch]):
-    """An iterator over batches whose position is a small dict. Close it (or use `with`) to stop its workers."""
+    """An endless iterator over batches whose position is a small dict. Close it (or use `with`) to stop its workers.
 
-    def __init__(self, dataset: grain.MapDataset, kind: Mapping[str, Any], workers: int) -> None:
-        self._dataset, self._kind, self._workers = dataset, dict(kind), workers
+    Args:
+        make_batch: number 0, 1, 2, ... -> batch, a tree of arrays; picklable where workers are used.
+        kind: JSON values that say what the batches are made of; recorded with the position.
+        workers: processes that make batches; 0 makes them in threads of this one. A script that uses workers needs the
+            usual `if __name__ == "__main__":`.
+    """
+
+    def __init__(self, make_batch: Callable[[int], Batch], kind: Mapping[str, Any], workers: int = 0) -> None:
+        self._dataset = grain.MapDataset.range(ENDLESS).map(make_batch)
+        self._kind, self._workers = dict(kind), workers
         self._done = 0
         self._open: list[Any] = []  # the running pipeline, if any
         # also at exit: workers that outlive their parent's modules end in tracebacks
@@ -93,9 +51,6 @@ class Batches(Iterator[Batch]):
             self._open.append(iter(self._pipeline()))
         try:
             batch = next(self._open[0])
-        except StopIteration:
-            self.close()
-            raise
         except (OSError, RuntimeError) as fault:
             meaning = _worker_fault(fault) if self._workers else None
             if meaning is None:
@@ -103,7 +58,7 @@ class Batches(Iterator[Batch]):
             raise meaning from None
         self._done += 1
         # what workers send lies in shared memory; a copy frees that at once and leaves ordinary arrays
-        return {key: np.array(value) for key, value in batch.items()} if self._workers else batch
+        return _copied(batch) if self._workers else batch
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position as a dict that JSON can hold: how many batches were handed out, and of what."""
@@ -150,23 +105,6 @@ class Batches(Iterator[Batch]):
                 worker_init_fn=_start_worker,
             )
         return stream
-
-
-class _Build:
-    """(positions, indices) of a whole batch -> this process's rows of it, read, transformed and stacked."""
-
-    def __init__(self, source: Sequence[Any], transform: Transform | None, seed: int, rows: slice) -> None:
-        self.source, self.transform, self.seed, self.rows = source, transform, seed, rows
-
-    def __call__(self, pairs: tuple[np.ndarray, np.ndarray]) -> Batch:
-        positions, indices = (part[self.rows] for part in pairs)
-        return stack([self._example(int(p), int(i)) for p, i in zip(positions, indices, strict=True)])
-
-    def _example(self, position: int, index: int) -> Any:
-        example = self.source[index]
-        if self.transform is None:
-            return example
-        return self.transform(example, np.random.default_rng((self.seed, position)))
 
 
 def stack(examples: Sequence[Any]) -> Batch:
@@ -220,8 +158,8 @@ def _close(running: list[Any]) -> None:
         running.pop().close()
 
 
-def _pair(position: int, index: int) -> tuple[int, int]:
-    return position, index
+def _copied(batch: Any) -> Any:
+    return {name: _copied(leaf) for name, leaf in batch.items()} if isinstance(batch, Mapping) else np.array(batch)
 
 
 def _start_worker(worker: int, count: int) -> None:

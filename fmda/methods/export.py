@@ -32,7 +32,7 @@ def export(
         folder: where the export and its summary lie.
         trained: the folder of the training stage.
         write: receives the parameters as NumPy arrays, writes them, and returns facts of its own, or None.
-        which: the parameters or their average.
+        which: the parameters or the teacher's.
         part: slash path of the exported part of the tree; "" exports the whole.
         summary: file name of the summary.
 

@@ -10,7 +10,8 @@ import jax
 
 from fmda.atomic import write_atomic
 from fmda.config import FREE, NonNegativeInt, PositiveFloat, PositiveInt, identity, to_dict
-from fmda.data.loader import Transform, batches
+from fmda.data.loader import Transform
+from fmda.data.streams import Stream, batches
 from fmda.mesh import FSDP_RULES, Rule, make_mesh
 from fmda.perf.peaks import peak_flops
 from fmda.train import TrainState, fit
@@ -69,7 +70,7 @@ def train(
         config: also what a later run with the same folder must agree with.
         folder: checkpoints and metrics.
         step, start, frozen: as `fmda.train.fit` takes them.
-        source, transform: as `fmda.data.loader.batches` takes them.
+        source, transform: of the `Stream` of the run.
         what: name of the run in the progress line.
         flops_per_row: of one row of a batch, forward and backward.
         rules: how parameters are sharded.
@@ -79,7 +80,7 @@ def train(
         precision: of the products, "bfloat16" or "float32", for the peak that MFU is told of.
     """
     loader = batches(
-        source, transform, rows or config.batch, seed=config.seed, workers=config.workers,
+        Stream(source, transform, rows or config.batch), config.seed, workers=config.workers,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     with loader:

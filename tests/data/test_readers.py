@@ -349,7 +349,7 @@ def test_data_does_not_import_jax() -> None:
 
 def test_the_loader_starts_no_jax_backend() -> None:
     code = (
-        "from fmda.data.loader import batches; next(batches([{'x': 1}], None, 1, seed=0));"
+        "from fmda.data.streams import Stream, batches; next(batches(Stream([{'x': 1}], None, 1), 0));"
         "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -11,7 +11,7 @@ import regression
 from regression import RULES, parts
 
 from fmda.data.dataset import Example
-from fmda.data.loader import batches
+from fmda.data.streams import Stream, batches
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.train import NumberedBatches, Outcome, create_state, fit, make_step
@@ -239,7 +239,7 @@ def test_progress_says_where_it_begins_and_what_it_costs(tmp_path, capsys):
 def test_resumes_a_grain_loader_with_the_batches_it_drew_ahead(tmp_path):
     def loader():
         examples = [Example(np.zeros((2, 2, 3), np.uint8), None, str(number)) for number in range(24)]
-        return batches(examples, numbered, 4, seed=3)
+        return batches(Stream(examples, numbered, 4), 3)
 
     def numbered(example, generator):
         number = int(example.name)

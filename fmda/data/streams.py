@@ -1,0 +1,200 @@
+"""Streams of training examples: a source, an order and a transform; several of them joined into one batch.
+
+Every random choice is a function of the seed and the position in the stream. Order and augmentation depend neither on
+workers, threads and processes nor on restarts.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from grain.experimental import index_shuffle
+from jaxtyping import Float, Int
+
+from fmda.data.loader import Batch, Batches, Transform, stack
+from fmda.errors import UserError
+
+
+class Order(Protocol):
+    """Which example stands at a position of a stream; picklable, a pure function."""
+
+    def __call__(self, position: int, count: int, seed: int) -> int:
+        """Returns the index, from 0 to count - 1, of the example at a position 0, 1, 2, ..."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Each epoch is another permutation of the examples."""
+
+    def __call__(self, position: int, count: int, seed: int) -> int:
+        """Returns the index of the example at a position."""
+        epoch, place = divmod(position, count)
+        return index_shuffle(place, max_index=count - 1, seed=(seed + epoch) % 2**32, rounds=4)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """In each epoch example i occurs `factors[i]` times: the whole part always, once more with the fraction as chance.
+
+    An epoch has round(sum of factors) places; factors are scaled so that their sum is this number. Occurrences are
+    drawn systematically and shuffled anew in each epoch.
+    """
+
+    factors: tuple[float, ...]
+
+    def __call__(self, position: int, count: int, seed: int) -> int:
+        """Returns the index of the example at a position. Raises UserError for another number of examples."""
+        if len(self.factors) != count:
+            raise UserError(f"factors: {len(self.factors)} for {count} examples; give one for each")
+        epoch, place = divmod(position, max(1, round(sum(self.factors))))
+        return int(_repeated_epoch(self.factors, seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=8)
+def _repeated_epoch(factors: tuple[float, ...], seed: int, epoch: int) -> Int[np.ndarray, " places"]:
+    rng = np.random.default_rng((seed, epoch, 1))
+    total = np.cumsum(factors, dtype=np.float64)
+    places = max(1, round(total[-1]))
+    points = (np.arange(places) + rng.random()) * (total[-1] / places)
+    return rng.permutation(np.searchsorted(total, points, side="right").clip(max=len(factors) - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class RareClasses:
+    """Rare class sampling (Hoyer et al. 2022, DAFormer, 3.3): a class by its rarity, then an example that shows it.
+
+    P(c) is the softmax of (1 - f_c) / temperature, where f_c is the share of class c among all labelled pixels.
+
+    Attributes:
+        pixels: pixels of each class in each example.
+        temperature: 0.01 in DAFormer; larger ones approach equal shares.
+        least: an example is drawn for a class only if it has more pixels of it than this; where no example has, the
+            class is left out.
+    """
+
+    pixels: Int[np.ndarray, "n k"]
+    temperature: float = 0.01
+    least: int = 3000
+
+    @functools.cached_property
+    def examples(self) -> dict[int, Int[np.ndarray, " m"]]:
+        """The examples that may be drawn for each class that any of them shows."""
+        shown = {k: np.flatnonzero(column > self.least) for k, column in enumerate(np.asarray(self.pixels).T)}
+        return {k: indices for k, indices in shown.items() if len(indices)}
+
+    @functools.cached_property
+    def shares(self) -> Float[np.ndarray, " classes"]:
+        """How often each class of `examples` is drawn; sums to 1."""
+        frequency = self.pixels.sum(0)[list(self.examples)] / max(1, self.pixels.sum())
+        weights = np.exp((frequency.min(initial=1.0) - frequency) / self.temperature)
+        return weights / weights.sum()
+
+    def __call__(self, position: int, count: int, seed: int) -> int:
+        """Returns the index of the example at a position. Raises UserError where no example shows any class."""
+        if not self.examples:
+            raise UserError(f"rare classes: no example has more than {self.least} pixels of any class; lower `least`")
+        rng = np.random.default_rng((seed, position, 2))
+        chosen = list(self.examples)[int(np.searchsorted(np.cumsum(self.shares)[:-1], rng.random(), side="right"))]
+        return int(rng.choice(self.examples[chosen]))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An endless sequence of examples in batches.
+
+    Attributes:
+        source: examples by index; picklable where workers are used, as a `Dataset` is.
+        transform: (example, generator) -> Example, or a dict of arrays; None takes examples as they are. Picklable
+            where workers are used (a class of `transforms`, or a function at the top of a module).
+        batch: examples of a batch, over all processes.
+        order: which example stands at a position.
+        resident: batches hold {"index": int32 [b]} in place of arrays; whoever consumes them holds all examples on the
+            devices. For small sources without transform.
+    """
+
+    source: Sequence[Any]
+    transform: Transform | None
+    batch: int
+    order: Order = Shuffled()
+    resident: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an empty source, a batch below 1, or a transform of resident examples."""
+        if len(self.source) == 0:
+            raise UserError("the dataset is empty: there are no examples to draw; check its folder and split")
+        if self.batch < 1:
+            raise UserError(f"batch: {self.batch}; give at least 1")
+        if self.resident and self.transform is not None:
+            raise UserError("a resident stream has no transform: its examples lie on the devices as they are")
+
+    def rows(self, positions: range, seed: int) -> Batch:
+        """Returns the examples at these positions as one batch."""
+        indices = [self.order(position, len(self.source), seed) for position in positions]
+        if self.resident:
+            return {"index": np.asarray(indices, np.int32)}
+        return stack([self._example(*pair, seed) for pair in zip(positions, indices, strict=True)])
+
+    def _example(self, position: int, index: int, seed: int) -> Any:
+        example = self.source[index]
+        return example if self.transform is None else self.transform(example, np.random.default_rng((seed, position)))
+
+
+def batches(stream: Stream, seed: int, *, workers: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
+    """Returns the endless batches of one stream.
+
+    A batch is {"image": uint8 [b, H, W, 3], "labels": uint8 [b, H, W]} (without labels no "labels"), or what the
+    transform's dicts hold, stacked. Process p of n gets rows p*b to (p+1)*b of what a single process would get.
+
+    Raises UserError for a batch that cannot be split over the processes.
+    """
+    return _loader({"": stream}, seed, workers, process_index, process_count)
+
+
+def joined(
+    streams: Mapping[str, Stream], seed: int, *, workers: int = 0, process_index: int = 0, process_count: int = 1
+) -> Batches:
+    """Returns batches {name: batch of that stream}, with one position. A stream's order depends on seed and name.
+
+    Raises UserError for a batch that cannot be split over the processes.
+    """
+    return _loader(dict(streams), seed, workers, process_index, process_count)
+
+
+def _loader(streams: dict[str, Stream], seed: int, workers: int, process_index: int, process_count: int) -> Batches:
+    for name, stream in streams.items():
+        if stream.batch % process_count:
+            raise UserError(
+                f"{name + '.' if name else ''}batch: {stream.batch} cannot be split over {process_count} processes; "
+                f"take a multiple of {process_count}"
+            )
+    sizes = {name: {"examples": len(one.source), "batch": one.batch} for name, one in streams.items()}
+    kind = {"seed": seed, **(sizes[""] if "" in sizes else sizes)}
+    return Batches(_Build(streams, seed, process_index, process_count), kind, workers)
+
+
+@dataclass(frozen=True)
+class _Build:
+    """Number of a batch -> this process's rows of it."""
+
+    streams: dict[str, Stream]
+    seed: int
+    process_index: int
+    process_count: int
+
+    def __call__(self, number: int) -> Batch:
+        parts = {name: self._rows(name, stream, number) for name, stream in self.streams.items()}
+        return parts[""] if "" in parts else parts
+
+    def _rows(self, name: str, stream: Stream, number: int) -> Batch:
+        rows = stream.batch // self.process_count
+        first = number * stream.batch + self.process_index * rows
+        return stream.rows(range(first, first + rows), _named(self.seed, name))
+
+
+def _named(seed: int, name: str) -> int:
+    """Returns the seed of a stream of this name."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()) if name else seed
