@@ -31,7 +31,7 @@ RULE = {
     "sam": {"data", "runs"},
     "weights": {"trees", "models", "nn", "config"},
     "train": {"mesh", "precision", "trees", "config", "runs", "data", "evaluate"},
-    "evaluate": {"data", "mesh", "trees", "config", "runs", "perf"},
+    "evaluate": {"data", "mesh", "trees", "nn", "config", "runs", "perf"},
     "perf": {"mesh", "trees"},
     "__main__": {"cli"},
     "__init__": set(),

@@ -4,22 +4,23 @@ from fmda.evaluate.confusion import Scores, batch_confusion, confusion_matrix
 from fmda.evaluate.dataset import evaluate_dataset
 from fmda.evaluate.overlay import comparison, legend, overlay
 from fmda.evaluate.protocol import Protocol
+from fmda.evaluate.scoring import SegmentationEvaluator, score_on_mesh
 from fmda.evaluate.segmenter import Segmentation, Segmenter
-from fmda.evaluate.windows import labels_at, resize_scores, sliding_window, window_starts
+from fmda.evaluate.windows import Predictor, window_starts
 
 __all__ = [
+    "Predictor",
     "Protocol",
     "Scores",
     "Segmentation",
+    "SegmentationEvaluator",
     "Segmenter",
     "batch_confusion",
     "comparison",
     "confusion_matrix",
     "evaluate_dataset",
-    "labels_at",
     "legend",
     "overlay",
-    "resize_scores",
-    "sliding_window",
+    "score_on_mesh",
     "window_starts",
 ]

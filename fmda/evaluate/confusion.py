@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fmda.config import from_dict, to_dict
 from fmda.errors import UserError
+from fmda.evaluate.protocol import Protocol
 
 IGNORE = 255
 
@@ -110,11 +112,13 @@ class Scores:
         names: K class names.
         confusion: int64[K, K], row = truth, column = prediction.
         void: int64[K], labelled pixels that were given no class (misses).
+        protocol: how the counts came about, where recorded.
     """
 
     names: tuple[str, ...]
     confusion: Int[np.ndarray, "K K"]
     void: Int[np.ndarray, " K"] | None = None
+    protocol: Protocol | None = None
 
     def __post_init__(self) -> None:
         names, confusion = tuple(self.names), np.asarray(self.confusion, np.int64)
@@ -125,24 +129,27 @@ class Scores:
         object.__setattr__(self, "void", np.asarray(self._void, np.int64))
 
     @classmethod
-    def from_confusion(cls, matrix: Int[np.ndarray, "K C"], names: Sequence[str]) -> "Scores":
+    def from_confusion(
+        cls, matrix: Int[np.ndarray, "K C"], names: Sequence[str], protocol: Protocol | None = None
+    ) -> "Scores":
         """Returns the scores of a [K, K] matrix, or of [K, K + 1] with a last column of unassigned pixels."""
-        matrix = np.asarray(matrix)
-        size = len(names)
-        if matrix.ndim == 2 and matrix.shape == (size, size + 1):
-            return cls(tuple(names), matrix[:, :size], matrix[:, size])
-        return cls(tuple(names), matrix)
+        matrix, size = np.asarray(matrix), len(names)
+        if matrix.shape == (size, size + 1):
+            return cls(tuple(names), matrix[:, :size], matrix[:, size], protocol)
+        return cls(tuple(names), matrix, None, protocol)
 
     @classmethod
-    def empty(cls, names: Sequence[str]) -> "Scores":
+    def empty(cls, names: Sequence[str], protocol: Protocol | None = None) -> "Scores":
         """Returns scores of no pixel at all, the neutral element of `merge`."""
-        return cls(tuple(names), np.zeros((len(names), len(names)), np.int64))
+        return cls(tuple(names), np.zeros((len(names), len(names)), np.int64), None, protocol)
 
     def merge(self, other: "Scores") -> "Scores":
-        """Returns the scores of both pixel sets together; the class names must be equal."""
+        """Returns the scores of both pixel sets together; class names and protocols must be equal."""
         if self.names != other.names:
             raise UserError("scores of different class lists cannot be merged; map both to one list first")
-        return Scores(self.names, self.confusion + other.confusion, self._void + other._void)
+        if self.protocol != other.protocol:
+            raise UserError("scores of different protocols cannot be merged; evaluate both under one protocol")
+        return Scores(self.names, self.confusion + other.confusion, self._void + other._void, self.protocol)
 
     __add__ = merge
 
@@ -228,14 +235,16 @@ class Scores:
             "names": list(self.names),
             "confusion": self.confusion.tolist(),
             "void": self._void.tolist(),
+            "protocol": to_dict(self.protocol),
         }
 
     @classmethod
     def from_json(cls, data: dict, where: str = "scores") -> "Scores":
         """Returns the scores whose `to_json` is given; raises a UserError naming `where` when counts are missing."""
         try:
-            names, void = tuple(data["names"]), data.get("void")
-            return cls(names, np.array(data["confusion"], np.int64).reshape(len(names), -1), void)
+            names, protocol = tuple(data["names"]), data.get("protocol")
+            confusion = np.array(data["confusion"], np.int64).reshape(len(names), -1)
+            return cls(names, confusion, data.get("void"), protocol and from_dict(Protocol, protocol, where))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where}: holds no confusion counts ({error}); evaluate again") from None
 

@@ -4,8 +4,8 @@ import csv
 import json
 import time
 from bisect import insort
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fmda.evaluate.confusion import Scores, confusion_matrix
 from fmda.evaluate.maps import Common, Maps, common_list
 from fmda.evaluate.overlay import comparison
 from fmda.evaluate.protocol import Protocol
+from fmda.evaluate.scoring import read_ahead
 from fmda.evaluate.segmenter import Segmenter
 from fmda.progress import track
 from fmda.runs.identity import claim
@@ -110,9 +111,9 @@ class _Evaluation:
 
     def in_memory(self) -> Scores:
         """Returns the scores and writes nothing."""
-        for index in self._remaining():
-            self._score(index)
-        return Scores.from_confusion(self.total, self.names)
+        for example in self._remaining():
+            self._score(example)
+        return Scores.from_confusion(self.total, self.names, self.protocol)
 
     def in_folder(self, folder: Path) -> Scores:
         """Returns the scores, with the images that the folder's journal holds taken from there."""
@@ -130,32 +131,32 @@ class _Evaluation:
                     matrix[truth, prediction] = pixels
                 self._add(row["name"], matrix)
             resumed = len(self.images)
-            for index in self._remaining():
-                name, matrix = self._score(index)
+            for example in self._remaining():
+                matrix = self._score(example)
                 counts = [[int(t), int(p), int(matrix[t, p])] for t, p in np.argwhere(matrix)]
-                journal.append({"name": name, "counts": counts})
+                journal.append({"name": example.name, "counts": counts})
         seconds = time.perf_counter() - begin
-        total = Scores.from_confusion(self.total, self.names)
+        total = Scores.from_confusion(self.total, self.names, self.protocol)
         self._write_summary(folder, total, self._write_figures(folder))
         if resumed < self.count:
             write_atomic(folder / "timing.json", json.dumps(_timing(self.count - resumed, seconds)) + "\n")
         return total
 
-    def _remaining(self) -> Any:
+    def _remaining(self) -> Iterator[Example]:
+        indices = range(len(self.images), self.count)
         what = f"evaluate {self.segmenter.name} on {self.dataset.name}"
-        return track(range(len(self.images), self.count), what)
+        return track(read_ahead(self.dataset.__getitem__, indices), what, len(indices))
 
-    def _score(self, index: int) -> tuple[str, np.ndarray]:
-        """Returns (name, confusion matrix) of one image after adding it to the sums."""
-        example = self.dataset[index]
+    def _score(self, example: Example) -> np.ndarray:
+        """Returns the confusion matrix of the next image after adding it to the sums."""
         if example.labels is None:
             raise UserError(f"{self.dataset.name}: image '{example.name}' has no label map; evaluate a labelled split")
         prediction = self._predict(example)
         labels = self.common.map_labels(example.labels)
         matrix = confusion_matrix(labels, prediction, len(self.names), void=True)
-        self.predictions[index] = prediction
+        self.predictions[len(self.images)] = prediction
         self._add(example.name, matrix)
-        return example.name, matrix
+        return matrix
 
     def _predict(self, example: Example) -> np.ndarray:
         return self.common.map_predictions(self.segmenter.predict(example.image).labels)
@@ -228,7 +229,6 @@ class _Evaluation:
             "split": self.dataset.split,
             "images": self.count,
             "classes": list(self.names),
-            "protocol": asdict(self.protocol),
             "palette": np.asarray(self.common.classes.palette).tolist(),
             "scores": total.to_json(),
             "examples": examples,

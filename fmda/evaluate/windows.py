@@ -1,16 +1,38 @@
-"""Sliding-window inference around any forward function, and the resizes that go with it.
+"""Label maps from windows of an image: forward, resize, average and arg max in one traceable function.
 
-All resizing is bilinear with half-pixel centres, clamped at the edge and without antialiasing, as
-`torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` does it.
+Window scores are stretched to the window, averaged where windows overlap, and resized to the size of the labels. All of
+this is linear and acts on rows and columns apart, so each side of an image has one sparse matrix (`Resampling`). Full
+size scores exist one class and one band of rows at a time. Resizes are bilinear with half-pixel centres and without
+antialiasing (`fmda.nn.resize`). b = images, N = windows, K = classes, h and w = sides of a window's scores.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
-import cv2
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
 
+from fmda.data.transforms import fit_size, resize_image
 from fmda.errors import UserError
+from fmda.evaluate.protocol import Protocol
+from fmda.nn.resize import interpolation_matrix
+
+DenseForward = Callable[[Any, Float[Array, "N H W 3"]], Float[Array, "N h w K"]]
+"""(params, RGB in 0..255) -> scores, at any resolution; logits or probabilities, as they are to be averaged."""
+
+WINDOWS = 8
+"""Windows in one call of the network."""
+
+SIDE = 64
+"""Image and label sides are padded to multiples of this, so that images of similar size share one program."""
+
+COLUMNS = 64
+"""Pixel columns that are resampled together."""
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
@@ -25,97 +47,247 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
     return [max(min(i * stride + crop, length) - crop, 0) for i in range(count)]
 
 
-def sliding_window(
-    forward: Callable[[Float[np.ndarray, "N h w C"]], Float[Array, "N hs ws K"]],
-    image: Float[np.ndarray, "H W C"],
-    crop: int | tuple[int, int],
-    stride: int | tuple[int, int],
-    *,
-    batch_size: int = 4,
-    size: tuple[int, int] | None = None,
-) -> Float[np.ndarray, "Ho Wo K"]:
-    """Returns the scores of a whole image: window scores summed, divided by coverage, resized to `size`.
+class Resampling(NamedTuple):
+    """A sparse matrix in blocks of output rows: block i of the product is weights[i] @ x[sources[i]]."""
 
-    Windows go through `forward` in batches of exactly `batch_size` (the last one is filled up with its last window),
-    so a jitted forward compiles once for all images at least as large as the crop.
+    sources: Int[Array | np.ndarray, "*b blocks m"]
+    weights: Float[Array | np.ndarray, "*b blocks rows m"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of an image, in pixels.
+
+    Attributes:
+        length: of the label map.
+        network: of the image that is cut into windows.
+        window: of a window.
+        starts: first pixel of each window.
+    """
+
+    length: int
+    network: int
+    window: int
+    starts: tuple[int, ...]
+
+    @lru_cache(maxsize=1024)  # noqa: B019 -- sides are values, equal ones share their matrices
+    def resampling(self, samples: int, rows: int) -> Resampling:
+        """Returns the matrix from the samples of all windows, one after another, to pixels of the label map.
+
+        Args:
+            samples: number of score samples along a window.
+            rows: outputs in a block. Outputs beyond `length`, up to a multiple of `SIDE`, are zero.
+        """
+        inside = interpolation_matrix(samples, self.window)
+        matrix = np.zeros((self.network, len(self.starts) * samples), np.float32)
+        coverage = np.zeros((self.network, 1), np.float32)
+        for i, start in enumerate(self.starts):
+            matrix[start : start + self.window, i * samples : (i + 1) * samples] += inside
+            coverage[start : start + self.window] += 1
+        matrix /= np.maximum(coverage, 1)
+        if self.length != self.network:
+            matrix = interpolation_matrix(self.network, self.length) @ matrix
+        matrix = np.pad(matrix, ((0, padded(self.length) - self.length), (0, 0)))
+        blocks = matrix.reshape(-1, rows, matrix.shape[1])
+        occupied = [np.flatnonzero(block.any(0)) for block in blocks]
+        # rounded up, so that sides of similar length share one program
+        step = max(8, rows // 4)
+        width = -(-max(len(columns) for columns in occupied) // step) * step
+        sources = np.zeros((len(blocks), width), np.int32)
+        weights = np.zeros((len(blocks), rows, width), np.float32)
+        for i, columns in enumerate(occupied):
+            sources[i, : len(columns)] = columns
+            weights[i, :, : len(columns)] = blocks[i][:, columns]
+        return Resampling(sources, weights)
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Both sides of an image that is cut into windows."""
+
+    rows: Side
+    columns: Side
+
+    @classmethod
+    def of(cls, size: tuple[int, int], protocol: Protocol) -> "WindowGrid":
+        """Returns the windows of an image of `size` (height, width)."""
+        network = size if protocol.resize is None else fit_size(*size, *protocol.resize)
+
+        def side(length: int, network: int) -> Side:
+            window = min(protocol.crop, network) or network
+            return Side(length, network, window, tuple(window_starts(network, window, protocol.stride or window)))
+
+        return cls(side(size[0], network[0]), side(size[1], network[1]))
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(height, width) of a window."""
+        return self.rows.window, self.columns.window
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Windows down and across."""
+        return len(self.rows.starts), len(self.columns.starts)
+
+    def corners(self) -> Int[np.ndarray, "N 2"]:
+        """Returns the first (row, column) of each window, row by row."""
+        return np.asarray([(y, x) for y in self.rows.starts for x in self.columns.starts], np.int32)
+
+    def prepare(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H2 W2 3"]:
+        """Returns the image at network size, padded with zeros to multiples of `SIDE`."""
+        return pad(resize_image(image, (self.rows.network, self.columns.network)), 0)
+
+
+def padded(length: int) -> int:
+    """Returns the length rounded up to a multiple of `SIDE`."""
+    return -(-length // SIDE) * SIDE
+
+
+def pad(array: UInt8[np.ndarray, "H W *c"], value: int) -> UInt8[np.ndarray, "H2 W2 *c"]:
+    """Returns the array padded at the bottom and right to multiples of `SIDE`."""
+    below, right = (padded(length) - length for length in array.shape[:2])
+    if below == right == 0:
+        return array
+    return np.pad(array, ((0, below), (0, right), *((0, 0),) * (array.ndim - 2)), constant_values=value)
+
+
+class Geometry(NamedTuple):
+    """The arrays that place an image's windows; a batch has a leading axis of images."""
+
+    corners: Int[Array | np.ndarray, "*b N 2"]
+    rows: Resampling
+    columns: Resampling
+
+
+def geometry(grid: WindowGrid, samples: tuple[int, int]) -> Geometry:
+    """Returns the placement of windows whose scores have `samples` (rows, columns)."""
+    # bands that fit a CPU's cache, or that fill an accelerator
+    band = 16 if jax.default_backend() == "cpu" else SIDE
+    rows, columns = grid.rows.resampling(samples[0], band), grid.columns.resampling(samples[1], COLUMNS)
+    return Geometry(grid.corners(), rows, columns)
+
+
+@lru_cache(maxsize=256)
+def _samples(forward: DenseForward, structure: Any, leaves: tuple, window: tuple[int, int]) -> tuple[int, int]:
+    params = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    out = jax.eval_shape(forward, params, jax.ShapeDtypeStruct((1, *window, 3), jnp.float32))
+    if len(out.shape) != 4 or out.shape[-1] > 255:
+        raise UserError(f"forward: returns {out.shape} for one window; return scores [N, h, w, K], K at most 255")
+    return out.shape[1], out.shape[2]
+
+
+def score_samples(forward: DenseForward, params: Any, window: tuple[int, int]) -> tuple[int, int]:
+    """Returns (rows, columns) of the scores that `forward` gives for a window of this size."""
+    leaves, structure = jax.tree.flatten(params)
+    return _samples(forward, structure, tuple((x.shape, jnp.result_type(x)) for x in leaves), window)
+
+
+def label_maps(
+    forward: DenseForward,
+    params: Any,
+    images: UInt8[Array, "b H W 3"],
+    place: Geometry,
+    window: tuple[int, int],
+    shape: tuple[int, int],
+    flip: bool,
+) -> tuple[UInt8[Array, "b H2 W2"], Float[Array, "b H2 W2"]]:
+    """Returns (labels, averaged score of the label) of prepared images; to be traced.
+
+    The lowest class wins ties. Values beyond the label map's own size are undefined.
 
     Args:
-        forward: batch of windows -> scores; the score maps may be coarser than the windows and are resized to them.
-        image: prepared for `forward`, any channel count.
-        crop: window side, or (height, width), in pixels.
-        stride: step, one for both sides or (vertical, horizontal).
-        batch_size: windows a call.
-        size: (height, width) of the result; default the image's own.
+        images: by `WindowGrid.prepare`; their grids have equal `window` and `shape`.
+        place: by `geometry`, with a leading axis of images.
+        window, shape: of the grids; static.
+        flip: see `Protocol`.
     """
-    crop_h, crop_w = _pair(crop)
-    stride_h, stride_w = _pair(stride)
-    height, width = image.shape[:2]
-    crop_h, crop_w = min(crop_h, height), min(crop_w, width)
-    corners = [(y, x) for y in window_starts(height, crop_h, stride_h) for x in window_starts(width, crop_w, stride_w)]
-    total: np.ndarray | None = None
-    coverage = np.zeros((height, width, 1), np.float32)
-    for first in range(0, len(corners), batch_size):
-        group = corners[first : first + batch_size]
-        filled = group + [group[-1]] * (batch_size - len(group))
-        windows = np.stack([image[y : y + crop_h, x : x + crop_w] for y, x in filled])
-        scores = np.asarray(forward(windows), np.float32)
-        if total is None:
-            total = np.zeros((height, width, scores.shape[-1]), np.float32)
-        for (y, x), window in zip(group, scores, strict=False):
-            total[y : y + crop_h, x : x + crop_w] += resize_scores(window, (crop_h, crop_w))
-            coverage[y : y + crop_h, x : x + crop_w] += 1
-    assert total is not None  # every image has at least one window
-    total /= coverage
-    return total if size is None else resize_scores(total, size)
+
+    def one(scores: Float[Array, "N h w K"], rows: Resampling, columns: Resampling) -> tuple[Array, Array]:
+        return _arg_max(_columns(_tiles(scores, shape), columns), rows)
+
+    scores = _window_scores(forward, params, images, jnp.asarray(place.corners), window, flip)
+    return lax.map(lambda each: one(*each), (scores, place.rows, place.columns))
 
 
-def resize_scores(scores: Float[np.ndarray, "h w K"], size: tuple[int, int]) -> Float[np.ndarray, "H W K"]:
-    """Returns score maps resized bilinearly to (H, W) in float32."""
-    if scores.shape[:2] == tuple(size):
-        return np.asarray(scores, np.float32)
-    return _Bilinear(scores, size).rows(0, size[0])
+def _window_scores(
+    forward: DenseForward, params: Any, images: Array, corners: Array, window: tuple[int, int], flip: bool
+) -> Float[Array, "b N h w K"]:
+    b, n, _ = corners.shape
+    count = b * n
+    index = jnp.repeat(jnp.arange(b, dtype=jnp.int32), n)[:, None]
+    places = jnp.concatenate([index, corners.reshape(count, 2)], axis=1)
+
+    def some(places: Int[Array, "n 3"]) -> Float[Array, "n h w K"]:
+        cut = [lax.dynamic_slice(images, (*place, 0), (1, *window, 3)) for place in places]
+        pixels = jnp.concatenate(cut).astype(jnp.float32)
+        scores = forward(params, pixels).astype(jnp.float32)
+        if flip:
+            scores = (scores + forward(params, pixels[:, :, ::-1])[:, :, ::-1].astype(jnp.float32)) / 2
+        return scores
+
+    if count <= WINDOWS:
+        scores = some(places)
+    else:
+        groups = -(-count // WINDOWS)
+        size = -(-count // groups)  # as few surplus windows as possible
+        places = jnp.pad(places, ((0, groups * size - count), (0, 0)))
+        scores = lax.map(some, places.reshape(groups, size, 3))
+        scores = scores.reshape(groups * size, *scores.shape[2:])[:count]
+    return scores.reshape(b, n, *scores.shape[1:])
 
 
-def labels_at(scores: Float[np.ndarray, "h w K"], size: tuple[int, int], *, rows: int = 64) -> UInt8[np.ndarray, "H W"]:
-    """Returns the arg-max label map at (H, W), lowest class first on ties, without holding [H, W, K] scores.
-
-    Equal to `resize_scores(scores, size).argmax(-1)`; only `rows` rows of full-size scores exist at a time, which
-    matters for many classes (171 classes at 1024x2048 are 1.4 GB).
-    """
-    bands = _Bilinear(scores, size)
-    labels = np.empty(size, np.uint8)
-    for top in range(0, size[0], rows):
-        bottom = min(top + rows, size[0])
-        labels[top:bottom] = bands.rows(top, bottom).argmax(-1)
-    return labels
+def _tiles(scores: Float[Array, "N h w K"], shape: tuple[int, int]) -> Float[Array, "K R C"]:
+    """Returns the score maps of all windows side by side, classes first."""
+    (down, across), (_, h, w, k) = shape, scores.shape
+    return scores.reshape(down, across, h, w, k).transpose(4, 0, 2, 1, 3).reshape(k, down * h, across * w)
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _columns(scores: Float[Array, "K R C"], columns: Resampling) -> Float[Array, "K R W"]:
+    """Returns scores resampled along their columns."""
+
+    def block(part: tuple[Array, Array]) -> Float[Array, "K R n"]:
+        return jnp.einsum("krm,nm->krn", scores[:, :, part[0]], part[1], precision="highest")
+
+    blocks = lax.map(block, tuple(columns))
+    return blocks.transpose(1, 2, 0, 3).reshape(*scores.shape[:2], -1)
 
 
-class _Bilinear:
-    """Bilinear resize that can be asked for any band of output rows."""
+def _arg_max(scores: Float[Array, "K R W"], rows: Resampling) -> tuple[UInt8[Array, "H W"], Float[Array, "H W"]]:
+    """Returns (class, value) of the largest score after resampling along the rows, one class and band at a time."""
+    classes = jnp.arange(len(scores), dtype=jnp.uint8)
 
-    def __init__(self, scores: np.ndarray, size: tuple[int, int]) -> None:
-        self.scores = np.ascontiguousarray(scores, np.float32)
-        self.width = size[1]
-        n_in, n_out = self.scores.shape[0], size[0]
-        centre = np.clip((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0, n_in - 1)
-        self.upper = np.floor(centre).astype(np.intp)
-        self.lower = np.minimum(self.upper + 1, n_in - 1)
-        self.weight = (centre - self.upper).astype(np.float32)[:, None, None]
+    def band(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        sources, weights = part
 
-    def rows(self, top: int, bottom: int) -> np.ndarray:
-        """Returns output rows top..bottom-1, [bottom - top, W, K]."""
-        weight = self.weight[top:bottom]
-        band = self.scores[self.upper[top:bottom]] * (1 - weight) + self.scores[self.lower[top:bottom]] * weight
-        if band.shape[1] == self.width:
-            return band
-        # The height is already right, so OpenCV only interpolates along the rows. OpenCV 5 takes 128 channels at most.
-        size = (self.width, bottom - top)
-        parts = [
-            cv2.resize(band[..., k : k + 128], size, interpolation=cv2.INTER_LINEAR)
-            for k in range(0, band.shape[-1], 128)
-        ]
-        return np.concatenate([p if p.ndim == 3 else p[..., None] for p in parts], axis=-1)
+        def compare(best: tuple[Array, Array], one: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+            k, samples = one
+            score = jnp.matmul(weights, samples, precision="highest")
+            larger = score > best[1]
+            return (jnp.where(larger, k, best[0]), jnp.where(larger, score, best[1])), None
+
+        shape = (weights.shape[0], scores.shape[2])
+        start = (jnp.zeros(shape, jnp.uint8), jnp.full(shape, -jnp.inf, jnp.float32))
+        return lax.scan(compare, start, (classes, scores[:, sources]))[0]
+
+    labels, best = lax.map(band, tuple(rows))
+    return labels.reshape(-1, scores.shape[2]), best.reshape(-1, scores.shape[2])
+
+
+_predict = partial(jax.jit, static_argnames=("forward", "window", "shape", "flip"))(label_maps)
+
+
+class Predictor:
+    """Image in, label map out: the `forward` of a `Segmenter` around a dense network."""
+
+    def __init__(self, forward: DenseForward, params: Any, protocol: Protocol) -> None:
+        self.forward, self.params, self.protocol = forward, params, protocol
+
+    def __call__(self, image: UInt8[np.ndarray, "H W 3"]) -> tuple[UInt8[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
+        """Returns (labels, averaged score of the label) at the size of the image."""
+        grid = WindowGrid.of(image.shape[:2], self.protocol)
+        place = geometry(grid, score_samples(self.forward, self.params, grid.window))
+        images, place = jax.tree.map(lambda array: array[None], (grid.prepare(image), place))
+        out = _predict(self.forward, self.params, images, place, grid.window, grid.shape, self.protocol.flip)
+        labels, scores = jax.device_get(out)
+        height, width = image.shape[:2]
+        return labels[0, :height, :width], scores[0, :height, :width]

@@ -34,7 +34,7 @@ def test_writes_scores_table_and_figures(segmenter, memory, tmp_path):
     data = json.loads((tmp_path / "scores.json").read_text())
     assert data["scores"] == scores.to_json()
     assert (data["model"], data["dataset"], data["images"]) == ("threshold", "memory", 6)
-    assert data["fingerprint"] == "threshold-100" and data["protocol"]["crop"] == 0
+    assert data["fingerprint"] == "threshold-100" and data["scores"]["protocol"]["crop"] == 0
     assert data["palette"][1] == [70, 130, 180]
     assert [(e["kind"], e["name"]) for e in data["examples"]] == [
         ("worst", "image-5"),

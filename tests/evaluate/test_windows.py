@@ -1,10 +1,14 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy_windows import resize_scores, sliding_window
 
 from fmda.errors import UserError
-from fmda.evaluate.windows import labels_at, resize_scores, sliding_window, window_starts
+from fmda.evaluate import Predictor, Protocol
+from fmda.evaluate.windows import Side, window_starts
 
 
 @pytest.mark.parametrize(
@@ -42,63 +46,103 @@ def test_bad_stride_is_an_error():
         window_starts(10, 5, 0)
 
 
-def test_pointwise_forward_is_reproduced_and_batches_are_fixed():
-    image = np.random.default_rng(0).normal(size=(11, 17, 2)).astype(np.float32)
-    seen = []
-
-    def forward(windows):
-        seen.append(windows.shape)
-        return np.concatenate([windows, windows[..., :1] * 2], -1)
-
-    scores = sliding_window(forward, image, 6, 4, batch_size=4)
-    np.testing.assert_allclose(scores, np.concatenate([image, image[..., :1] * 2], -1), rtol=1e-6)
-    assert set(seen) == {(4, 6, 6, 2)}
-    assert len(seen) == 3  # 3 x 4 windows
+def dense(side):
+    """Returns the matrix of a side from its blocks."""
+    sources, weights = side.resampling(side.window, 16)
+    matrix = np.zeros((weights.shape[0] * 16, len(side.starts) * side.window), np.float32)
+    for block, (columns, values) in enumerate(zip(sources, weights, strict=True)):
+        np.add.at(matrix[block * 16 : (block + 1) * 16], (slice(None), columns), values)
+    return matrix
 
 
-def test_overlaps_are_averaged_by_coverage():
-    def forward(windows):  # each window answers with its own first pixel
-        return np.broadcast_to(windows[:, :1, :1], windows.shape)
-
-    image = np.arange(6, dtype=np.float32)[None, :, None]
-    scores = sliding_window(forward, image, (1, 4), (1, 2), batch_size=3)
-    assert scores[0, :, 0].tolist() == [0, 0, 1, 1, 2, 2]
-
-
-def test_coarse_scores_are_stretched_to_the_window_and_to_the_size():
-    image = np.zeros((4, 8, 3), np.float32)
-    patch = np.array([[0.0, 4.0]], np.float32)[None, :, :, None]
-    scores = sliding_window(lambda w: np.repeat(patch, len(w), 0), image, (4, 8), 8, batch_size=2, size=(6, 8))
-    assert scores.shape == (6, 8, 1)
-    np.testing.assert_allclose(scores[3, :, 0], [0, 0, 0.5, 1.5, 2.5, 3.5, 4, 4])
+def test_blocks_hold_the_average_of_overlapping_windows():
+    matrix = dense(Side(6, 6, 4, (0, 2)))
+    assert matrix.shape == (64, 8)
+    assert matrix[:6].tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0.5, 0, 0.5, 0, 0, 0],
+        [0, 0, 0, 0.5, 0, 0.5, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1],
+    ]
+    assert not matrix[6:].any()
 
 
-def test_image_smaller_than_the_crop():
-    image = np.ones((3, 5, 1), np.float32)
-    scores = sliding_window(lambda w: w * 3, image, 8, 4, batch_size=2)
-    assert scores.shape == (3, 5, 1)
-    assert (scores == 3).all()
+def test_a_side_is_computed_once():
+    assert Side(90, 60, 40, (0, 20)).resampling(10, 16) is Side(90, 60, 40, (0, 20)).resampling(10, 16)
 
 
-@pytest.mark.parametrize("size", [(9, 14), (3, 4), (5, 7), (5, 20)])
-def test_resize_follows_half_pixel_bilinear(size):
-    scores = np.random.default_rng(1).normal(size=(5, 7, 6)).astype(np.float32)
-
-    def matrix(n_in, n_out):
-        centre = np.clip((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0, n_in - 1)
-        return np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(n_in)))
-
-    expected = np.einsum("ai,ijk,bj->abk", matrix(5, size[0]), scores, matrix(7, size[1]))
-    np.testing.assert_allclose(resize_scores(scores, size), expected, atol=1e-5)
-    np.testing.assert_array_equal(labels_at(scores, size, rows=2), resize_scores(scores, size).argmax(-1))
+def coarse(params, pixels):
+    """Returns scores at a quarter of the resolution that also depend on the place in the window."""
+    n, h, w, _ = pixels.shape
+    cells = pixels[:, : h // 4 * 4, : w // 4 * 4].reshape(n, h // 4, 4, w // 4, 4, 3).mean((2, 4)) / 255
+    ramp = jnp.linspace(0, 1, cells.shape[2])[None, None, :, None]
+    return cells @ params + ramp * params[:1, None, None]
 
 
-def test_more_classes_than_opencv_takes_at_once():
-    scores = np.random.default_rng(2).normal(size=(2, 3, 700)).astype(np.float32)
-    wide = resize_scores(scores, (2, 6))
-    assert wide.shape == (2, 6, 700)
-    np.testing.assert_allclose(wide[:, 0], scores[:, 0], atol=1e-6)
+PARAMS = np.random.default_rng(5).normal(size=(3, 7)).astype(np.float32)
+
+
+def assert_equal_but_for_ties(labels, scores):
+    """Asserts that each label has the largest score, up to rounding."""
+    chosen = np.take_along_axis(scores, labels[..., None].astype(np.int64), -1)[..., 0]
+    np.testing.assert_allclose(chosen, scores.max(-1), atol=2e-5)
+    assert (labels == scores.argmax(-1)).mean() > 0.995
+
+
+@pytest.mark.parametrize(
+    ("size", "protocol"),
+    [
+        ((70, 90), Protocol(crop=32, stride=20)),
+        ((70, 90), Protocol(resize=(64, 48), crop=32, stride=32)),
+        ((33, 150), Protocol(resize=(200, 40), crop=64, stride=40)),
+        ((40, 52), Protocol()),
+        ((40, 52), Protocol(resize=(80, 64), crop=24, stride=16, flip=True)),
+    ],
+)
+def test_predictions_are_those_of_windows_in_numpy(size, protocol):
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
+    labels, best = Predictor(coarse, PARAMS, protocol)(image)
+    scores = sliding_window(lambda windows: coarse(PARAMS, jnp.asarray(windows)), image, protocol)
+    assert labels.shape == best.shape == size
+    assert_equal_but_for_ties(labels, scores)
+    np.testing.assert_allclose(best, scores.max(-1), atol=2e-5)
+
+
+def test_mirrored_windows_are_turned_back():
+    image = np.random.default_rng(1).integers(0, 256, (32, 48, 3), np.uint8)
+    protocol = Protocol(flip=True)
+    labels, _ = Predictor(coarse, PARAMS, protocol)(image)
+    mirrored, _ = Predictor(coarse, PARAMS, protocol)(np.ascontiguousarray(image[:, ::-1]))
+    assert (mirrored[:, ::-1] == labels).mean() > 0.995
 
 
 def test_ties_go_to_the_lowest_class():
-    assert labels_at(np.ones((2, 2, 3), np.float32), (4, 4)).max() == 0
+    image = np.zeros((20, 30, 3), np.uint8)
+    labels, best = Predictor(lambda params, x: jnp.full((len(x), 4, 4, 5), 2.0), (), Protocol(crop=8, stride=8))(image)
+    assert labels.max() == 0 and (best == 2).all()
+
+
+def test_many_classes_and_images_of_similar_size_share_a_program():
+    calls = []
+
+    def forward(params, pixels):
+        calls.append(pixels.shape)
+        return jnp.zeros((len(pixels), 8, 8, 200)).at[..., 150].set(1.0)
+
+    predictor = Predictor(forward, (), Protocol(resize=(64, 32), crop=32, stride=24))
+    for size in ((68, 136), (70, 140), (72, 144)):
+        assert (predictor(np.zeros((*size, 3), np.uint8))[0] == 150).all()
+    assert len(calls) == 2  # once for the shape of the scores, once compiled
+
+
+def test_scores_of_another_form_are_refused():
+    with pytest.raises(UserError, match=r"return scores \[N, h, w, K\]"):
+        Predictor(lambda params, x: x.mean((1, 2)), (), Protocol())(np.zeros((8, 8, 3), np.uint8))
+
+
+def test_the_numpy_reference_resizes_like_torch():
+    scores = np.arange(4, dtype=np.float32).reshape(1, 2, 2)
+    np.testing.assert_allclose(resize_scores(scores, (1, 4))[0, :, 0], [0, 0.5, 1.5, 2])
+    assert jax.default_backend() == "cpu"

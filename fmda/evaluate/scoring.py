@@ -1,0 +1,226 @@
+"""Scores of a dense network on the devices of a mesh: from decoded images to a sum of confusion matrices."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, UInt8
+
+from fmda.data import ClassList, Dataset
+from fmda.errors import UserError
+from fmda.evaluate.confusion import IGNORE, Scores, batch_confusion
+from fmda.evaluate.maps import common_list
+from fmda.evaluate.protocol import Protocol
+from fmda.evaluate.windows import DenseForward, Geometry, WindowGrid, geometry, label_maps, pad, score_samples
+from fmda.mesh import BATCH, replicated
+from fmda.progress import track
+
+T = TypeVar("T")
+
+THREADS = 2
+"""Threads that decode images."""
+
+AHEAD = 4
+"""Images that are decoded before they are needed."""
+
+IN_FLIGHT = 2
+"""Batches on the devices whose counts the host has not fetched yet."""
+
+
+def score_on_mesh(
+    forward: DenseForward,
+    params: Any,
+    dataset: Dataset,
+    mesh: Mesh,
+    protocol: Protocol,
+    *,
+    classes: ClassList | None = None,
+    limit: int | None = None,
+) -> Scores:
+    """Returns the scores of a dense network over a labelled dataset, the same in every process.
+
+    Each device takes one image at a time; windows, resize, arg max and confusion matrix are one jitted function. With
+    several processes each scores its share of the images at its own pace, and the counts are added at the end.
+
+    Args:
+        forward: (params, RGB in 0..255 [N, h, w, 3]) -> scores [N, h', w', K]. Pass the same function object every
+            time, since a new one is compiled again.
+        params: a tree of arrays; each device gets a whole copy.
+        dataset: labelled examples.
+        mesh: its devices share the images.
+        protocol: resize, windows, flip, and the class maps by known name or file.
+        classes: what the network predicts; default the dataset's classes.
+        limit: score only the first `limit` images.
+
+    Raises:
+        UserError: no image, an image without labels, or class lists that do not match.
+    """
+    common = common_list(classes or dataset.classes, dataset.classes, protocol.class_map)
+    names = common.classes.names
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    if count == 0:
+        raise UserError(f"{dataset.name}: split '{dataset.split}' holds no image; check root and split")
+    every = np.arange(256, dtype=np.uint8)
+    table = jnp.asarray(common.map_predictions(every)) if common.predictions else None
+
+    local = mesh.local_mesh
+    params = _local_copy(params, mesh)
+
+    def prepare(index: int) -> _Prepared:
+        example = dataset[index]
+        if example.labels is None:
+            raise UserError(f"{dataset.name}: image '{example.name}' has no label map; score a labelled split")
+        grid = WindowGrid.of(example.image.shape[:2], protocol)
+        place = geometry(grid, score_samples(forward, params, grid.window))
+        labels = pad(common.map_labels(example.labels), IGNORE)
+        return _Prepared(grid.window, grid.shape, grid.prepare(example.image), labels, place)
+
+    total = np.zeros((len(names), len(names) + 1), np.int64)
+    running: deque[Array] = deque()
+    share = range(jax.process_index(), count, jax.process_count())
+    prepared = track(read_ahead(prepare, share), f"score {dataset.name}", len(share))
+    for window, shape, images, labels, place in _batches(prepared, local.size):
+        running.append(
+            _count(
+                forward, params, images, labels, place, table,
+                window=window, shape=shape, flip=protocol.flip, classes=len(names), mesh=local,
+            )
+        )  # fmt: skip
+        if len(running) > IN_FLIGHT:
+            total += np.asarray(running.popleft(), np.int64).sum(0)
+    for counts in running:
+        total += np.asarray(counts, np.int64).sum(0)
+    return Scores.from_confusion(_over_processes(total), names, protocol)
+
+
+@dataclass(frozen=True)
+class SegmentationEvaluator:
+    """Scores of the network in training on a held-out dataset, for `fmda.train.task`.
+
+    Attributes:
+        name: prefix of the scores.
+        every: steps between two evaluations.
+        forward, dataset, mesh, protocol, classes, limit: see `score_on_mesh`.
+        params: training state -> the first argument of `forward`.
+    """
+
+    name: str
+    every: int
+    forward: DenseForward
+    dataset: Dataset
+    mesh: Mesh
+    protocol: Protocol
+    classes: ClassList | None = None
+    limit: int | None = None
+    params: Callable[[Any], Any] = lambda state: state.params
+
+    def run(self, state: Any) -> Iterator[tuple[str, float]]:
+        """Yields (`<name>/miou`, value), `<name>/accuracy` and `<name>/iou/<class>` for each class that occurs."""
+        scores = score_on_mesh(
+            self.forward, self.params(state), self.dataset, self.mesh, self.protocol,
+            classes=self.classes, limit=self.limit,
+        )  # fmt: skip
+        yield f"{self.name}/miou", scores.miou
+        yield f"{self.name}/accuracy", scores.accuracy
+        for name, iou in zip(scores.names, scores.iou, strict=True):
+            if not np.isnan(iou):
+                yield f"{self.name}/iou/{name}", float(iou)
+
+
+def read_ahead(read: Callable[[int], T], indices: Iterable[int]) -> Iterator[T]:
+    """Yields `read(index)` in order; a few calls run ahead in threads."""
+    pool = ThreadPoolExecutor(THREADS)
+    pending: deque[Future[T]] = deque()
+    try:
+        for index in indices:
+            pending.append(pool.submit(read, index))
+            if len(pending) > AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Prepared(NamedTuple):
+    """One image as the devices take it; in a batch, the arrays have a leading axis."""
+
+    window: tuple[int, int]
+    shape: tuple[int, int]
+    image: UInt8[np.ndarray, "*b H W 3"]
+    labels: UInt8[np.ndarray, "*b H2 W2"]
+    place: Geometry
+
+
+def _batches(prepared: Iterable[_Prepared], size: int) -> Iterator[_Prepared]:
+    """Yields batches of `size` images that share one program; incomplete ones are filled up with unlabelled images."""
+    groups: dict[Any, list[_Prepared]] = {}
+    for one in prepared:
+        key = (one.window, one.shape, *(a.shape for a in jax.tree.leaves(one[2:])))
+        group = groups.setdefault(key, [])
+        group.append(one)
+        if len(group) == size:
+            yield _stacked(groups.pop(key))
+    for group in groups.values():
+        empty = group[0]._replace(labels=np.full_like(group[0].labels, IGNORE))
+        yield _stacked(group + [empty] * (size - len(group)))
+
+
+def _stacked(group: list[_Prepared]) -> _Prepared:
+    window, shape = group[0][:2]
+    return _Prepared(window, shape, *jax.tree.map(lambda *arrays: np.stack(arrays), *(one[2:] for one in group)))
+
+
+@partial(jax.jit, static_argnames=("forward", "window", "shape", "flip", "classes", "mesh"))
+def _count(
+    forward: DenseForward,
+    params: Any,
+    images: UInt8[Array, "b H W 3"],
+    labels: UInt8[Array, "b H2 W2"],
+    place: Geometry,
+    table: UInt8[Array, " 256"] | None,
+    *,
+    window: tuple[int, int],
+    shape: tuple[int, int],
+    flip: bool,
+    classes: int,
+    mesh: Mesh,
+) -> Int[Array, "b K K+1"]:
+    """Returns the confusion matrix of each image, split over the devices like the images."""
+
+    def on_device(params: Any, images: Array, labels: Array, place: Geometry, table: Array | None) -> Array:
+        predictions, _ = label_maps(forward, params, images, place, window, shape, flip)
+        if table is not None:
+            predictions = table[predictions]
+        return lax.map(lambda pair: batch_confusion(pair[0], pair[1], classes, void=True), (labels, predictions))
+
+    specs = (P(), BATCH, BATCH, BATCH, P())
+    split = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
+    return split(params, images, labels, place, table)
+
+
+def _local_copy(params: Any, mesh: Mesh) -> Any:
+    """Returns the tree with a whole copy of each leaf on every device of this process."""
+    if jax.process_count() == 1:
+        return jax.device_put(params, replicated(mesh))
+    whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(params)
+    return multihost_utils.global_array_to_host_local_array(whole, mesh, P())
+
+
+def _over_processes(counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """Returns the sum over all processes."""
+    if jax.process_count() == 1:
+        return counts
+    # as bytes: jax would cut 64-bit integers
+    gathered = np.asarray(multihost_utils.process_allgather(counts.view(np.uint8)))
+    return gathered.view(np.int64).sum(0)
