@@ -1,6 +1,7 @@
 """Dense features: what each host makes of CLIP's image tower, which was trained for one vector an image.
 
-All three change the last block only. D = width of the joint space, h and w = patches down and across.
+All three change the last block only, and share the tower before it. D = width of the joint space, h and w = patches
+down and across.
 """
 
 from functools import lru_cache
@@ -31,11 +32,16 @@ class Patches(NamedTuple):
     foreground: Bool[Array, "B h w"]
 
 
-def patch_features(
-    host: HostConfig, tower: VisionTransformer, heads: Heads | None, pixels: Float[Array, "B H W 3"]
-) -> Float[Array, "B h w D"]:
-    """Returns the unit-length features of each patch of normalised windows, in float32."""
-    return patches(host, tower, heads, pixels).features
+class Tokens(NamedTuple):
+    """The tower before its last block: what hosts with the same windows have in common.
+
+    Attributes:
+        last: tokens that enter the last block, class token first.
+        guide: layer-normalised input of the third last block's MLP; None for a tower of fewer blocks.
+    """
+
+    last: Float[Array, "B T width"]
+    guide: Float[Array, "B T width"] | None
 
 
 def patches(
@@ -50,28 +56,44 @@ def patches(
 
     Raises UserError where CLIP-DINOiser has no heads.
     """
-    h, w = tower.grid(*pixels.shape[1:3])
+    return patches_of(host, tower, heads, tokens(host, tower, pixels), tower.grid(*pixels.shape[1:3]))
+
+
+def tokens(host: HostConfig, tower: VisionTransformer, pixels: Float[Array, "B H W 3"]) -> Tokens:
+    """Returns the tokens of normalised windows; of the host, only `position_offset` matters."""
     x = tower.tokens(pixels, position_offset=host.position_offset)
     blocks = list(tower.blocks)
-    everything = jnp.ones((len(pixels), h, w), bool)
+    if len(blocks) < LEAST_BLOCKS:
+        for block in blocks[:-1]:
+            x = block(x)
+        return Tokens(x, None)
+    x, guide = up_to_guide(blocks, x)
+    x = x + blocks[-LEAST_BLOCKS].mlp(guide)
+    return Tokens(blocks[-2](x), guide)
+
+
+def patches_of(
+    host: HostConfig, tower: VisionTransformer, heads: Heads | None, seen: Tokens, grid: tuple[int, int]
+) -> Patches:
+    """Returns features and foreground from the tokens; each host has its own form of the last block.
+
+    Args:
+        grid: patches down and across.
+    """
+    last = tower.blocks[-1]
+    everything = jnp.ones((len(seen.last), *grid), bool)
     if host.features == "naclip":
-        for block in blocks[:-1]:
-            x = block(x)
-        dense = tower.project(_key_attention(blocks[-1], x, neighbourhood(h, w, host.gaussian_std)))
-        return Patches(unit(_grid(dense, h, w)), everything)
+        dense = tower.project(_key_attention(last, seen.last, neighbourhood(*grid, host.gaussian_std)))
+        return Patches(unit(_grid(dense, *grid)), everything)
+    values = _grid(tower.project(last.value_path(seen.last)), *grid)
     if host.features == "maskclip":
-        for block in blocks[:-1]:
-            x = block(x)
-        return Patches(unit(_grid(tower.project(blocks[-1].value_path(x)), h, w)), everything)
+        return Patches(unit(values), everything)
     if heads is None:
         raise UserError(f"clip-dinoiser: needs its heads ({HEADS_FILE}); name their folder with heads=")
-    if len(blocks) < LEAST_BLOCKS:
-        raise UserError(f"clip-dinoiser: the image tower has {len(blocks)} blocks; it reads the third last one")
-    x, normalised = up_to_guide(blocks, x)
-    x = x + blocks[-LEAST_BLOCKS].mlp(normalised)
-    x = blocks[-1].value_path(blocks[-2](x))
-    guide = _grid(normalised, h, w)
-    refined = refine(_grid(tower.project(x), h, w), object_features(heads, guide), host.affinity_floor)
+    if seen.guide is None:
+        raise UserError(f"clip-dinoiser: reads the third last block, but the image tower has {len(tower.blocks)}")
+    guide = _grid(seen.guide, *grid)
+    refined = refine(values, object_features(heads, guide), host.affinity_floor)
     return Patches(unit(refined), saliency(heads, guide) > 0)
 
 

@@ -25,7 +25,7 @@ class HostConfig:
     """All constants of a host. Sides are in pixels.
 
     Attributes:
-        features: which dense features (`features.patch_features`).
+        features: which dense features (`features.patches_of`).
         long_max, short_max: limits of the resize that keeps the ratio; the larger image inside both is taken.
         crop, stride: sliding windows; crop 0 takes the whole image as one window.
         remainder: a window that is no whole number of patches is zero-padded ("pad") or cut and stretched ("drop").

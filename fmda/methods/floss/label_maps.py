@@ -1,6 +1,5 @@
 """Label maps of host and FLOSS out of one pass of the tower over each image."""
 
-import hashlib
 import zlib
 
 import numpy as np
@@ -10,6 +9,7 @@ from fmda.evaluate import Protocol, Segmenter
 from fmda.evaluate.segmenter import Forward
 from fmda.methods.floss.features import Patches
 from fmda.methods.floss.model import Chosen, Floss, Image
+from fmda.methods.floss.tower import image_digest
 
 Labels = UInt8[np.ndarray, "H W"]
 
@@ -38,12 +38,12 @@ class LabelMaps:
         """Labels an image whose patches are known."""
         maps = (self.model.predict_host(image, patches)[0], self.model.predict(image, self.classifiers, patches)[0])
         first, second = (zlib.compress(labels.astype(np.uint8).tobytes(), 1) for labels in maps)
-        self._kept[_key(image)] = first, second
+        self._kept[image_digest(image)] = first, second
 
     def _labels(self, image: Image, which: int) -> Labels:
-        if _key(image) not in self._kept:
+        if image_digest(image) not in self._kept:
             self.add(image, self.model.look(image))
-        data = zlib.decompress(self._kept[_key(image)][which])
+        data = zlib.decompress(self._kept[image_digest(image)][which])
         return np.frombuffer(data, np.uint8).reshape(image.shape[:2])
 
 
@@ -52,7 +52,3 @@ def _segmenter(model: Floss, chosen: Chosen | None, forward: Forward) -> Segment
     name = host.name if chosen is None else f"{host.name} + FLOSS"
     protocol = Protocol((host.long_max, host.short_max), host.crop, host.stride)
     return Segmenter(forward, model.classes, name, model.identity(chosen), protocol)
-
-
-def _key(image: Image) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()

@@ -79,7 +79,7 @@ class Floss:
         self.table = text_embeddings(clip, ids)
         self.ordinary = default_classifier(self.table)
         mesh = mesh or make_mesh(devices=jax.local_devices())
-        self.tower = Tower(self.host, clip.config, clip.graphdef, clip.params, mesh, heads)
+        self.tower = Tower(self.host, clip.config, clip.graphdef, clip.params, mesh, heads, clip.fingerprint)
         self.background = None
         if config.background is not None:
             self.background = self.queries.classes.index(classes.index(config.background))

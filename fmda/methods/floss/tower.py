@@ -1,7 +1,9 @@
-"""The image tower at work: photographs in, patches of their windows out, several images and devices at a time."""
+"""The image tower at work: images in, patches of their windows out, several images and devices at a time."""
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import jax
@@ -13,14 +15,42 @@ from jaxtyping import Array, Float, UInt8
 
 from fmda.errors import UserError
 from fmda.mesh import batch_sharding, replicated
-from fmda.methods.floss.chain import Geometry, bucket, windows
-from fmda.methods.floss.features import Patches, patches
+from fmda.methods.floss.chain import Geometry, bucket, windows, zero_padded
+from fmda.methods.floss.features import Patches, Tokens, patches_of, tokens
 from fmda.methods.floss.hosts import HostConfig, network_image, padded_windows
 from fmda.models.clip import ClipConfig, VitConfig
 from fmda.models.dinoiser import Heads
 
 BATCH = 8
 """Windows on one device at a time."""
+
+
+class TokenCache:
+    """Tokens of the images seen last, up to a number of bytes in host memory.
+
+    Whoever comes back to an image (another host with the same windows, the choice of n, a score of ranked images)
+    computes the last block alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._items: OrderedDict[Hashable, Tokens] = OrderedDict()
+
+    def get(self, key: Hashable) -> Tokens | None:
+        """Returns the tokens of an image, None where they are not kept."""
+        if key in self._items:
+            self._items.move_to_end(key)
+        return self._items.get(key)
+
+    def put(self, key: Hashable, tokens: Tokens) -> None:
+        """Keeps the tokens of an image; the images that were unused for longest make room."""
+        self._items[key] = tokens
+        self.size += _bytes(tokens)
+        while self.size > self.limit:
+            self.size -= _bytes(self._items.popitem(last=False)[1])
+
+
+CACHE = TokenCache(1 << 30)
 
 
 class Tower:
@@ -30,6 +60,7 @@ class Tower:
         host: whose features.
         config, graphdef, params: of the checkpoint.
         heads: CLIP-DINOiser's.
+        weights: fingerprint of the checkpoint; towers of the same one share `CACHE`. None shares nothing.
     """
 
     def __init__(
@@ -40,12 +71,17 @@ class Tower:
         params: dict[str, Any],
         mesh: Mesh,
         heads: Heads | None = None,
+        weights: str | None = None,
     ) -> None:
         if not isinstance(config.vision, VitConfig):
             raise UserError("clip: FLOSS hosts read a vision transformer; this checkpoint has a convolutional tower")
         self.host, self.config, self.graphdef, self.mesh = host, config, graphdef, mesh
         self.patch = config.vision.patch_size
         self.params, self.heads = jax.device_put((params, heads), replicated(mesh))
+        # all that tokens depend on besides the image
+        same = (host.long_max, host.short_max, host.crop, host.stride, host.remainder)
+        self._origin = (weights, *same, host.round_statistics, host.position_offset)
+        self._cache = CACHE if weights else TokenCache(0)
 
     def geometry(self, image: UInt8[np.ndarray, "H W 3"]) -> Geometry:
         """Returns how the image is resized and cut."""
@@ -60,44 +96,92 @@ class Tower:
 
         Windows of equal size are pooled over the images.
         """
+        keys = [(*self._origin, image_digest(image)) for image in images]
+        known = [self._cache.get(key) for key in keys]
+        new = [i for i, found in enumerate(known) if found is None]
+        for i, computed in zip(new, self._tokens([images[i] for i in new]), strict=True):
+            known[i] = computed
+            self._cache.put(keys[i], computed)
+        grids = [(w.rows.patches, w.columns.patches) for w in map(self.geometry, images)]
+        return self._pooled(
+            known, grids, lambda seen, grid: _patches(*self._program(), seen, grid, replicated(self.mesh))
+        )
+
+    def _tokens(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> list[Tokens]:
+        """Returns the tokens of each image's windows [N, T, width] in host memory: one pass of the tower."""
         cut = []
         for image in images:
             where = self.geometry(image)
             pieces = windows(self.network_image(image), where)
             cut.append(padded_windows(pieces, where, self.host, self.config.image_mean, self.config.image_std))
-        found: list[Patches | None] = [None] * len(cut)
-        for shape in dict.fromkeys(c.shape[1:] for c in cut):
-            members = [i for i, c in enumerate(cut) if c.shape[1:] == shape]
-            pooled = self._run(np.concatenate([cut[i] for i in members]))
-            first = 0
-            for i in members:
-                found[i] = Patches(*(a[first : first + len(cut[i])] for a in pooled))
-                first += len(cut[i])
-        return [f for f in found if f is not None]
+        shapes = [c.shape[1:] for c in cut]
+        return jax.device_get(self._pooled(cut, shapes, lambda pixels, _: _tokens(*self._program(), pixels)))
 
-    def _run(self, pixels: Float[np.ndarray, "N h w 3"]) -> Patches:
-        """Returns the patches of N windows; their number is filled up to a few sizes so that few programs compile."""
-        devices, count = self.mesh.size, len(pixels)
+    def _program(self) -> tuple[Any, ...]:
+        return self.host, self.graphdef, self.params, self.heads
+
+    def _pooled(self, rows: Sequence[Any], kinds: Sequence[Hashable], function: Callable[[Any, Any], Any]) -> list[Any]:
+        """Returns function(rows, kind) for trees of arrays [N, ...], where all rows of one kind go in together."""
+        results: list[Any] = [None] * len(rows)
+        for kind in dict.fromkeys(kinds):
+            members = [i for i, one in enumerate(kinds) if one == kind]
+            joined = jax.tree.map(lambda *a: np.concatenate(a), *(rows[i] for i in members))
+            out, first = self._in_batches(joined, partial(_with_last, function, kind)), 0
+            for i in members:
+                results[i] = _cut(out, first, _length(rows[i]))
+                first += _length(rows[i])
+        return results
+
+    def _in_batches(self, rows: Any, function: Callable[[Any], Any]) -> Any:
+        """Returns function(rows) in batches over the devices; filled up to a few sizes so that few programs compile."""
+        devices, count = self.mesh.size, _length(rows)
         size = devices * min(BATCH, -(-count // devices))
         parts = []
         for first in range(0, count, size):
-            some = pixels[first : first + size]
-            filled = np.pad(some, ((0, bucket(len(some), devices) - len(some)), (0, 0), (0, 0), (0, 0)))
-            placed = jax.device_put(filled, batch_sharding(self.mesh))
-            out = _patches(self.graphdef, self.params, self.heads, placed, host=self.host, whole=replicated(self.mesh))
-            parts.append(Patches(*(a[: len(some)] for a in out)))
-        return parts[0] if len(parts) == 1 else Patches(*(jnp.concatenate(a) for a in zip(*parts, strict=True)))
+            some = _cut(rows, first, size)
+            filled = jax.tree.map(partial(zero_padded, length=bucket(_length(some), devices)), some)
+            out = function(jax.device_put(filled, batch_sharding(self.mesh)))
+            parts.append(_cut(out, 0, _length(some)))
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("host", "whole"))
+def _with_last(function: Callable[[Any, Any], Any], last: Any, rows: Any) -> Any:
+    return function(rows, last)
+
+
+def _cut(rows: Any, first: int, length: int) -> Any:
+    return jax.tree.map(lambda a: a[first : first + length], rows)
+
+
+def _length(rows: Any) -> int:
+    return len(jax.tree.leaves(rows)[0])
+
+
+def image_digest(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """Returns 16 bytes that differ between images."""
+    return blake2b(np.ascontiguousarray(image).data, digest_size=16, person=str(image.shape).encode()[:16]).digest()
+
+
+def _bytes(tokens: Tokens) -> int:
+    return sum(a.nbytes for a in jax.tree.leaves(tokens))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _tokens(
+    host: HostConfig, graphdef: nnx.GraphDef, params: dict[str, Any], heads: Heads | None, pixels: Array
+) -> Tokens:
+    return tokens(host, nnx.merge(graphdef, params).vision, pixels)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 5, 6))
 def _patches(
+    host: HostConfig,
     graphdef: nnx.GraphDef,
     params: dict[str, Any],
     heads: Heads | None,
-    pixels: Array,
-    *,
-    host: HostConfig,
+    seen: Tokens,
+    grid: tuple[int, int],
     whole: jax.sharding.NamedSharding,
 ) -> Patches:
-    out = patches(host, nnx.merge(graphdef, params).vision, heads, pixels)
+    out = patches_of(host, nnx.merge(graphdef, params).vision, heads, seen, grid)
     return jax.lax.with_sharding_constraint(out, whole)

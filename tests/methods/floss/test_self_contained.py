@@ -13,10 +13,12 @@ from fmda.data import open_dataset
 from fmda.errors import UserError
 from fmda.evaluate import Segmenter
 from fmda.mesh import make_mesh
+from fmda.methods.floss import tower
 from fmda.methods.floss.check import check
+from fmda.methods.floss.features import Tokens
 from fmda.methods.floss.model import Floss
 from fmda.methods.floss.run import stages
-from fmda.methods.floss.tower import Tower
+from fmda.methods.floss.tower import TokenCache, Tower
 from fmda.runs.stages import run_stages
 from fmda.weights.clip import load_clip, save_clip
 from fmda.weights.dinoiser import save_heads
@@ -38,15 +40,16 @@ def _run(config, work):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """The number of windows in each call of the tower."""
+    """The number of images in each call of the tower, from an empty cache."""
     counts = []
-    run = Tower._run
+    run = Tower._tokens
 
-    def counted(self, pixels):
-        counts.append(len(pixels))
-        return run(self, pixels)
+    def counted(self, images):
+        counts.append(len(images))
+        return run(self, images)
 
-    monkeypatch.setattr(Tower, "_run", counted)
+    monkeypatch.setattr(Tower, "_tokens", counted)
+    monkeypatch.setattr(tower, "CACHE", TokenCache(1 << 30))
     return counts
 
 
@@ -91,20 +94,36 @@ def test_what_an_earlier_run_of_a_pipeline_makes_is_not_checked(place):
 
 
 def test_host_floss_and_criteria_share_one_pass_over_each_image(place, tmp_path, passes, bank):
-    """Ranking saw 4 images; host, FLOSS and criteria then saw each of the 2 scored images once each."""
-    windows = len(
-        Floss.load(floss_config(place), open_dataset("folder", place / "data").classes)
-        .tower.geometry(picture(0, (40, 56)))
-        .corners()
-    )
-    _run(floss_config(place, templates=bank, n=2), tmp_path / "plain")
-    assert sum(passes) == (4 + 2) * windows
-    passes.clear()
-    _run(floss_config(place, templates=bank, n=2, compare_criteria=True), tmp_path / "criteria")
-    assert sum(passes) == (4 + 2) * windows
+    """Host, FLOSS and criteria ran the tower over each of the 2 scored images once each, besides the 4 ranked ones."""
+    tower.CACHE.limit = 0
+    for name, settings in (("plain", {}), ("criteria", {"compare_criteria": True})):
+        _run(floss_config(place, templates=bank, n=2, **settings), tmp_path / name)
+        assert sum(passes) == 4 + 2
+        passes.clear()
     for name in ("host", "floss"):
         scores = [(tmp_path / run / name / "scores.json").read_bytes() for run in ("plain", "criteria")]
         assert scores[0] == scores[1]
+
+
+def test_hosts_with_equal_windows_share_the_tower(place, tmp_path, passes, bank):
+    """Three hosts on 4 ranked and 2 scored images took 24 passes when host and FLOSS ran the tower each, now 12."""
+    for name in ("maskclip", "naclip", "clip-dinoiser"):
+        host = {"name": name, "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
+        _run(floss_config(place, host=host, templates=bank, n=2), tmp_path / name)
+    assert sum(passes) == 12
+    passes.clear()
+    data = {"name": "folder", "root": str(place / "data"), "split": "train"}
+    config = floss_config(place, templates=bank, data=data, n="auto", n_candidates=(1, 2, 3), n_images=4)
+    _run(config, tmp_path / "same")
+    assert sum(passes) == 4  # the mirror images; those that are ranked, chosen on and scored are known
+
+
+def test_the_cache_of_tokens_keeps_to_its_size():
+    kept = TokenCache(100)
+    for key in range(5):
+        kept.put(key, Tokens(np.zeros((1, 5), np.float32), np.zeros((1, 5), np.float32)))
+        kept.get(0)
+    assert [kept.get(key) is not None for key in range(5)] == [True, False, False, False, True] and kept.size == 80
 
 
 def test_a_run_reads_the_weights_once(place, tmp_path, bank, monkeypatch):
