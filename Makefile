@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # one process for each core; the tests of a file stay together and share what they made
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-.PHONY: demo test test-slow parity lint clean
+.PHONY: demo test test-slow parity campaign lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,11 @@ test: $(VENV)/installed
 parity: $(VENV)/parity
 	$(PYTEST) -m 'parity'
 
+# the accelerator runs of benchmarks/campaign.py, on very small networks
+campaign: $(VENV)/parity
+	$(BIN)/python benchmarks/campaign.py speed --tiny --minutes 8 --out build/campaign
+	$(BIN)/python benchmarks/campaign.py assets --tiny --minutes 8 --out build/campaign
+
 test-slow: $(VENV)/installed
 	$(PYTEST) -m 'slow and not parity'
 
@@ -35,4 +40,4 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist .cache *.egg-info
