@@ -92,7 +92,8 @@ def predict(
     Args:
         model: a run folder.
         images: image files or folders of images.
-        out: where to write `<name>.png` and `<name>_overlay.jpg`; existing files are not replaced.
+        out: where to write `<name>.png` and `<name>_overlay.jpg`; the same command resumes, and no other existing file
+            is replaced.
         as_json: print one JSON object per image.
     """
     from fmda.evaluate import Segmenter
@@ -132,29 +133,35 @@ def evaluate(
 
 
 def data_list(as_json: Json = False) -> None:
-    """List the known data sets: classes, splits, expected layout.
+    """List the known datasets (classes, splits, expected layout), class lists and class maps.
 
     Args:
         as_json: print one JSON object.
     """
-    from fmda.data import known_datasets
+    from fmda.data import class_list, known_class_lists, known_class_maps, known_datasets
+    from fmda.data.classes import LIST_FORM, MAP_FORM
 
     rows = known_datasets()
+    lists = {name: len(class_list(name)) for name in known_class_lists()}
     if as_json:
-        print(json.dumps(rows, indent=1, default=str))
+        known = {"datasets": rows, "class_lists": lists, "class_maps": known_class_maps()}
+        print(json.dumps(known, indent=1, default=str))
         return
     for row in rows:
         print(f"{row['name']:<18}{row['classes']:>4} classes  splits {', '.join(row['splits'])}")
-        print(f"{'':<18}{row['layout']}")
+        print(f"{'':<18}{row['layout']}" + (f" ({row['note']})" if row["note"] else ""))
+    print(f"\nclass lists, for classes=: {', '.join(f'{name} ({count})' for name, count in lists.items())}")
+    print(f"or a YAML file; a folder's own is its classes.yaml:\n{LIST_FORM}")
+    print(f"class maps, for class_map=: {', '.join(known_class_maps())}\nor a YAML file:\n{MAP_FORM}", end="")
 
 
 def data_check(dataset: Positional[str], root: Path | None = None, split: str = "val", as_json: Json = False) -> None:
-    """Examine a data set before a run: pairs, files, sizes, label values; counts pixels by class.
+    """Examine a dataset before a run: pairs, files, sizes, label values; counts pixels by class.
 
-    Exit code 2 when anything is wrong.
+    Exit code 2 when anything is wrong. Images without any label are fit for what needs none; the last line says so.
 
     Args:
-        dataset: a known data set, or `folder`.
+        dataset: a known dataset, or `folder`.
         root: its folder.
         split: which part.
         as_json: print one JSON object.
@@ -165,7 +172,7 @@ def data_check(dataset: Positional[str], root: Path | None = None, split: str = 
     report = check(open_dataset(dataset, root, split, strict=False))
     print(json.dumps(report.to_json()) if as_json else report.text())
     if report.faults:
-        raise UserError(f"{dataset}: {len(report.faults)} faults, listed above; mend or remove those files")
+        raise UserError(f"{dataset}: {len(report.faults)} faults, listed above; fix or remove those files")
 
 
 def data_render(out: Positional[Path], overrides: Positional[Overrides] = ()) -> None:

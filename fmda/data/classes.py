@@ -1,11 +1,7 @@
 """Class lists, their colours and prompt names, and many-to-one maps between lists; all of it read from YAML.
 
-A list's file is `classes/<name>.yaml`, a map's file `maps/<from>-to-<to>.yaml`; users write their own in the same form:
-
-    classes:                                        names in label order, or one known name such as `cityscapes`
-      - road
-      - {name: car, colour: [0, 0, 142], prompts: [car, van]}
-    void: [11]                                      further label values that mean "ignore"; 255 always does
+A list's file is `classes/<name>.yaml`, a map's file `maps/<from>-to-<to>.yaml`; users write their own in the same form,
+`LIST_FORM` and `MAP_FORM`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +16,19 @@ from jaxtyping import UInt8
 from fmda.config import read_yaml, resolved
 from fmda.errors import UserError, did_you_mean
 from fmda.text import composed
+
+LIST_FORM = """\
+    classes:                # names in label order, or one known name such as cityscapes
+      - road
+      - {name: car, colour: [0, 0, 142], prompts: [car, van]}
+    void: [11]              # further label values without a class; 255 always is one
+"""
+MAP_FORM = """\
+    from: camvid            # a known class list or a YAML file beside this one
+    to: cityscapes
+    map:                    # name in from: name in to; what is not named has no class
+      bicyclist: rider
+"""
 
 IGNORE = 255
 MOST_CLASSES = 255

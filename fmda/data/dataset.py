@@ -237,7 +237,9 @@ def open_dataset(
         items.append(Item(key, str(path), label, layout.labels[place] if label else None))
     missing = [item for item in items if item.label is None]
     classes = _classes(entry, folder, split, needed=labels and (strict or len(missing) < len(items)))
-    pattern = layout.labels[0].pattern if labels and layout.labels else None
+    pattern = None
+    if labels and layout.labels:
+        pattern = layout.labels[0].pattern.replace("{split}", part.folders[0]).replace("{name}", split)
     if labels and strict and missing:
         raise UserError(
             f"{missing[0].image}: image without label ({len(missing)} of {len(items)}); looked for {pattern} "

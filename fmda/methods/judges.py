@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from fmda.nn.norm import unit
-from fmda.nn.resize import resize
 from fmda.weights.clip import LoadedClip
+from fmda.weights.preprocess import preprocess_of
 from fmda.world.names import CLASSES
 
 EMBEDDED = 32
@@ -15,13 +14,11 @@ EMBEDDED = 32
 
 
 def embed(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
-    """Returns unit-length CLIP embeddings [n, d] of uint8 images [n, H, W, 3], squeezed to the size CLIP reads."""
-    side = clip.config.vision.image_size
-    mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (clip.config.image_mean, clip.config.image_std))
+    """Returns unit-length CLIP embeddings [n, d] of uint8 images [n, H, W, 3], preprocessed as the checkpoint says."""
+    preprocess = preprocess_of(clip)
     rows = []
     for first in range(0, len(images), EMBEDDED):
-        pixels = resize(jnp.asarray(images[first : first + EMBEDDED], jnp.float32) / 255.0, (side, side))
-        rows.append(np.asarray(unit(clip.encode_image((pixels - mean) / std))))
+        rows.append(np.asarray(unit(clip.encode_image(preprocess(images[first : first + EMBEDDED])))))
     return np.concatenate(rows)
 
 

@@ -4,9 +4,10 @@ import hashlib
 
 import numpy as np
 import pytest
+import yaml
 
 from fmda.data import ClassList, ClassMap, class_list, known_class_lists, known_class_maps, prompts
-from fmda.data.classes import default_palette
+from fmda.data.classes import LIST_FORM, MAP_FORM, default_palette
 from fmda.errors import UserError
 
 COUNTS = {
@@ -241,3 +242,9 @@ def test_faulty_maps_are_one_line(tmp_path, text: str, message: str) -> None:
 def test_unknown_map_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'cityscapes-to-camvid'"):
         ClassMap.load("cityscapes-to-camvit")
+
+
+def test_the_printed_forms_are_read() -> None:
+    assert ClassList.from_dict(yaml.safe_load(LIST_FORM)).names == ("road", "car")
+    values = yaml.safe_load(MAP_FORM)
+    assert class_list(values["from"]).index("bicyclist") == 10 and set(values) == {"from", "to", "map"}

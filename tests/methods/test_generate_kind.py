@@ -221,8 +221,8 @@ def test_prompts_come_from_a_file_or_as_they_are(tmp_path):
         *((f"'prompts.form=\"a {slot}\"'", f"prompts.form: 'a {slot}' has another slot than {{token}}")
           for slot in ("{thing}", "{}", "{class", "{class.__class__}", "{class[x]}", "{class!r}", "{class:d}")),
         ("prompts.file=empty.txt", "empty.txt holds no prompt; write one on each line"),
-        ("prompts.file=nowhere.txt", "nowhere.txt cannot be read"),
-        ("prompts.file=model", "model cannot be read"),
+        ("prompts.file=nowhere.txt", "nowhere.txt: cannot be read"),
+        ("prompts.file=model", "model: cannot be read"),
         ("count=0", "count: expected a whole number >= 1, got '0'"),
         ("sample.size=[33,32]", "size: 33x32 are no multiples of 2 pixels; 32x32 would be"),
         ("prompts.file=empty.txt 'prompts.texts=[a]'", "empty.txt) are given; leave one of them out"),
