@@ -30,7 +30,7 @@ from transformers import CLIPModel
 from fmda.data import data_root, open_dataset
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.perf import alternate, peak_flops, record, vit_flops, write_record
-from fmda.weights.clip import save_clip
+from fmda.weights.network import save
 
 QUIET = 0.75  # processes a core before the run; this one has just started
 STEADY = 0.15  # quartile distance over median
@@ -130,7 +130,7 @@ def main() -> None:
         graphdef = nnx.split(Clip(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))[0]
     ours = our_features(graphdef, params, options.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        save_clip(folder, config, params)
+        save("clip", folder, config, params)
         peer = peer_features(folder, options.dtype, device)
 
     image, source = photograph(options.side)

@@ -35,14 +35,14 @@ from fmda.methods.pretrain.latents import WindowConfig, caption_maker
 from fmda.methods.render import RenderConfig, write_world
 from fmda.perf.record import record, write_record
 from fmda.runs.stages import run_stages
-from fmda.weights.clip import LoadedClip, load_clip
 from fmda.weights.files import read_json
+from fmda.weights.network import Loaded, load_clip
 
 WORDS = {"night": "at night", "fog": "in fog", "dusk": "at dusk", "rain": "in the rain", "snow": "in snow"}
 """What the untouched model is told of a domain."""
 
 
-def windows(clip: LoadedClip, roots: Sequence[Path], side: int, count: int) -> Windows:
+def windows(clip: Loaded, roots: Sequence[Path], side: int, count: int) -> Windows:
     """Returns windows of rendered pictures with what they show."""
     assert clip.tokenizer is not None
     config = WindowConfig(size=side)
@@ -50,7 +50,7 @@ def windows(clip: LoadedClip, roots: Sequence[Path], side: int, count: int) -> W
     return cut_windows(config, captions, [str(root) for root in roots], count, seed=3)
 
 
-def coverage(clip: LoadedClip, probe: Probe, folder: Path, images: Images) -> tuple[float, float]:
+def coverage(clip: Loaded, probe: Probe, folder: Path, images: Images) -> tuple[float, float]:
     """Returns the share of images in which a class is found, mean over the classes: where it was prompted, and not.
 
     The second tells what the classifier would find without any help of the prompt.
@@ -65,7 +65,7 @@ def coverage(clip: LoadedClip, probe: Probe, folder: Path, images: Images) -> tu
     return float(there), float(elsewhere)
 
 
-def judged(folder: Path, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, float]:
+def judged(folder: Path, held: np.ndarray, clip: Loaded, probe: Probe) -> dict[str, float]:
     """Returns CMMD of a folder's images to held pictures and the coverage of their classes, prompted and not."""
     images = read_images(Manifest.read(folder))
     there, elsewhere = coverage(clip, probe, folder, images)
@@ -73,7 +73,7 @@ def judged(folder: Path, held: np.ndarray, clip: LoadedClip, probe: Probe) -> di
     return {"cmmd": round(distance, 4), "coverage": round(there, 4), "coverage_unprompted": round(elsewhere, 4)}
 
 
-def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, Any]:
+def measured(config: Config, work: Path, held: np.ndarray, clip: Loaded, probe: Probe) -> dict[str, Any]:
     """Runs one personalisation; returns its curves against held pictures, the chosen step and the best."""
     done = run_stages(personalise.stages(config), work, config)
     rows = [{"step": step, **judged(done["probe"] / str(step), held, clip, probe)} for step in config.probed_steps]
@@ -97,7 +97,7 @@ def measured(config: Config, work: Path, held: np.ndarray, clip: LoadedClip, pro
     }
 
 
-def named(config: Config, work: Path, words: str, held: np.ndarray, clip: LoadedClip, probe: Probe) -> dict[str, float]:
+def named(config: Config, work: Path, words: str, held: np.ndarray, clip: Loaded, probe: Probe) -> dict[str, float]:
     """Returns what `judged` says of the untouched model whose prompts name the domain."""
     assert config.probe is not None
     drawing = probe_config(config.probe, config.token, config.precision, None)

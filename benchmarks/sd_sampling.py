@@ -38,7 +38,7 @@ from fmda.diffusion.schedule import CLASSES, SAMPLERS, ScheduleConfig
 from fmda.perf import compiled_memory, text_flops
 from fmda.perf.diffusion_flops import sampling_flops, unet_flops, vae_decode_flops
 from fmda.trees import Tree
-from fmda.weights.diffusers import text_graph, unet_graph, vae_graph
+from fmda.weights.network import network_graph
 
 GUIDANCE = 7.5
 PARTS = ("unet", "vae", "text_encoder")
@@ -50,7 +50,7 @@ SAMPLES_AGREE = AGREE | {"bfloat16": 0.25}
 def shapes(options: argparse.Namespace) -> dict[str, Tree]:
     """Returns the parameters' shapes of all three networks."""
     config = networks(options)
-    graphs = (unet_graph(config.unet), vae_graph(config.vae), text_graph(config.text_encoder))
+    graphs = [network_graph(part, getattr(config, part)) for part in ("unet", "vae", "text_encoder")]
     return {part: tree for part, (_, tree) in zip(PARTS, graphs, strict=True)}
 
 
@@ -68,9 +68,9 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Returns times, memory and first pictures of ours."""
     config, dtype = networks(options), options.dtype
     graphs = Graphs(
-        unet_graph(config.unet, dtype)[0],
-        vae_graph(config.vae, dtype)[0],
-        text_graph(config.text_encoder, dtype)[0],
+        network_graph("unet", config.unet, dtype)[0],
+        network_graph("vae", config.vae, dtype)[0],
+        network_graph("text_encoder", config.text_encoder, dtype)[0],
         ScheduleConfig(),
         config.vae.scale,
     )

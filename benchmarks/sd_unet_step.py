@@ -48,7 +48,7 @@ from fmda.precision import Policy
 from fmda.train.optim import make_optimizer
 from fmda.train.step import create_state, make_step
 from fmda.trees import Tree
-from fmda.weights.diffusers import text_graph, unet_graph, vae_graph
+from fmda.weights.network import network_graph
 
 COMPARED = 3
 """First steps whose losses are compared."""
@@ -57,10 +57,10 @@ COMPARED = 3
 def graphs(options: argparse.Namespace) -> tuple[Graphs, dict[str, Tree]]:
     """Returns the networks and the shapes of what trains."""
     config, dtype = networks(options), Policy.named(options.dtype).compute
-    unet, shapes = unet_graph(config.unet, dtype, options.remat)
-    text, text_shapes = text_graph(config.text_encoder, dtype)
+    unet, shapes = network_graph("unet", config.unet, dtype, remat=options.remat)
+    text, text_shapes = network_graph("text_encoder", config.text_encoder, dtype)
     trained = {"unet": shapes} | ({"text_encoder": text_shapes} if options.trained == "unet+text" else {})
-    return Graphs(unet, text, vae_graph(config.vae, dtype)[0], ScheduleConfig(), config.vae.scale), trained
+    return Graphs(unet, text, network_graph("vae", config.vae, dtype)[0], ScheduleConfig(), config.vae.scale), trained
 
 
 def inputs(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:

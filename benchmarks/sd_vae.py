@@ -33,7 +33,7 @@ from sides.processes import BATCHES, answer, arguments, parsed, shown, sweep, ti
 from fmda.perf import compiled_memory
 from fmda.perf.diffusion_flops import vae_decode_flops, vae_encode_flops
 from fmda.trees import Tree
-from fmda.weights.diffusers import vae_graph
+from fmda.weights.network import network_graph
 
 
 def inputs(options: argparse.Namespace) -> list[np.ndarray]:
@@ -46,7 +46,7 @@ def inputs(options: argparse.Namespace) -> list[np.ndarray]:
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Returns times, memory and first result of ours."""
-    graph, shapes = vae_graph(networks(options).vae, options.dtype)
+    graph, shapes = network_graph("vae", networks(options).vae, options.dtype)
     (direction,), batches = options.direction, [jnp.asarray(batch) for batch in inputs(options)]
 
     def call(params: Tree, batch: jax.Array) -> Any:

@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "UserError": "fmda.errors",
-    "load_clip": "fmda.weights.clip",
-    "load_unet": "fmda.weights.diffusers",
-    "load_vae": "fmda.weights.diffusers",
-    "load_text_encoder": "fmda.weights.diffusers",
+    "load_clip": "fmda.weights.network",
+    "load_unet": "fmda.weights.network",
+    "load_vae": "fmda.weights.network",
+    "load_text_encoder": "fmda.weights.network",
     "load_stable_diffusion": "fmda.diffusion.load",
     "open_dataset": "fmda.data",
     "Segmenter": "fmda.evaluate",

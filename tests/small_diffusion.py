@@ -9,7 +9,7 @@ from fmda.diffusion.schedule import ScheduleConfig
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
-from fmda.weights.diffusers import LoadedTextEncoder, LoadedUNet, LoadedVae, text_graph, unet_graph, vae_graph
+from fmda.weights.network import Loaded, network_graph
 from fmda.weights.tokenizer import Tokenizer
 
 UNET = UNetConfig(
@@ -47,18 +47,16 @@ def write_tokenizer(folder, **special):
 
 
 def unet(config=UNET, seed=0, **options):
-    graphdef, shapes = unet_graph(config, **options)
-    return LoadedUNet(config, graphdef, drawn(shapes, seed))
+    shapes = network_graph("unet", config)[1]
+    return Loaded("unet", config, drawn(shapes, seed), options=tuple(options.items()))
 
 
 def vae(config=VAE, seed=1):
-    graphdef, shapes = vae_graph(config)
-    return LoadedVae(config, graphdef, drawn(shapes, seed))
+    return Loaded("vae", config, drawn(network_graph("vae", config)[1], seed))
 
 
 def text_encoder(config=TEXT, seed=2):
-    graphdef, shapes = text_graph(config)
-    return LoadedTextEncoder(config, graphdef, drawn(shapes, seed))
+    return Loaded("text_encoder", config, drawn(network_graph("text_encoder", config)[1], seed))
 
 
 def stable_diffusion(folder, schedule=None, unet_config=UNET, text_config=TEXT, **special):

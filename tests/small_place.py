@@ -17,7 +17,7 @@ from PIL import Image
 from fmda.methods.pretrain.tokenizer import train_tokenizer
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import init
-from fmda.weights.clip import save_clip
+from fmda.weights.network import save
 from fmda.world.captions import facts_of
 from fmda.world.names import CLASSES
 
@@ -68,7 +68,7 @@ def make_place(folder: Path) -> None:
     )
     train_tokenizer(["a photo of the road"], 515, folder / "words")
     params = init(lambda rngs: Clip(config, rngs=rngs), jax.random.key(0))
-    save_clip(folder / "clip", config, params, sorted((folder / "words").iterdir()))
+    save("clip", folder / "clip", config, params, sorted((folder / "words").iterdir()))
 
 
 def draw_labelled(folder: Path) -> None:

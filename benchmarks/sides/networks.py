@@ -14,8 +14,9 @@ from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
 from fmda.trees import Tree
-from fmda.weights import diffusers_configs, diffusers_tables
-from fmda.weights.diffusers import part_graph
+from fmda.weights import diffusers as diffusers_configs
+from fmda.weights import diffusers_tables
+from fmda.weights.network import network_graph
 
 MODES = {"compiled": "default", "autotuned": "max-autotune-no-cudagraphs"}
 """Peers that go through torch.compile, and its mode; none has CUDA graphs, which spare small batches launches."""
@@ -70,7 +71,7 @@ def torch_network(part: str, config: Any, device: str, dtype: str = "float32") -
         with torch.device("meta"):
             made = diffusers.AutoencoderKL.from_config(diffusers_configs.write_vae(config))
         table = diffusers_tables.VAE
-    arrays = table.write(random_parameters(part_graph(part, config)[1]))
+    arrays = table.write(random_parameters(network_graph(part, config)[1]))
     made.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, assign=True)
     # diffusers' own `to` warns of every change of type
     return torch.nn.Module.to(made, device, getattr(torch, dtype), memory_format=torch.channels_last)

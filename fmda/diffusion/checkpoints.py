@@ -9,18 +9,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fmda.diffusion.load import (
-    check_components,
     check_fit,
+    check_stable_diffusion,
     is_stable_diffusion,
+    open_parts,
     read_schedule,
     read_tokenizer,
     write_rest,
 )
 from fmda.errors import UserError
-from fmda.weights import check, diffusers, files
+from fmda.weights import check, files, network
 from fmda.weights.check import CheckReport
-from fmda.weights.clip import convert_clip
-from fmda.weights.source import PARTS, resolve
+from fmda.weights.network import family_of, open_checkpoint, weight_fingerprint
+from fmda.weights.source import resolve
 
 
 @dataclass
@@ -77,27 +78,23 @@ def verify(source: str | os.PathLike[str], revision: str | None = None) -> Check
     folder = resolve(source, revision, "any")
     if not is_stable_diffusion(folder):
         return check.verify(folder)
-    check_components(folder)
-    configs = {part: diffusers.read_config(part, folder / part) for part in PARTS}
-    found = {part: check.verify_part(part, folder / part) for part in PARTS}
-    report = StableDiffusionReport(str(folder), {part: each for part, (each, _) in found.items()})
-    params = {part: tree for part, (_, tree) in found.items() if tree is not None}
+    parts = open_parts(folder)
+    report = StableDiffusionReport(str(folder), {part: check.verify_network(each) for part, each in parts.items()})
     try:
-        check_fit(folder, configs)
+        check_fit(folder, parts)
     except UserError as error:
         report.faults["networks"] = str(error)
     try:
-        report.tokenizer = f"{read_tokenizer(folder, configs['text_encoder']).vocab_size} tokens"
+        report.tokenizer = f"{read_tokenizer(folder, parts['text_encoder'].config).vocab_size} tokens"
     except UserError as error:
         report.faults["tokenizer"] = str(error)
     try:
         schedule = read_schedule(folder)
         sampler = schedule.sampler or "no known"
         report.schedule = f"{schedule.train_steps} steps, {schedule.prediction} prediction, {sampler} sampler"
-        if len(params) == len(PARTS):
-            ordered = (configs[part] for part in PARTS)
-            networks = {part: diffusers.params_fingerprint(tree) for part, tree in params.items()}
-            report.fingerprint = diffusers.whole_fingerprint(networks, *ordered, schedule)
+        prints = [part.fingerprint for part in report.parts.values()]
+        if None not in prints:
+            report.fingerprint = weight_fingerprint({}, *prints, schedule)
     except UserError as error:
         report.faults["scheduler"] = str(error)
     return report
@@ -117,24 +114,14 @@ def convert(
     not empty; nothing is written then.
     """
     folder, out = resolve(source, revision, "any"), Path(out)
-    if is_stable_diffusion(folder):
-        check_components(folder)
-        configs = {part: diffusers.read_config(part, folder / part) for part in PARTS}
-        check_fit(folder, configs)
-        schedule, tokenizer = read_schedule(folder), read_tokenizer(folder, configs["text_encoder"])
+    if not is_stable_diffusion(folder):
+        checkpoint = open_checkpoint(family_of(folder), folder)
         with files.new_folder(out) as new:
-            for part in PARTS:
-                _convert_part(part, folder / part, new / part, dtype)
-            write_rest(new, tokenizer, configs["text_encoder"].context, schedule)
+            network.convert(checkpoint, new, dtype)
         return out
-    if single := diffusers.part_of(folder):
-        with files.new_folder(out) as new:
-            _convert_part(single, folder, new, dtype)
-        return out
-    return convert_clip(folder, out, dtype)
-
-
-def _convert_part(part: str, folder: Path, out: Path, dtype: DTypeLike) -> None:
-    config, table, arrays, where = diffusers.read_part(part, folder)
-    params = table.read(arrays, diffusers.part_graph(part, config)[1], str(where))
-    diffusers.save_part(out, part, config, params, dtype)
+    known = check_stable_diffusion(folder)
+    with files.new_folder(out) as new:
+        for part, opened in known.parts.items():
+            network.convert(opened, new / part, dtype)
+        write_rest(new, known.tokenizer, known.networks.text_encoder.context, known.schedule)
+    return out

@@ -21,20 +21,8 @@ from fmda.models.catalog import DiffusionConfig
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import Remat
 from fmda.weights import files
-from fmda.weights.diffusers import (
-    Config,
-    LoadedTextEncoder,
-    LoadedUNet,
-    LoadedVae,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    read_config,
-    save_part,
-    stored_fingerprint,
-    whole_fingerprint,
-)
-from fmda.weights.source import PARTS, resolve, weight_file
+from fmda.weights.network import Checkpoint, Loaded, open_checkpoint, restore, save, weight_fingerprint
+from fmda.weights.source import PARTS, resolve
 from fmda.weights.tokenizer import Tokenizer
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -44,9 +32,9 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 class StableDiffusion:
     """A latent diffusion model ready for use."""
 
-    unet: LoadedUNet
-    vae: LoadedVae
-    text_encoder: LoadedTextEncoder
+    unet: Loaded
+    vae: Loaded
+    text_encoder: Loaded
     tokenizer: Tokenizer
     schedule: ScheduleConfig
     folder: Path
@@ -67,7 +55,7 @@ class StableDiffusion:
         Raises UserError for the name of a network that is none.
         """
         _check_parts(params)
-        changed = {part: replace(getattr(self, part), params=tree, stored=None) for part, tree in params.items()}
+        changed = {part: replace(getattr(self, part), params=tree, origin=None) for part, tree in params.items()}
         return replace(self, **changed)
 
     def as_saved(self) -> "StableDiffusion":
@@ -107,15 +95,38 @@ class StableDiffusion:
 
         A checkpoint's is that of what it stores, whichever `dtype` it is loaded in.
         """
-        networks = {part: getattr(self, part) for part in PARTS}
-        return whole_fingerprint(
-            {part: stored_fingerprint(network) for part, network in networks.items()},
-            *(network.config for network in networks.values()), self.schedule,
-        )  # fmt: skip
+        return weight_fingerprint({}, *(getattr(self, part).fingerprint for part in PARTS), self.schedule)
+
+
+class Checked(NamedTuple):
+    """An opened checkpoint whose parts are all there and fit each other; no arrays are read yet."""
+
+    folder: Path
+    parts: Mapping[str, Checkpoint]
+    schedule: ScheduleConfig
+    tokenizer: Tokenizer
+
+    @property
+    def networks(self) -> DiffusionConfig:
+        """The configurations of all networks."""
+        return DiffusionConfig(**{part: opened.config for part, opened in self.parts.items()})
+
+
+def check_stable_diffusion(source: str | os.PathLike[str], revision: str | None = None) -> Checked:
+    """Returns an opened checkpoint, for `load_stable_diffusion`; no arrays are read.
+
+    `source` and `revision` as there; a checkpoint on the hub is downloaded. Raises UserError for components, weight
+    files or shards that are missing, for pickles and safetensors cut short, for what cannot be built or run here, and
+    for networks, tokenizer or schedule that do not fit each other. Array shapes are checked on loading.
+    """
+    folder = resolve(source, revision, "diffusers")
+    parts = open_parts(folder)
+    check_fit(folder, parts)
+    return Checked(folder, parts, read_schedule(folder), read_tokenizer(folder, parts["text_encoder"].config))
 
 
 def load_stable_diffusion(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checked,
     revision: str | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
@@ -124,41 +135,14 @@ def load_stable_diffusion(
 ) -> StableDiffusion:
     """Returns the diffusion model of a folder in diffusers' layout, a model of the package, or a hub id.
 
-    Networks are read as by `load_unet`; `dtype` is what they compute in and are kept in. Raises UserError that names
-    every missing component, for weights that do not fit, and for networks, tokenizer or schedule that do not fit
-    each other.
+    `source` may also be what `check_stable_diffusion` returned. Networks are read as by `load_unet`; `dtype` is what
+    they compute in and are kept in. Raises UserError that names every missing component, for weights that do not fit,
+    and for networks, tokenizer or schedule that do not fit each other.
     """
-    known = check_stable_diffusion(source, revision)
-    unet = load_unet(known.folder, dtype=dtype, remat=remat, on_host=on_host)
-    vae = load_vae(known.folder, dtype=dtype, on_host=on_host)
-    text = load_text_encoder(known.folder, dtype=dtype, on_host=on_host)
+    known = source if isinstance(source, Checked) else check_stable_diffusion(source, revision)
+    unet = restore(known.parts["unet"], dtype, on_host=on_host, remat=remat)
+    vae, text = (restore(known.parts[part], dtype, on_host=on_host) for part in ("vae", "text_encoder"))
     return StableDiffusion(unet, vae, text, known.tokenizer, known.schedule, known.folder)
-
-
-class Checked(NamedTuple):
-    """What a checkpoint's folder holds besides arrays, once it is known that everything is there and fits."""
-
-    folder: Path
-    networks: DiffusionConfig
-    schedule: ScheduleConfig
-    tokenizer: Tokenizer
-
-
-def check_stable_diffusion(source: str | os.PathLike[str], revision: str | None = None) -> Checked:
-    """Returns what is known of a checkpoint that `load_stable_diffusion` should open; no arrays are read.
-
-    `source` and `revision` as there; a checkpoint on the hub is downloaded. Raises UserError for components, weight
-    files or shards that are missing, for pickles and safetensors cut short, for what cannot be built or run here, and
-    for networks, tokenizer or schedule that do not fit each other. Whether the arrays fit only loading tells.
-    """
-    folder = resolve(source, revision, "diffusers")
-    check_components(folder)
-    configs = {part: read_config(part, folder / part) for part in PARTS}
-    check_fit(folder, configs)
-    schedule, tokenizer = read_schedule(folder), read_tokenizer(folder, configs["text_encoder"])
-    for part, names in PARTS.items():
-        files.check_file(weight_file(folder / part, names))
-    return Checked(folder, DiffusionConfig(**configs), schedule, tokenizer)
 
 
 def is_stable_diffusion(folder: Path) -> bool:
@@ -166,8 +150,8 @@ def is_stable_diffusion(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or any((folder / part / "config.json").is_file() for part in PARTS)
 
 
-def check_components(folder: Path) -> None:
-    """Raises UserError that names every component which a checkpoint's folder lacks."""
+def open_parts(folder: Path) -> dict[str, Checkpoint]:
+    """Returns the opened networks by `PARTS`. Raises UserError that names every component which the folder lacks."""
     missing = [part for part in PARTS if not (folder / part / "config.json").is_file()]
     if not (folder / SCHEDULER_FILE).is_file():
         missing.append("scheduler")
@@ -177,11 +161,12 @@ def check_components(folder: Path) -> None:
         raise UserError(
             f"{folder}: no {', '.join(missing)} in it; give a folder in diffusers' layout, with all of its parts"
         )
+    return {part: open_checkpoint(part, folder / part) for part in PARTS}
 
 
-def check_fit(folder: Path, configs: Mapping[str, Any]) -> None:
+def check_fit(folder: Path, parts: Mapping[str, Checkpoint]) -> None:
     """Raises UserError for networks of which one does not read what another gives."""
-    unet, vae, text = (configs[part] for part in ("unet", "vae", "text_encoder"))
+    unet, vae, text = (parts[part].config for part in ("unet", "vae", "text_encoder"))
     if unet.context_width != text.width or {unet.in_channels, unet.out_channels} != {vae.latent_channels}:
         raise UserError(
             f"{folder}: its UNet reads {unet.context_width}-wide texts and makes {unet.out_channels}-channel latents "
@@ -236,14 +221,9 @@ def save_stable_diffusion(
             stacklevel=2,
         )
     model, params = saved, {**model.params, **(params or {})}
-    configs: dict[str, Config] = {
-        "unet": model.unet.config,
-        "vae": model.vae.config,
-        "text_encoder": model.text_encoder.config,
-    }
     with files.new_folder(folder) as new:
-        for part, config in configs.items():
-            save_part(new / part, part, config, params[part], dtype)
+        for part in PARTS:
+            save(part, new / part, getattr(model, part).config, params[part], dtype=dtype)
         write_rest(new, model.tokenizer, model.text_encoder.config.context, model.schedule)
     return folder
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fmda.nn.norm import unit
-from fmda.weights.clip import LoadedClip
+from fmda.weights.network import Loaded
 from fmda.weights.preprocess import preprocess_of
 from fmda.world.names import CLASSES
 
@@ -13,7 +13,7 @@ EMBEDDED = 32
 """Images that the CLIP reads at once."""
 
 
-def embed(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
+def embed(clip: Loaded, images: np.ndarray) -> np.ndarray:
     """Returns unit-length CLIP embeddings [n, d] of uint8 images [n, H, W, 3], preprocessed as the checkpoint says."""
     preprocess = preprocess_of(clip)
     rows = []
@@ -22,7 +22,7 @@ def embed(clip: LoadedClip, images: np.ndarray) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def clip_score(clip: LoadedClip, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+def clip_score(clip: Loaded, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     """Returns the cosine of each image and its text."""
     # the whole context, so that no other length of a text compiles anew
     ids = clip.tokenize(texts, clip.config.text.context)
@@ -30,7 +30,7 @@ def clip_score(clip: LoadedClip, images: np.ndarray, texts: Sequence[str]) -> np
     return (embed(clip, images) * words).sum(-1)
 
 
-def grid_share(clip: LoadedClip, names: Sequence[str], images: np.ndarray, cells: int = 4) -> np.ndarray:
+def grid_share(clip: Loaded, names: Sequence[str], images: np.ndarray, cells: int = 4) -> np.ndarray:
     """Returns [n, names]: the share of cells x cells crops that look most like "a photo of a {name}.".
 
     Each name competes with all others and with Cityscapes' 19 classes, so that a crop of road is no thing.

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from fmda.errors import UserError
 from fmda.models.sd_blocks import Downsample, ResBlock, Upsample
 from fmda.nn.activation import ACTIVATIONS
 from fmda.nn.attention import memory_efficient_attention
@@ -184,13 +185,40 @@ class UNet(nnx.Module):
         self.norm_out = group_norm(first, config.groups, eps=1e-5, dtype=dtype, rngs=rngs)
         self.conv_out = conv(first, config.out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
+    def _check(self, latents: tuple[int, ...], timesteps: tuple[int, ...], context: tuple[int, ...]) -> None:
+        """Raises UserError for latents that the levels cannot halve, and for inputs of another shape."""
+        config = self.config
+        if len(latents) != 4 or latents[3] != config.in_channels:
+            raise UserError(
+                f"latents: of shape {list(latents)} where the UNet reads [B, h, w, {config.in_channels}]; "
+                "take its own VAE"
+            )
+        if latents[1] % config.factor or latents[2] % config.factor:
+            raise UserError(
+                f"latents: {latents[1]}x{latents[2]} are no multiples of {config.factor}; choose another image size"
+            )
+        if timesteps not in ((), latents[:1]) or len(context) != 3 or context[0] != latents[0]:
+            raise UserError(
+                f"timesteps {list(timesteps)}, context {list(context)} for {latents[0]} latents; give a timestep and "
+                "a context [tokens, width] for each"
+            )
+        if context[-1] != config.context_width:
+            raise UserError(
+                f"context: {context[-1]} wide where the UNet reads {config.context_width}; take its own text encoder"
+            )
+
     def __call__(
         self,
         latents: Float[Array, "b h w c"],
-        timesteps: Num[Array, "b"],
+        timesteps: Num[Array, "b"] | float,
         context: Float[Array, "b t width"],
     ) -> Float[Array, "b h w out"]:
-        """Returns the prediction (noise or velocity, as the checkpoint was trained)."""
+        """Returns the prediction (noise or velocity, as the checkpoint was trained), float32.
+
+        One timestep may stand for all rows. Raises UserError where shapes do not fit.
+        """
+        self._check(latents.shape, jnp.shape(timesteps), context.shape)
+        timesteps = jnp.broadcast_to(jnp.asarray(timesteps), latents.shape[:1])
         run = _plain if self.remat == "none" else partial(_rematerialised, policy=POLICIES[self.remat])
         context = context.astype(self.dtype)
         time = self.time1(time_sinusoid(timesteps, self.config.channels[0]).astype(self.dtype))

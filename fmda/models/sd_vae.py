@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from fmda.config import PositiveFloat, PositiveInt
+from fmda.errors import UserError
 from fmda.models.sd_blocks import Downsample, ResBlock, Upsample
 from fmda.nn.attention import memory_efficient_attention
 from fmda.nn.conv import conv
@@ -164,11 +165,29 @@ class Vae(nnx.Module):
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
 
     def encode(self, images: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-        """Returns mean and log-variance (in [-30, 20]) of the latents of images in [-1, 1], float32."""
+        """Returns mean and log-variance (in [-30, 20]) of the latents of images in [-1, 1], float32.
+
+        Latents are not multiplied by `config.scale`. Raises UserError for images that are not RGB, or a side that is
+        no multiple of `config.factor`.
+        """
+        shape, channels, factor = images.shape, self.config.in_channels, self.config.factor
+        if len(shape) != 4 or shape[3] != channels:
+            raise UserError(f"images: of shape {list(shape)}, not [B, H, W, {channels}]; convert them to RGB")
+        if shape[1] % factor or shape[2] % factor:
+            raise UserError(f"images: {shape[1]}x{shape[2]} pixels are no multiples of {factor}; crop or resize them")
         moments = self.quant(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, LEAST, MOST)
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
-        """Returns images, about in [-1, 1] and not clipped, float32."""
+        """Returns images, about in [-1, 1] and not clipped, float32.
+
+        Raises UserError for latents with other channels than its own.
+        """
+        shape, channels = latents.shape, self.config.latent_channels
+        if len(shape) != 4 or shape[3] != channels:
+            raise UserError(
+                f"latents: of shape {list(shape)} where the autoencoder reads [B, h, w, {channels}]; "
+                "take those of a UNet made for it"
+            )
         return self.decoder(self.post_quant(latents.astype(self.dtype))).astype(jnp.float32)

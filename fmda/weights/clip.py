@@ -1,145 +1,53 @@
-"""CLIP checkpoints: load from any known layout, save in Hugging Face's (or OpenCLIP's, for convolutional towers)."""
+"""CLIP's configurations out of and into JSON, and which table its stored names need."""
 
-import functools
-import hashlib
-import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
-
-from fmda import trees
 from fmda.errors import UserError
-from fmda.models.clip import Clip, ClipConfig, ConvNextConfig, ResNetConfig, VitConfig
-from fmda.models.module import abstract
-from fmda.weights import clip_configs, clip_tables, files
-from fmda.weights.source import resolve, weight_file
-from fmda.weights.table import Table
-from fmda.weights.tokenizer import FILES as TOKENIZER_FILES
-from fmda.weights.tokenizer import Tokenizer, has_tokenizer
+from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
+from fmda.models.clip.config import OPENAI_MEAN, OPENAI_STD
+from fmda.nn.activation import ACTIVATIONS
+from fmda.weights import clip_tables
+from fmda.weights.reader import MISSING, Fields
+from fmda.weights.table import Export, Names, Table
+
+CONVNEXTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
+    "convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnext_base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnext_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnext_xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+}
+"""Depths and channels of the trunks by their names in timm."""
 
 
-@dataclass(frozen=True)
-class LoadedClip:
-    """A CLIP ready for use. `params` is a plain tree; `nnx.merge(graphdef, params)` is the module."""
-
-    config: ClipConfig
-    graphdef: nnx.GraphDef
-    params: trees.Tree
-    tokenizer: Tokenizer | None = None
-    folder: Path | None = None
-    """Where it was loaded from."""
-
-    def encode_image(self, pixels: Float[Array | np.ndarray, "b H W 3"]) -> Float[Array, "b embed"]:
-        """Returns image embeddings, projected, not L2-normalised, float32. `pixels` are normalised RGB."""
-        return _encode_image(self.graphdef, self.params, jnp.asarray(pixels))
-
-    def encode_text(self, ids: Int[Array | np.ndarray, "b t"]) -> Float[Array, "b embed"]:
-        """Returns text embeddings, projected, not L2-normalised, float32. `ids` come from `tokenize`."""
-        return _encode_text(self.graphdef, self.params, jnp.asarray(ids))
-
-    def tokenize(self, texts: Sequence[str], context: int | None = None) -> Int[np.ndarray, "b t"]:
-        """Returns int32 ids [B, T], right padded; T is `context`, or by default what the longest text needs.
-
-        Raises UserError where the checkpoint came without a tokenizer.
-        """
-        if self.tokenizer is None:
-            raise UserError(
-                f"{self.folder or 'CLIP'}: holds no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, "
-                "from where the weights come from"
-            )
-        return self.tokenizer(texts, self.config.text.context, context)
-
-    def module(self) -> Clip:
-        """Returns the module with its parameters in place."""
-        return nnx.merge(self.graphdef, self.params)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """12 hex digits that change with any parameter, any dtype, or the configuration."""
-        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=6)
-        for path, leaf in sorted(trees.flatten(self.params).items()):
-            array = np.asarray(leaf)
-            digest.update(f"{path}{array.shape}{array.dtype}".encode())
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_image(graphdef: nnx.GraphDef, params: trees.Tree, pixels: Array) -> Array:
-    return nnx.merge(graphdef, params).vision(pixels).astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_text(graphdef: nnx.GraphDef, params: trees.Tree, ids: Array) -> Array:
-    return nnx.merge(graphdef, params).text(ids).astype(jnp.float32)
-
-
-def clip_graph(config: ClipConfig, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, trees.Tree]:
-    """Returns (graphdef, tree of ShapeDtypeStruct) of a CLIP that computes in `dtype`."""
-    return abstract(lambda rngs: Clip(config, dtype=dtype, rngs=rngs))
-
-
-def load_clip(
-    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
-) -> LoadedClip:
-    """Returns the CLIP of a folder, of a model that comes with the package, or of a hub id.
-
-    Layouts: Hugging Face (`config.json` with model.safetensors, its sharded form, or flax_model.msgpack) and OpenCLIP
-    (`open_clip_config.json` with open_clip_model.safetensors); stored float16 and bfloat16 are read. Parameters are
-    kept, and the towers compute, in `dtype`. Raises UserError for anything missing, surplus, misshapen or damaged; a
-    folder without tokenizer files loads, and only `tokenize` raises.
-    """
-    folder = resolve(source, revision)
-    config, table, arrays, where = read_checkpoint(folder)
-    graphdef, shapes = clip_graph(config, dtype)
-    params = store(table.read(arrays, shapes, str(where)), dtype)
-    tokenizer = None
-    if has_tokenizer(folder):
-        tokenizer = Tokenizer(folder, config.text.eos_token_id, config.text.vocab_size)
-    return LoadedClip(config, graphdef, params, tokenizer, folder)
-
-
-def store(params: trees.Tree, dtype: DTypeLike, on_host: bool = False) -> trees.Tree:
-    """Returns the tree as device arrays, or NumPy's, in `dtype`.
-
-    Scalars (the temperature) and running statistics of batch normalisation stay in float32: they are few, and a
-    rounded temperature scales every logit.
-    """
-    convert = np.asarray if on_host else jnp.asarray
-    return trees.unflatten(
-        {path: convert(leaf, _kind(path, leaf, dtype)) for path, leaf in trees.flatten(params).items()}
-    )
-
-
-def _kind(path: str, leaf: Any, dtype: DTypeLike) -> DTypeLike:
-    """Returns the dtype that a leaf is kept in where the whole is kept in `dtype`."""
-    return jnp.float32 if leaf.ndim == 0 or path.rsplit("/", 1)[-1] in ("mean", "var") else dtype
-
-
-def read_checkpoint(folder: Path) -> tuple[ClipConfig, Table, dict[str, np.ndarray], Path]:
-    """Returns (configuration, the table of the layout found, stored arrays, weight file) of a folder."""
-    path = weight_file(folder)
-    configs = [name for name in ("config.json", "open_clip_config.json") if (folder / name).is_file()]
-    if not configs:
+def read(folder: Path, names: Names, flax: bool) -> tuple[ClipConfig, Table]:
+    """Returns the configuration of a folder, and the table of the layout that its stored names have."""
+    if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json")):
         raise UserError(
             f"{folder}: holds no config.json nor open_clip_config.json; copy it from where the weights come from"
         )
-    arrays = files.read_arrays(path)
     # The names decide the layout: repositories store OpenCLIP's arrays under either file name.
-    if any(name.startswith("visual.") for name in arrays):
-        config = clip_configs.read_open_clip(folder)
-        return config, open_clip_table(config), arrays, path
-    config = clip_configs.read_hf(folder)
-    return config, clip_tables.HF_FLAX_CLIP if path.suffix == ".msgpack" else clip_tables.HF_CLIP, arrays, path
+    if any(name.startswith("visual.") for name in names):
+        config = read_open_clip(folder)
+        return config, open_clip_table(config)
+    return read_hf(folder), clip_tables.HF_FLAX_CLIP if flax else clip_tables.HF_CLIP
+
+
+def write(config: ClipConfig, layout: str | None = None) -> Export:
+    """Returns the files of a saved CLIP: layout "hf", or "open_clip" as convolutional towers need; None chooses.
+
+    Raises UserError for a tower that the layout does not know.
+    """
+    transformer = isinstance(config.vision, VitConfig)
+    layout = layout or ("hf" if transformer else "open_clip")
+    if layout == "hf" and not transformer:
+        raise UserError("the layout 'hf' holds vision transformers only; choose 'open_clip'")
+    if layout == "hf":
+        objects = {"config.json": write_hf(config), "preprocessor_config.json": preprocessor(config)}
+        return Export("model.safetensors", clip_tables.HF_CLIP, objects)
+    objects = {"open_clip_config.json": write_open_clip(config)}
+    return Export("open_clip_model.safetensors", open_clip_table(config), objects)
 
 
 def open_clip_table(config: ClipConfig) -> Table:
@@ -151,73 +59,245 @@ def open_clip_table(config: ClipConfig) -> Table:
     return clip_tables.OPEN_CLIP_VIT
 
 
-def save_clip(
-    folder: str | os.PathLike[str],
-    config: ClipConfig,
-    params: Mapping[Any, Any],
-    tokenizer_files: Iterable[str | os.PathLike[str]] = (),
-    *,
-    dtype: DTypeLike | None = None,
-    layout: Literal["hf", "open_clip"] | None = None,
-) -> Path:
-    """Writes a checkpoint that `load_clip` and, in the layout "hf", transformers open. Returns the folder.
+def read_text(fields: Fields) -> TextConfig:
+    """Returns the text tower of transformers' CLIPTextConfig; keys left out have its defaults."""
+    vocab_size, width, heads = (
+        fields.size("vocab_size", 49408), fields.size("hidden_size", 512), fields.size("num_attention_heads", 8)
+    )  # fmt: skip
+    fields.divides("num_attention_heads", heads, width, "hidden_size")
+    return TextConfig(
+        vocab_size=vocab_size,
+        context=fields.size("max_position_embeddings", 77),
+        width=width,
+        layers=fields.size("num_hidden_layers", 12),
+        heads=heads,
+        mlp_width=fields.size("intermediate_size", 2048),
+        activation=fields.word("hidden_act", "quick_gelu", ACTIVATIONS),
+        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        # Old files hold ids that the vocabulary lacks; only the tokenizer's are checked.
+        eos_token_id=fields.index("eos_token_id", 49407, 2**31),
+        bos_token_id=fields.index("bos_token_id", 49406, 2**31),
+    )
 
-    `params` is the tree of a whole Clip; arrays are stored in `dtype`, by default in their own. `tokenizer_files` are
-    copied under their names. By default the layout is "hf" for vision transformers and "open_clip" for the
-    convolutional towers, which Hugging Face's does not know. Raises UserError where the folder cannot be written, or
-    where `params` does not fit `config`; nothing is written then.
+
+def read_vit(fields: Fields, *, patch_size: int, width: int, activation: str, norm_eps: float) -> VitConfig:
+    """Returns a vision transformer from Hugging Face's keys, the defaults as given."""
+    side, patch = fields.size("image_size", 224), fields.size("patch_size", patch_size)
+    width, heads = fields.size("hidden_size", width), fields.size("num_attention_heads", 12)
+    fields.divides("num_attention_heads", heads, width, "hidden_size")
+    if patch > side:
+        raise fields.fault("patch_size", f"at most image_size, {side}")
+    return VitConfig(
+        image_size=side,
+        patch_size=patch,
+        width=width,
+        layers=fields.size("num_hidden_layers", 12),
+        heads=heads,
+        mlp_width=fields.size("intermediate_size", 3072),
+        activation=fields.word("hidden_act", activation, ACTIVATIONS),
+        norm_eps=fields.number("layer_norm_eps", norm_eps),
+    )
+
+
+def read_hf(folder: Path) -> ClipConfig:
+    """Returns the configuration in `config.json`, with the image normalisation of `preprocessor_config.json` if there.
+
+    Keys left out have the defaults of transformers' CLIPConfig. Raises UserError for a model of another kind.
     """
-    folder = Path(folder)
-    layout = layout or ("hf" if isinstance(config.vision, VitConfig) else "open_clip")
-    if layout == "hf" and not isinstance(config.vision, VitConfig):
-        raise UserError(f"{folder}: the layout 'hf' holds vision transformers only; choose 'open_clip'")
-    _, shapes = clip_graph(config)
-    expected = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
-    given = {path: tuple(np.shape(leaf)) for path, leaf in trees.flatten(params).items()}
-    wrong = sorted(path for path in expected.keys() | given.keys() if expected.get(path) != given.get(path))
-    if wrong:
-        raise UserError(f"{folder}: parameters do not fit the configuration at {', '.join(wrong)}; nothing written")
-    if dtype is not None:
-        flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
-        params = trees.unflatten({path: leaf.astype(_kind(path, leaf, dtype)) for path, leaf in flat.items()})
-    arrays = (clip_tables.HF_CLIP if layout == "hf" else open_clip_table(config)).write(params)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error}); choose another folder") from None
-    # The large file goes first: where the disk does not take it, what was there before is untouched.
-    if layout == "hf":
-        files.write_safetensors(folder / "model.safetensors", arrays)
-        files.write_json(folder / "config.json", clip_configs.write_hf(config))
-        files.write_json(folder / "preprocessor_config.json", clip_configs.preprocessor(config))
+    fields = Fields.read(folder / "config.json")
+    if fields.values.get("model_type") != "clip":
+        raise fields.fault("model_type", "'clip'")
+    # Early repositories repeat the sections under a second name, which then takes precedence.
+    text, vision = (fields.section(f"{name}_config", f"{name}_config_dict") for name in ("text", "vision"))
+    vision.only({"num_channels": (3,)})
+    preprocessor = folder / "preprocessor_config.json"
+    image = Fields.read(preprocessor) if preprocessor.is_file() else Fields({}, preprocessor, "")
+    return ClipConfig(
+        embed_dim=fields.size("projection_dim", 512),
+        vision=read_vit(vision, patch_size=32, width=768, activation="quick_gelu", norm_eps=1e-5),
+        text=read_text(text),
+        image_mean=image.triple("image_mean", OPENAI_MEAN, positive=False),
+        image_std=image.triple("image_std", OPENAI_STD, positive=True),
+    )
+
+
+def write_hf(config: ClipConfig) -> dict[str, Any]:
+    """Returns the `config.json` object of a CLIP with a vision transformer, every field spelled out."""
+    vision, text = config.vision, config.text
+    if not isinstance(vision, VitConfig):
+        raise ValueError("this layout holds vision transformers only")
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context,
+            "hidden_size": text.width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "intermediate_size": text.mlp_width,
+            "hidden_act": text.activation,
+            "layer_norm_eps": text.norm_eps,
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": text.eos_token_id,
+            "pad_token_id": 0,
+            "projection_dim": config.embed_dim,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_size": vision.width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "intermediate_size": vision.mlp_width,
+            "hidden_act": vision.activation,
+            "layer_norm_eps": vision.norm_eps,
+            "projection_dim": config.embed_dim,
+        },
+    }
+
+
+def preprocessor(config: ClipConfig) -> dict[str, Any]:
+    """Returns the `preprocessor_config.json` object: sizes and normalisation as transformers reads them."""
+    side = config.vision.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+        "do_convert_rgb": True,
+    }
+
+
+_OPEN_CLIP_KEYS = (
+    {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
+    {
+        "image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio",
+        "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_drop", "timm_drop_path",
+    },
+    {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+)  # fmt: skip
+"""Known keys of the model, its `vision_cfg` and its `text_cfg`."""
+
+
+def read_open_clip(folder: Path) -> ClipConfig:
+    """Returns the configuration in `open_clip_config.json`.
+
+    Raises UserError for options that would change the network in ways that are not built here.
+    """
+    fix = "use a ViT, RN50, RN101 or ConvNeXt with OpenCLIP's standard text tower"
+    whole = Fields.read(folder / "open_clip_config.json", fix)
+    model = whole.section("model_cfg") if "model_cfg" in whole.values else whole
+    for name in ("vision_cfg", "text_cfg"):
+        if not isinstance(model.values.get(name), dict):
+            raise model.fault(name, "an object")
+    vision, text = model.section("vision_cfg"), model.section("text_cfg")
+    for fields, known in zip((model, vision, text), _OPEN_CLIP_KEYS, strict=True):
+        if unknown := sorted(set(fields.values) - known):
+            raise UserError(f"{whole.where}: {fields.prefix}{', '.join(unknown)} is not supported; {whole.fix}")
+    embed_dim, act = model.size("embed_dim"), "quick_gelu" if model.flag("quick_gelu", False) else "gelu"
+    width, heads = text.size("width", 512), text.size("heads", 8)
+    text.divides("heads", heads, width, "width")
+    image = whole.section("preprocess_cfg")
+    return ClipConfig(
+        embed_dim=embed_dim,
+        vision=_open_clip_vision(vision, embed_dim, act),
+        text=TextConfig(
+            vocab_size=text.size("vocab_size", 49408),
+            context=text.size("context_length", 77),
+            width=width,
+            layers=text.size("layers", 12),
+            heads=heads,
+            mlp_width=int(width * text.number("mlp_ratio", 4.0)),
+            activation=act,
+        ),
+        image_mean=image.triple("mean", OPENAI_MEAN, positive=False),
+        image_std=image.triple("std", OPENAI_STD, positive=True),
+    )
+
+
+def _open_clip_vision(fields: Fields, embed_dim: int, act: str) -> VitConfig | ResNetConfig | ConvNextConfig:
+    """Returns the image tower's configuration from OpenCLIP's `vision_cfg`."""
+    image_size = fields.size("image_size", 224)
+    if "timm_model_name" in fields.values:
+        name = fields.word("timm_model_name", MISSING, CONVNEXTS)
+        fields.only({"timm_proj": ("mlp",), "timm_pool": ("",)})
+        if "timm_proj" not in fields.values:
+            raise fields.fault("timm_proj", "'mlp' alone can be built")
+        depths, channels = CONVNEXTS[name]
+        return ConvNextConfig(image_size, depths, channels, head_width=2 * embed_dim)
+    width, head_width = fields.size("width", 768), fields.size("head_width", 64)
+    if isinstance(fields.values.get("layers"), list):
+        a, b, c, d = fields.sizes("layers", count=4)
+        fields.divides("head_width", head_width, width * 32, "32 times width")
+        return ResNetConfig(image_size, (a, b, c, d), width, heads=width * 32 // head_width)
+    fields.divides("head_width", head_width, width, "width")
+    return VitConfig(
+        image_size=image_size,
+        patch_size=fields.size("patch_size", 16),
+        width=width,
+        layers=fields.size("layers", 12),
+        heads=width // head_width,
+        mlp_width=int(width * fields.number("mlp_ratio", 4.0)),
+        activation=act,
+    )
+
+
+def write_open_clip(config: ClipConfig) -> dict[str, Any]:
+    """Returns the `open_clip_config.json` object. Raises ValueError for a tower that the format cannot represent."""
+    vision, text = config.vision, config.text
+    if isinstance(vision, ConvNextConfig):
+        shape = (vision.depths, vision.channels)
+        names = [name for name, known in CONVNEXTS.items() if known == shape]
+        if not names or vision.head_width != 2 * config.embed_dim:
+            raise ValueError(f"no name in timm for a ConvNeXt of {shape}")
+        section: dict[str, Any] = {
+            "timm_model_name": names[0],
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "mlp",
+            "image_size": vision.image_size,
+        }
+    elif isinstance(vision, ResNetConfig):
+        section = {
+            "image_size": vision.image_size,
+            "layers": list(vision.layers),
+            "width": vision.width,
+            "head_width": vision.width * 32 // vision.heads,
+            "patch_size": None,
+        }
     else:
-        files.write_safetensors(folder / "open_clip_model.safetensors", arrays)
-        files.write_json(folder / "open_clip_config.json", clip_configs.write_open_clip(config))
-    try:
-        for file in map(Path, tokenizer_files):
-            if file.resolve() != (folder / file.name).resolve():
-                shutil.copyfile(file, folder / file.name)
-    except OSError as error:
-        raise UserError(f"{folder}: tokenizer cannot be copied ({error}); mend that and save again") from None
-    return folder
-
-
-def convert_clip(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    dtype: DTypeLike = jnp.float32,
-    *,
-    layout: Literal["hf", "open_clip"] | None = None,
-    revision: str | None = None,
-) -> Path:
-    """Rewrites a checkpoint of any known layout as safetensors, with its tokenizer. Returns the new folder.
-
-    Layouts as in `save_clip`. Raises UserError as `load_clip` does, and where `out` is there already and not empty.
-    """
-    folder, out = resolve(source, revision), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; name a new folder")
-    config, table, arrays, where = read_checkpoint(folder)
-    params = table.read(arrays, clip_graph(config)[1], str(where))
-    words = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return save_clip(out, config, params, words, dtype=dtype, layout=layout)
+        section = {
+            "image_size": vision.image_size,
+            "layers": vision.layers,
+            "width": vision.width,
+            "head_width": vision.width // vision.heads,
+            "patch_size": vision.patch_size,
+            "mlp_ratio": vision.mlp_width / vision.width,
+        }
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "quick_gelu": text.activation == "quick_gelu",
+            "vision_cfg": section,
+            "text_cfg": {
+                "context_length": text.context,
+                "vocab_size": text.vocab_size,
+                "width": text.width,
+                "heads": text.heads,
+                "layers": text.layers,
+                "mlp_ratio": text.mlp_width / text.width,
+            },
+        },
+        "preprocess_cfg": {"mean": list(config.image_mean), "std": list(config.image_std)},
+    }

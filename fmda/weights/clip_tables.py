@@ -52,11 +52,12 @@ HF_CLIP = Table(
         # Constant counters that releases before 4.31 stored.
         drop("vision_model.embeddings.position_ids"),
         drop("text_model.embeddings.position_ids"),
-    )
+    ),
+    layout="Hugging Face CLIP",
 )
 """transformers.CLIPModel, torch names."""
 
-HF_FLAX_CLIP = Table(flax_rows(_HF))
+HF_FLAX_CLIP = Table(flax_rows(_HF), "Hugging Face CLIP, Flax")
 """transformers.FlaxCLIPModel, names joined by dots."""
 
 
@@ -111,7 +112,8 @@ OPEN_CLIP_VIT = Table(
             )
         ),
         *_open_clip_blocks("visual.transformer", "vision"),
-    )
+    ),
+    layout="OpenCLIP, vision transformer",
 )
 """OpenCLIP and OpenAI, vision transformer."""
 
@@ -149,7 +151,7 @@ def _resnet_rows() -> tuple[Row, ...]:
     return (*torch_rows(layers), *counters)
 
 
-OPEN_CLIP_RESNET = Table((*_OPEN_CLIP_TEXT, *_resnet_rows()))
+OPEN_CLIP_RESNET = Table((*_OPEN_CLIP_TEXT, *_resnet_rows()), "OpenCLIP, ModifiedResNet")
 """OpenCLIP and OpenAI, ModifiedResNet."""
 
 _TRUNK = "visual.trunk.stages.{i}"
@@ -175,6 +177,7 @@ OPEN_CLIP_CONVNEXT = Table(
                 ("visual.head.mlp.fc2", "vision/projection", "linear"),
             )
         ),
-    )
+    ),
+    layout="OpenCLIP, ConvNeXt",
 )
 """OpenCLIP over a timm ConvNeXt with a projection MLP (`convnext_large_d_320`)."""

@@ -1,374 +1,265 @@
-"""The networks of Stable Diffusion: load from diffusers' layout (Flax or PyTorch names), save for PyTorch's."""
+"""Configurations of Stable Diffusion's networks out of and into diffusers' JSON, and which table their names need."""
 
-import functools
-import hashlib
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Num
-
-from fmda import trees
 from fmda.errors import UserError
-from fmda.models.clip import TextConfig, TextTransformer
-from fmda.models.module import abstract
-from fmda.models.sd_unet import Remat, UNet, UNetConfig
-from fmda.models.sd_vae import Vae, VaeConfig
-from fmda.weights import diffusers_configs, diffusers_tables, files
-from fmda.weights.clip import store
-from fmda.weights.source import PARTS, resolve, weight_file
-from fmda.weights.table import Table
+from fmda.models.clip import TextConfig
+from fmda.models.sd_unet import UNetConfig
+from fmda.models.sd_vae import VaeConfig
+from fmda.weights import diffusers_tables
+from fmda.weights.clip import read_text
+from fmda.weights.reader import Fields
+from fmda.weights.table import Export, Names, Table
 
-Config = UNetConfig | VaeConfig | TextConfig
+Json = dict[str, Any]
 
+UNET_CLASSES = ("UNet2DConditionModel", "FlaxUNet2DConditionModel")
+VAE_CLASSES = ("AutoencoderKL", "FlaxAutoencoderKL")
+TEXT_MODEL = "clip_text_model"
+"""`model_type` of a text encoder's configuration."""
 
-@dataclass(frozen=True)
-class LoadedUNet:
-    """A UNet ready for use. `params` is a plain tree; `nnx.merge(graphdef, params)` is the module."""
-
-    config: UNetConfig
-    graphdef: nnx.GraphDef
-    params: trees.Tree
-    stored: str | None = None
-    """Fingerprint of the parameters before they were rounded, where loading did that."""
-
-    def as_saved(self) -> "LoadedUNet":
-        """Returns the UNet in the arithmetic of PyTorch's diffusers, in which it is saved; itself where it has that.
-
-        Parameters are the same arrays. A Flax release computed the GELU and one epsilon otherwise (see `UNetConfig`).
-        """
-        config = diffusers_configs.saved_unet(self.config)
-        if config == self.config:
-            return self
-        module = nnx.merge(self.graphdef, self.params)
-        return replace(self, config=config, graphdef=unet_graph(config, module.dtype, module.remat)[0])
-
-    def __call__(
-        self,
-        latents: Float[Array | np.ndarray, "b h w c"],
-        timesteps: Num[Array | np.ndarray, "b"] | float,
-        context: Float[Array | np.ndarray, "b t width"],
-    ) -> Float[Array, "b h w c"]:
-        """Returns the prediction, noise or velocity as the checkpoint was trained, float32.
-
-        One timestep may stand for all rows. Raises UserError where shapes do not fit.
-        """
-        check_latents(self.config, np.shape(latents))
-        rows = np.shape(latents)[0]
-        if np.shape(timesteps) not in ((), (rows,)) or len(np.shape(context)) != 3 or np.shape(context)[0] != rows:
-            raise UserError(
-                f"timesteps {list(np.shape(timesteps))}, context {list(np.shape(context))} for {rows} latents; give a "
-                "timestep and a context [tokens, width] for each"
-            )
-        width = np.shape(context)[-1]
-        if width != self.config.context_width:
-            raise UserError(
-                f"context: {width} wide where the UNet reads {self.config.context_width}; take its own text encoder"
-            )
-        times = np.broadcast_to(timesteps, (rows,)) if np.ndim(timesteps) == 0 else timesteps
-        return _predict(self.graphdef, self.params, *map(jnp.asarray, (latents, times, context)))
-
-
-@dataclass(frozen=True)
-class LoadedVae:
-    """An autoencoder ready for use. Latents are not multiplied by `config.scale`."""
-
-    config: VaeConfig
-    graphdef: nnx.GraphDef
-    params: trees.Tree
-    stored: str | None = None
-    """As in `LoadedUNet`."""
-
-    def encode(
-        self, images: Float[Array | np.ndarray, "b H W 3"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-        """Returns mean and log-variance of the latents of images in [-1, 1], float32.
-
-        Raises UserError where a side is no multiple of `config.factor`.
-        """
-        check_images(self.config, np.shape(images))
-        return _encode(self.graphdef, self.params, jnp.asarray(images))
-
-    def decode(self, latents: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b H W 3"]:
-        """Returns images, about in [-1, 1] and not clipped, float32.
-
-        Raises UserError for latents with other channels than its own.
-        """
-        shape, channels = np.shape(latents), self.config.latent_channels
-        if len(shape) != 4 or shape[3] != channels:
-            raise UserError(
-                f"latents: of shape {list(shape)} where the autoencoder reads [B, h, w, {channels}]; "
-                "take those of a UNet made for it"
-            )
-        return _decode(self.graphdef, self.params, jnp.asarray(latents))
-
-
-@dataclass(frozen=True)
-class LoadedTextEncoder:
-    """A text encoder ready for use."""
-
-    config: TextConfig
-    graphdef: nnx.GraphDef
-    params: trees.Tree
-    stored: str | None = None
-    """As in `LoadedUNet`."""
-
-    def __call__(self, ids: Int[Array | np.ndarray, "b t"]) -> Float[Array, "b t width"]:
-        """Returns the last hidden state after the final norm, for all places, float32.
-
-        Raises UserError for ids that are not those of its tokenizer, or more of them than it reads.
-        """
-        check_ids(self.config, ids)
-        return _read(self.graphdef, self.params, jnp.asarray(ids))
-
-
-Loaded = LoadedUNet | LoadedVae | LoadedTextEncoder
-LOADED: dict[str, Callable[..., Loaded]] = {"unet": LoadedUNet, "vae": LoadedVae, "text_encoder": LoadedTextEncoder}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predict(graphdef: nnx.GraphDef, params: trees.Tree, latents: Array, timesteps: Array, context: Array) -> Array:
-    return nnx.merge(graphdef, params)(latents, timesteps, context)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef: nnx.GraphDef, params: trees.Tree, images: Array) -> tuple[Array, Array]:
-    return nnx.merge(graphdef, params).encode(images)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(graphdef: nnx.GraphDef, params: trees.Tree, latents: Array) -> Array:
-    return nnx.merge(graphdef, params).decode(latents)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _read(graphdef: nnx.GraphDef, params: trees.Tree, ids: Array) -> Array:
-    return nnx.merge(graphdef, params).hidden(ids).astype(jnp.float32)
-
-
-def check_ids(config: TextConfig, ids: Array | np.ndarray) -> None:
-    """Raises UserError for ids that are not [B, T], T above 0, or, where values are known, of another vocabulary."""
-    if np.ndim(ids) != 2 or not np.shape(ids)[1]:
-        raise UserError(f"ids: of shape {list(np.shape(ids))} where the text encoder reads [B, T]; take `tokenize`")
-    if isinstance(ids, jax.core.Tracer) or not np.size(ids):
-        return
-    least, most = int(np.min(ids)), int(np.max(ids))
-    if least < 0 or most >= config.vocab_size:
-        raise UserError(
-            f"ids: from {least} to {most} where the vocabulary has {config.vocab_size}; take its own tokenizer"
-        )
-
-
-def check_latents(config: UNetConfig, shape: tuple[int, ...]) -> None:
-    """Raises UserError for latents that the UNet's levels cannot halve, or with other channels than it reads."""
-    if len(shape) != 4 or shape[3] != config.in_channels:
-        raise UserError(
-            f"latents: of shape {list(shape)} where the UNet reads [B, h, w, {config.in_channels}]; take its own VAE"
-        )
-    if shape[1] % config.factor or shape[2] % config.factor:
-        raise UserError(
-            f"latents: {shape[1]}x{shape[2]} are no multiples of {config.factor}; choose another image size"
-        )
-
-
-def check_images(config: VaeConfig, shape: tuple[int, ...]) -> None:
-    """Raises UserError for pictures that are not RGB, or whose sides are no multiples of a latent's."""
-    if len(shape) != 4 or shape[3] != config.in_channels:
-        raise UserError(f"images: of shape {list(shape)}, not [B, H, W, {config.in_channels}]; convert them to RGB")
-    if shape[1] % config.factor or shape[2] % config.factor:
-        raise UserError(
-            f"images: {shape[1]}x{shape[2]} pixels are no multiples of {config.factor}; crop or resize them"
-        )
-
-
-def load_unet(
-    source: str | os.PathLike[str],
-    revision: str | None = None,
-    dtype: DTypeLike = jnp.float32,
-    remat: Remat = "none",
-    *,
-    on_host: bool = False,
-) -> LoadedUNet:
-    """Returns the UNet of a folder (its own, or a whole checkpoint's), a model of the package, or a hub id.
-
-    Read are Flax msgpack and safetensors, whole or in shards. Parameters are kept, and the network computes, in
-    `dtype`; `remat` as in `UNet`. With `on_host` they are NumPy arrays, for whoever places them on a mesh. Raises
-    UserError for anything missing, surplus, misshapen, damaged or unsupported.
-    """
-    return LoadedUNet(*_load("unet", part_folder(source, "unet", revision), dtype, on_host, remat=remat))
-
-
-def load_vae(
-    source: str | os.PathLike[str],
-    revision: str | None = None,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    on_host: bool = False,
-) -> LoadedVae:
-    """Returns the autoencoder of a folder, a model of the package, or a hub id, as `load_unet`."""
-    return LoadedVae(*_load("vae", part_folder(source, "vae", revision), dtype, on_host))
-
-
-def load_text_encoder(
-    source: str | os.PathLike[str],
-    revision: str | None = None,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    on_host: bool = False,
-) -> LoadedTextEncoder:
-    """Returns the text encoder of a folder, a model of the package, or a hub id, as `load_unet`."""
-    return LoadedTextEncoder(*_load("text_encoder", part_folder(source, "text_encoder", revision), dtype, on_host))
-
-
-def unet_graph(
-    config: UNetConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
-) -> tuple[nnx.GraphDef, trees.Tree]:
-    """Returns (graphdef, tree of ShapeDtypeStruct) of a UNet that computes in `dtype`."""
-    return abstract(lambda rngs: UNet(config, dtype=dtype, remat=remat, rngs=rngs))
-
-
-def vae_graph(config: VaeConfig, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, trees.Tree]:
-    """Returns (graphdef, tree of ShapeDtypeStruct) of an autoencoder that computes in `dtype`."""
-    return abstract(lambda rngs: Vae(config, dtype=dtype, rngs=rngs))
-
-
-def text_graph(config: TextConfig, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, trees.Tree]:
-    """Returns (graphdef, tree of ShapeDtypeStruct) of a text encoder that computes in `dtype`."""
-    return abstract(lambda rngs: TextTransformer(config, None, dtype=dtype, rngs=rngs))
-
-
-def part_folder(source: str | os.PathLike[str], part: str, revision: str | None = None) -> Path:
-    """Returns the folder of one network: the source itself, or its subfolder of that name.
-
-    Raises UserError where neither holds a configuration.
-    """
-    folder = resolve(source, revision, "diffusers")
-    if (folder / part).is_dir():
-        return folder / part
-    if (folder / "model_index.json").is_file():
-        raise UserError(f"{folder}: has no folder '{part}'; copy or download the whole checkpoint again")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds neither {part}/ nor config.json; give a folder in diffusers' layout")
-    return folder
-
-
-_Read = Callable[[Path], Any]
-_KINDS: dict[str, tuple[_Read, Callable[[Any], dict[str, Any]], Callable[..., tuple[nnx.GraphDef, trees.Tree]]]] = {
-    "unet": (diffusers_configs.read_unet, diffusers_configs.write_unet, unet_graph),
-    "vae": (diffusers_configs.read_vae, diffusers_configs.write_vae, vae_graph),
-    "text_encoder": (diffusers_configs.read_text_encoder, diffusers_configs.write_text_encoder, text_graph),
+# Options of which only these values can be built here.
+_UNET_FIXED: Json = {
+    "act_fn": ("silu",),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "center_input_sample": (False,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,),
+    "dual_cross_attention": (False,),
+    "transformer_layers_per_block": (1,),
+    "downsample_padding": (1,),
+    "norm_eps": (1e-5,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "mid_block_scale_factor": (1,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "cross_attention_norm": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
 }
+_VAE_FIXED: Json = {
+    "act_fn": ("silu",),
+    "out_channels": (3,),
+    "in_channels": (3,),
+    "shift_factor": (None,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
+_TAKE = "give a Stable Diffusion 1.x or 2.x checkpoint"
+_CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
+_UPWARDS = {_CROSS_DOWN: "CrossAttnUpBlock2D", _DOWN: "UpBlock2D"}
 
 
-def read_config(part: str, folder: Path) -> Any:
-    """Returns the configuration of one network's folder. Raises UserError for a network of another kind or shape."""
-    return _KINDS[part][0](folder)
+def _opened(folder: Path, key: str, kinds: tuple[str, ...], fixed: Json) -> Fields:
+    """Returns the fields of `config.json` after checking that they describe what can be built here."""
+    fields = Fields.read(folder / "config.json", _TAKE)
+    if fields.values.get(key) not in kinds:
+        raise fields.fault(key, f"'{kinds[0]}': this is another network's folder")
+    fields.only(fixed)
+    return fields
 
 
-def part_graph(part: str, config: Any) -> tuple[nnx.GraphDef, trees.Tree]:
-    """Returns (graphdef, tree of ShapeDtypeStruct) of the network that a configuration of that part describes."""
-    return _KINDS[part][2](config)
+def _widths(fields: Fields, default: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Returns the width of each level and the groups of the GroupNorms, which divide them."""
+    groups, widths = fields.size("norm_num_groups", 32), fields.sizes("block_out_channels", default)
+    for width in widths:
+        fields.divides("norm_num_groups", groups, width, "every one of block_out_channels")
+    return widths, groups
 
 
-def read_part(part: str, folder: Path) -> tuple[Any, Table, dict[str, np.ndarray], Path]:
-    """Returns (configuration, the table of the layout found, stored arrays, weight file) of one network's folder."""
-    config = read_config(part, folder)
-    path = weight_file(folder, PARTS[part])
-    arrays = files.read_arrays(path)
-    return config, _table(part, config, path.suffix == ".msgpack", arrays), arrays, path
+def read_unet(folder: Path) -> UNetConfig:
+    """Returns the configuration in a UNet's folder. Raises UserError for a network of another kind or shape."""
+    fields = _opened(folder, "_class_name", UNET_CLASSES, _UNET_FIXED)
+    config = fields.values
+    if config.get("in_channels") == 9:
+        raise UserError(
+            f"{fields.where}: in_channels is 9, this is an inpainting UNet, which also reads a mask and a masked "
+            "image; give a text-to-image checkpoint (4 channels)"
+        )
+    channels, groups = _widths(fields, (320, 640, 1280, 1280))
+    down = config.get("down_block_types", [_CROSS_DOWN] * 3 + [_DOWN])
+    if (
+        not isinstance(down, list)
+        or len(down) != len(channels)
+        or any(name not in (_CROSS_DOWN, _DOWN) for name in down)
+    ):
+        raise fields.fault("down_block_types", f"{len(channels)} of '{_CROSS_DOWN}' or '{_DOWN}', which can be built")
+    up = [_UPWARDS[name] for name in reversed(down)]
+    fields.only({"up_block_types": (up,)})
+    attention = tuple(name == _CROSS_DOWN for name in down)
+    key = "attention_head_dim" if config.get("num_attention_heads") is None else "num_attention_heads"
+    if isinstance(config.get(key), list):
+        heads = fields.sizes(key, count=len(channels))
+    else:
+        heads = (fields.size(key, 8),) * len(channels)
+    # the middle attends too, with the heads of the last level
+    for width, count, attends in zip(channels, heads, (*attention[:-1], True), strict=True):
+        if attends:
+            fields.divides(key, count, width, "its level in block_out_channels")
+    flax = config["_class_name"].startswith("Flax")
+    sample_size = fields.size("sample_size", 64, null=True)
+    return UNetConfig(
+        in_channels=fields.size("in_channels", 4),
+        out_channels=fields.size("out_channels", 4),
+        channels=channels,
+        layers=fields.size("layers_per_block", 2),
+        attention=attention,
+        heads=heads,
+        context_width=fields.size("cross_attention_dim", 1280),
+        linear_projection=fields.flag("use_linear_projection", False),
+        groups=groups,
+        # the first releases of 1.x name 32, and diffusers' pipeline does not believe them either
+        sample_size=max(64, sample_size) if _before_0_9(config) else sample_size,
+        # each library's own arithmetic, so that a checkpoint gives here what it gave there
+        gate="gelu_tanh" if flax else "gelu",
+        transformer_eps=1e-5 if flax else 1e-6,
+    )
 
 
-def part_of(folder: Path) -> str | None:
-    """Returns which network of a Stable Diffusion a folder is that of, or None for anything else.
-
-    Raises UserError for a network of diffusers' that is none of them.
-    """
-    if not (folder / "config.json").is_file():
-        return None
-    config = files.read_json(folder / "config.json")
-    if "_class_name" in config:
-        return diffusers_configs.part_of_class(config["_class_name"], folder / "config.json")
-    return "text_encoder" if config.get("model_type") == diffusers_configs.TEXT_MODEL else None
+def _before_0_9(config: Mapping[str, Any]) -> bool:
+    """Returns whether a configuration names a release of diffusers before 0.9."""
+    numbers = re.match(r"(\d+)(?:\.(\d+))?", str(config.get("_diffusers_version", "")))
+    return numbers is not None and (int(numbers[1]), int(numbers[2] or 0)) < (0, 9)
 
 
-def params_fingerprint(params: Mapping[Any, Any], *configs: Any) -> str:
-    """Returns 12 hex digits that change with the value of any parameter, or a configuration.
-
-    Values count as float32, in which float16 and bfloat16 are exact: numbers that were widened keep their fingerprint.
-    """
-    digest = hashlib.blake2b(repr(configs).encode(), digest_size=6)
-    for path, leaf in sorted(trees.flatten(params).items()):
-        array = np.asarray(leaf).astype(np.float32, copy=False)
-        digest.update(f"{path}{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def saved_unet(config: UNetConfig) -> UNetConfig:
+    """Returns the configuration that a UNet has when what `write_unet` gives is read: PyTorch's arithmetic."""
+    return replace(config, gate="gelu", transformer_eps=1e-6)
 
 
-def stored_fingerprint(network: LoadedUNet | LoadedVae | LoadedTextEncoder) -> str:
-    """Returns the fingerprint of a network's parameters as its checkpoint stores them, whatever it computes in."""
-    return network.stored or params_fingerprint(network.params)
+def write_unet(config: UNetConfig) -> Json:
+    """Returns the `config.json` object that diffusers' UNet2DConditionModel opens, which computes as `saved_unet`."""
+    down = [_CROSS_DOWN if attends else _DOWN for attends in config.attention]
+    fixed = {key: allowed[0] for key, allowed in _UNET_FIXED.items()}
+    return fixed | {
+        "_class_name": UNET_CLASSES[0],
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers,
+        "down_block_types": down,
+        "up_block_types": [_UPWARDS[name] for name in reversed(down)],
+        "attention_head_dim": config.heads[0] if len(set(config.heads)) == 1 else list(config.heads),
+        "cross_attention_dim": config.context_width,
+        "use_linear_projection": config.linear_projection,
+        "norm_num_groups": config.groups,
+        "sample_size": config.sample_size,
+    }
 
 
-def whole_fingerprint(networks: Mapping[str, str], *configs: Any) -> str:
-    """Returns the fingerprint of a whole Stable Diffusion, from those of its networks' parameters by `PARTS`."""
-    digest = hashlib.blake2b(repr(configs).encode(), digest_size=6)
-    for part in PARTS:
-        digest.update(f"{part}{networks[part]}".encode())
-    return digest.hexdigest()
+def read_vae(folder: Path) -> VaeConfig:
+    """Returns the configuration in an autoencoder's folder. Raises UserError for another kind or shape."""
+    fields = _opened(folder, "_class_name", VAE_CLASSES, _VAE_FIXED)
+    channels, groups = _widths(fields, (64,))
+    levels = len(channels)
+    fields.only(
+        {"down_block_types": (["DownEncoderBlock2D"] * levels,), "up_block_types": (["UpDecoderBlock2D"] * levels,)}
+    )
+    return VaeConfig(
+        channels=channels,
+        layers=fields.size("layers_per_block", 1),
+        latent_channels=fields.size("latent_channels", 4),
+        scale=fields.number("scaling_factor", 0.18215),
+        groups=groups,
+        sample_size=fields.size("sample_size", 32, null=True),
+    )
 
 
-def _table(part: str, config: Any, flax: bool, arrays: Mapping[str, np.ndarray]) -> Table:
-    if part == "unet":
-        return (diffusers_tables.FLAX_UNET if flax else diffusers_tables.UNET)[config.linear_projection]
-    if part == "text_encoder":
-        if flax:
-            return diffusers_tables.FLAX_TEXT_ENCODER
-        bare = any(name.startswith("encoder.layers.") for name in arrays)
-        return diffusers_tables.BARE_TEXT_ENCODER if bare else diffusers_tables.TEXT_ENCODER
+def write_vae(config: VaeConfig) -> Json:
+    """Returns the `config.json` object that diffusers' AutoencoderKL opens."""
+    fixed = {key: allowed[0] for key, allowed in _VAE_FIXED.items()}
+    return fixed | {
+        "_class_name": VAE_CLASSES[0],
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers,
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
+        "latent_channels": config.latent_channels,
+        "scaling_factor": config.scale,
+        "norm_num_groups": config.groups,
+        "sample_size": config.sample_size,
+    }
+
+
+def read_text_encoder(folder: Path) -> TextConfig:
+    """Returns the configuration in a text encoder's folder. Raises UserError for another kind or shape."""
+    return read_text(_opened(folder, "model_type", (TEXT_MODEL,), {}))
+
+
+def write_text_encoder(config: TextConfig) -> Json:
+    """Returns the `config.json` object that transformers' CLIPTextModel opens."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": TEXT_MODEL,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_eps,
+        "eos_token_id": config.eos_token_id,
+        "bos_token_id": config.bos_token_id,
+        "projection_dim": config.width,
+        "attention_dropout": 0.0,
+    }
+
+
+def unet_layout(folder: Path, names: Names, flax: bool) -> tuple[UNetConfig, Table]:
+    """Returns the configuration of a UNet's folder and the table of its layout."""
+    config = read_unet(folder)
+    return config, (diffusers_tables.FLAX_UNET if flax else diffusers_tables.UNET)[config.linear_projection]
+
+
+def vae_layout(folder: Path, names: Names, flax: bool) -> tuple[VaeConfig, Table]:
+    """Returns the configuration of an autoencoder's folder and the table of its layout."""
     if flax:
-        return diffusers_tables.FLAX_VAE
-    return diffusers_tables.OLD_VAE if any(".proj_attn." in name for name in arrays) else diffusers_tables.VAE
+        return read_vae(folder), diffusers_tables.FLAX_VAE
+    old = any(".proj_attn." in name for name in names)
+    return read_vae(folder), diffusers_tables.OLD_VAE if old else diffusers_tables.VAE
 
 
-def _load(
-    part: str, folder: Path, dtype: DTypeLike, on_host: bool, **options: Any
-) -> tuple[Any, nnx.GraphDef, trees.Tree, str | None]:
-    config, table, arrays, where = read_part(part, folder)
-    graphdef, shapes = _KINDS[part][2](config, dtype, **options)
-    params = table.read(arrays, shapes, str(where))
-    # What was only widened can be hashed later, should anyone ask.
-    exact = all(jnp.promote_types(leaf.dtype, dtype) == dtype for leaf in trees.flatten(params).values())
-    return config, graphdef, store(params, dtype, on_host), None if exact else params_fingerprint(params)
+def text_layout(folder: Path, names: Names, flax: bool) -> tuple[TextConfig, Table]:
+    """Returns the configuration of a text encoder's folder and the table of its layout."""
+    if flax:
+        return read_text_encoder(folder), diffusers_tables.FLAX_TEXT_ENCODER
+    bare = any(name.startswith("encoder.layers.") for name in names)
+    return read_text_encoder(folder), diffusers_tables.BARE_TEXT_ENCODER if bare else diffusers_tables.TEXT_ENCODER
 
 
-def save_part(
-    folder: Path, part: str, config: Config, params: Mapping[Any, Any], dtype: DTypeLike | None = None
-) -> None:
-    """Writes weights and configuration of one network as PyTorch's diffusers (or transformers) opens them.
+def export_unet(config: UNetConfig, layout: str | None = None) -> Export:
+    """Returns the files of a saved UNet."""
+    table = diffusers_tables.UNET[config.linear_projection]
+    return Export("diffusion_pytorch_model.safetensors", table, {"config.json": write_unet(config)})
 
-    Arrays are stored in `dtype`, by default in their own. Raises UserError where `params` does not fit `config`, or
-    where the folder cannot be written; nothing is written then.
-    """
-    _, write, graph = _KINDS[part]
-    expected = {path: leaf.shape for path, leaf in trees.flatten(graph(config)[1]).items()}
-    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
-    given = {path: leaf.shape for path, leaf in flat.items()}
-    wrong = sorted(path for path in expected.keys() | given.keys() if expected.get(path) != given.get(path))
-    if wrong:
-        raise UserError(f"{folder}: parameters do not fit the configuration at {', '.join(wrong)}; nothing written")
-    if dtype is not None:
-        flat = {path: leaf.astype(dtype) for path, leaf in flat.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error}); choose another folder") from None
-    arrays = _table(part, config, False, {}).write(trees.unflatten(flat))
-    files.write_safetensors(folder / PARTS[part][0], arrays)
-    files.write_json(folder / "config.json", write(config))
+
+def export_vae(config: VaeConfig, layout: str | None = None) -> Export:
+    """Returns the files of a saved autoencoder."""
+    return Export("diffusion_pytorch_model.safetensors", diffusers_tables.VAE, {"config.json": write_vae(config)})
+
+
+def export_text(config: TextConfig, layout: str | None = None) -> Export:
+    """Returns the files of a saved text encoder."""
+    return Export("model.safetensors", diffusers_tables.TEXT_ENCODER, {"config.json": write_text_encoder(config)})

@@ -83,36 +83,40 @@ def _joined(layers: Iterable[Layer]) -> tuple[Layer, ...]:
 
 
 UNET = {
-    False: Table(torch_rows(_unet("point_conv"))),
-    True: Table(torch_rows(_unet("linear"))),
+    False: Table(torch_rows(_unet("point_conv")), "diffusers UNet"),
+    True: Table(torch_rows(_unet("linear")), "diffusers UNet"),
 }
 """diffusers' UNet2DConditionModel, by `UNetConfig.linear_projection`."""
 
 FLAX_UNET = {
-    False: Table(flax_rows(_joined(_unet("point_conv")))),
-    True: Table(flax_rows(_joined(_unet("linear")))),
+    False: Table(flax_rows(_joined(_unet("point_conv"))), "diffusers UNet, Flax"),
+    True: Table(flax_rows(_joined(_unet("linear"))), "diffusers UNet, Flax"),
 }
 """diffusers' FlaxUNet2DConditionModel, by `UNetConfig.linear_projection`."""
 
-VAE = Table(torch_rows(_vae(_NEW_ATTENTION)))
+VAE = Table(torch_rows(_vae(_NEW_ATTENTION)), "diffusers autoencoder")
 """diffusers' AutoencoderKL."""
 
-OLD_VAE = Table(torch_rows(_vae(_OLD_ATTENTION)))
+OLD_VAE = Table(torch_rows(_vae(_OLD_ATTENTION)), "diffusers autoencoder, names before 0.18")
 """The same before release 0.18, as stable-diffusion-v1-4 holds it."""
 
-FLAX_VAE = Table(flax_rows(_joined(_vae(_OLD_ATTENTION))))
+FLAX_VAE = Table(flax_rows(_joined(_vae(_OLD_ATTENTION))), "diffusers autoencoder, Flax")
 """diffusers' FlaxAutoencoderKL."""
 
-TEXT_ENCODER = Table((*torch_rows(hf_text_layers("")), drop("text_model.embeddings.position_ids")))
+TEXT_ENCODER = Table(
+    (*torch_rows(hf_text_layers("")), drop("text_model.embeddings.position_ids")),
+    layout="Hugging Face text encoder",
+)
 """transformers' CLIPTextModel before release 5, which later ones open too."""
 
 BARE_TEXT_ENCODER = Table(
     (
         *torch_rows((source.removeprefix("text_model."), target, kind) for source, target, kind in hf_text_layers("")),
         drop("embeddings.position_ids"),
-    )
+    ),
+    layout="Hugging Face text encoder, bare names",
 )
 """The same since release 5, whose names do not begin with "text_model."."""
 
-FLAX_TEXT_ENCODER = Table(flax_rows(hf_text_layers("")))
+FLAX_TEXT_ENCODER = Table(flax_rows(hf_text_layers("")), "Hugging Face text encoder, Flax")
 """transformers' FlaxCLIPTextModel."""

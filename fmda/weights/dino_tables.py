@@ -23,7 +23,8 @@ DINO = Table(
                 ("norm", "norm_post", "norm"),
             )
         ),
-    )
+    ),
+    layout="DINO",
 )
 """facebookresearch/dino and timm."""
 
@@ -51,6 +52,7 @@ HF_VIT = Table(
         # A layer that transformers adds and self-supervised checkpoints never trained.
         drop("pooler.dense.weight"),
         drop("pooler.dense.bias"),
-    )
+    ),
+    layout="Hugging Face ViT",
 )
 """transformers.ViTModel."""

@@ -55,17 +55,17 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(_POINTER)) == _POINTER
 
 
-def check_file(path: Path) -> None:
-    """Raises UserError as `read_arrays` does, as far as that can be told without reading arrays.
+def read_names(path: Path) -> dict[str, tuple[int, ...]]:
+    """Returns {stored name: shape} from the headers of a checkpoint's files; empty for a msgpack, which has none.
 
-    Noticed are pickles, other kinds of files, files and shards that are missing, and safetensors that are cut short.
+    Raises UserError as `read_arrays` does, as far as that is known without reading arrays: for pickles, other kinds of
+    files, files and shards that are missing, and safetensors that are cut short.
     """
     _check_kind(path)
     if is_index(path.name):
-        for shard in set(_weight_map(path).values()):
-            _names(_shard(path, shard))
-    elif path.suffix == ".safetensors":
-        _names(path)
+        shards = sorted(set(_weight_map(path).values()))
+        return {name: shape for shard in shards for name, shape in _names(_shard(path, shard)).items()}
+    return _names(path) if path.suffix == ".safetensors" else {}
 
 
 def _check_kind(path: Path) -> None:
@@ -103,9 +103,9 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
 
 
-def _names(path: Path) -> list[str]:
+def _names(path: Path) -> dict[str, tuple[int, ...]]:
     with _opened(path) as file:
-        return list(file.keys())
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -10,8 +10,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from fmda.errors import UserError
-from fmda.weights.clip import LoadedClip
 from fmda.weights.files import read_json
+from fmda.weights.network import Loaded
 
 _OPEN_CLIP_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -59,7 +59,7 @@ class Preprocess:
         return image[top : top + self.crop[0], left : left + self.crop[1]]
 
 
-def preprocess_of(clip: LoadedClip) -> Preprocess:
+def preprocess_of(clip: Loaded) -> Preprocess:
     """Returns the preprocessing that a checkpoint names: `preprocessor_config.json`, else `open_clip_config.json`.
 
     What is not named: shorter side to the size that the tower reads, bicubic, centre crop.

@@ -8,7 +8,7 @@ exactly one row, that every leaf is filled, and that shapes agree, and reports a
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from fmda.errors import UserError
 from fmda.weights.transforms import COPY, Transform
 
 Arrays = Mapping[str, np.ndarray]
+Names = Mapping[str, tuple[int, ...]]
+"""{stored name: shape}, as far as the header of a file holds them; empty for Flax msgpack."""
 _SLOT = re.compile(r"\{(\w)\}")
 
 
@@ -37,6 +39,14 @@ def row(source: str, targets: str | tuple[str, ...], transform: Transform = COPY
 def drop(source: str) -> Row:
     """Returns a row that knows a stored name and discards it."""
     return Row(source, ())
+
+
+class Export(NamedTuple):
+    """The files of a saved network: weights under one name in one layout, and JSON objects by file name."""
+
+    weights: str
+    table: "Table"
+    objects: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass
@@ -64,10 +74,10 @@ class Faults:
 
 
 class Table:
-    """Rows compiled for use in both directions."""
+    """Rows compiled for use in both directions; `layout` says whose names they are."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = tuple(rows)
+    def __init__(self, rows: Iterable[Row], layout: str = "") -> None:
+        self.rows, self.layout = tuple(rows), layout
         self._by_source = _Index([(row.source, row) for row in self.rows])
         self._by_target = _Index([(target, row) for row in self.rows for target in row.targets])
 
@@ -145,6 +155,8 @@ class Table:
         """Puts the parts of one stored array into `found`, or its shape into `faults`."""
         blanks = tuple(np.broadcast_to(np.float32(0), wanted[target].shape) for target in targets)
         expected = row.transform.inverse(blanks).shape
+        if expected == () and array.shape == (1,):
+            array = array[0]
         if tuple(array.shape) != expected:
             faults.shapes.append(f"{name} is {list(array.shape)} but should be {list(expected)}")
             return

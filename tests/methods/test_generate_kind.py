@@ -26,7 +26,7 @@ from fmda.methods.generate.settings import THINGS, FilterConfig, make_prompts
 from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.methods.kinds import open_run
 from fmda.models.sd_unet import UNetConfig
-from fmda.weights.clip import load_clip, save_clip
+from fmda.weights.network import load_clip, save
 from fmda.world.names import CLASSES
 
 UNET = UNetConfig(
@@ -54,7 +54,7 @@ def draw_clip(folder):
     """Gives the CLIP in a folder parameters with which it tells images apart."""
     clip = load_clip(folder)
     params = small_diffusion.drawn(clip.params, 25)
-    save_clip(folder.parent / "other", clip.config, params, clip.tokenizer.files())
+    save("clip", folder.parent / "other", clip.config, params, clip.tokenizer.files())
     shutil.rmtree(folder)
     (folder.parent / "other").rename(folder)
 

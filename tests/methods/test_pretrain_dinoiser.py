@@ -29,9 +29,8 @@ from fmda.models.dinoiser import guide_features, init_heads, object_features, sa
 from fmda.models.module import init
 from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
-from fmda.weights.clip import save_clip
-from fmda.weights.dino import load_dino, save_dino
 from fmda.weights.dinoiser import load_heads
+from fmda.weights.network import load_dino, save
 from fmda.world.names import CLASSES
 
 RNG = np.random.default_rng(0)
@@ -39,12 +38,12 @@ RNG = np.random.default_rng(0)
 
 def small_clip(folder, layers=3):
     config = ClipConfig(8, VitConfig(16, 8, 16, layers, 2, 32), TextConfig(20, 6, 8, 1, 2, 16))
-    return save_clip(folder, config, init(lambda rngs: Clip(config, rngs=rngs), jax.random.key(0)))
+    return save("clip", folder, config, init(lambda rngs: Clip(config, rngs=rngs), jax.random.key(0)))
 
 
 def small_dino(folder, patch=4):
     config = vit_config(patch, 12, layers=2, heads=3, mlp_width=24, image_size=8)
-    return save_dino(folder, config, init(lambda rngs: dino(config, rngs=rngs), jax.random.key(1)))
+    return save("dino", folder, config, init(lambda rngs: dino(config, rngs=rngs), jax.random.key(1)))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,7 @@ def test_the_teacher_is_read_where_its_last_block_attends(place):
     net, pixels = teacher.module(), RNG.normal(size=(2, 12, 8, 3)).astype(np.float32)
     reading = read_teacher(net, jnp.asarray(pixels))
     np.testing.assert_allclose(reading.values.reshape(2, 3, 2, 12), teacher.last_layer(pixels), atol=1e-5)
-    np.testing.assert_allclose(reading.keys.reshape(2, 3, 2, 12), teacher.last_layer(pixels, "key"), atol=1e-5)
+    np.testing.assert_allclose(reading.keys.reshape(2, 3, 2, 12), teacher.last_layer(pixels, part="key"), atol=1e-5)
     tokens = net.tokens(pixels)
     normed = net.blocks[1].norm1(net.blocks[0](tokens))
     layer = net.blocks[1].attention

@@ -35,8 +35,7 @@ from fmda.models.module import init
 from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
 from fmda.train import OptimConfig, Outcome, create_state, make_step
-from fmda.weights.clip import save_clip
-from fmda.weights.diffusers import load_vae, save_part
+from fmda.weights.network import load_vae, save
 from fmda.world.captions import SYNONYMS, facts_of
 from fmda.world.names import CLASSES
 
@@ -80,13 +79,13 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("latent-diffusion")
     draw_scenes(place / "scenes", 4)
     draw_scenes(place / "held", 3)
-    save_part(place / "vae", "vae", small_diffusion.VAE, small_diffusion.vae().params)
+    save("vae", place / "vae", small_diffusion.VAE, small_diffusion.vae().params)
     words = " ".join(word for name in CLASSES for word in (name, *SYNONYMS[name]))
     train_tokenizer([f"a photo of the video game in sunshine by day on the left {words}"] * 2, 600, place / "words")
     text = TextConfig(600, 32, 12, 1, 2, 24, eos_token_id=599, bos_token_id=598)
     config = ClipConfig(8, VitConfig(16, 8, 12, 1, 2, 24), text)
     params = init(lambda rngs: Clip(config, rngs=rngs), jax.random.key(0))
-    save_clip(place / "clip", config, params, sorted((place / "words").iterdir()))
+    save("clip", place / "clip", config, params, sorted((place / "words").iterdir()))
     return place
 
 
@@ -341,7 +340,7 @@ def test_an_export_that_was_broken_off_goes_on(place, run, tmp_path):
 
 def test_latents_of_other_networks_are_not_trained_on(place, run, tmp_path):
     shutil.copytree(place / "vae", tmp_path / "vae")
-    save_part(tmp_path / "vae", "vae", small_diffusion.VAE, small_diffusion.vae(seed=9).params)
+    save("vae", tmp_path / "vae", small_diffusion.VAE, small_diffusion.vae(seed=9).params)
     config = small(place, vae=str(tmp_path / "vae"))
     before = load_networks(small(place)).digest
     assert load_networks(config).digest != before

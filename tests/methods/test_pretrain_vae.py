@@ -15,7 +15,7 @@ from fmda.models.sd_vae import VaeConfig
 from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
 from fmda.train import OptimConfig
-from fmda.weights.diffusers import load_vae, vae_graph
+from fmda.weights.network import load_vae, network_graph
 
 MODEL = VaeConfig(channels=(8, 12), layers=1, latent_channels=3, groups=4, sample_size=32)
 RNG = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def test_pictures_are_brought_to_minus_one_to_one():
 
 
 def test_the_loss_by_hand_on_a_net_that_always_answers_the_same():
-    graphdef, shapes = vae_graph(MODEL)
+    graphdef, shapes = network_graph("vae", MODEL)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     mean, logvar, colour = np.array([0.5, -1.0, 2.0]), np.array([-2.0, 0.0, 1.0]), np.array([0.25, -0.5, 0.75])
     params["quant"]["bias"] = jnp.asarray(np.concatenate([mean, logvar]), jnp.float32)
@@ -192,7 +192,7 @@ def test_the_plan_holds_parameters_and_flops(place):
     config = small(place, held=())
     found = plan(config)
     assert [name for name, _ in found.stages] == ["train", "export"]
-    graphdef, shapes = vae_graph(MODEL)
+    graphdef, shapes = network_graph("vae", MODEL)
     outer = sum(leaf.size for part in ("quant", "post_quant") for leaf in jax.tree.leaves(shapes[part]))
     assert sum(dict(found.parameters).values()) + outer == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.weights import clip_tables, files
-from fmda.weights.clip import clip_graph, load_clip, open_clip_table, store
+from fmda.weights.clip import open_clip_table
+from fmda.weights.network import load_clip, network_graph
 
 pytestmark = pytest.mark.parity
 
@@ -28,8 +29,8 @@ def full_precision():
 
 
 def module(config, table, arrays):
-    graphdef, shapes = clip_graph(config)
-    return nnx.merge(graphdef, store(table.read(arrays, shapes, "test"), jnp.float32))
+    graphdef, shapes = network_graph("clip", config)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), table.read(arrays, shapes, "test")))
 
 
 def draw_pixels(*shape):
@@ -229,7 +230,7 @@ def test_every_table_writes_what_it_read():
 def test_flax_table_writes_what_it_read():
     arrays = files.read_arrays(FIXTURE / "flax_model.msgpack")
     config = load_clip(FIXTURE).config
-    tree = clip_tables.HF_FLAX_CLIP.read(arrays, clip_graph(config)[1], "test")
+    tree = clip_tables.HF_FLAX_CLIP.read(arrays, network_graph("clip", config)[1], "test")
     written = clip_tables.HF_FLAX_CLIP.write(tree)
     assert written.keys() == arrays.keys()
     assert all(np.array_equal(written[name], arrays[name]) for name in arrays)

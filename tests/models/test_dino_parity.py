@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmda.weights.dino import load_dino
+from fmda.weights.network import load_dino
 
 pytestmark = pytest.mark.parity
 
@@ -57,7 +57,7 @@ def test_equals_transformers_vit(size, tmp_path):
         h, w = net.grid(*size)
         for part, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
             patches = kept[name][:, 1:].reshape(2, h, w, 64)
-            assert deviation(ours.last_layer(pixels, part), patches) < 1e-5
+            assert deviation(ours.last_layer(pixels, part=part), patches) < 1e-5
 
 
 def test_packed_names_give_the_same_network(tmp_path):

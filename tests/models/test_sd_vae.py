@@ -12,7 +12,7 @@ from small_diffusion import VAE, deviation, operand_types, quickly, vae
 from fmda import trees
 from fmda.data import data_root
 from fmda.models.sd_vae import VaeConfig
-from fmda.weights.diffusers import load_text_encoder, load_vae, vae_graph
+from fmda.weights.network import load_text_encoder, load_vae, network_graph
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -71,7 +71,7 @@ def test_a_latent_stands_for_a_square_of_pixels():
 
 
 def test_compute_type_reaches_every_product_and_the_output_is_float32():
-    graphdef, _ = vae_graph(VAE, jnp.bfloat16)
+    graphdef, _ = network_graph("vae", VAE, jnp.bfloat16)
 
     def both(params, images):
         net = nnx.merge(graphdef, params)

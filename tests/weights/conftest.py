@@ -7,7 +7,7 @@ import pytest
 
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import init
-from fmda.weights.clip import save_clip
+from fmda.weights.network import save
 
 MERGES = [("r", "o"), ("a", "d</w>"), ("ro", "ad</w>"), ("c", "a"), ("ca", "r</w>")]
 
@@ -44,7 +44,7 @@ def params(config):
 @pytest.fixture(scope="session")
 def pristine(config, params, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip") / "small"
-    return save_clip(folder, config, params, sorted(tokenizer_folder.iterdir()))
+    return save("clip", folder, config, params, sorted(tokenizer_folder.iterdir()))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fmda.errors import UserError
-from fmda.weights.clip import load_clip, save_clip
+from fmda.weights.network import load_clip, save
 
 WEIGHTS = "model.safetensors"
 
@@ -148,7 +148,7 @@ def test_a_file_instead_of_a_folder(folder):
 def test_an_unwritable_place_is_named_and_nothing_is_left(config, params, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="file/clip: cannot be made"):
-        save_clip(tmp_path / "file" / "clip", config, params)
+        save("clip", tmp_path / "file" / "clip", config, params)
     assert (tmp_path / "file").read_text() == "x"
 
 
@@ -160,17 +160,17 @@ def test_a_disk_that_does_not_take_the_weights_leaves_the_old_ones(folder, confi
 
     monkeypatch.setattr("fmda.weights.files.save_file", full)
     with pytest.raises(UserError, match="model.safetensors: cannot be written .*No space left"):
-        save_clip(folder, config, params)
+        save("clip", folder, config, params)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"custom_text": True}, "top option custom_text is not supported"),
-        ({"vision_cfg": {"timm_model_name": "vit_tiny"}}, "image tower 'vit_tiny' is not supported"),
-        ({"text_cfg": {"hf_model_name": "roberta"}}, "text_cfg option hf_model_name is not supported"),
-        ({"text_cfg": None}, "'text_cfg' is missing"),
+        ({"custom_text": True}, "model_cfg.custom_text is not supported"),
+        ({"vision_cfg": {"timm_model_name": "vit_tiny"}}, "vision_cfg.timm_model_name is 'vit_tiny', not a"),
+        ({"text_cfg": {"hf_model_name": "roberta"}}, "text_cfg.hf_model_name is not supported"),
+        ({"text_cfg": None}, "model_cfg.text_cfg is None, not an object"),
     ],
 )
 def test_open_clip_options_that_change_the_network_are_refused(change, what, folder):

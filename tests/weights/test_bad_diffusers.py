@@ -13,8 +13,8 @@ from small_diffusion import UNET, stable_diffusion, unet, vae
 from fmda import cli, trees
 from fmda.diffusion.load import check_stable_diffusion, load_stable_diffusion, save_stable_diffusion
 from fmda.errors import UserError
-from fmda.weights.diffusers import load_text_encoder, load_unet, load_vae, save_part
-from fmda.weights.files import check_file
+from fmda.weights.files import read_names
+from fmda.weights.network import load_text_encoder, load_unet, load_vae, save
 from fmda.weights.source import DIFFUSION_FILES, weight_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -100,16 +100,16 @@ CASES = {
     "networks mixed up": (lambda f: shutil.copy(f / "vae/config.json", f / "unet"), ["_class_name is 'AutoencoderKL'"],
         None),
     "unsupported option": (config("unet", class_embed_type="timestep"),
-        ["sd/unet/config.json: class_embed_type is 'timestep', and only None can be built"], False),
+        ["sd/unet/config.json: class_embed_type is 'timestep', not None, which alone can be built"], False),
     "unsupported block": (config("unet", down_block_types=["AttnDownBlock2D", "DownBlock2D"]),
-        ["down_block_types ['AttnDownBlock2D', 'DownBlock2D'] and up", "cannot be built"], None),
+        ["down_block_types is ['AttnDownBlock2D', 'DownBlock2D'], not 2 of"], None),
     "unsupported size": (config("unet", layers_per_block=[1, 2]), ["layers_per_block is [1, 2], not one whole"], None),
-    "heads that do not fit": (config("unet", attention_head_dim=[3, 2]), ["attention_head_dim [3, 2] does not fit"],
-        None),
-    "groups that do not fit": (config("vae", norm_num_groups=5), ["no multiples of norm_num_groups, 5"], None),
+    "heads that do not fit": (config("unet", attention_head_dim=[3, 2]),
+        ["attention_head_dim 3 does not divide its level in block_out_channels, 8"], None),
+    "groups that do not fit": (config("vae", norm_num_groups=5), ["norm_num_groups 5 does not divide every one of block_out_channels, 8"], None),
     "unsupported autoencoder": (config("vae", shift_factor=0.1), ["sd/vae/config.json: shift_factor is 0.1"], None),
     "unsupported blocks of the autoencoder": (config("vae", down_block_types=["DownEncoderBlock2D"]),
-        ["sd/vae/config.json: its down_block_types or up_block_types cannot be built"], None),
+        ["sd/vae/config.json: down_block_types is ['DownEncoderBlock2D'], not"], None),
     "other text encoder": (config("text_encoder", model_type="t5"), ["model_type is 't5', not 'clip_text_model'"],
         None),
     "half a configuration": (write("vae/config.json", b'{"a": '), ["sd/vae/config.json: cannot be read as JSON"],
@@ -134,21 +134,22 @@ TEXT_SIZES = (
 VALUES = [
     ("unet/config.json", "block_out_channels", (5, "x", None, [], [0, 0], [-16, 16], [16.0, 32.0], [True, 16]),
         "not a list of whole numbers above 0"),
-    ("unet/config.json", "down_block_types", (None, 5, "x", [[], {}]), "cannot be built"),
-    ("unet/config.json", "up_block_types", (None, 5), "cannot be built"),
-    ("unet/config.json", "attention_head_dim", (None, 0, "x", [0, 0], -8, [None, 2], [2.0, 2], {}, True),
-        "does not fit block_out_channels"),
-    ("unet/config.json", "num_attention_heads", (0, "x", [], [0, 0], -8), "does not fit block_out_channels"),
-    ("unet/config.json", "use_linear_projection", ("x", None, 1), "neither true nor false"),
+    ("unet/config.json", "down_block_types", (None, 5, "x", [[], {}]), "which can be built"),
+    ("unet/config.json", "up_block_types", (None, 5), "which alone can be built"),
+    ("unet/config.json", "attention_head_dim", (None, 0, "x", -8, {}, True), SIZE),
+    ("unet/config.json", "attention_head_dim", ([0, 0], [None, 2], [2.0, 2], [2]), "a list of 2 whole numbers above 0"),
+    ("unet/config.json", "num_attention_heads", (0, "x", -8), SIZE),
+    ("unet/config.json", "num_attention_heads", ([], [0, 0]), "a list of 2 whole numbers above 0"),
+    ("unet/config.json", "use_linear_projection", ("x", None, 1), "not true or false"),
     ("unet/config.json", "layers_per_block", ("x", 0, -1, 1.0, True), SIZE),
     ("vae/config.json", "block_out_channels", (5, [0, 0]), "not a list of whole numbers above 0"),
-    ("vae/config.json", "down_block_types", (None, 5), "cannot be built"),
+    ("vae/config.json", "down_block_types", (None, 5), "which alone can be built"),
     ("vae/config.json", "latent_channels", ("x", 0, [4]), SIZE),
     ("vae/config.json", "scaling_factor", ("x", None, 0, -1, np.nan, np.inf, True, [1]),
         "not one finite number above 0"),
     *(("text_encoder/config.json", key, ("x", None, [1], 0, -1, 2.0, True), SIZE) for key in TEXT_SIZES),
     ("text_encoder/config.json", "num_attention_heads", (5,), "does not divide hidden_size, 12"),
-    ("text_encoder/config.json", "hidden_act", (None, 0, [1]), "not the name of an activation"),
+    ("text_encoder/config.json", "hidden_act", (None, 0, [1], "gelo"), "not a known word; "),
     ("text_encoder/config.json", "layer_norm_eps", ("x", None, -1), "not one finite number above 0"),
     ("tokenizer/tokenizer_config.json", "model_max_length", ("x", [1], {}, True), "not one number"),
 ]  # fmt: skip
@@ -253,7 +254,7 @@ def test_the_command_that_converts_a_pickle_is_complete(place):
 @pytest.mark.parametrize("name", ["pytorch_model.fp16.bin", "open_clip_pytorch_model.bin"])
 def test_a_converted_pickle_is_found_again(name, tmp_path):
     with pytest.raises(UserError) as error:
-        check_file(tmp_path / name)
+        read_names(tmp_path / name)
     converted = tmp_path / str(error.value).split("'")[-2].rsplit("/", 1)[-1]
     converted.touch()
     assert weight_file(tmp_path) == converted
@@ -332,7 +333,7 @@ def test_a_single_network_says_the_same(place, capsys):
 @pytest.mark.parametrize(
     ("load", "source", "what"),
     [
-        (load_unet, "sd/vae", "_class_name is 'AutoencoderKL', not 'UNet2DConditionModel'; give the folder of that"),
+        (load_unet, "sd/vae", "_class_name is 'AutoencoderKL', not 'UNet2DConditionModel': this is"),
         (load_vae, "sd/tokenizer", "sd/tokenizer: holds neither vae/ nor config.json; give a folder in diffusers'"),
         (load_text_encoder, "sd", "sd: has no folder 'text_encoder'; copy or download the whole checkpoint again"),
         (load_stable_diffusion, "sd/unet", "sd/unet: no unet, vae, text_encoder, scheduler, tokenizer in it"),
@@ -403,7 +404,7 @@ def test_parameters_of_another_shape_are_not_written(place, pristine):
     with pytest.raises(UserError, match="new/vae: parameters do not fit the configuration at quant/bias; nothing"):
         save_stable_diffusion("new", model, {"vae": wrong})
     with pytest.raises(UserError, match="parameters do not fit"):
-        save_part(place / "new", "unet", UNET, model.vae.params)
+        save("unet", place / "new", UNET, model.vae.params)
     assert content(place) == before
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,8 +12,7 @@ from fmda.models.dino import dino, vit_config
 from fmda.models.module import init
 from fmda.weights import dino_tables
 from fmda.weights.check import record, verify
-from fmda.weights.clip import load_clip
-from fmda.weights.dino import load_dino
+from fmda.weights.network import load_clip, load_dino
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "flax-hf-clip"
 
@@ -76,12 +76,11 @@ def test_dino_by_its_authors_names(tmp_path):
     report = verify(tmp_path)
     assert report.ok and report.layout == "DINO"
     loaded = load_dino(tmp_path)
-    assert loaded.config == config and loaded.config.heads == 2
+    assert loaded.config == replace(config, position_offset=0.1) and loaded.config.heads == 2
     pixels = np.random.default_rng(0).normal(size=(1, 40, 24, 3)).astype(np.float32)
     values = loaded.last_layer(pixels)
     assert values.shape == (1, 5, 3, 128)
-    assert not np.allclose(values, loaded.last_layer(pixels, "key"), atol=1e-3)
-    assert loaded.position_offset == 0.1
+    assert not np.allclose(values, loaded.last_layer(pixels, part="key"), atol=1e-3)
 
 
 def test_a_clip_is_no_dino(folder, tmp_path):

@@ -15,17 +15,19 @@ from small_diffusion import TEXT, UNET, VAE, deviation, drawn, same, text_encode
 
 import fmda
 from fmda import trees
+from fmda.errors import UserError
 from fmda.models.sd_unet import UNetConfig
 from fmda.weights import check, diffusers, source
 from fmda.weights import diffusers_tables as tables
-from fmda.weights.diffusers import (
+from fmda.weights.network import (
+    family_of,
     load_text_encoder,
     load_unet,
     load_vae,
-    params_fingerprint,
-    part_of,
-    save_part,
-    unet_graph,
+    network_graph,
+    open_checkpoint,
+    save,
+    weight_fingerprint,
 )
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -53,7 +55,7 @@ def made(part):
 
 @pytest.fixture
 def folder(part, made, tmp_path):
-    save_part(tmp_path / part, part, made.config, made.params)
+    save(part, tmp_path / part, made.config, made.params)
     return tmp_path / part
 
 
@@ -84,7 +86,7 @@ def test_what_was_saved_is_loaded(part, made, folder):
     loaded = getattr(fmda, f"load_{part}")(folder)
     assert loaded.config == made.config and loaded.graphdef == made.graphdef
     assert same(loaded.params, made.params)
-    assert part_of(folder) == part
+    assert family_of(folder) == part
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", f"{FILES[part]}.safetensors"]
 
 
@@ -95,7 +97,7 @@ def test_flax_msgpack(part, made, folder):
     (folder / name).write_bytes(serialization.msgpack_serialize(written))
     assert same(LOADERS[part](folder).params, made.params)
     # the other file, where both are there, goes first
-    save_part(folder, part, made.config, jax.tree.map(lambda x: x + 1, made.params))
+    save(part, folder, made.config, jax.tree.map(lambda x: x + 1, made.params))
     assert not same(LOADERS[part](folder).params, made.params)
 
 
@@ -148,7 +150,7 @@ def test_shards_in_half_precision_are_read_where_nothing_fuller_lies(index, shar
 def test_dtype_chooses_how_parameters_are_kept_and_saved(part, made, folder, tmp_path):
     loaded = LOADERS[part](folder, dtype=jnp.bfloat16)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"}
-    save_part(tmp_path / "half", part, made.config, made.params, np.float16)
+    save(part, tmp_path / "half", made.config, made.params, dtype=np.float16)
     stored = load_file(tmp_path / "half" / f"{FILES[part]}.safetensors")
     assert {str(array.dtype) for array in stored.values()} == {"float16"}
     assert check.verify(tmp_path / "half").dtypes == {"float16": len(stored)}
@@ -156,7 +158,7 @@ def test_dtype_chooses_how_parameters_are_kept_and_saved(part, made, folder, tmp
 
 def test_outputs_are_float32_whatever_computes(tmp_path):
     for name, make in MADE.items():
-        save_part(tmp_path / name, name, make().config, make().params)
+        save(name, tmp_path / name, make().config, make().params)
     net, coder, words = (load(tmp_path / name, dtype=jnp.bfloat16) for name, load in LOADERS.items())
     ids = jnp.zeros((1, 5), jnp.int32)
     found = [
@@ -171,7 +173,7 @@ def test_outputs_are_float32_whatever_computes(tmp_path):
 
 def test_old_names_of_the_autoencoders_attention(tmp_path):
     made = vae()
-    save_part(tmp_path, "vae", made.config, made.params)
+    save("vae", tmp_path, made.config, made.params)
     old = {}
     for name, array in load_file(tmp_path / "diffusion_pytorch_model.safetensors").items():
         for new_name, old_name in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -185,7 +187,7 @@ def test_old_names_of_the_autoencoders_attention(tmp_path):
 
 def test_names_of_the_text_encoder_since_transformers_5(tmp_path):
     made = text_encoder()
-    save_part(tmp_path, "text_encoder", made.config, made.params)
+    save("text_encoder", tmp_path, made.config, made.params)
     arrays = load_file(tmp_path / "model.safetensors")
     assert all(name.startswith("text_model.") for name in arrays)
     save_file({name.removeprefix("text_model."): x for name, x in arrays.items()}, tmp_path / "model.safetensors")
@@ -198,9 +200,8 @@ def test_names_of_the_text_encoder_since_transformers_5(tmp_path):
 
 
 def test_linear_projections_and_heads_by_level(tmp_path):
-    graphdef, shapes = unet_graph(LINEAR)
-    params = drawn(shapes)
-    save_part(tmp_path, "unet", LINEAR, params)
+    params = drawn(network_graph("unet", LINEAR)[1])
+    save("unet", tmp_path, LINEAR, params)
     loaded = load_unet(tmp_path)
     assert loaded.config == LINEAR and same(loaded.params, params)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -212,7 +213,7 @@ def test_linear_projections_and_heads_by_level(tmp_path):
 
 def test_a_whole_checkpoint_serves_each_network(tmp_path):
     for name, make in MADE.items():
-        save_part(tmp_path / name, name, make().config, make().params)
+        save(name, tmp_path / name, make().config, make().params)
     for name, load in LOADERS.items():
         assert same(load(tmp_path).params, load(tmp_path / name).params)
         assert load(tmp_path).config == {"unet": UNET, "vae": VAE, "text_encoder": TEXT}[name]
@@ -220,9 +221,9 @@ def test_a_whole_checkpoint_serves_each_network(tmp_path):
 
 def test_configuration_keys_left_out_have_diffusers_defaults(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768}')
-    assert diffusers.read_config("unet", tmp_path) == UNetConfig()
+    assert diffusers.read_unet(tmp_path) == UNetConfig()
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    assert diffusers.read_config("vae", tmp_path).scale == 0.18215
+    assert diffusers.read_vae(tmp_path).scale == 0.18215
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_sample_sizes_of_releases_before_0_9_are_64_at_least(version, size, expe
     config = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "sample_size": size}
     named = {} if version is None else {"_diffusers_version": version}
     (tmp_path / "config.json").write_text(json.dumps(config | named))
-    assert diffusers.read_config("unet", tmp_path).sample_size == expected
+    assert diffusers.read_unet(tmp_path).sample_size == expected
 
 
 def test_a_flax_unet_as_saved_computes_here_what_it_computes_from_the_saved_folder(tmp_path):
@@ -244,7 +245,7 @@ def test_a_flax_unet_as_saved_computes_here_what_it_computes_from_the_saved_fold
     saved = flax.as_saved()
     assert (saved.config.gate, saved.config.transformer_eps) == ("gelu", 1e-6)
     assert saved.as_saved() is saved and saved.params is flax.params
-    save_part(tmp_path, "unet", flax.config, flax.params)
+    save("unet", tmp_path, flax.config, flax.params)
     loaded = load_unet(tmp_path, remat="blocks")
     assert loaded.config == saved.config and loaded.graphdef == saved.graphdef
     with np.load(FIXTURES / "flax-hf-sd1/unet/io.npz") as io:
@@ -261,10 +262,8 @@ def test_a_flax_unet_as_saved_computes_here_what_it_computes_from_the_saved_fold
     "name", ["flax-hf-sd1/unet", "flax-hf-sd1/vae", "flax-hf-sd1/text_encoder", "flax-hf-sd2/unet"]
 )
 def test_recorded_flax_checkpoints_are_read_whole_and_written_as_they_were(name):
-    arrays = diffusers.files.read_arrays(next((FIXTURES / name).glob("*.msgpack")))
-    part = name.split("/")[1]
-    config, table, found, _ = diffusers.read_part(part, FIXTURES / name)
-    written = table.write(table.read(found, diffusers.part_graph(part, config)[1], "test"))
+    checkpoint = open_checkpoint(name.split("/")[1], FIXTURES / name)
+    arrays, written = checkpoint.arrays(), checkpoint.table.write(checkpoint.params())
     assert written.keys() == arrays.keys()
     assert all(np.array_equal(written[key], arrays[key]) for key in arrays)
 
@@ -285,22 +284,44 @@ def test_fingerprints_follow_content(part, made, folder, tmp_path):
     assert first == check.verify(shutil.copytree(folder, tmp_path / "elsewhere")).fingerprint and len(first) == 12
     flat = trees.flatten(made.params)
     path = next(iter(flat))
-    save_part(tmp_path / "changed", part, made.config, trees.unflatten({**flat, path: flat[path] + 1}))
+    save(part, tmp_path / "changed", made.config, trees.unflatten({**flat, path: flat[path] + 1}))
     assert check.verify(tmp_path / "changed").fingerprint != first
 
 
 def test_fingerprints_follow_values_not_number_formats(part, made, folder, tmp_path):
-    first = params_fingerprint(made.params, made.config)
+    first = weight_fingerprint(made.params, made.config)
     assert check.verify(folder).fingerprint == first
-    exact, rounded = (LOADERS[part](folder, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
-    assert exact.stored is None and rounded.stored == params_fingerprint(made.params)
-    assert params_fingerprint(rounded.params) != rounded.stored
+    exact, narrow = (LOADERS[part](folder, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert exact.origin is None and narrow.origin is not None
+    assert weight_fingerprint(narrow.params, made.config) != narrow.fingerprint == exact.fingerprint == first
     # what was stored in few digits is exact in more
-    save_part(tmp_path / "half", part, made.config, made.params, jnp.bfloat16)
+    save(part, tmp_path / "half", made.config, made.params, dtype=jnp.bfloat16)
     few = [LOADERS[part](tmp_path / "half", dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)]
-    assert [loaded.stored for loaded in few] == [None, None]
-    found = {params_fingerprint(loaded.params, made.config) for loaded in few}
+    assert [loaded.origin for loaded in few] == [None, None]
+    found = {loaded.fingerprint for loaded in few}
     assert found == {check.verify(tmp_path / "half").fingerprint} != {first}
+
+
+def test_a_file_that_changed_since_it_was_opened_is_not_read(folder, part, made):
+    narrow = LOADERS[part](folder, dtype=jnp.bfloat16)
+    save(part, folder, made.config, jax.tree.map(lambda x: x + 1, made.params))
+    with pytest.raises(UserError, match="safetensors: changed since it was opened; start again"):
+        narrow.fingerprint  # noqa: B018
+
+
+def test_values_beyond_float16_are_refused_by_name(part, made, tmp_path):
+    flat = trees.flatten(made.params)
+    path = next(path for path in flat if flat[path].ndim)
+    large = trees.unflatten({**flat, path: np.full_like(flat[path], -70000.0)})
+    with pytest.raises(UserError, match=f"new: {path} holds 70000, beyond float16, which ends at 65504; store it as"):
+        save(part, tmp_path / "new", made.config, large, dtype=np.float16)
+    assert not (tmp_path / "new").exists()
+    save(part, tmp_path / "new", made.config, large, dtype=jnp.bfloat16)
+
+
+def test_float16_is_refused_where_the_device_cannot_compute_in_it(folder, part):
+    with pytest.raises(UserError, match="dtype: this device cannot compute in float16 .*; choose bfloat16 or float32"):
+        LOADERS[part](folder, dtype=np.float16)
 
 
 REPOSITORY = [
@@ -342,6 +363,6 @@ def test_of_a_repository_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
 def test_a_repository_of_one_network_is_fetched_alone(tmp_path, monkeypatch):
     hub = Hub(monkeypatch, ["config.json", "diffusion_pytorch_model.safetensors", "model.ckpt"], tmp_path)
     made = vae()
-    save_part(tmp_path, "vae", made.config, made.params)
+    save("vae", tmp_path, made.config, made.params)
     assert same(load_vae("some/vae").params, made.params)
     assert hub.fetched == ("some/vae", None, {"*.json", "*.txt", "*.model", "diffusion_pytorch_model.safetensors"})

@@ -6,7 +6,7 @@ import pytest
 
 from fmda.models.dino import dino, vit_config
 from fmda.models.module import init
-from fmda.weights.dino import load_dino, save_dino
+from fmda.weights.network import load_dino, save
 
 pytestmark = pytest.mark.parity
 
@@ -17,7 +17,7 @@ def test_transformers_opens_it(tmp_path):
 
     config = vit_config(8, 24, layers=2, heads=3, mlp_width=40, image_size=32)
     params = init(lambda rngs: dino(config, rngs=rngs), jax.random.key(0))
-    folder = save_dino(tmp_path / "dino", config, params)
+    folder = save("dino", tmp_path / "dino", config, params)
     theirs = ViTModel.from_pretrained(folder, add_pooling_layer=False)
     pixels = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():

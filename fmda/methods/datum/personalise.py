@@ -36,7 +36,7 @@ from fmda.train import TrainState, create_state, make_optimizer, make_schedule, 
 from fmda.train.step import Step
 from fmda.trees import Tree
 from fmda.weights import files
-from fmda.weights.diffusers import text_graph, unet_graph, vae_graph
+from fmda.weights.network import network_graph
 
 __all__ = ["Config", "export_steps", "plan", "prepare", "stages", "train"]
 
@@ -89,8 +89,9 @@ def training_step(config: Config, model: StableDiffusion) -> Step:
     """Returns the pure step (state, frozen, batch, key) -> (state, metrics); the model's parameters are not read."""
     dtype = Policy.named(config.precision).compute
     graphs = Graphs(
-        unet_graph(model.unet.config, dtype, config.remat)[0], text_graph(model.text_encoder.config, dtype)[0],
-        vae_graph(model.vae.config, dtype)[0], model.schedule, model.vae.config.scale,
+        network_graph("unet", model.unet.config, dtype, remat=config.remat)[0],
+        network_graph("text_encoder", model.text_encoder.config, dtype)[0],
+        network_graph("vae", model.vae.config, dtype)[0], model.schedule, model.vae.config.scale,
     )  # fmt: skip
     objective = make_objective(
         graphs, lora_scale=config.lora.alpha / config.lora.rank,

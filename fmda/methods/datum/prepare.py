@@ -38,7 +38,7 @@ from fmda.models.sd_vae import signed
 from fmda.precision import Policy
 from fmda.progress import track
 from fmda.train import make_optimizer
-from fmda.weights.diffusers import LoadedVae, load_vae, stored_fingerprint
+from fmda.weights.network import Loaded, load_vae
 from fmda.weights.source import resolve
 
 
@@ -127,7 +127,7 @@ def _fill_bank(config: Config, folder: Path) -> None:
     if path.is_file():
         return
     vae = load_vae(config.model, config.revision, Policy.named(config.precision).compute)
-    found: dict[str, np.ndarray] = {"weights": np.array(stored_fingerprint(vae))}
+    found: dict[str, np.ndarray] = {"weights": np.array(vae.fingerprint)}
     for number, (name, pictures) in enumerate(zip(("target", "class"), _pictures(config, folder), strict=False)):
         rng = np.random.default_rng((config.seed, 2, number))
         count = max(config.bank, len(pictures))
@@ -138,7 +138,7 @@ def _fill_bank(config: Config, folder: Path) -> None:
         np.savez(stream, **found)  # type: ignore[arg-type]
 
 
-def _moments(vae: LoadedVae, crop: Picture) -> np.ndarray:
+def _moments(vae: Loaded, crop: Picture) -> np.ndarray:
     pair = vae.encode(signed(crop[None]))
     return np.concatenate(jax.device_get(pair), axis=-1)[0]
 
@@ -148,7 +148,7 @@ def check_prepared(config: Config, prepared: Path, model: StableDiffusion) -> No
     made = []
     if config.bank:
         with np.load(prepared / "bank.npz") as bank:
-            made.append((str(bank["weights"]), stored_fingerprint(model.vae)))
+            made.append((str(bank["weights"]), model.vae.fingerprint))
     if config.prior is not None and config.prior.images is None:
         made.append((Manifest.read(prepared / "class").pictures[0].facts["checkpoint"], model.fingerprint))
     if any(one != other for one, other in made):

@@ -29,7 +29,7 @@ from fmda.methods.datum.target import random_crop
 from fmda.methods.generate import Config as GenerateConfig
 from fmda.methods.generate import PromptConfig, draw_images
 from fmda.methods.judges import embed, grid_share
-from fmda.weights.clip import LoadedClip, load_clip
+from fmda.weights.network import Loaded, load_clip
 
 Precision = Literal["float32", "bfloat16"]
 SHOWN = 8
@@ -121,7 +121,7 @@ class Curves:
     repeated: float
 
 
-def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.ndarray, clip: LoadedClip) -> Curves:
+def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.ndarray, clip: Loaded) -> Curves:
     """Returns the curves over the snapshots whose images lie in `folder/<step>`.
 
     `crops`, uint8 [n, S, S, 3], are those of the target.
@@ -143,7 +143,7 @@ def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.nd
     return Curves(steps=tuple(steps), repeated=float(pairwise_diversity(near)), **measured)
 
 
-def found_classes(clip: LoadedClip, images: np.ndarray, asked: Sequence[str | None]) -> tuple[float, float]:
+def found_classes(clip: Loaded, images: np.ndarray, asked: Sequence[str | None]) -> tuple[float, float]:
     """Returns the share of images in which the class that was asked for is found, and its standard error.
 
     The share is the mean over the classes; 1 where none was asked for. The error of a class with no image, or all,

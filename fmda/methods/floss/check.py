@@ -10,7 +10,7 @@ from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.settings import Config
 from fmda.models.clip import VitConfig
 from fmda.runs.stages import pending
-from fmda.weights.clip_configs import read_hf, read_open_clip
+from fmda.weights.clip import read_hf, read_open_clip
 from fmda.weights.dinoiser import load_heads
 from fmda.weights.source import asset_names, resolve, weight_file
 from fmda.weights.tokenizer import has_tokenizer

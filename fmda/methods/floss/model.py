@@ -33,9 +33,8 @@ from fmda.models.clip import VitConfig
 from fmda.models.dinoiser import Heads
 from fmda.progress import track
 from fmda.runs.identity import claim
-from fmda.weights.clip import LoadedClip, load_clip
-from fmda.weights.diffusers import params_fingerprint
 from fmda.weights.dinoiser import load_heads
+from fmda.weights.network import Loaded, load_clip, weight_fingerprint
 
 Chosen = tuple[tuple[int, ...], ...]
 Image = UInt8[np.ndarray, "H W 3"]
@@ -57,7 +56,7 @@ class Floss:
         self,
         config: Config,
         classes: ClassList,
-        clip: LoadedClip,
+        clip: Loaded,
         heads: Heads | None = None,
         *,
         templates: Sequence[str] | None = None,
@@ -73,7 +72,7 @@ class Floss:
         ids = prompt_ids(clip, self.queries, self.templates)
         self.weights = {
             "clip": clip.fingerprint,
-            "heads": None if heads is None else params_fingerprint(heads),
+            "heads": None if heads is None else weight_fingerprint(heads),
             "text": text_fingerprint(clip, ids),
         }
         self.table = text_embeddings(clip, ids)
@@ -90,7 +89,7 @@ class Floss:
         config: Config,
         classes: ClassList,
         *,
-        clip: LoadedClip | None = None,
+        clip: Loaded | None = None,
         templates: Sequence[str] | None = None,
         mesh: Mesh | None = None,
     ) -> "Floss":

@@ -14,8 +14,8 @@ from fmda.methods.floss.settings import Config
 from fmda.methods.pipeline import Plan
 from fmda.models.catalog import ENTRIES
 from fmda.models.clip import ClipConfig, TextConfig, VitConfig
-from fmda.weights.clip import clip_graph
-from fmda.weights.clip_configs import read_hf
+from fmda.weights.clip import read_hf
+from fmda.weights.network import network_graph
 from fmda.weights.source import asset_names, assets_folder
 
 _SIZES = {"cityscapes": (1024, 2048), "voc20": (375, 500), "context59": (375, 500), "ade20k": (512, 683)}
@@ -103,7 +103,7 @@ def _classes(config: Config) -> ClassList:
 @lru_cache(maxsize=8)
 def _parameters(clip: ClipConfig) -> tuple[tuple[tuple[str, int], ...], int]:
     """Returns the scalars of each tower, and the bytes of the whole in float32."""
-    _, tree = clip_graph(clip)
+    _, tree = network_graph("clip", clip)
     return tuple((name, trees.count(tree[name])) for name in ("vision", "text")), trees.size_bytes(tree)
 
 

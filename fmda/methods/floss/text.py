@@ -13,6 +13,7 @@ from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file, save_file
 
@@ -30,6 +31,10 @@ class TextEncoder(Protocol):
     @property
     def fingerprint(self) -> str:
         """Changes with any parameter."""
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """What the network computes in."""
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B T"]:
         """Returns token ids, right padded, the context cut to the longest text."""
@@ -74,7 +79,7 @@ def prompt_ids(clip: TextEncoder, queries: Queries, templates: Sequence[str]) ->
 
 def text_fingerprint(clip: TextEncoder, ids: Int[np.ndarray, "M Q T"]) -> str:
     """Returns 24 hex digits that change with the weights, a template, a name, or how the tokenizer reads them."""
-    digest = hashlib.sha256(f"{clip.fingerprint} {ids.shape}\n".encode())
+    digest = hashlib.sha256(f"{clip.fingerprint} {jnp.dtype(clip.dtype).name} {ids.shape}\n".encode())
     digest.update(np.ascontiguousarray(ids).data)
     return digest.hexdigest()[:24]
 

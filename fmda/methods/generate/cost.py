@@ -19,7 +19,7 @@ from fmda.perf.diffusion_memory import generation_memory, unet_sampling_bytes, v
 from fmda.perf.flops import text_flops
 from fmda.perf.memory import device_memory
 from fmda.trees import Tree
-from fmda.weights.diffusers import part_graph, read_config
+from fmda.weights.network import network_graph, open_checkpoint
 from fmda.weights.source import PARTS, asset_names, assets_folder
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def read_shapes(model: str) -> DiffusionConfig:
     """
     folder = assets_folder() / model if model in asset_names() else Path(model).expanduser()
     if folder.is_dir():
-        return DiffusionConfig(*(read_config(part, folder / part) for part in PARTS))
+        return DiffusionConfig(*(open_checkpoint(part, folder / part).config for part in PARTS))
     for entry in ENTRIES:
         if model in (entry.source, *entry.mirrors) and isinstance(entry.config, DiffusionConfig):
             return entry.config
@@ -218,7 +218,7 @@ def _shards(config: Config, devices: int) -> int:
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(shapes: DiffusionConfig) -> dict[str, Tree]:
     """Returns the shapes of all parameters, by network."""
-    return {part: part_graph(part, getattr(shapes, part))[1] for part in PARTS}
+    return {part: network_graph(part, getattr(shapes, part))[1] for part in PARTS}
 
 
 def _counts(shapes: DiffusionConfig) -> dict[str, int]:

@@ -37,7 +37,7 @@ from fmda.progress import track
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.train.step import Objective, Outcome
-from fmda.weights.clip import load_clip, save_clip
+from fmda.weights.network import load_clip, save
 from fmda.weights.tokenizer import Tokenizer
 from fmda.world.names import CLASSES
 
@@ -262,7 +262,7 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     files = Tokenizer(done["tokenizer"], model.text.eos_token_id, model.text.vocab_size).files()
 
     def write(params: Any) -> None:
-        save_clip(folder, model, params, files, dtype=np.float16)
+        save("clip", folder, model, params, files, dtype=np.float16)
 
     return export(config, folder, done["train"], write)
 

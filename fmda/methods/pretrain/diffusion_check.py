@@ -14,7 +14,7 @@ from fmda.methods.judges import embed
 from fmda.methods.pretrain.crops import TAGS, Crops, Drawn, Scenes
 from fmda.methods.pretrain.latents import WindowConfig
 from fmda.progress import track
-from fmda.weights.clip import LoadedClip
+from fmda.weights.network import Loaded
 from fmda.world.captions import crop_facts
 
 Images = UInt8[np.ndarray, "n H W 3"]
@@ -49,7 +49,7 @@ def cut_windows(config: WindowConfig, captions: Crops, roots: Sequence[Path | Dr
     return Windows(np.stack(images), tuple(texts), np.stack(present), np.stack(stated))
 
 
-def described(clip: LoadedClip, images: Images) -> Float[np.ndarray, "n d"]:
+def described(clip: Loaded, images: Images) -> Float[np.ndarray, "n d"]:
     """Returns what the probe reads: embeddings of the image and of its four quarters, side by side."""
     half = images.shape[1] // 2
     quarters = [images[:, y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
@@ -97,7 +97,7 @@ def caption_accuracy(
     }
 
 
-def compare(clip: LoadedClip, train: Windows, held: Windows, drawn: Images) -> dict[str, Any]:
+def compare(clip: Loaded, train: Windows, held: Windows, drawn: Images) -> dict[str, Any]:
     """Returns distances and caption accuracy of images drawn from the captions of `held`, beside those of real ones.
 
     "cmmd" and "frechet" are between held windows and drawn images; the floors are between held and training windows.

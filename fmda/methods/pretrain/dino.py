@@ -37,7 +37,7 @@ from fmda.models.module import abstract, init
 from fmda.perf.flops import training_flops, vit_flops
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
-from fmda.weights.dino import load_dino, save_dino
+from fmda.weights.network import load_dino, save
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     def write(params: Any) -> None:
-        save_dino(folder, config.vit, params, dtype=np.float16)
+        save("dino", folder, config.vit, params, dtype=np.float16)
 
     return export(config, folder, done["train"], write, part="backbone")
 
@@ -182,7 +182,7 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     teacher = load_dino(done["export"])
 
     def values(pixels: np.ndarray) -> np.ndarray:
-        return np.asarray(teacher.last_layer(normalised_float(pixels), "value"))
+        return np.asarray(teacher.last_layer(normalised_float(pixels), part="value"))
 
     patch = config.model.patch_size
     size = config.check_size - config.check_size % patch

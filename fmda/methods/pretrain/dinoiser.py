@@ -41,9 +41,8 @@ from fmda.perf.flops import training_flops, vit_flops
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_step
 from fmda.train.step import Objective, Outcome
-from fmda.weights.clip import LoadedClip, load_clip
-from fmda.weights.dino import LoadedDino, load_dino
 from fmda.weights.dinoiser import load_heads, save_heads
+from fmda.weights.network import Loaded, load_clip, load_dino
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +84,9 @@ class Config(TrainerConfig):
 class Networks(NamedTuple):
     """The two frozen networks, and the sides in pixels that give both the same grid of patches."""
 
-    clip: LoadedClip
+    clip: Loaded
     tower: VitConfig
-    teacher: LoadedDino
+    teacher: Loaded
     clip_side: int
     teacher_side: int
 
@@ -162,7 +161,7 @@ See = Callable[[Any, Array], tuple[Float[Array, "b h w width"], Reading]]
 
 def make_see(networks: Networks) -> See:
     """Returns see(frozen, uint8 crops) -> (CLIP's guide features, the teacher's reading), both without gradients."""
-    image, offset = networks.clip.config, networks.teacher.position_offset
+    image, offset = networks.clip.config, networks.teacher.config.position_offset
     mean, std = np.asarray([image.image_mean, image.image_std], np.float32)[:, None, None, None]
     graphdef = abstract(lambda rngs: vision_tower(networks.tower, image.embed_dim, rngs=rngs))[0]
 

@@ -39,15 +39,7 @@ from fmda.progress import track
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.train.step import Objective, Outcome, rising
-from fmda.weights.clip import LoadedClip, load_clip
-from fmda.weights.diffusers import (
-    LoadedTextEncoder,
-    LoadedUNet,
-    LoadedVae,
-    load_vae,
-    params_fingerprint,
-    text_graph,
-)
+from fmda.weights.network import Loaded, load_clip, load_vae, weight_fingerprint
 from fmda.weights.tokenizer import Tokenizer
 
 SHOWN = 16
@@ -131,21 +123,21 @@ class Padded:
 class Networks:
     """What the UNet is trained with: text tower, autoencoder, and the configurations that follow from them."""
 
-    clip: LoadedClip
-    vae: LoadedVae
+    clip: Loaded
+    vae: Loaded
     unet: UNetConfig
     schedule: ScheduleConfig
 
     @property
-    def text(self) -> LoadedTextEncoder:
+    def text(self) -> Loaded:
         """The text tower without its projection."""
         params = {name: leaf for name, leaf in self.clip.params["text"].items() if name != "projection"}
-        return LoadedTextEncoder(self.clip.config.text, text_graph(self.clip.config.text)[0], params)
+        return Loaded("text_encoder", self.clip.config.text, params)
 
     @property
     def digest(self) -> str:
         """12 hex digits that change with any frozen parameter: a run goes on only with the networks it began with."""
-        return params_fingerprint({"vae": self.vae.params, "text": self.text.params}, self.vae.config)
+        return weight_fingerprint({"vae": self.vae.params, "text": self.text.params}, self.vae.config)
 
     @property
     def padded(self) -> Padded:
@@ -295,10 +287,9 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     networks = load_networks(config)
     check_networks(done["latents"], networks.digest)
-    graphdef = abstract(lambda rngs: UNet(networks.unet, rngs=rngs))[0]
 
     def write(params: Any) -> None:
-        unet = LoadedUNet(networks.unet, graphdef, params)
+        unet = Loaded("unet", networks.unet, params)
         tokenizer = networks.padded.tokenizer
         model = StableDiffusion(unet, networks.vae, networks.text, tokenizer, networks.schedule, folder)
         if not (folder / "model").is_dir():

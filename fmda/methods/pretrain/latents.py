@@ -16,7 +16,7 @@ from fmda.errors import UserError
 from fmda.methods.pretrain.crops import CropConfig, Crops, Drawn, Scenes
 from fmda.models.sd_vae import signed
 from fmda.progress import track
-from fmda.weights.diffusers import LoadedVae
+from fmda.weights.network import Loaded
 from fmda.world.captions import crop_facts
 
 PART = 100
@@ -44,7 +44,7 @@ class WindowConfig:
 
 def write_latents(
     config: WindowConfig,
-    vae: LoadedVae,
+    vae: Loaded,
     captions: Crops,
     roots: Sequence[Path | Drawn],
     folder: Path,
@@ -84,7 +84,7 @@ def check_networks(folder: Path, digest: str) -> None:
 
 
 def _windows(
-    config: WindowConfig, vae: LoadedVae, captions: Crops, scene: dict[str, Any], rng: np.random.Generator
+    config: WindowConfig, vae: Loaded, captions: Crops, scene: dict[str, Any], rng: np.random.Generator
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     factor = vae.config.factor
     maps = [scene[name] for name in ("image", "labels", "instances")]

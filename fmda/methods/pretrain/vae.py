@@ -34,7 +34,7 @@ from fmda.progress import track
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
 from fmda.train.step import Objective, Outcome
-from fmda.weights.diffusers import LoadedVae, load_vae, save_part
+from fmda.weights.network import Loaded, load_vae, save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,24 +156,22 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 
 
 def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    graphdef = abstract(_make(config))[0]
-
     def write(params: Any) -> dict[str, Any]:
-        scale = measured_scale(LoadedVae(config.model, graphdef, params), Pictures(config.data), config.seed)
-        save_part(folder, "vae", dataclasses.replace(config.model, scale=scale), params, np.float16)
+        scale = measured_scale(Loaded("vae", config.model, params), Pictures(config.data), config.seed)
+        save("vae", folder, dataclasses.replace(config.model, scale=scale), params, dtype=np.float16)
         return {"scale": scale}
 
     return export(config, folder, done["train"], write)
 
 
-def measured_scale(vae: LoadedVae, pictures: Pictures, seed: int, count: int = 100) -> float:
+def measured_scale(vae: Loaded, pictures: Pictures, seed: int, count: int = 100) -> float:
     """Returns 1 / deviation of the latents of some pictures (Rombach et al. 2022, appendix G)."""
     rows = np.random.default_rng((seed, 3)).permutation(len(pictures))[:count]
     means = [np.asarray(vae.encode(signed(_whole(pictures[int(i)], vae))[None])[0]) for i in track(rows, "latents")]
     return round(1.0 / float(np.std(np.concatenate([m.ravel() for m in means]))), 4)
 
 
-def _whole(picture: Image, vae: LoadedVae) -> Image:
+def _whole(picture: Image, vae: Loaded) -> Image:
     """Returns the picture without what fills no whole latent."""
     height, width = (side - side % vae.config.factor for side in picture.shape[:2])
     return picture[:height, :width]

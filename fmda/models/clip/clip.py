@@ -40,6 +40,14 @@ class Clip(nnx.Module):
         self.text = TextTransformer(config.text, config.embed_dim, dtype=dtype, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(math.log(1 / 0.07), jnp.float32))
 
+    def encode_image(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b embed"]:
+        """Returns image embeddings, projected, not L2-normalised, float32. `pixels` are normalised RGB."""
+        return self.vision(pixels).astype(jnp.float32)
+
+    def encode_text(self, ids: Int[Array, "b t"]) -> Float[Array, "b embed"]:
+        """Returns text embeddings, projected, not L2-normalised, float32. `ids` come from the tokenizer."""
+        return self.text(ids).astype(jnp.float32)
+
     def __call__(
         self, pixels: Float[Array, "b H W 3"], ids: Int[Array, "n t"]
     ) -> tuple[Float[Array, "b embed"], Float[Array, "n embed"]]:

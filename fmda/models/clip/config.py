@@ -23,6 +23,8 @@ class VitConfig:
     pre_norm: bool = True
     """CLIP normalises the tokens before the first block; DINO and plain ViTs do not."""
     patch_bias: bool = False
+    position_offset: float = 0.0
+    """Added to the side of the new grid when positions are resized, as DINO's own code does (0.1)."""
 
     @property
     def side(self) -> int:

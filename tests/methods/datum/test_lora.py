@@ -9,11 +9,11 @@ from fmda import trees
 from fmda.methods.datum.lora import adapter_count, init_adapters, merged, target_kernels
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
-from fmda.weights.diffusers import text_graph, unet_graph
+from fmda.weights.network import network_graph
 
 
 def test_stable_diffusion_1_has_them_on_every_projection_of_attention():
-    unet, text = unet_graph(UNetConfig())[1], text_graph(TextConfig())[1]
+    unet, text = network_graph("unet", UNetConfig())[1], network_graph("text_encoder", TextConfig())[1]
     # 16 transformers with two attentions of four projections; 12 layers of the text encoder with one
     assert len(target_kernels(unet)) == 16 * 2 * 4 and len(target_kernels(text)) == 12 * 4
     # per transformer of width c: six projections c -> c, two 768 -> c

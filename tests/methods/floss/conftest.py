@@ -9,8 +9,8 @@ from floss_small import CONFIG, picture, small_clip, small_heads
 from PIL import Image
 
 from fmda.methods.pretrain.tokenizer import train_tokenizer
-from fmda.weights.clip import save_clip
 from fmda.weights.dinoiser import save_heads
+from fmda.weights.network import save
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def place(tmp_path_factory):
     config = replace(CONFIG, text=replace(CONFIG.text, vocab_size=520))
     _, params = small_clip(0, config)
     train_tokenizer(["a photo of the road and the sky"] * 3, 520, folder / "words")
-    save_clip(folder / "clip", config, params, sorted((folder / "words").iterdir()))
+    save("clip", folder / "clip", config, params, sorted((folder / "words").iterdir()))
     save_heads(folder / "clip", small_heads())
     (folder / "flat").mkdir()
     for split, count in (("train", 4), ("val", 2)):

@@ -20,8 +20,8 @@ from fmda.methods.floss.model import Floss
 from fmda.methods.floss.run import stages
 from fmda.methods.floss.tower import TokenCache, Tower
 from fmda.runs.stages import run_stages
-from fmda.weights.clip import load_clip, save_clip
 from fmda.weights.dinoiser import save_heads
+from fmda.weights.network import load_clip, save
 
 TEMPLATES = ("a photo of the {}.", "the {}.", "a {} road.", "sky and {}.")
 
@@ -164,7 +164,7 @@ def test_other_weights_or_heads_in_the_same_folder_are_refused(place, tmp_path, 
     Segmenter.load(tmp_path / "run")
     clip = load_clip(tmp_path / "clip")
     params = {**clip.params, "logit_scale": clip.params["logit_scale"] + 1}
-    save_clip(tmp_path / "clip", clip.config, params)
+    save("clip", tmp_path / "clip", clip.config, params)
     with pytest.raises(UserError, match="other weights or another tokenizer.*clip"):
         Segmenter.load(tmp_path / "run")
     for name in ("score", "host", "floss"):

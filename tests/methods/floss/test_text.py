@@ -12,7 +12,7 @@ from fmda.methods.floss import text
 class Letters:
     """An encoder that can be checked by hand: counts of letters, plus one."""
 
-    fingerprint = "letters"
+    fingerprint, dtype = "letters", "float32"
 
     def __init__(self):
         self.encoded = 0

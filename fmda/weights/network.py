@@ -1,0 +1,425 @@
+"""One network of a checkpoint: opened, loaded, saved and converted by the row of its family."""
+
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Int
+
+from fmda import trees
+from fmda.errors import UserError, did_you_mean
+from fmda.models.module import abstract
+from fmda.models.sd_unet import Remat
+from fmda.nn.attention import attention
+from fmda.weights import files
+from fmda.weights.registry import FAMILIES
+from fmda.weights.source import PARTS, resolve, weight_file
+from fmda.weights.table import Table
+from fmda.weights.tokenizer import FILES as TOKENIZER_FILES
+from fmda.weights.tokenizer import Tokenizer, has_tokenizer
+
+FLOAT16_MAX = 65504.0
+
+
+def network_graph(
+    family: str, config: Any, dtype: DTypeLike = jnp.float32, **options: Any
+) -> tuple[nnx.GraphDef, trees.Tree]:
+    """Returns (graphdef, tree of ShapeDtypeStruct) of a network that computes in `dtype`; allocates nothing.
+
+    `options` are the builder's, such as `remat` of a UNet.
+    """
+    return _graph(family, config, cast(Any, dtype), tuple(sorted(options.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _graph(family: str, config: Any, dtype: Any, options: tuple[Any, ...]) -> tuple[nnx.GraphDef, trees.Tree]:
+    return abstract(lambda rngs: FAMILIES[family].build(config, dtype=dtype, rngs=rngs, **dict(options)))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The opened folder of one network: configuration and layout are known and checked, arrays are not read yet."""
+
+    family: str
+    folder: Path
+    file: Path
+    config: Any
+    table: Table
+    stamp: tuple[int, int]
+    """Size and time of the weight file when it was opened."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns {stored name: array}. Raises UserError for a damaged file, or one that changed since opening."""
+        if _stamp(self.file) != self.stamp:
+            raise UserError(f"{self.file}: changed since it was opened; start again")
+        return files.read_arrays(self.file)
+
+    def params(self) -> trees.Tree:
+        """Returns the parameters as NumPy arrays in their stored dtypes. Raises UserError that lists what misfits."""
+        return self.table.read(self.arrays(), network_graph(self.family, self.config)[1], str(self.file))
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def open_checkpoint(family: str, folder: Path) -> Checkpoint:
+    """Returns the opened folder of a network of that family.
+
+    Raises UserError for a configuration that cannot be built, and for weight files that are missing, pickles or, as
+    far as their headers show, damaged.
+    """
+    file = weight_file(folder, FAMILIES[family].files)
+    names = files.read_names(file)
+    config, table = FAMILIES[family].read(folder, names, file.suffix == ".msgpack")
+    return Checkpoint(family, folder, file, config, table, _stamp(file))
+
+
+def family_of(folder: Path) -> str:
+    """Returns the family of a folder, by its configuration, or by its stored names where it holds none.
+
+    Raises UserError for a network of no known family.
+    """
+    path = folder / "config.json"
+    if path.is_file():
+        config = files.read_json(path)
+        key = "_class_name" if "_class_name" in config else "model_type"
+        kinds = {kind: family for family, row in FAMILIES.items() for kind in row.kinds}
+        kind = config.get(key)
+        if kind not in kinds:
+            raise UserError(f"{path}: {key} '{kind}' cannot be built{did_you_mean(str(kind), kinds)}")
+        return kinds[kind]
+    for family, row in FAMILIES.items():
+        if row.bare is not None and row.bare in files.read_names(weight_file(folder, row.files)):
+            return family
+    return "clip"
+
+
+def weight_fingerprint(params: Mapping[Any, Any], *settings: Any) -> str:
+    """Returns 12 hex digits that change with the value of any parameter, or with the settings' `repr`.
+
+    Values count as float32, in which float16 and bfloat16 are exact: widened numbers keep their fingerprint.
+    """
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=6)
+    for path, leaf in sorted(trees.flatten(params).items()):
+        array = np.asarray(leaf).astype(np.float32, copy=False)
+        digest.update(f"{path}{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A network ready for use: the calls of its family are methods, such as `encode_image` of a CLIP.
+
+    They run under jit on arrays [B, ...]; keyword arguments are static. `module()` is the network itself.
+
+    Attributes:
+        family: a name in `FAMILIES`.
+        config: of the network.
+        params: a plain tree.
+        dtype: what the network computes in.
+        options: further options of the builder.
+        tokenizer, folder: what came with a checkpoint.
+        origin: the checkpoint, where `params` are rounded from what it stores.
+    """
+
+    family: str
+    config: Any
+    params: trees.Tree
+    dtype: DTypeLike = jnp.float32
+    options: tuple[tuple[str, Any], ...] = ()
+    tokenizer: Tokenizer | None = None
+    folder: Path | None = None
+    origin: Checkpoint | None = None
+
+    @property
+    def graphdef(self) -> nnx.GraphDef:
+        """The network without its parameters: `nnx.merge(graphdef, params)` is the module."""
+        return network_graph(self.family, self.config, self.dtype, **dict(self.options))[0]
+
+    def module(self) -> Any:
+        """Returns the module with its parameters in place."""
+        return nnx.merge(self.graphdef, self.params)
+
+    def __call__(self, *inputs: Any, **static: Any) -> Any:
+        """Returns what the network makes of its inputs."""
+        return self._call("__call__")(*inputs, **static)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__") or name not in FAMILIES[self.__dict__["family"]].calls:
+            raise AttributeError(f"a network of family '{self.__dict__.get('family')}' has no '{name}'")
+        return self._call(name)
+
+    def _call(self, name: str) -> Callable[..., Any]:
+        row = FAMILIES[self.family]
+        if name not in row.calls:
+            raise TypeError(f"a network of family '{self.family}' is called by {', '.join(row.calls)}")
+
+        @functools.wraps(row.calls[name])
+        def call(*inputs: Any, **static: Any) -> Any:
+            if name in row.check:
+                row.check[name](self.config, *inputs)
+            return _run(row.calls[name], self.graphdef, tuple(sorted(static.items())), self.params, *inputs)
+
+        return call
+
+    def tokenize(self, texts: Sequence[str], context: int | None = None) -> Int[np.ndarray, "b t"]:
+        """Returns int32 ids [B, T], right padded; T is `context`, or by default what the longest text needs.
+
+        Raises UserError where the checkpoint came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.folder or self.family}: holds no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, "
+                "from where the weights come from"
+            )
+        return self.tokenizer(texts, self.config.text.context, context)
+
+    def as_saved(self) -> "Loaded":
+        """Returns the network as it computes once it was saved and loaded again; itself where that is the same.
+
+        Parameters are the same arrays. A Flax UNet computed the GELU and one epsilon otherwise (see `UNetConfig`).
+        """
+        config = FAMILIES[self.family].saved(self.config)
+        return self if config == self.config else replace(self, config=config)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of configuration and parameters, as the checkpoint stores them, whatever is computed in."""
+        return weight_fingerprint(self.params if self.origin is None else self.origin.params(), self.config)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    function: Callable[..., Any], graphdef: nnx.GraphDef, static: tuple[Any, ...], params: trees.Tree, *inputs: Any
+) -> Any:
+    return function(nnx.merge(graphdef, params), *inputs, **dict(static))
+
+
+def restore(
+    checkpoint: Checkpoint, dtype: DTypeLike = jnp.float32, *, on_host: bool = False, **options: Any
+) -> Loaded:
+    """Returns the network of an opened checkpoint.
+
+    Parameters are kept, and the network computes, in `dtype`; scalars (CLIP's temperature) and running statistics stay
+    in float32. With `on_host` they are NumPy arrays, for whoever places them on a mesh; `options` are the builder's.
+    Raises UserError for arrays that are missing, surplus or misshapen, and for float16 on a device without it.
+    """
+    _check_dtype(dtype)
+    row, stored = FAMILIES[checkpoint.family], checkpoint.params()
+    words = None
+    if row.tokenizer and has_tokenizer(checkpoint.folder):
+        text = checkpoint.config.text
+        words = Tokenizer(checkpoint.folder, text.eos_token_id, text.vocab_size)
+    flat = trees.flatten(stored)
+    exact = all(jnp.promote_types(leaf.dtype, dtype) == dtype for leaf in flat.values())
+    convert = np.asarray if on_host else jnp.asarray
+    params = trees.unflatten({path: convert(leaf, _storage(path, leaf, dtype)) for path, leaf in flat.items()})
+    return Loaded(
+        checkpoint.family, checkpoint.config, params, dtype, tuple(sorted(options.items())), words, checkpoint.folder,
+        None if exact else checkpoint,
+    )  # fmt: skip
+
+
+def _storage(path: str, leaf: Any, dtype: DTypeLike) -> DTypeLike:
+    """Returns the dtype of a leaf where the whole is kept in `dtype`: a rounded temperature scales every logit."""
+    return jnp.float32 if np.ndim(leaf) == 0 or path.rsplit("/", 1)[-1] in ("mean", "var") else dtype
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    """Raises UserError for float16 where the default device cannot multiply in it."""
+    if jnp.dtype(dtype) != jnp.float16:
+        return
+    shape = jax.ShapeDtypeStruct((1, 2, 1, 4), jnp.float16)
+    try:
+        jax.jit(attention).lower(shape, shape, shape)
+    except ValueError as fault:
+        raise UserError(
+            f"dtype: this device cannot compute in float16 ({str(fault).splitlines()[0]}); choose bfloat16 or float32"
+        ) from None
+
+
+def save(
+    family: str,
+    folder: str | os.PathLike[str],
+    config: Any,
+    params: Mapping[Any, Any],
+    tokenizer_files: Iterable[str | os.PathLike[str]] = (),
+    *,
+    dtype: DTypeLike | None = None,
+    layout: str | None = None,
+) -> Path:
+    """Writes a network under the names of PyTorch's libraries, so that they and the loaders here open it.
+
+    Returns the folder. Arrays are stored in `dtype`, by default in their own; scalars and running statistics stay as
+    they are. `tokenizer_files` are copied under their names; `layout` as the family knows it. Raises UserError where
+    `params` does not fit `config`, holds values beyond `dtype`, or the folder cannot be written; nothing is written
+    then.
+    """
+    folder = Path(folder)
+    try:
+        export = FAMILIES[family].export(config, layout)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(network_graph(family, config)[1]).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    wrong = sorted(
+        path for path in shapes.keys() | flat.keys() if path not in flat or shapes.get(path) != flat[path].shape
+    )
+    if wrong:
+        raise UserError(f"{folder}: parameters do not fit the configuration at {', '.join(wrong)}; nothing written")
+    if dtype is not None:
+        flat = {path: rounded(f"{folder}: {path}", leaf, _storage(path, leaf, dtype)) for path, leaf in flat.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error}); choose another folder") from None
+    # The large file goes first: where the disk does not take it, what was there before is untouched.
+    files.write_safetensors(folder / export.weights, export.table.write(trees.unflatten(flat)))
+    for name, value in export.objects.items():
+        files.write_json(folder / name, value)
+    try:
+        for file in map(Path, tokenizer_files):
+            if file.resolve() != (folder / file.name).resolve():
+                shutil.copyfile(file, folder / file.name)
+    except OSError as error:
+        raise UserError(f"{folder}: tokenizer cannot be copied ({error}); fix that and save again") from None
+    return folder
+
+
+def rounded(where: str, array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """Returns the array in `dtype`. Raises UserError, which begins with `where`, for finite values beyond float16."""
+    if jnp.dtype(dtype) == jnp.float16 and array.size:
+        finite = np.abs(array.astype(np.float32, copy=False))
+        largest = np.max(finite, where=np.isfinite(finite), initial=0)
+        if largest > FLOAT16_MAX:
+            raise UserError(
+                f"{where} holds {largest:g}, beyond float16, which ends at {FLOAT16_MAX:g}; "
+                "store it as bfloat16 or float32; nothing written"
+            )
+    return array.astype(dtype)
+
+
+def convert(checkpoint: Checkpoint, out: Path, dtype: DTypeLike = jnp.float32, *, layout: str | None = None) -> Path:
+    """Rewrites a network of any known layout as safetensors, with its tokenizer. Returns the new folder.
+
+    Raises UserError as `restore` and `save` do.
+    """
+    folder, params = checkpoint.folder, checkpoint.params()
+    words = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return save(checkpoint.family, out, checkpoint.config, params, words, dtype=dtype, layout=layout)
+
+
+def part_folder(source: str | os.PathLike[str], part: str, revision: str | None = None) -> Path:
+    """Returns the folder of one network of a Stable Diffusion: the source itself, or its subfolder of that name.
+
+    Raises UserError where neither holds a configuration.
+    """
+    folder = resolve(source, revision, "diffusers")
+    if (folder / part).is_dir():
+        return folder / part
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: has no folder '{part}'; copy or download the whole checkpoint again")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds neither {part}/ nor config.json; give a folder in diffusers' layout")
+    return folder
+
+
+def _load(
+    family: str,
+    source: str | os.PathLike[str],
+    revision: str | None,
+    dtype: DTypeLike,
+    on_host: bool = False,
+    **options: Any,
+) -> Loaded:
+    """Returns the network of a folder, of a model that comes with the package, or of a hub id.
+
+    Raises UserError for anything missing, surplus, misshapen, damaged or unsupported.
+    """
+    folder = part_folder(source, family, revision) if family in PARTS else resolve(source, revision)
+    return restore(open_checkpoint(family, folder), dtype, on_host=on_host, **options)
+
+
+def load_clip(
+    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
+) -> Loaded:
+    """Returns the CLIP of a folder, of a model that comes with the package, or of a hub id.
+
+    Its methods: `encode_image(pixels)`, normalised RGB [B, H, W, 3] -> [B, D]; `encode_text(ids)`, [B, T] -> [B, D],
+    both projected and not L2-normalised, float32; `tokenize(texts)`. Layouts: Hugging Face (`config.json` with
+    model.safetensors, its sharded form, or flax_model.msgpack) and OpenCLIP (`open_clip_config.json` with
+    open_clip_model.safetensors). Parameters are kept, and the towers compute, in `dtype`. Raises UserError for anything
+    missing, surplus, misshapen or damaged; a folder without tokenizer files loads, and only `tokenize` raises.
+    """
+    return _load("clip", source, revision, dtype)
+
+
+def load_dino(
+    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
+) -> Loaded:
+    """Returns the DINO of a folder, of a model that comes with the package, or of a hub id.
+
+    Its method `last_layer(pixels, part=)` returns queries, keys or values of the last block per patch, [B, h, w, width]
+    float32, of ImageNet-normalised pixels. Read are Hugging Face's ViT (`facebook/dino-vitb16`) and the names of
+    facebookresearch/dino and timm. Raises UserError as `load_clip`.
+    """
+    return _load("dino", source, revision, dtype)
+
+
+def load_unet(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat = "none",
+    *,
+    on_host: bool = False,
+) -> Loaded:
+    """Returns the UNet of a folder (its own, or a whole checkpoint's), a model of the package, or a hub id.
+
+    Called with latents [B, h, w, 4], timesteps [B] (or one) and context [B, T, C] it returns noise or velocity
+    [B, h, w, 4], float32. Read are Flax msgpack and safetensors, whole or in shards. Parameters are kept, and the
+    network computes, in `dtype`; `remat` as in `UNet`. With `on_host` they are NumPy arrays, for whoever places them on
+    a mesh. Raises UserError as `load_clip`.
+    """
+    return _load("unet", source, revision, dtype, on_host, remat=remat)
+
+
+def load_vae(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    on_host: bool = False,
+) -> Loaded:
+    """Returns the autoencoder of a folder, a model of the package, or a hub id, as `load_unet`.
+
+    Its methods: `encode(images)`, [B, H, W, 3] in [-1, 1] -> (mean, logvar); `decode(latents)` -> images, float32.
+    """
+    return _load("vae", source, revision, dtype, on_host)
+
+
+def load_text_encoder(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    on_host: bool = False,
+) -> Loaded:
+    """Returns the text encoder of a folder, a model of the package, or a hub id, as `load_unet`.
+
+    Called with ids [B, T] it returns the last hidden state [B, T, C] after the final norm, float32.
+    """
+    return _load("text_encoder", source, revision, dtype, on_host)

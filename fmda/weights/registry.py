@@ -1,0 +1,165 @@
+"""The families of checkpoints that can be read and written: one row each.
+
+A new network needs its module in `models/`, a file here with its table and its configuration's reader and writer, and
+a row. Loading, saving, verification, conversion and fingerprints follow from the row; see `network`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from fmda.errors import UserError
+from fmda.models.clip import Clip, TextConfig, TextTransformer, VisionTransformer
+from fmda.models.dino import dino, last_layer
+from fmda.models.sd_unet import UNet
+from fmda.models.sd_vae import Vae
+from fmda.weights import clip, diffusers
+from fmda.weights import dino as dino_weights
+from fmda.weights.source import DIFFUSION_FILES, TEXT_FILES, WEIGHT_FILES
+from fmda.weights.table import Export, Names, Table
+
+Outputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One family of checkpoints.
+
+    Attributes:
+        kinds: values of `model_type`, or `_class_name`, in its config.json.
+        files: names of its weight files, best first.
+        read: (folder, {stored name: shape}, whether the file is Flax's) -> (configuration, table of the layout).
+        export: (configuration, layout or None) -> what is written.
+        build: (configuration, dtype=, rngs=, options) -> module.
+        calls: public methods of `Loaded`: name -> function of the module and its inputs.
+        check: (configuration, *inputs of a call) raises UserError for values that do not fit.
+        saved: the configuration that a network has once it was saved and is loaded again.
+        bare: a stored name that identifies weights without a config.json.
+        tokenizer: whether a tokenizer may lie beside the weights.
+        replay: (network, recorded inputs) -> outputs to compare with a record.
+        relative: whether a record is compared relative to its largest value.
+    """
+
+    kinds: tuple[str, ...]
+    files: tuple[str, ...]
+    read: Callable[[Path, Names, bool], tuple[Any, Table]]
+    export: Callable[[Any, str | None], Export]
+    build: Callable[..., nnx.Module]
+    calls: Mapping[str, Callable[..., Any]]
+    check: Mapping[str, Callable[..., None]] = field(default_factory=dict)
+    saved: Callable[[Any], Any] = lambda config: config
+    bare: str | None = None
+    tokenizer: bool = False
+    replay: Callable[[Any, Mapping[str, np.ndarray]], Outputs] | None = None
+    relative: bool = True
+
+
+def _text_tower(config: TextConfig, **options: Any) -> TextTransformer:
+    return TextTransformer(config, None, **options)
+
+
+def _hidden(model: TextTransformer, ids: Array) -> Array:
+    return model.hidden(ids).astype(np.float32)
+
+
+def _last_layer(model: VisionTransformer, pixels: Array, part: Any = "value") -> Array:
+    return last_layer(model, pixels, part, position_offset=model.config.position_offset).astype(np.float32)
+
+
+def _check_ids(config: TextConfig, ids: Array | np.ndarray) -> None:
+    """Raises UserError for ids that are not [B, T], T above 0, or, where values are known, of another vocabulary."""
+    if np.ndim(ids) != 2 or not np.shape(ids)[1]:
+        raise UserError(f"ids: of shape {list(np.shape(ids))} where the text encoder reads [B, T]; take `tokenize`")
+    if isinstance(ids, jax.core.Tracer) or not np.size(ids):
+        return
+    least, most = int(np.min(ids)), int(np.max(ids))
+    if least < 0 or most >= config.vocab_size:
+        raise UserError(
+            f"ids: from {least} to {most} where the vocabulary has {config.vocab_size}; take its own tokenizer"
+        )
+
+
+def _replay_clip(network: Any, recorded: Mapping[str, np.ndarray]) -> Outputs:
+    """Returns L2-normalised embeddings."""
+    image = np.asarray(network.encode_image(recorded["pixel_values"].transpose(0, 2, 3, 1)))
+    text = np.asarray(network.encode_text(recorded["input_ids"]))
+    return {
+        "image_embeds": image / np.linalg.norm(image, axis=-1, keepdims=True),
+        "text_embeds": text / np.linalg.norm(text, axis=-1, keepdims=True),
+    }
+
+
+def _replay_unet(network: Any, recorded: Mapping[str, np.ndarray]) -> Outputs:
+    latents = recorded["sample"].transpose(0, 2, 3, 1)
+    out = network(latents, recorded["timesteps"], recorded["encoder_hidden_states"])
+    return {"out": np.asarray(out).transpose(0, 3, 1, 2)}
+
+
+def _replay_vae(network: Any, recorded: Mapping[str, np.ndarray]) -> Outputs:
+    mean, logvar = map(np.asarray, network.encode(recorded["image"].transpose(0, 2, 3, 1)))
+    decoded = np.asarray(network.decode(recorded["latents"].transpose(0, 2, 3, 1)))
+    return {"mean": mean, "logvar": logvar, "decoded": decoded.transpose(0, 3, 1, 2)}
+
+
+def _replay_text(network: Any, recorded: Mapping[str, np.ndarray]) -> Outputs:
+    return {"last_hidden_state": np.asarray(network(recorded["input_ids"]))}
+
+
+FAMILIES: dict[str, Family] = {
+    "clip": Family(
+        kinds=("clip",),
+        files=WEIGHT_FILES,
+        read=clip.read,
+        export=clip.write,
+        build=Clip,
+        calls={"encode_image": Clip.encode_image, "encode_text": Clip.encode_text},
+        check={"encode_text": lambda config, ids: _check_ids(config.text, ids)},
+        tokenizer=True,
+        replay=_replay_clip,
+        relative=False,
+    ),
+    "dino": Family(
+        kinds=("vit",),
+        files=WEIGHT_FILES,
+        read=dino_weights.read,
+        export=dino_weights.export,
+        build=dino,
+        calls={"last_layer": _last_layer},
+        bare="cls_token",
+    ),
+    "unet": Family(
+        kinds=diffusers.UNET_CLASSES,
+        files=DIFFUSION_FILES,
+        read=diffusers.unet_layout,
+        export=diffusers.export_unet,
+        build=UNet,
+        calls={"__call__": UNet.__call__},
+        saved=diffusers.saved_unet,
+        replay=_replay_unet,
+    ),
+    "vae": Family(
+        kinds=diffusers.VAE_CLASSES,
+        files=DIFFUSION_FILES,
+        read=diffusers.vae_layout,
+        export=diffusers.export_vae,
+        build=Vae,
+        calls={"encode": Vae.encode, "decode": Vae.decode},
+        replay=_replay_vae,
+    ),
+    "text_encoder": Family(
+        kinds=(diffusers.TEXT_MODEL,),
+        files=TEXT_FILES,
+        read=diffusers.text_layout,
+        export=diffusers.export_text,
+        build=_text_tower,
+        calls={"__call__": _hidden},
+        check={"__call__": _check_ids},
+        replay=_replay_text,
+    ),
+}
