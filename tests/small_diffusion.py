@@ -46,9 +46,9 @@ def write_tokenizer(folder, **special):
     return folder
 
 
-def unet(config=UNET, seed=0, **options):
+def unet(config=UNET, seed=0, dtype=np.float32, **options):
     shapes = network_graph("unet", config)[1]
-    return Loaded("unet", config, drawn(shapes, seed), options=tuple(options.items()))
+    return Loaded("unet", config, drawn(shapes, seed), dtype, tuple(options.items()))
 
 
 def vae(config=VAE, seed=1):
