@@ -23,6 +23,8 @@ __all__ = ["__version__", *_PUBLIC]
 
 def __getattr__(name: str) -> object:
     if name in _PUBLIC:
+        if name not in ("UserError", "open_dataset"):
+            importlib.import_module("fmda.environment").keep_compiled_programs()
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'fmda' has no attribute '{name}'")
 

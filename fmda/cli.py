@@ -1,12 +1,14 @@
 """The command line: verbs and argument parsing only. A method is imported when its verb runs.
 
-Results go to stdout, logs and progress to stderr. A fault that the user can mend is one line on stderr and exit code 2.
+Results go to stdout, logs and progress to stderr. A fault that the user can fix is one line on stderr and exit code 2;
+FMDA_TRACEBACK=1 also prints its traceback and cause.
 """
 
 import json
 import os
 import runpy
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,27 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional
+from tyro.constructors import PrimitiveConstructorSpec
 
+from fmda import __version__
+from fmda.config import user_path
+from fmda.environment import keep_compiled_programs, platform_fault
 from fmda.errors import UserError, did_you_mean
 
+
+def _path(text: str) -> Path:
+    """Returns the path that a user wrote; `~` is the home folder also where the shell leaves it alone."""
+    return user_path(text) if text.startswith("~") else Path(text)
+
+
+_PATH: PrimitiveConstructorSpec[Path] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PATH",
+    instance_from_str=lambda arguments: _path(arguments[0]),
+    is_instance=lambda value: isinstance(value, Path),
+    str_from_instance=lambda value: [str(value)],
+)
+File = Annotated[Path, _PATH]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
@@ -26,7 +46,14 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def demo(work_dir: Path = Path("runs/demo"), overrides: Positional[Overrides] = ()) -> None:
+def _load_jax() -> None:
+    """Loads jax, which takes seconds: says so first, and lets it keep compiled programs."""
+    if "jax" not in sys.modules:
+        _say("loading jax ...")
+    keep_compiled_programs()
+
+
+def demo(work_dir: File = Path("runs/demo"), overrides: Positional[Overrides] = ()) -> None:
     """Run the whole system on the embedded default: draw streets, rank templates, segment, report.
 
     Some seven minutes on two CPU cores. Ends with the path of an HTML report.
@@ -35,6 +62,7 @@ def demo(work_dir: Path = Path("runs/demo"), overrides: Positional[Overrides] = 
         work_dir: the run folder; run again to continue an interrupted demo.
         overrides: values to change, as key.sub=value.
     """
+    _load_jax()
     from fmda.methods.kinds import open_run
 
     recipe = Path(__file__).parent / "assets" / "demo.yaml"
@@ -42,7 +70,7 @@ def demo(work_dir: Path = Path("runs/demo"), overrides: Positional[Overrides] = 
     print(folders["report"] / "report.html")
 
 
-def run(config: Positional[Path], overrides: Positional[Overrides] = (), processes: Flag = False) -> None:
+def run(config: Positional[File], overrides: Positional[Overrides] = (), processes: Flag = False) -> None:
     """Run a configuration: its stages in order; finished ones are skipped, interrupted ones resume.
 
     Args:
@@ -51,6 +79,7 @@ def run(config: Positional[Path], overrides: Positional[Overrides] = (), process
         processes: join the other processes of this run (coordinator from the cluster or FMDA_COORDINATOR,
             FMDA_PROCESSES, FMDA_PROCESS) before starting.
     """
+    _load_jax()
     from fmda.methods.kinds import open_run
 
     if processes:
@@ -62,7 +91,7 @@ def run(config: Positional[Path], overrides: Positional[Overrides] = (), process
     print(job.work_dir)
 
 
-def plan(config: Positional[Path], overrides: Positional[Overrides] = (), as_json: Json = False) -> None:
+def plan(config: Positional[File], overrides: Positional[Overrides] = (), as_json: Json = False) -> None:
     """Show what a run would do: resolved values, stages, parameters, FLOPs and bytes. Touches nothing.
 
     Args:
@@ -70,6 +99,7 @@ def plan(config: Positional[Path], overrides: Positional[Overrides] = (), as_jso
         overrides: values to change, as key.sub=value.
         as_json: print one JSON object.
     """
+    _load_jax()
     from fmda.config import to_dict, to_yaml
     from fmda.methods.kinds import open_run
 
@@ -82,9 +112,9 @@ def plan(config: Positional[Path], overrides: Positional[Overrides] = (), as_jso
 
 
 def predict(
-    model: Positional[Path],
-    images: Positional[tuple[Path, ...]],
-    out: Path = Path("predictions"),
+    model: Positional[File],
+    images: Positional[tuple[File, ...]],
+    out: File = Path("predictions"),
     as_json: Json = False,
 ) -> None:
     """Segment images with a trained run: writes a label map and an overlay for each.
@@ -96,6 +126,7 @@ def predict(
             is replaced.
         as_json: print one JSON object per image.
     """
+    _load_jax()
     from fmda.evaluate import Segmenter
     from fmda.evaluate.predict import predict_files
 
@@ -104,12 +135,12 @@ def predict(
 
 
 def evaluate(
-    model: Positional[Path],
+    model: Positional[File],
     dataset: Positional[str],
-    root: Path | None = None,
+    root: File | None = None,
     split: str = "val",
     class_map: str | None = None,
-    out: Path | None = None,
+    out: File | None = None,
     as_json: Json = False,
 ) -> None:
     """Score a run on a labelled data set: IoU by class, mIoU, figures.
@@ -123,6 +154,7 @@ def evaluate(
         out: where scores, table and figures go; default: `<model>/evaluate-<dataset>-<split>`.
         as_json: print one JSON object instead of the table.
     """
+    _load_jax()
     from fmda.data import open_dataset
     from fmda.evaluate import Segmenter, evaluate_dataset
 
@@ -155,7 +187,7 @@ def data_list(as_json: Json = False) -> None:
     print(f"class maps, for class_map=: {', '.join(known_class_maps())}\nor a YAML file:\n{MAP_FORM}", end="")
 
 
-def data_check(dataset: Positional[str], root: Path | None = None, split: str = "val", as_json: Json = False) -> None:
+def data_check(dataset: Positional[str], root: File | None = None, split: str = "val", as_json: Json = False) -> None:
     """Examine a dataset before a run: pairs, files, sizes, label values; counts pixels by class.
 
     Exit code 2 when anything is wrong. Images without any label are fit for what needs none; the last line says so.
@@ -175,13 +207,14 @@ def data_check(dataset: Positional[str], root: Path | None = None, split: str = 
         raise UserError(f"{dataset}: {len(report.faults)} faults, listed above; fix or remove those files")
 
 
-def data_render(out: Positional[Path], overrides: Positional[Overrides] = ()) -> None:
+def data_render(out: Positional[File], overrides: Positional[Overrides] = ()) -> None:
     """Draw street-world data sets, one folder per domain, with labels, instances, captions, a contact sheet.
 
     Args:
         out: the folder to fill; run again to continue.
         overrides: values to change, as key=value, e.g. domains='{night: 100}' height=256 width=512 seed=3.
     """
+    _load_jax()
     from fmda.config import from_dict, override
     from fmda.methods.render import Config, write_world
 
@@ -218,6 +251,7 @@ def models_check(source: Positional[str], revision: str | None = None, as_json: 
         revision: branch, tag or commit of a hub id.
         as_json: print one JSON object.
     """
+    _load_jax()
     from fmda.diffusion.checkpoints import verify
 
     report = verify(source, revision)
@@ -228,7 +262,7 @@ def models_check(source: Positional[str], revision: str | None = None, as_json: 
 
 def convert(
     source: Positional[str],
-    out: Positional[Path],
+    out: Positional[File],
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     revision: str | None = None,
 ) -> None:
@@ -242,12 +276,13 @@ def convert(
         dtype: storage type.
         revision: branch, tag or commit of a hub id.
     """
+    _load_jax()
     from fmda.diffusion.checkpoints import convert as convert_checkpoint
 
-    print(convert_checkpoint(source, out.expanduser(), dtype, revision))
+    print(convert_checkpoint(source, out, dtype, revision))
 
 
-def bench(name: Positional[str] = "", out: Path | None = None, arguments: Positional[tuple[str, ...]] = ()) -> None:
+def bench(name: Positional[str] = "", out: File | None = None, arguments: Positional[tuple[str, ...]] = ()) -> None:
     """Run a benchmark of `benchmarks/` by name; without a name, list them. Needs a checkout.
 
     Args:
@@ -272,7 +307,7 @@ def bench(name: Positional[str] = "", out: Path | None = None, arguments: Positi
     runpy.run_path(script, run_name="__main__")
 
 
-def report(runs: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
+def report(runs: Positional[tuple[File, ...]], out: File = Path("report.html")) -> None:
     """Write one HTML page, readable without network, over one or several run folders.
 
     Args:
@@ -314,31 +349,51 @@ def _said(message: Warning | str, category: type[Warning], filename: str, lineno
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one verb; exits with 2 and one line for a fault that the user can mend, 130 when interrupted."""
+    """Runs one verb; exits with 2 and one line for a fault that the user can fix, 130 when interrupted."""
     warnings.formatwarning = _said
+    given = sys.argv[1:] if arguments is None else arguments
+    if given in (["--version"], ["version"]):
+        print(f"fmda {__version__}")
+        return
     try:
         app = tyro.extras.SubcommandApp()
         for name, verb in VERBS.items():
             app.command(name=name)(verb)
         app.cli(
             prog="fmda",
-            args=_joined(sys.argv[1:] if arguments is None else arguments),
+            args=_joined(given),
             description="Foundation models for domain adaptation, in JAX.",
         )
     except UserError as fault:
-        print(f"fmda: {fault}", file=sys.stderr)
-        _leave(2)
+        _refuse(fault)
     except BrokenPipeError:
         # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as fault:
         where = f"{fault.filename}: " if fault.filename else ""
-        print(f"fmda: {where}{fault.strerror or fault}; mend it and run the same command again", file=sys.stderr)
-        _leave(2)
+        _refuse(fault, f"{where}{fault.strerror or fault}; fix it and run the same command again")
     except KeyboardInterrupt:
         print("fmda: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+    except (RuntimeError, AssertionError) as fault:
+        unusable = platform_fault()
+        if unusable is None:
+            raise
+        _refuse(fault, str(unusable))
+
+
+def _refuse(fault: Exception, line: str | None = None) -> NoReturn:
+    """Prints one line, with FMDA_TRACEBACK=1 after the traceback and causes, and ends with exit code 2."""
+    if os.environ.get("FMDA_TRACEBACK", "0") != "0":
+        cause: BaseException | None = fault
+        while cause is not None:
+            # `from None` hides causes from users; whoever asks for a traceback needs them
+            cause.__suppress_context__ = False
+            cause = cause.__cause__ or cause.__context__
+        traceback.print_exception(fault)
+    print(f"fmda: {line or fault}", file=sys.stderr)
+    _leave(2)
 
 
 def _leave(code: int) -> NoReturn:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A fault the user can mend. The message is one line: what is wrong, then how to mend it.
+    """A fault the user can fix. The message is one line: what is wrong, where, and how to fix it.
 
     The command line prints it without a traceback and exits with code 2.
     """

@@ -58,8 +58,10 @@ class Line:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def update(self, text: str) -> None:
-        """Sets the text, and shows it when it is time to."""
+    def update(self, text: str, live_only: bool = False) -> None:
+        """Sets the text, and shows it when it is time to; with `live_only` on a terminal alone."""
+        if live_only and not self._terminal:
+            return
         self._text = text
         pause = LIVE_SECONDS if self._terminal and self._shown else 0.0 if self._terminal else PLAIN_SECONDS
         if self._clock() - self._last >= pause and _open_lines[-1:] == [self]:
@@ -119,22 +121,26 @@ def track(
     """Yields the items, and shows how many are done, how fast, and how long the rest will take.
 
     `what` names the task ("rank camvid"). `total` defaults to `len(items)` where that exists; without it there is no
-    ETA. `stream` and `clock` (seconds) are for tests.
+    ETA. The rate leaves out the first item, which pays for compilation. `stream` and `clock` (seconds) are for tests.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
     start = clock()
-    done = 0
+    done, first = 0, 0.0
     with Line(stream=stream, clock=clock) as line:
+        line.update(f"{what}: starting", live_only=True)
         for item in items:
             yield item
             done += 1
-            line.update(_status(what, done, total, unit, clock() - start))
+            now = clock()
+            if done == 1:
+                first = now
+            rate = (done - 1) / (now - first) if now > first else 0.0
+            line.update(_status(what, done, total, unit, rate, now - start))
 
 
-def _status(what: str, done: int, total: int | None, unit: str, seconds: float) -> str:
+def _status(what: str, done: int, total: int | None, unit: str, rate: float, seconds: float) -> str:
     """Returns "rank camvid: 120/500 images, 24.0 images/s, ETA 0:16"."""
-    rate = done / seconds if seconds > 0 else 0.0
     parts = [f"{what}: {done}" + (f"/{total}" if total is not None else "") + f" {unit}"]
     if rate:
         parts.append(f"{rate:.1f} {unit}/s")

@@ -17,6 +17,7 @@ RULE = {
     "progress": set(),
     "text": set(),
     "config": set(),
+    "environment": {"config"},
     "precision": set(),
     "trees": set(),
     "world": set(),
@@ -129,7 +130,7 @@ def test_captions_do_without_jax():
 def test_cli_imports_methods_and_jax_only_when_a_verb_runs():
     heads = [module for module, _, head in imported(ROOT / "cli.py") if head]
     rooms = {module.split(".")[1] for module in heads if module.startswith("fmda.")}
-    assert rooms <= LEAVES | {"config", "__version__"}
+    assert rooms <= LEAVES | {"config", "environment", "__version__"}
     assert not JAX & {module.split(".")[0] for module in heads}
 
 

@@ -53,6 +53,16 @@ def test_track_of_unknown_length_has_no_eta():
     assert stream.getvalue() == "read: 2 files, 1.0 files/s\n"
 
 
+def test_the_rate_leaves_out_the_first_item_which_compiles():
+    stream, clock = io.StringIO(), Clock()
+    for number in track(range(10), "rank", stream=stream, clock=clock):
+        clock.now += 60.0 if number == 0 else 1.0
+    assert stream.getvalue().splitlines() == [
+        "rank: 1/10 images",
+        "rank: 10/10 images, 1.0 images/s, in 1:09",
+    ]
+
+
 def test_track_closes_the_line_when_the_loop_breaks():
     stream, clock = io.StringIO(), Clock()
     items = track(range(5), "rank", stream=stream, clock=clock)
@@ -60,7 +70,7 @@ def test_track_closes_the_line_when_the_loop_breaks():
     clock.now += 1.0
     next(items)
     items.close()
-    assert stream.getvalue() == "rank: 1/5 images, 1.0 images/s, ETA 0:04\n"
+    assert stream.getvalue() == "rank: 1/5 images\n"
 
 
 def test_line_prints_the_last_text_once_and_notes_at_once():

@@ -184,6 +184,8 @@ class Checkpoints:
         try:
             loaded = self._manager.restore(step, args=items)
         except Exception as fault:
+            if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
+                raise
             raise UserError(
                 f"{self.folder / str(step)}: cannot be restored ({_brief(fault)}); it is damaged, or of another model: "
                 "remove it to go on from an earlier one, or choose another work_dir="

@@ -60,10 +60,11 @@ def test_scenes_in_memory_equal_those_of_the_folder(world):
 
 @pytest.mark.parametrize("wrong", [{"domain": "photos", "count": 5}, {"domain": "photo", "count": 0}])
 def test_scenes_in_memory_are_checked_when_they_are_declared(wrong):
+    from fmda.config import from_dict
     from fmda.methods.pretrain.crops import Drawn
 
     with pytest.raises(UserError):
-        Drawn(**wrong)
+        from_dict(Drawn, wrong)
 
 
 def test_a_second_call_rewrites_nothing(world):

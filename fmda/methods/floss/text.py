@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from fmda.data import check_templates
 from fmda.data.prompting import SLOT
+from fmda.environment import cache_folder
 from fmda.errors import UserError
 from fmda.progress import track
 
@@ -93,9 +94,12 @@ def text_embeddings(
 
     Args:
         ids: from `prompt_ids`.
-        cache: folder of such tables; default `cache_folder()`. A folder that is not writable is not used.
+        cache: folder of such tables; default `text` in `fmda.environment.cache_folder()`. A folder that is not
+            writable is not used.
     """
-    path = (cache_folder() if cache is None else cache) / f"{text_fingerprint(clip, ids)}.safetensors"
+    base = cache_folder()
+    folder = base / "text" if cache is None and base is not None else cache
+    path = None if folder is None else folder / f"{text_fingerprint(clip, ids)}.safetensors"
     table = _read(path)
     if table is None:
         unique, place = np.unique(ids.reshape(-1, ids.shape[-1]), axis=0, return_inverse=True)
@@ -117,21 +121,18 @@ def _encode(clip: TextEncoder, ids: Int[np.ndarray, "N T"]) -> Float[np.ndarray,
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def cache_folder() -> Path:
-    """Returns where tables are kept between runs: `text` under FMDA_CACHE, else under the user's cache folder."""
-    named = os.environ.get("FMDA_CACHE")
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmda"
-    return base / "text"
-
-
-def _read(path: Path) -> Float[np.ndarray, "M Q D"] | None:
+def _read(path: Path | None) -> Float[np.ndarray, "M Q D"] | None:
+    if path is None:
+        return None
     try:
         return load_file(str(path))["embeddings"] if path.is_file() else None
     except Exception:  # a damaged table is encoded again
         return None
 
 
-def _write(path: Path, table: Float[np.ndarray, "M Q D"]) -> None:
+def _write(path: Path | None, table: Float[np.ndarray, "M Q D"]) -> None:
+    if path is None:
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,130 @@
+"""Caches and devices as the environment names them; the command line's reaction to them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import fmda
+from fmda import cli, environment
+from fmda.errors import UserError
+
+
+@pytest.fixture
+def no_jax(monkeypatch):
+    """An environment in which nothing is known and jax is not loaded; its variables come back afterwards."""
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    monkeypatch.delitem(sys.modules, "jax")
+    return monkeypatch
+
+
+def test_the_cache_lies_where_the_environment_says(no_jax, tmp_path):
+    no_jax.setattr(Path, "home", lambda: tmp_path)
+    assert environment.cache_folder() == tmp_path / ".cache" / "fmda"
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path / "xdg")
+    assert environment.cache_folder() == tmp_path / "xdg" / "fmda"
+    os.environ["FMDA_CACHE"] = str(tmp_path / "own")
+    assert environment.cache_folder() == tmp_path / "own"
+
+
+def test_tilde_in_the_cache_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FMDA_CACHE", "~/c")
+    assert environment.cache_folder() == tmp_path / "c"
+
+
+def test_without_a_home_folder_there_is_no_cache(no_jax):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    no_jax.setattr(Path, "home", unknown)
+    assert environment.cache_folder() is None
+    environment.keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_compiled_programs_are_kept_unless_another_folder_is_named(no_jax, tmp_path):
+    os.environ["FMDA_CACHE"] = str(tmp_path / "c")
+    environment.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "c" / "jax") and (tmp_path / "c/jax").is_dir()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = "other"
+    environment.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "other"
+
+
+def test_a_folder_that_cannot_be_made_keeps_nothing(no_jax, tmp_path):
+    (tmp_path / "c").write_text("a file")
+    os.environ["FMDA_CACHE"] = str(tmp_path / "c")
+    environment.keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("raised", [AssertionError(), RuntimeError("Unable to initialize backend 'cpuu'")])
+def test_unusable_platforms_are_one_line_that_names_the_variable(monkeypatch, capsys, raised):
+    def devices():
+        raise raised
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert environment.platform_fault() is None or "JAX_PLATFORMS" in os.environ
+    monkeypatch.setenv("JAX_PLATFORMS", "cpuu")
+    monkeypatch.setitem(cli.VERBS, "report", devices)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("fmda: JAX_PLATFORMS=cpuu: cannot be used on this machine")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def broken():
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setitem(cli.VERBS, "report", broken)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        cli.main(["report"])
+
+
+def test_the_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"fmda {fmda.__version__}\n"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_traceback_shows_the_hidden_cause_if_asked_for(monkeypatch, capsys, asked):
+    def refuse():
+        try:
+            int("x")
+        except ValueError:
+            raise UserError("count: not a number; fix the value") from None
+
+    monkeypatch.setitem(cli.VERBS, "report", refuse)
+    if asked:
+        monkeypatch.setenv("FMDA_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        cli.main(["report"])
+    err = capsys.readouterr().err
+    assert err.endswith("fmda: count: not a number; fix the value\n")
+    assert ("invalid literal for int()" in err) == asked
+
+
+def test_paths_of_the_command_line_know_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calls = []
+
+    def report(runs: cli.Positional[tuple[cli.File, ...]], out: cli.File = Path("report.html")) -> None:
+        calls.append((runs, out))
+
+    monkeypatch.setitem(cli.VERBS, "report", report)
+    cli.main(["report", "~/run", "other", "--out=~/page.html"])
+    assert calls == [((tmp_path / "run", Path("other")), tmp_path / "page.html")]
+
+
+def test_a_start_says_at_once_that_it_loads(tmp_path):
+    (tmp_path / "run.yaml").write_text("kind: nothing\n")
+    command = [sys.executable, "-m", "fmda", "plan", str(tmp_path / "run.yaml")]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FMDA_CACHE": str(tmp_path)})
+    first, last = found.stderr.splitlines()
+    assert first == "loading jax ..." and "kind 'nothing' is unknown" in last
