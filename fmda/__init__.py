@@ -13,6 +13,7 @@ _PUBLIC = {
     "load_unet": "fmda.weights.network",
     "load_vae": "fmda.weights.network",
     "load_text_encoder": "fmda.weights.network",
+    "load_segmentation": "fmda.weights.network",
     "load_stable_diffusion": "fmda.diffusion.load",
     "open_dataset": "fmda.data",
     "Segmenter": "fmda.evaluate",

@@ -21,8 +21,9 @@ CONVNEXTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
 """Depths and channels of the trunks by their names in timm."""
 
 
-def read(folder: Path, names: Names, flax: bool) -> tuple[ClipConfig, Table]:
-    """Returns the configuration of a folder, and the table of the layout that its stored names have."""
+def read(file: Path, names: Names) -> tuple[ClipConfig, Table]:
+    """Returns the configuration beside a weight file, and the table of the layout that its stored names have."""
+    folder, flax = file.parent, file.suffix == ".msgpack"
     if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json")):
         raise UserError(
             f"{folder}: holds no config.json nor open_clip_config.json; copy it from where the weights come from"

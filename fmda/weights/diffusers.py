@@ -227,26 +227,26 @@ def write_text_encoder(config: TextConfig) -> Json:
     }
 
 
-def unet_layout(folder: Path, names: Names, flax: bool) -> tuple[UNetConfig, Table]:
-    """Returns the configuration of a UNet's folder and the table of its layout."""
-    config = read_unet(folder)
+def unet_layout(file: Path, names: Names) -> tuple[UNetConfig, Table]:
+    """Returns the configuration of a UNet's weight file and the table of its layout."""
+    config, flax = read_unet(file.parent), file.suffix == ".msgpack"
     return config, (diffusers_tables.FLAX_UNET if flax else diffusers_tables.UNET)[config.linear_projection]
 
 
-def vae_layout(folder: Path, names: Names, flax: bool) -> tuple[VaeConfig, Table]:
-    """Returns the configuration of an autoencoder's folder and the table of its layout."""
-    if flax:
-        return read_vae(folder), diffusers_tables.FLAX_VAE
+def vae_layout(file: Path, names: Names) -> tuple[VaeConfig, Table]:
+    """Returns the configuration of an autoencoder's weight file and the table of its layout."""
+    if file.suffix == ".msgpack":
+        return read_vae(file.parent), diffusers_tables.FLAX_VAE
     old = any(".proj_attn." in name for name in names)
-    return read_vae(folder), diffusers_tables.OLD_VAE if old else diffusers_tables.VAE
+    return read_vae(file.parent), diffusers_tables.OLD_VAE if old else diffusers_tables.VAE
 
 
-def text_layout(folder: Path, names: Names, flax: bool) -> tuple[TextConfig, Table]:
-    """Returns the configuration of a text encoder's folder and the table of its layout."""
-    if flax:
-        return read_text_encoder(folder), diffusers_tables.FLAX_TEXT_ENCODER
+def text_layout(file: Path, names: Names) -> tuple[TextConfig, Table]:
+    """Returns the configuration of a text encoder's weight file and the table of its layout."""
+    if file.suffix == ".msgpack":
+        return read_text_encoder(file.parent), diffusers_tables.FLAX_TEXT_ENCODER
     bare = any(name.startswith("encoder.layers.") for name in names)
-    return read_text_encoder(folder), diffusers_tables.BARE_TEXT_ENCODER if bare else diffusers_tables.TEXT_ENCODER
+    return read_text_encoder(file.parent), diffusers_tables.BARE_TEXT_ENCODER if bare else diffusers_tables.TEXT_ENCODER
 
 
 def export_unet(config: UNetConfig, layout: str | None = None) -> Export:

@@ -14,15 +14,15 @@ from fmda.weights.reader import Fields
 from fmda.weights.table import Export, Names, Table
 
 
-def read(folder: Path, names: Names, flax: bool) -> tuple[VitConfig, Table]:
-    """Returns the configuration of a folder, and the table of the layout that its stored names have."""
+def read(file: Path, names: Names) -> tuple[VitConfig, Table]:
+    """Returns the configuration beside a weight file, and the table of the layout that its stored names have."""
     if any(name.startswith("embeddings.") for name in names):
-        fields = Fields.read(folder / "config.json")
+        fields = Fields.read(file.with_name("config.json"))
         if fields.values.get("model_type") != "vit":
             raise fields.fault("model_type", "'vit'")
         vit = read_vit(fields, patch_size=16, width=768, activation="gelu", norm_eps=1e-12)
         return replace(vit, pre_norm=False, patch_bias=True), dino_tables.HF_VIT
-    return replace(_config_of(names, folder), position_offset=POSITION_OFFSET), dino_tables.DINO
+    return replace(_config_of(names, file.parent), position_offset=POSITION_OFFSET), dino_tables.DINO
 
 
 def _config_of(names: Names, folder: Path) -> VitConfig:

@@ -44,6 +44,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return _read_msgpack(path)
 
 
+def config_file(weights: Path) -> Path:
+    """Returns the JSON file of a weight file's configuration: of the same name, else config.json beside it."""
+    named = weights.with_suffix(".json")
+    return named if weights.suffix == ".safetensors" and named.is_file() else weights.with_name("config.json")
+
+
 def is_index(name: str) -> bool:
     """Returns whether a file name is that of a sharded checkpoint's index, with or without a variant such as fp16."""
     return _INDEX.fullmatch(name) is not None

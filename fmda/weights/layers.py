@@ -23,6 +23,7 @@ _TORCH: Leaves = {
         (".running_mean", "/mean", COPY),
         (".running_var", "/var", COPY),
     ),
+    "prelu": ((".weight", "/slope", COPY),),
     "embedding": ((".weight", "", COPY),),
     "array": (("", "", COPY),),
 }

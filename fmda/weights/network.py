@@ -23,7 +23,7 @@ from fmda.models.sd_unet import Remat
 from fmda.nn.attention import attention
 from fmda.weights import files
 from fmda.weights.registry import FAMILIES
-from fmda.weights.source import PARTS, resolve, weight_file
+from fmda.weights.source import PARTS, named_pair, resolve, weight_file
 from fmda.weights.table import Table
 from fmda.weights.tokenizer import FILES as TOKENIZER_FILES
 from fmda.weights.tokenizer import Tokenizer, has_tokenizer
@@ -74,24 +74,26 @@ def _stamp(file: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def open_checkpoint(family: str, folder: Path) -> Checkpoint:
-    """Returns the opened folder of a network of that family.
+def open_checkpoint(family: str, folder: Path, file: Path | None = None) -> Checkpoint:
+    """Returns the opened folder of a network of that family; `file` names one of several weight files.
 
     Raises UserError for a configuration that cannot be built, and for weight files that are missing, pickles or, as
     far as their headers show, damaged.
     """
-    file = weight_file(folder, FAMILIES[family].files)
-    names = files.read_names(file)
-    config, table = FAMILIES[family].read(folder, names, file.suffix == ".msgpack")
+    file = file or weight_file(folder, FAMILIES[family].files)
+    config, table = FAMILIES[family].read(file, files.read_names(file))
     return Checkpoint(family, folder, file, config, table, _stamp(file))
 
 
-def family_of(folder: Path) -> str:
+def family_of(folder: Path, file: Path | None = None) -> str:
     """Returns the family of a folder, by its configuration, or by its stored names where it holds none.
 
-    Raises UserError for a network of no known family.
+    `file` names one of several weight files. Raises UserError for a network of no known family.
     """
     path = folder / "config.json"
+    if file is None and not path.is_file():
+        file = named_pair(folder)
+    path = files.config_file(file) if file else path
     if path.is_file():
         config = files.read_json(path)
         key = "_class_name" if "_class_name" in config else "model_type"
@@ -423,3 +425,22 @@ def load_text_encoder(
     Called with ids [B, T] it returns the last hidden state [B, T, C] after the final norm, float32.
     """
     return _load("text_encoder", source, revision, dtype, on_host)
+
+
+def load_segmentation(
+    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
+) -> Loaded:
+    """Returns the segmentation network of a folder, a weight file, a model of the package, or a hub id.
+
+    Called with normalised RGB pixels [B, H, W, 3] it returns class logits [B, h, w, K], float32. Read is ESPNetv2
+    (`NAME.safetensors` with `NAME.json`, or model.safetensors with config.json). Raises UserError as `load_clip`, and
+    for a network that does not segment.
+    """
+    file = Path(source).expanduser()
+    single = file if file.suffix == ".safetensors" and file.is_file() else None
+    folder = file.parent if single else resolve(source, revision)
+    family = family_of(folder, single)
+    if not FAMILIES[family].segments:
+        known = ", ".join(name for name, row in FAMILIES.items() if row.segments)
+        raise UserError(f"{source}: holds a network of family '{family}', which does not segment; known: {known}")
+    return restore(open_checkpoint(family, folder, single), dtype)

@@ -17,9 +17,10 @@ from jaxtyping import Array
 from fmda.errors import UserError
 from fmda.models.clip import Clip, TextConfig, TextTransformer, VisionTransformer
 from fmda.models.dino import dino, last_layer
+from fmda.models.espnet_v2 import EspNetV2
 from fmda.models.sd_unet import UNet
 from fmda.models.sd_vae import Vae
-from fmda.weights import clip, diffusers
+from fmda.weights import clip, diffusers, espnet_v2
 from fmda.weights import dino as dino_weights
 from fmda.weights.source import DIFFUSION_FILES, TEXT_FILES, WEIGHT_FILES
 from fmda.weights.table import Export, Names, Table
@@ -34,7 +35,7 @@ class Family:
     Attributes:
         kinds: values of `model_type`, or `_class_name`, in its config.json.
         files: names of its weight files, best first.
-        read: (folder, {stored name: shape}, whether the file is Flax's) -> (configuration, table of the layout).
+        read: (weight file, {stored name: shape}) -> (configuration, table of the layout).
         export: (configuration, layout or None) -> what is written.
         build: (configuration, dtype=, rngs=, options) -> module.
         calls: public methods of `Loaded`: name -> function of the module and its inputs.
@@ -43,12 +44,13 @@ class Family:
         bare: a stored name that identifies weights without a config.json.
         tokenizer: whether a tokenizer may lie beside the weights.
         replay: (network, recorded inputs) -> outputs to compare with a record.
+        segments: whether it maps pixels to class logits, for `load_segmentation`.
         relative: whether a record is compared relative to its largest value.
     """
 
     kinds: tuple[str, ...]
     files: tuple[str, ...]
-    read: Callable[[Path, Names, bool], tuple[Any, Table]]
+    read: Callable[[Path, Names], tuple[Any, Table]]
     export: Callable[[Any, str | None], Export]
     build: Callable[..., nnx.Module]
     calls: Mapping[str, Callable[..., Any]]
@@ -57,6 +59,7 @@ class Family:
     bare: str | None = None
     tokenizer: bool = False
     replay: Callable[[Any, Mapping[str, np.ndarray]], Outputs] | None = None
+    segments: bool = False
     relative: bool = True
 
 
@@ -161,5 +164,14 @@ FAMILIES: dict[str, Family] = {
         calls={"__call__": _hidden},
         check={"__call__": _check_ids},
         replay=_replay_text,
+    ),
+    "espnet_v2": Family(
+        kinds=(espnet_v2.KIND,),
+        files=WEIGHT_FILES,
+        read=espnet_v2.read,
+        export=espnet_v2.export,
+        build=EspNetV2,
+        calls={"__call__": EspNetV2.__call__},
+        segments=True,
     ),
 }

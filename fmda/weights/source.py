@@ -96,10 +96,23 @@ def weight_file(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
         return next((path for path in found if not is_pointer(path)), found[0])
     if there:
         raise UserError(f"{there[0]}: is a link to a file that is not there; copy or download the checkpoint again")
+    if pair := named_pair(folder):
+        return pair
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return pickles[0]  # reading it raises the error that says how to convert it
     raise UserError(f"{folder}: holds no weights; one of {_listed(names)} is needed")
+
+
+def named_pair(folder: Path) -> Path | None:
+    """Returns the one `NAME.safetensors` with its configuration beside it as `NAME.json`, or None without any.
+
+    Raises UserError where a folder holds several.
+    """
+    pairs = sorted(path for path in folder.glob("[!.]*.safetensors") if path.with_suffix(".json").is_file())
+    if len(pairs) > 1:
+        raise UserError(f"{folder}: holds several networks, {', '.join(path.name for path in pairs)}; give one file")
+    return pairs[0] if pairs else None
 
 
 def _variant(name: str) -> tuple[str, str]:

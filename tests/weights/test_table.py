@@ -101,6 +101,13 @@ def test_query_key_and_value_come_apart_in_that_order():
     np.testing.assert_array_equal(block["v"], [[8, 10], [9, 11]])
 
 
+def test_scalars_stored_as_one_value_are_read():
+    arrays = stored(1, 2, np.random.default_rng(0))
+    value = arrays["scale"]
+    tree = TABLE.read(arrays | {"scale": value[None]}, shapes(1, 2), "x")
+    assert tree["scale"].shape == () and tree["scale"] == value
+
+
 def test_all_faults_come_in_one_error():
     arrays = stored(2, 3, np.random.default_rng(0))
     del arrays["net.0.weight"], arrays["pack.1.w"]
