@@ -66,8 +66,11 @@ def demo(work_dir: File = Path("runs/demo"), overrides: Positional[Overrides] = 
     from fmda.methods.kinds import open_run
 
     recipe = Path(__file__).parent / "assets" / "demo.yaml"
-    folders = open_run(recipe, [f"work_dir={work_dir}", *overrides]).execute(_say)
-    print(folders["report"] / "report.html")
+    job = open_run(recipe, [f"work_dir={work_dir}", *overrides])
+    folders = job.execute(_say)
+    from fmda.evaluate.summary import outcome
+
+    print("\n".join([*outcome(job.work_dir), str(folders["report"] / "report.html")]))
 
 
 def run(config: Positional[File], overrides: Positional[Overrides] = (), processes: Flag = False) -> None:
@@ -88,7 +91,9 @@ def run(config: Positional[File], overrides: Positional[Overrides] = (), process
         start_processes()
     job = open_run(config, overrides)
     job.execute(_say)
-    print(job.work_dir)
+    from fmda.evaluate.summary import outcome
+
+    print("\n".join([*outcome(job.work_dir), str(job.work_dir)]))
 
 
 def plan(config: Positional[File], overrides: Positional[Overrides] = (), as_json: Json = False) -> None:

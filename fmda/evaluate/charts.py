@@ -1,8 +1,7 @@
-"""Charts of the report as inline SVG, and pictures as data addresses. Equal input gives equal bytes."""
+"""Charts of the report as SVG, and pictures as data addresses. Equal input gives equal bytes."""
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -18,18 +17,17 @@ WIDEST = 1600
 HEAT_CLASSES = 40
 
 
-def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], title: str, mark: str) -> str:
-    """Returns an inline SVG of value over step.
+def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], title: str) -> str:
+    """Returns an SVG document of value over step.
 
     Args:
         lines: (label, steps, values) each; labels are shown when there are several lines.
         title: the metric's name.
-        mark: a word that is unique in the page; prefixes all ids of the SVG.
     """
     from matplotlib.figure import Figure  # needs no display and no pyplot state
 
-    # text stays text: small, selectable, in the page's own font; a fixed salt keeps ids equal
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": mark, "font.size": 9}):
+    # text stays text, which is small; a fixed salt keeps ids equal
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fmda", "font.size": 9}):
         figure = Figure(figsize=(4.2, 2.3))
         axes = figure.add_subplot()
         for index, (label, steps, values) in enumerate(lines):
@@ -49,21 +47,7 @@ def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], title:
         figure.tight_layout(pad=0.4)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(file.getvalue(), title, mark)
-
-
-def _inline(svg: str, title: str, mark: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'id="([^"]+)"', rf'id="{mark}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{mark}-\1)", svg)
-    svg = re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{mark}-\1"', svg)
-    # the width comes from the page
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
-    # an SVG inside HTML inherits letters from the page
-    return re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", svg)
+    return file.getvalue()
 
 
 def heat_map(confusion: Int[np.ndarray, "K C"], names: Sequence[str]) -> str:
@@ -112,7 +96,7 @@ def picture_address(path: Path, widest: int = WIDEST) -> str:
     """Returns a picture file as a data address: SVG as it is, others as the smaller of PNG and JPEG."""
     data = path.read_bytes()
     if path.suffix.lower() == ".svg":
-        return _address("image/svg+xml", data)
+        return svg_address(data.decode())
     with Image.open(io.BytesIO(data)) as picture:
         kept = picture.format in ("PNG", "JPEG") and picture.width <= widest
         kind = "image/jpeg" if picture.format == "JPEG" else "image/png"
@@ -123,6 +107,11 @@ def picture_address(path: Path, widest: int = WIDEST) -> str:
     flat.save(file, "JPEG", quality=86, subsampling=0)
     small = file.getvalue()
     return _address(kind, data) if kept and len(data) <= len(small) else _address("image/jpeg", small)
+
+
+def svg_address(svg: str) -> str:
+    """Returns an SVG document as a data address: an image of its own, whose ids meet no others in the page."""
+    return _address("image/svg+xml", svg.encode())
 
 
 def _address(kind: str, data: bytes) -> str:

@@ -4,7 +4,7 @@ import csv
 import json
 import time
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def evaluate_dataset(
     out: str | Path | None = None,
     keep: int = 4,
     limit: int | None = None,
+    examples_of: str | Path | None = None,
 ) -> Scores:
     """Returns the scores over all images of a dataset; with `out`, also writes them, a table by image and figures.
 
@@ -59,6 +60,8 @@ def evaluate_dataset(
         out: a folder for this evaluation alone, made if missing.
         keep: number of worst and of best images that become figures.
         limit: score only the first `limit` images.
+        examples_of: folder of a finished evaluation of the same images; its examples become the figures here, so that
+            both predictions can be compared. Default: the worst and the best images of this evaluation.
 
     Raises:
         UserError: class lists do not match, an image has no labels, or `out` holds the evaluation of another model,
@@ -69,7 +72,7 @@ def evaluate_dataset(
     if count == 0:
         raise UserError(f"{dataset.name}: split '{dataset.split}' holds no image; check root and split")
     protocol = replace(segmenter.protocol, class_map=map_names(class_map))
-    run = _Evaluation(segmenter, dataset, common, protocol, count, keep)
+    run = _Evaluation(segmenter, dataset, common, protocol, count, keep, _example_names(examples_of))
     try:
         return run.in_memory() if out is None else run.in_folder(Path(out))
     except OSError as fault:
@@ -100,10 +103,18 @@ class _Evaluation:
     """Sums and per-image scores of the images predicted so far."""
 
     def __init__(
-        self, segmenter: Segmenter, dataset: Dataset, common: Common, protocol: Protocol, count: int, keep: int
+        self,
+        segmenter: Segmenter,
+        dataset: Dataset,
+        common: Common,
+        protocol: Protocol,
+        count: int,
+        keep: int,
+        examples: Mapping[str, str],
     ) -> None:
         self.segmenter, self.dataset, self.common, self.protocol = segmenter, dataset, common, protocol
         self.count, self.keep, self.names = count, keep, common.classes.names
+        self.chosen = examples  # kind of each image that becomes a figure; empty: the worst and the best do
         self.total = np.zeros((len(self.names), len(self.names) + 1), np.int64)
         self.images: list[_ImageScore] = []
         self.extremes: list[tuple[float, int]] = []  # (mIoU, index) of the worst and the best `keep` images, ascending
@@ -169,11 +180,21 @@ class _Evaluation:
         if not np.isnan(scores.miou):
             insort(self.extremes, (scores.miou, index))
             del self.extremes[self.keep : -self.keep or None]
+        if self.chosen:
+            if name not in self.chosen:
+                self.predictions.pop(index, None)
+            return
         examples = {index for _, index in self.extremes}
         self.predictions = {index: labels for index, labels in self.predictions.items() if index in examples}
 
     def _examples(self) -> dict[str, list[int]]:
-        """Returns the indices of the worst and the best images by mIoU, no image in both."""
+        """Returns the indices of the images that become figures by kind, no image in two."""
+        if self.chosen:
+            indices = {image.name: k for k, image in enumerate(self.images)}
+            kinds: dict[str, list[int]] = {}
+            for name, kind in self.chosen.items():
+                kinds.setdefault(kind, []).append(indices[name])
+            return kinds
         order = [index for _, index in self.extremes]
         worst = order[: min(self.keep, (len(order) + 1) // 2)]
         return {"worst": worst, "best": [k for k in order[::-1][: self.keep] if k not in worst]}
@@ -225,7 +246,7 @@ class _Evaluation:
         summary = {
             "model": self.segmenter.name,
             "fingerprint": self.segmenter.fingerprint,
-            "dataset": self.dataset.name,
+            "dataset": _title(self.dataset),
             "split": self.dataset.split,
             "images": self.count,
             "classes": list(self.names),
@@ -234,6 +255,19 @@ class _Evaluation:
             "examples": examples,
         }
         write_atomic(folder / "scores.json", json.dumps(summary, indent=1) + "\n")
+
+
+def _example_names(folder: str | Path | None) -> dict[str, str]:
+    """Returns {image: kind} of the examples of an evaluation; none for None."""
+    if folder is None:
+        return {}
+    summary = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
+    return {row["name"]: row["kind"] for row in summary["examples"]}
+
+
+def _title(dataset: Dataset) -> str:
+    """Returns the dataset's name; one's own folder is called by its own name."""
+    return dataset.root.resolve().name if dataset.name == "folder" else dataset.name
 
 
 def _timing(images: int, seconds: float) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The HTML report over one or several runs: one file, no network, no script; equal input gives equal bytes."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,17 @@ from markupsafe import Markup
 
 from fmda.atomic import write_atomic
 from fmda.errors import UserError
-from fmda.evaluate.charts import curves, heat_map, picture_address
+from fmda.evaluate.charts import curves, heat_map, picture_address, svg_address
 from fmda.evaluate.runs import Evaluation, Run, read_run
 from fmda.evaluate.sections import Cell, Section, Table
+from fmda.evaluate.summary import Group, groups_of, reported
 
 TEMPLATE = "report.html.jinja"
 MOST_CHARTS = 12
 MOST_FIGURES = 24
 CONFUSIONS = 8
+LONG_TABLE = 8
+"""Tables of a section with more rows are folded."""
 RATES = {
     "time/examples_per_second": "images/s",
     "time/mfu": "MFU",
@@ -27,23 +29,13 @@ RATES = {
 }
 
 
-@dataclass(frozen=True)
-class Group:
-    """Evaluations of the same data set and class list, side by side; differences are to the first."""
-
-    title: str
-    names: tuple[str, ...]
-    members: tuple[Evaluation, ...]
-    labels: tuple[str, ...]
-
-
 def report(
     runs: Sequence[str | Path], out: str | Path, *, title: str = "fmda report", command: str | None = None
 ) -> Path:
     """Writes one self-contained HTML page over run folders and returns its path.
 
-    The page shows what ran, scores by class with differences to the first run, confusions, examples, curves, what
-    methods added through `sections.json`, and throughput. Whatever a run lacks is left out.
+    The page shows what came out, scores by class with differences to the host or the first run, confusions, examples,
+    curves, what methods added through `sections.json`, and throughput. Whatever a run lacks is left out.
 
     Args:
         runs: run folders; the first is what the others are compared with.
@@ -93,37 +85,14 @@ def _page(runs: list[Run], title: str, command: str | None) -> str:
         groups=groups,
         score_tables=[_score_table(group) for group in groups],
         confusions=[[_confusion(e) for e in group.members] for group in groups],
-        examples=[[_examples(e) for e in group.members] for group in groups],
+        examples=[_examples(group) for group in groups],
+        reported=[line for run in runs for line in reported(run)],
         charts=_charts(runs),
         sections=[_shown(run, place, s, several) for run in runs for place, s in run.sections],
         figures=[_figure(run, path) for run in runs for path in run.figures[:MOST_FIGURES]],
         throughput=_throughput(runs),
+        long_table=LONG_TABLE,
     )
-
-
-def groups_of(evaluations: Iterable[Evaluation]) -> list[Group]:
-    """Returns evaluations gathered by data set, split and class list, in order of first appearance."""
-    gathered: dict[tuple, list[Evaluation]] = {}
-    for e in evaluations:
-        gathered.setdefault((e.dataset, e.split, e.images, e.scores.names), []).append(e)
-    groups = []
-    for (dataset, split, images, names), members in gathered.items():
-        count = f"{images} image{'s' * (images != 1)}" if images is not None else ""
-        heading = ", ".join(part for part in (f"{dataset} {split}".strip(), count) if part)
-        groups.append(Group(heading or "scores", names, tuple(members), _labels(members)))
-    return groups
-
-
-def _labels(members: Sequence[Evaluation]) -> tuple[str, ...]:
-    """Returns what tells the members apart: the model, else run and model, else run and folder."""
-    for parts in (
-        [e.model for e in members],
-        [f"{e.run}: {e.model}" for e in members],
-        [f"{e.model} ({e.where or e.run})" for e in members],
-    ):
-        if len(set(parts)) == len(parts):
-            return tuple(parts)
-    return tuple(f"{e.run}/{e.where}" for e in members)
 
 
 def _score_table(group: Group) -> dict[str, Any]:
@@ -136,7 +105,7 @@ def _score_table(group: Group) -> dict[str, Any]:
             "colour": group.members[0].palette[k],
             "pixels": float(pixels[k]),
             "ious": [float(v) for v in ious[:, k]],
-            "best": int(np.nanargmax(ious[:, k])) if len(ious) > 1 and not np.isnan(ious[:, k]).all() else -1,
+            "best": _single_best(ious[:, k]),
         }
         for k, name in enumerate(group.names)
     ]
@@ -147,6 +116,15 @@ def _score_table(group: Group) -> dict[str, Any]:
         "frequency weighted IoU": [e.scores.frequency_weighted_iou for e in group.members],
     }
     return {"rows": rows, "summary": summary}
+
+
+def _single_best(ious: np.ndarray) -> int:
+    """Returns the index of the highest value as it is printed; -1 for ties, a single value, or none."""
+    rounded = np.round(100 * ious, 2)
+    if len(ious) < 2 or np.isnan(rounded).all():
+        return -1
+    winners = np.flatnonzero(rounded == np.nanmax(rounded))
+    return int(winners[0]) if len(winners) == 1 else -1
 
 
 def _confusion(evaluation: Evaluation) -> dict[str, Any]:
@@ -168,20 +146,19 @@ def _confusion(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _examples(evaluation: Evaluation) -> list[dict[str, Any]]:
-    return [
-        {
-            "kind": str(e.get("kind", "example")),
-            "name": str(e.get("name", "")),
-            "miou": e.get("miou"),
-            "address": picture_address(e["figure"]),
-        }
-        for e in evaluation.examples
-    ]
+def _examples(group: Group) -> list[dict[str, Any]]:
+    """Returns the example images, each with the figures of all members that drew it."""
+    images: dict[str, dict[str, Any]] = {}
+    for label, member in zip(group.labels, group.members, strict=True):
+        for e in member.examples:
+            name = str(e.get("name", ""))
+            image = images.setdefault(name, {"kind": str(e.get("kind", "example")), "name": name, "figures": []})
+            image["figures"].append((label, e.get("miou"), picture_address(e["figure"])))
+    return list(images.values())
 
 
-def _charts(runs: Sequence[Run]) -> list[Markup]:
-    """Returns one chart per metric, losses first, the lines of all runs in it."""
+def _charts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Returns (metric, address of its chart), losses first, the lines of all runs in it."""
     lines: dict[str, list[tuple[str, list[float], list[float]]]] = {}
     for run in runs:
         for where, rows in run.metrics.items():
@@ -191,7 +168,7 @@ def _charts(runs: Sequence[Run]) -> list[Markup]:
                 if key != "step" and len(points) > 1 and not key.startswith("time/"):
                     lines.setdefault(key, []).append((label, [p[0] for p in points], [p[1] for p in points]))
     order = sorted(lines, key=lambda key: (0 if "loss" in key else 1, 0 if key == "loss" else 1))
-    return [Markup(curves(lines[key], key, f"c{k}")) for k, key in enumerate(order[:MOST_CHARTS])]
+    return [(key, svg_address(curves(lines[key], key))) for key in order[:MOST_CHARTS]]
 
 
 def _shown(run: Run, place: Path, section: Section, several: bool) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from PIL import Image
 from fmda.errors import UserError
 from fmda.evaluate import Segmenter, evaluate_dataset
 from fmda.evaluate.charts import curves, heat_map
+from fmda.evaluate.confusion import Scores
 from fmda.evaluate.report import cell, percent, points, report
+from fmda.evaluate.runs import read_run
 from fmda.evaluate.sections import Section, Table, read_sections, write_sections
+from fmda.evaluate.summary import groups_of, outcome
 
 
 @pytest.fixture
@@ -46,7 +49,8 @@ def test_page_holds_scores_differences_and_what_methods_added(run, tmp_path):
     assert "Class experts" in page and "<p>Two &amp; three.</p>" in page
     assert ">1.012<" in page and ">–<" in page
     assert "cpu, 2 cores" in page and "jax 0.10.2" in page and "kind: test" in page
-    assert page.count("<figure>") == 5  # worst and best of two evaluations, and the sheet
+    assert page.count("<figure>") == 3 and page.count('class="roll"') == 4  # two images by two models, and the sheet
+    assert "void (not labelled)" in page and "1.012" in page
     assert ">22<" in page  # median images/s of the training log
 
 
@@ -139,9 +143,67 @@ def test_heat_map_rows_are_shares_of_the_truth():
     assert heat_map(np.eye(60, dtype=int), [str(k) for k in range(60)]).count("<rect") == 1600
 
 
-def test_curves_are_equal_for_equal_input_and_prefixed():
+def test_curves_are_equal_for_equal_input():
     lines = [("a", [0, 1, 2], [3.0, 2.0, 1.0]), ("b", [0, 1], [1.0, 2.0])]
-    svg = curves(lines, "loss", "c7")
-    assert svg == curves(lines, "loss", "c7")
-    assert set(re.findall(r'id="(\w+)-', svg)) == {"c7"}
-    assert "Date" not in svg and "<metadata" not in svg
+    svg = curves(lines, "loss")
+    assert svg == curves(lines, "loss") and "Date" not in svg and svg.lstrip().startswith("<?xml")
+
+
+def scored(folder, model, correct, dataset="street"):
+    """Writes the scores of a model that gets `correct` of 100 pixels right; the second class is always right."""
+    confusion = [[correct, 100 - correct], [0, 50]]
+    scores = Scores(("road", "sky"), np.asarray(confusion)).to_json()
+    folder.mkdir(parents=True)
+    content = {"model": model, "dataset": dataset, "split": "val", "images": 3, "scores": scores}
+    (folder / "scores.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """A run with two hosts; the second gains by FLOSS but stays below the first."""
+    folder = tmp_path / "hosts"
+    for name, host, floss in (("a", 90, 80), ("b", 50, 60)):
+        scored(folder / name / "host", f"host-{name}", host)
+        scored(folder / name / "floss", f"host-{name} + FLOSS", floss)
+    record = {"outputs": {"step": 300, "reason": "most diverse"}}
+    (folder / "stop").mkdir()
+    (folder / "stop/stage.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_a_method_is_compared_with_its_own_host(hosts, tmp_path):
+    [group] = groups_of(read_run(hosts).evaluations)
+    assert group.labels == ("host-a", "host-a + FLOSS", "host-b", "host-b + FLOSS")
+    assert group.references == (0, 0, 0, 2)
+    page = report([hosts], tmp_path / "report.html").read_text()
+    gains = [round(100 * gain, 2) for gain in map(group.gain, range(1, 4))]
+    assert gains[0] < 0 and gains[1] < 0 and gains[2] > 0
+    assert f"+{gains[2]:.2f} to host-b" in page and f"+{gains[2]:.2f} to host-a" not in page
+    assert "to host-b</th>" in page
+
+
+def test_the_end_of_a_run_says_what_came_out(hosts):
+    (hosts / "stage.json").write_text(json.dumps({"outputs": {"page": "report.html", "images": 7}}))
+    title, *scores, images, chosen, page = outcome(hosts)
+    assert title.split() == ["street", "val,", "3", "images", "mIoU"]
+    assert [line.split("  ")[1] for line in scores] == ["host-a", "host-a + FLOSS", "host-b", "host-b + FLOSS"]
+    assert scores[3].endswith("to host-b") and "+" in scores[3].split("FLOSS")[1]
+    assert [images, chosen, page] == [
+        "hosts: images 7", "stop: chosen step 300 (most diverse)", "report: report.html",
+    ]  # fmt: skip
+
+
+def test_ties_are_not_bold(tmp_path):
+    for name in ("one", "two"):
+        scored(tmp_path / "run" / name, name, 70)
+    assert "bar best" not in report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    scored(tmp_path / "run" / "three", "three", 80)
+    page = report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert page.count("bar best") == 2  # both classes, since a miss is also an error of the other class
+
+
+def test_long_tables_are_folded(hosts, tmp_path):
+    for rows in (3, 30):
+        write_sections(hosts, [Section("Experts", table=Table(("class",), (("road",),) * rows))])
+        page = report([hosts], tmp_path / "report.html").read_text()
+        assert ("<summary>class: 30 rows</summary>" in page) == (rows == 30)

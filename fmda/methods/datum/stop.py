@@ -222,7 +222,9 @@ def _chart(curves: Curves, found: Choice) -> bytes:
         ("share of the prompted classes found", curves.coverage, curves.coverage_error),
     )
     for axes, (title, values, errors) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.errorbar(curves.steps, values, errors, marker=".", linewidth=1.3, color="#2563a8", capsize=2)
+        # what is measured is never negative, and neither is any end of a bar
+        bars = [np.minimum(errors, values), errors]
+        axes.errorbar(curves.steps, values, bars, marker=".", linewidth=1.3, color="#2563a8", capsize=2)
         axes.axvline(found.step, color="#c2541b", linewidth=1, linestyle="--")
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel("step", fontsize=8)

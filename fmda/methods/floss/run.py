@@ -128,7 +128,10 @@ def _score(config: Config, work: Path, opened: tuple[Floss, Chosen]) -> dict[str
         outputs["criteria"] = _compare(config, work / "criteria", model, maps)
     dataset = scored_images(config)
     for name, member in (("host", maps.host), ("floss", maps.fused)):
-        scores = evaluate_dataset(member, dataset, config.data.class_map, out=work / name, limit=config.data.limit)
+        scores = evaluate_dataset(
+            member, dataset, config.data.class_map, out=work / name, limit=config.data.limit,
+            examples_of=work / "host" if name == "floss" else None,
+        )  # fmt: skip
         outputs[name] = {"miou": scores.miou, "accuracy": scores.accuracy}
     return outputs
 
