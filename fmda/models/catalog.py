@@ -1,19 +1,14 @@
 """The known checkpoints: name -> where it is, its licence, its shape, and how many parameters it has at full size."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-from flax import nnx
-from jax.typing import DTypeLike
-
 from fmda.errors import UserError, did_you_mean
-from fmda.models.clip import Clip, ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, TextTransformer, VitConfig
+from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.models.clip.config import OPENAI_MEAN, OPENAI_STD
-from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, dino, vit_config
-from fmda.models.sd_unet import UNet, UNetConfig
-from fmda.models.sd_vae import Vae, VaeConfig
+from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, vit_config
+from fmda.models.sd_unet import UNetConfig
+from fmda.models.sd_vae import VaeConfig
 
 Triple = tuple[float, float, float]
 
@@ -37,6 +32,8 @@ class Entry:
     licence: str
     config: ClipConfig | VitConfig | DiffusionConfig
     parameters: int
+    family: str | None = "clip"
+    """In `fmda.weights.registry`; None for a whole Stable Diffusion."""
     image_mean: Triple = OPENAI_MEAN
     image_std: Triple = OPENAI_STD
     revision: str | None = None
@@ -44,18 +41,10 @@ class Entry:
     mirrors: tuple[str, ...] = ()
     """Other hub ids of the same weights."""
 
-    def builder(self, dtype: DTypeLike = jnp.float32) -> Callable[[nnx.Rngs], nnx.Module]:
-        """Returns make(rngs) -> module, as `fmda.models.module.abstract` and `init` take it."""
-        config = self.config
-        if isinstance(config, ClipConfig):
-            return lambda rngs: Clip(config, dtype=dtype, rngs=rngs)
-        if isinstance(config, DiffusionConfig):
-            return lambda rngs: nnx.Dict(
-                unet=UNet(config.unet, dtype=dtype, rngs=rngs),
-                vae=Vae(config.vae, dtype=dtype, rngs=rngs),
-                text_encoder=TextTransformer(config.text_encoder, None, dtype=dtype, rngs=rngs),
-            )
-        return lambda rngs: dino(config, dtype=dtype, rngs=rngs)
+    @property
+    def networks(self) -> dict[str, Any]:
+        """{family of `fmda.weights.registry`: configuration of the network}, in diffusers' order."""
+        return {self.family: self.config} if self.family else dict(vars(self.config))
 
 
 def _text(width: int, layers: int = 12, activation: str = "quick_gelu") -> TextConfig:
@@ -75,8 +64,8 @@ _SD2 = DiffusionConfig(
     # the last of OpenCLIP-H's 24 layers is left out
     _text(1024, layers=23, activation="gelu"),
 )
-_DIFFUSION: dict[str, Any] = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
-_DINO: dict[str, Any] = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+_DIFFUSION: dict[str, Any] = {"family": None, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_DINO: dict[str, Any] = {"family": "dino", "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(

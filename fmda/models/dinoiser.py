@@ -4,14 +4,18 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fmda.models.clip import Block, VisionTransformer
+from fmda.nn.conv import conv
 from fmda.nn.norm import unit
 
 Heads = dict[str, dict[str, Any]]
@@ -20,6 +24,22 @@ Heads = dict[str, dict[str, Any]]
 HEADS_FILE = "dinoiser.safetensors"
 LEAST_BLOCKS = 3
 """The heads read the third last block."""
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Width of the tower that the heads read, and channels of the object features."""
+
+    width: int
+    channels: int
+
+
+def heads_module(config: HeadsConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> nnx.Dict:
+    """Returns the heads as a module; its parameters are `Heads`."""
+    return nnx.Dict(
+        obj_proj=conv(config.width, config.channels, 3, dtype=dtype, rngs=rngs),
+        bkg_decoder=conv(config.width, 1, 1, dtype=dtype, rngs=rngs),
+    )
 
 
 def init_heads(key: Array, width: int, channels: int) -> Heads:

@@ -17,10 +17,11 @@ from jaxtyping import Array
 from fmda.errors import UserError
 from fmda.models.clip import Clip, TextConfig, TextTransformer, VisionTransformer
 from fmda.models.dino import dino, last_layer
+from fmda.models.dinoiser import HEADS_FILE, heads_module
 from fmda.models.espnet_v2 import EspNetV2
 from fmda.models.sd_unet import UNet
 from fmda.models.sd_vae import Vae
-from fmda.weights import clip, diffusers, espnet_v2
+from fmda.weights import clip, diffusers, dinoiser_tables, espnet_v2
 from fmda.weights import dino as dino_weights
 from fmda.weights.source import DIFFUSION_FILES, TEXT_FILES, WEIGHT_FILES
 from fmda.weights.table import Export, Names, Table
@@ -164,6 +165,14 @@ FAMILIES: dict[str, Family] = {
         calls={"__call__": _hidden},
         check={"__call__": _check_ids},
         replay=_replay_text,
+    ),
+    "dinoiser": Family(
+        kinds=(),
+        files=(HEADS_FILE,),
+        read=dinoiser_tables.read,
+        export=dinoiser_tables.export,
+        build=heads_module,
+        calls={},
     ),
     "espnet_v2": Family(
         kinds=(espnet_v2.KIND,),

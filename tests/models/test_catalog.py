@@ -5,7 +5,9 @@ from fmda import trees
 from fmda.errors import UserError
 from fmda.models.catalog import CATALOG, DiffusionConfig, entry
 from fmda.models.clip import ConvNext, TextTransformer, VisionTransformer
-from fmda.models.module import abstract, parameter_count
+from fmda.models.module import parameter_count
+from fmda.weights.network import network_graph
+from fmda.weights.registry import FAMILIES
 
 # As printed by the models' authors and counted in the released files.
 PUBLISHED = {
@@ -21,9 +23,13 @@ PUBLISHED = {
 }
 
 
+def builder(family, config):
+    return lambda rngs: FAMILIES[family].build(config, rngs=rngs)
+
+
 @pytest.mark.parametrize("name", [e.name for e in CATALOG.values() if not isinstance(e.config, DiffusionConfig)])
 def test_full_size_parameter_count_is_exact(name):
-    count = parameter_count(CATALOG[name].builder())
+    count = sum(parameter_count(builder(*network)) for network in CATALOG[name].networks.items())
     assert count == CATALOG[name].parameters == PUBLISHED.get(name, count)
 
 
@@ -32,8 +38,7 @@ def test_full_size_parameter_count_is_exact(name):
     [("stable-diffusion-v1-4", 859_520_964, 123_060_480), ("stable-diffusion-2", 865_910_724, 340_387_840)],
 )
 def test_each_network_of_stable_diffusion_has_its_published_size(name, unet, text_encoder):
-    _, shapes = abstract(entry(name).builder())
-    counts = {part: trees.count(tree) for part, tree in shapes.items()}
+    counts = {part: trees.count(network_graph(part, config)[1]) for part, config in entry(name).networks.items()}
     assert counts == {"unet": unet, "vae": 83_653_863, "text_encoder": text_encoder}
     assert sum(counts.values()) == entry(name).parameters
 
@@ -52,7 +57,7 @@ def test_stage_channels_are_those_that_dense_methods_expect():
 
 
 def test_a_dino_entry_builds_a_plain_vision_transformer():
-    model = nnx.merge(*abstract(entry("dino-vit-s8").builder()))
+    model = nnx.merge(*network_graph("dino", entry("dino-vit-s8").config))
     assert isinstance(model, VisionTransformer)
     assert model.norm_pre is None and model.projection is None
 

@@ -84,7 +84,7 @@ def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     # before the networks are loaded, which takes long and might be too much already
     known, mesh = check_stable_diffusion(config.model, config.revision), _mesh(config)
     check_drawing(config, known, mesh.size, mesh.shape["fsdp"])
-    model = load_stable_diffusion(known.folder, dtype=jnp.dtype(config.dtype), on_host=True)
+    model = load_stable_diffusion(known, dtype=jnp.dtype(config.dtype), on_host=True)
     origin = model.folder / ORIGIN
     counts = draw_images(config, model, folder, files.read_json(origin) if origin.is_file() else None)
     if jax.process_index() == 0:

@@ -20,7 +20,8 @@ from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.run import Config, plan, stages
 from fmda.methods.kinds import open_run
 from fmda.runs.stages import run_stages
-from fmda.weights.dinoiser import load_heads, save_heads
+from fmda.weights.dinoiser import load_heads
+from fmda.weights.files import write_safetensors
 from fmda.weights.network import load_clip
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -131,8 +132,9 @@ def test_missing_and_foreign_heads_are_refused(place, tmp_path):
     heads = small_heads()
     del heads["obj_proj"]["bias"]
     heads["extra"] = heads["bkg_decoder"]
-    save_heads(tmp_path, heads)
-    with pytest.raises(UserError, match="missing obj_proj/bias; superfluous extra/bias; superfluous extra/kernel"):
+    arrays = {f"{name}/{leaf}": array for name, layer in heads.items() for leaf, array in layer.items()}
+    write_safetensors(tmp_path / "dinoiser.safetensors", arrays)
+    with pytest.raises(UserError, match="1 missing: obj_proj/bias; 2 not known to the model: extra/bias, extra/kernel"):
         load_heads(tmp_path, 32)
 
 
