@@ -37,7 +37,8 @@ class Tokens(NamedTuple):
 
     Attributes:
         last: tokens that enter the last block, class token first.
-        guide: layer-normalised input of the third last block's MLP; None for a tower of fewer blocks.
+        guide: layer-normalised input of the third last block's MLP; None for a tower of fewer blocks, and for NACLIP,
+            whose tokens serve no other host.
     """
 
     last: Float[Array, "B T width"]
@@ -60,7 +61,7 @@ def patches(
 
 
 def tokens(host: HostConfig, tower: VisionTransformer, pixels: Float[Array, "B H W 3"]) -> Tokens:
-    """Returns the tokens of normalised windows; of the host, only `position_offset` matters."""
+    """Returns the tokens of normalised windows."""
     x = tower.tokens(pixels, position_offset=host.position_offset)
     blocks = list(tower.blocks)
     if len(blocks) < LEAST_BLOCKS:
@@ -69,7 +70,12 @@ def tokens(host: HostConfig, tower: VisionTransformer, pixels: Float[Array, "B H
         return Tokens(x, None)
     x, guide = up_to_guide(blocks, x)
     x = x + blocks[-LEAST_BLOCKS].mlp(guide)
-    return Tokens(blocks[-2](x), guide)
+    return Tokens(blocks[-2](x), guide if reads_guide(host) else None)
+
+
+def reads_guide(host: HostConfig) -> bool:
+    """Returns whether the host's tokens may serve CLIP-DINOiser."""
+    return host.features != "naclip"
 
 
 def patches_of(

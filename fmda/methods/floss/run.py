@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fmda.atomic import write_atomic
-from fmda.config import to_dict
+from fmda.config import fingerprint, to_dict
+from fmda.data import ClassMap, class_list
 from fmda.evaluate import Segmenter, evaluate_dataset
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.methods.floss import criteria
@@ -41,25 +42,21 @@ def stages(config: Config) -> list[Stage]:
         # the stages of one process share the weights
         return Floss.load(config, predicted_classes(config))
 
-    facts = {
-        "config": config,
-        "templates": template_hash(config.template_list()),
-        "ranking": _file_hash(config.ranking.file),
-    }
-    found = [Stage("rank", lambda folder, done: _rank(config, folder, model), facts)]
+    facts = {"config": config, "files": _contents(config)}
+    made = [Stage("rank", lambda folder, done: _rank(config, folder, model), facts)]
     if config.data is not None:
 
         def score(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
             return _score(config, folder.parent, read_model(done["rank"], model()))
 
-        found.append(Stage("score", score, facts, ("rank",), alone=True))
+        made.append(Stage("score", score, facts, ("rank",), alone=True))
 
     def page(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
         from fmda.evaluate.report import report
 
         return {"page": str(report([folder.parent], folder.parent / "report.html"))}
 
-    return [*found, Stage("page", page, config, tuple(s.name for s in found), always=True, alone=True)]
+    return [*made, Stage("page", page, config, tuple(s.name for s in made), always=True, alone=True)]
 
 
 def load_segmenter(folder: Path) -> Segmenter:
@@ -155,6 +152,12 @@ def _compare(config: Config, folder: Path, model: Floss, maps: LabelMaps) -> dic
     return {"best": rows[0]["criterion"], "correlation": rows[0]["correlation"]}
 
 
-def _file_hash(path: Path | None) -> str | None:
-    """Returns the SHA-256 of a ranking file; None where there is none yet."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
+def _contents(config: Config) -> dict[str, str | None]:
+    """Returns what files that a configuration names hold: they may change under their name."""
+    data, ranking = config.data, config.ranking.file
+    return {
+        "templates": template_hash(config.template_list()),
+        "classes": fingerprint(class_list(config.classes).to_dict()) if config.classes else None,
+        "class_map": fingerprint(ClassMap.load(data.class_map).table.tolist()) if data and data.class_map else None,
+        "ranking": hashlib.sha256(ranking.read_bytes()).hexdigest() if ranking and ranking.is_file() else None,
+    }

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from fmda.errors import UserError
 from fmda.mesh import batch_sharding, replicated
 from fmda.methods.floss.chain import Geometry, bucket, windows, zero_padded
-from fmda.methods.floss.features import Patches, Tokens, patches_of, tokens
+from fmda.methods.floss.features import Patches, Tokens, patches_of, reads_guide, tokens
 from fmda.methods.floss.hosts import HostConfig, network_image, padded_windows
 from fmda.models.clip import ClipConfig, VitConfig
 from fmda.models.dinoiser import Heads
@@ -43,14 +43,16 @@ class TokenCache:
         return self._items.get(key)
 
     def put(self, key: Hashable, tokens: Tokens) -> None:
-        """Keeps the tokens of an image; the images that were unused for longest make room."""
+        """Keeps the tokens of a new image; the images that were unused for longest make room."""
+        if key in self._items:
+            return
         self._items[key] = tokens
         self.size += _bytes(tokens)
         while self.size > self.limit:
             self.size -= _bytes(self._items.popitem(last=False)[1])
 
 
-CACHE = TokenCache(1 << 30)
+CACHE = TokenCache(1 << 29)
 
 
 class Tower:
@@ -80,7 +82,7 @@ class Tower:
         self.params, self.heads = jax.device_put((params, heads), replicated(mesh))
         # all that tokens depend on besides the image
         same = (host.long_max, host.short_max, host.crop, host.stride, host.remainder)
-        self._origin = (weights, *same, host.round_statistics, host.position_offset)
+        self._origin = (weights, *same, host.round_statistics, host.position_offset, reads_guide(host))
         self._cache = CACHE if weights else TokenCache(0)
 
     def geometry(self, image: UInt8[np.ndarray, "H W 3"]) -> Geometry:

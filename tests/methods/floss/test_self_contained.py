@@ -152,6 +152,21 @@ def test_a_moved_run_predicts_the_same_from_anywhere_with_other_templates_in_the
         _run(config, tmp_path / "moved")
 
 
+def test_class_lists_and_rankings_that_changed_in_place_are_refused(place, tmp_path, bank):
+    names, ranking = tmp_path / "names.yaml", tmp_path / "ranking.json"
+    names.write_text("classes: [sky, road, car]")
+    _run(floss_config(place, classes=str(names), templates=bank, n=2), tmp_path / "made")
+    shutil.copy(tmp_path / "made" / "rank" / "ranking.json", ranking)
+    config = floss_config(place, classes=str(names), templates=bank, n=2, ranking={"file": str(ranking)})
+    _run(config, tmp_path / "run")
+    ranking.write_text(ranking.read_text().replace('"rank": 1', '"rank": 2'))
+    with pytest.raises(UserError, match="rank.*ranking"):
+        _run(config, tmp_path / "run")
+    names.write_text("classes: [sky, road, {name: car, prompts: [van]}]")
+    with pytest.raises(UserError, match="rank.*classes"):
+        _run(floss_config(place, classes=str(names), templates=bank, n=2), tmp_path / "made")
+
+
 def test_other_weights_or_heads_in_the_same_folder_are_refused(place, tmp_path, bank):
     shutil.copytree(place / "clip", tmp_path / "clip")
     host = {"name": "clip-dinoiser", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
