@@ -10,9 +10,9 @@ from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.settings import Config
 from fmda.models.clip import VitConfig
 from fmda.runs.stages import pending
-from fmda.weights.clip import read_hf, read_open_clip
 from fmda.weights.dinoiser import load_heads
-from fmda.weights.source import asset_names, resolve, weight_file
+from fmda.weights.network import open_checkpoint
+from fmda.weights.source import asset_names, resolve
 from fmda.weights.tokenizer import has_tokenizer
 
 
@@ -63,9 +63,7 @@ def _check_checkpoint(config: Config) -> None:
     if pending(config.clip) or not local:
         return
     folder = resolve(config.clip)
-    weights = weight_file(folder)
-    open_clip = weights.name.startswith("open_clip") or not (folder / "config.json").is_file()
-    vision = (read_open_clip if open_clip else read_hf)(folder).vision
+    vision = open_checkpoint("clip", folder).config.vision
     host = config.host_config()
     if not isinstance(vision, VitConfig):
         raise UserError(f"{config.clip}: FLOSS hosts read a vision transformer, not a convolutional tower")

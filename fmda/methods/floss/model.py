@@ -78,7 +78,9 @@ class Floss:
         self.table = text_embeddings(clip, ids)
         self.ordinary = default_classifier(self.table)
         mesh = mesh or make_mesh(devices=jax.local_devices())
-        self.tower = Tower(self.host, clip.config, clip.graphdef, clip.params, mesh, heads, clip.fingerprint)
+        self.tower = Tower(
+            self.host, clip.config, clip.graphdef, clip.params, mesh, heads, f"{clip.fingerprint} {config.dtype}"
+        )
         self.background = None
         if config.background is not None:
             self.background = self.queries.classes.index(classes.index(config.background))
@@ -113,6 +115,7 @@ class Floss:
     def _facts(self) -> dict[str, Any]:
         return {
             "weights": self.weights,
+            "dtype": self.config.dtype,
             "host": self.host,
             "queries": self.queries,
             "templates": template_hash(self.templates),

@@ -80,9 +80,8 @@ class Tower:
         self.host, self.config, self.graphdef, self.mesh = host, config, graphdef, mesh
         self.patch = config.vision.patch_size
         self.params, self.heads = jax.device_put((params, heads), replicated(mesh))
-        # all that tokens depend on besides the image
-        same = (host.long_max, host.short_max, host.crop, host.stride, host.remainder)
-        self._origin = (weights, *same, host.round_statistics, host.position_offset, reads_guide(host))
+        # with the geometry, all that tokens depend on besides the image
+        self._origin = (weights, host.round_statistics, host.position_offset, reads_guide(host))
         self._cache = CACHE if weights else TokenCache(0)
 
     def geometry(self, image: UInt8[np.ndarray, "H W 3"]) -> Geometry:
@@ -98,7 +97,7 @@ class Tower:
 
         Windows of equal size are pooled over the images.
         """
-        keys = [(*self._origin, image_digest(image)) for image in images]
+        keys = [(*self._origin, self.geometry(image), image_digest(image)) for image in images]
         known = [self._cache.get(key) for key in keys]
         new = [i for i, found in enumerate(known) if found is None]
         for i, computed in zip(new, self._tokens([images[i] for i in new]), strict=True):

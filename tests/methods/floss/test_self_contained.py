@@ -258,4 +258,5 @@ def test_floss_computes_in_bfloat16(place, tmp_path, bank):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.tower.params)} == {"bfloat16", "float32"}
     cosines = (patches[0] * patches[1]).sum(-1)
     assert cosines.min() > 0.99 and not np.array_equal(*patches)
+    assert not np.array_equal(exact.table, half.table) and exact.identity(None) != half.identity(None)
     assert model.predict(image).scores.min() > 0
