@@ -162,7 +162,7 @@ class Geometry(NamedTuple):
 def geometry(grid: WindowGrid, samples: tuple[int, int]) -> Geometry:
     """Returns the placement of windows whose scores have `samples` (rows, columns)."""
     # bands that fit a CPU's cache, or that fill an accelerator
-    band = 16 if jax.default_backend() == "cpu" else SIDE
+    band = 32 if jax.default_backend() == "cpu" else SIDE
     rows, columns = grid.rows.resampling(samples[0], band), grid.columns.resampling(samples[1], COLUMNS)
     return Geometry(grid.corners(), rows, columns)
 
@@ -267,7 +267,7 @@ def _arg_max(scores: Float[Array, "K R W"], rows: Resampling) -> tuple[UInt8[Arr
 
         shape = (weights.shape[0], scores.shape[2])
         start = (jnp.zeros(shape, jnp.uint8), jnp.full(shape, -jnp.inf, jnp.float32))
-        return lax.scan(compare, start, (classes, scores[:, sources]))[0]
+        return lax.scan(compare, start, (classes, scores[:, sources]), unroll=4)[0]
 
     labels, best = lax.map(band, tuple(rows))
     return labels.reshape(-1, scores.shape[2]), best.reshape(-1, scores.shape[2])

@@ -1,0 +1,34 @@
+"""Two processes score a dataset together and get the counts of one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import meeting
+from run_scoring import counts
+
+from fmda.mesh import make_mesh
+
+SCRIPT = Path(__file__).with_name("run_scoring.py")
+
+
+def test_two_processes_count_what_one_counts():
+    port = meeting.free_port()
+    processes = []
+    for number in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(SCRIPT.parents[2]),
+            "FMDA_COORDINATOR": f"localhost:{port}",
+            "FMDA_PROCESSES": "2",
+            "FMDA_PROCESS": str(number),
+        }
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen([sys.executable, str(SCRIPT)], text=True, env=environment, **pipes))
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    assert first == second == counts(make_mesh(devices=jax.devices()[:1]))
