@@ -66,6 +66,7 @@ def generate(
     process_index: int = 0,
     process_count: int = 1,
     wait: Callable[[str], object] = lambda what: None,
+    task: str = "generate",
 ) -> Manifest:
     """Fills a folder with `count` images and returns its manifest.
 
@@ -103,6 +104,7 @@ def generate(
         tries: images of one index at most.
         process_index, process_count: which of how many processes this is.
         wait: with several processes, returns when all of them have called it with the same word.
+        task: name of the work in the progress line.
 
     Raises:
         UserError: count, batch or tries below 1; two filters of one name; the folder holds images of other facts,
@@ -132,7 +134,7 @@ def generate(
         plain = {name: value for name, value in to_dict(facts).items() if value is not None}
         with contextlib.ExitStack() as journals:
             ledger = journals.enter_context(contextlib.closing(Ledger(folder, process_index)))
-            run = _Drawing(draw, cycle, ledger, tuple(filters), batch, seed, plain, tries)
+            run = _Drawing(draw, cycle, ledger, tuple(filters), batch, seed, plain, tries, task)
             run.fill(range(process_index, count, process_count), compare=process_count == 1)
             wait("drawn")
             if process_index == 0:
@@ -214,6 +216,7 @@ class _Drawing:
     seed: int
     facts: dict[str, Any]
     tries: int
+    task: str
     lost: set[int] = field(default_factory=set)
 
     def fill(self, indices: range, *, compare: bool) -> None:
@@ -227,7 +230,7 @@ class _Drawing:
             walk = Walk(self.ledger, comparing, len(indices), self.batch, self.refusal)
         total = sum(j not in self.ledger.pictures or walk is not None and not self.ledger.passed(j) for j in indices)
         if total:
-            for _ in track(self._finished(indices, walk, at_once=bool(comparing)), "generate", total):
+            for _ in track(self._finished(indices, walk, at_once=bool(comparing)), self.task, total):
                 pass
         if self.lost:
             raise self._error()

@@ -86,7 +86,7 @@ def _page(runs: list[Run], title: str, command: str | None) -> str:
         score_tables=[_score_table(group) for group in groups],
         confusions=[[_confusion(e) for e in group.members] for group in groups],
         examples=[_examples(group) for group in groups],
-        reported=[line for run in runs for line in reported(run)],
+        reported=[line for run in runs for line in reported(run, f"{run.name}: " if several else "")],
         charts=_charts(runs),
         sections=[_shown(run, place, s, several) for run in runs for place, s in run.sections],
         figures=[_figure(run, path) for run in runs for path in run.figures[:MOST_FIGURES]],

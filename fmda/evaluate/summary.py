@@ -96,11 +96,11 @@ def _score_lines(group: Group) -> list[str]:
     return lines
 
 
-def reported(run: Run) -> list[str]:
+def reported(run: Run, prefix: str = "") -> list[str]:
     """Returns a line for each stage that reported numbers, a choice with its reason, or models."""
     lines = []
     for stage in run.stages:
-        name, outputs = stage.where or run.name, _outputs(stage.record)
+        name, outputs = prefix + (stage.where or run.name), _outputs(stage.record)
         if "reason" in outputs:
             choice = ", ".join(f"{k} {v}" for k, v in outputs.items() if k != "reason")
             lines.append(f"{name}: chosen {choice} ({outputs['reason']})")

@@ -118,7 +118,7 @@ def _draw_class_pictures(config: Config, folder: Path) -> None:
     if (folder / "manifest.jsonl").is_file():
         return
     model = untouched(config, jnp.dtype(config.precision))
-    generate.draw_images(_class_drawing(config, prior), model, folder)
+    generate.draw_images(_class_drawing(config, prior), model, folder, task="class images")
 
 
 def _fill_bank(config: Config, folder: Path) -> None:

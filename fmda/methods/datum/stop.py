@@ -78,7 +78,8 @@ def draw_probes(
     What is there already stays.
     """
     for step in steps:
-        draw_images(dataclasses.replace(drawing, model=f"step {step}"), model_after(step), folder / str(step))
+        config = dataclasses.replace(drawing, model=f"step {step}")
+        draw_images(config, model_after(step), folder / str(step), task=f"probes of step {step}")
     return len(steps) * drawing.count
 
 

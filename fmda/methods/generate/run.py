@@ -54,11 +54,15 @@ class Facts(SamplerConfig):
 
 
 def draw_images(
-    config: Config, model: StableDiffusion, folder: Path, origin: Mapping[str, Any] | None = None
+    config: Config,
+    model: StableDiffusion,
+    folder: Path,
+    origin: Mapping[str, Any] | None = None,
+    task: str = "generate",
 ) -> dict[str, Any]:
     """Fills a folder with the images of a model that is loaded already; returns counts.
 
-    `origin` is the content of `ORIGIN` where the model was personalised.
+    `origin` is the content of `ORIGIN` where the model was personalised, `task` what the progress line says.
     """
     prompts, sample = make_prompts(config.prompts), config.sample
     draw = make_draw(model, sample, _mesh(config))
@@ -76,6 +80,7 @@ def draw_images(
         filters=image_filters(config.filters, prompts), prompt_filters=prompt_filters, tries=config.tries,
         process_index=jax.process_index(), process_count=jax.process_count(),
         wait=multihost_utils.sync_global_devices if jax.process_count() > 1 else lambda what: None,
+        task=task,
     )  # fmt: skip
     return {"images": len(manifest), "refused": dict(manifest.refused)}
 

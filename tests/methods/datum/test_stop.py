@@ -1,6 +1,7 @@
 """When to stop, on snapshots that are no networks: strangers, street scenes like the target, copies of one crop."""
 
 import json
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from fmda.data.files import read_image
 from fmda.diffusion.generate import generate
 from fmda.diffusion.manifest import Prompt
+from fmda.methods.datum import stop
 from fmda.methods.datum.stop import ProbeConfig, found_classes, target_crops, write_choice
 from fmda.methods.render import RenderConfig, write_world
 from fmda.weights.network import load_clip
@@ -79,3 +81,24 @@ def test_a_class_that_is_not_there_is_not_found(streets):
     error = (2 * 1 / 4 * 3 / 4 / 2) ** 0.5 / 2
     assert found_classes(clip, sky, ["train", "train", "bicycle", "bicycle"]) == (0, pytest.approx(error))
     assert found_classes(clip, sky, [None] * 4) == (1, 0)
+
+
+def test_the_progress_of_probes_names_the_snapshot(monkeypatch, tmp_path):
+    tasks = []
+    monkeypatch.setattr(stop, "draw_images", lambda *_, task: tasks.append(task))
+    drawing = stop.probe_config(PROBE, "sks", "float32", None)
+    assert stop.draw_probes(drawing, lambda step: None, (0, 300), tmp_path) == 24
+    assert tasks == ["probes of step 0", "probes of step 300"]
+
+
+def test_error_bars_do_not_reach_below_zero(monkeypatch):
+    lowest = []
+
+    def errorbar(self, steps, values, bars, **_):
+        lowest.append(min(np.asarray(values) - bars[0]))
+
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", errorbar)
+    values, errors = (0.9, 0.01), (0.1, 0.3)
+    curves = stop.Curves((0, 100), values, values, values, values, errors, errors, errors, 0.1)
+    stop._chart(curves, SimpleNamespace(step=100))
+    assert len(lowest) == 3 and min(lowest) == 0
