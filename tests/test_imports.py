@@ -31,7 +31,7 @@ RULE = {
     "data": {"config", "runs"},
     "sam": {"data", "runs"},
     "weights": {"trees", "models", "nn", "config"},
-    "train": {"mesh", "precision", "trees", "config", "runs", "data", "evaluate"},
+    "train": {"mesh", "precision", "trees", "config", "runs", "data", "evaluate", "perf"},
     "evaluate": {"data", "mesh", "trees", "nn", "config", "runs", "perf"},
     "perf": {"mesh", "trees"},
     "__main__": {"cli"},
@@ -41,7 +41,7 @@ EVERYTHING_BELOW = set(RULE) - {"__main__", "__init__"}
 RULE["methods"] = EVERYTHING_BELOW
 RULE["cli"] = EVERYTHING_BELOW | {"methods"}
 # What one method may take from another.
-SHARED_METHODS = {"export", "generate", "judges", "pipeline", "render", "trainer", "uda"}
+SHARED_METHODS = {"export", "generate", "judges", "pipeline", "render", "uda"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

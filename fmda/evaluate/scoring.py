@@ -108,7 +108,7 @@ class SegmentationEvaluator:
     """Scores of the network in training on a held-out dataset, for `fmda.train.task`.
 
     Attributes:
-        name: prefix of the scores.
+        name: prefix of the scores in the metrics.
         every: steps between two evaluations.
         forward, dataset, mesh, protocol, classes, limit: see `score_on_mesh`.
         params: training state -> the first argument of `forward`.
@@ -125,16 +125,16 @@ class SegmentationEvaluator:
     params: Callable[[Any], Any] = lambda state: state.params
 
     def run(self, state: Any) -> Iterator[tuple[str, float]]:
-        """Yields (`<name>/miou`, value), `<name>/accuracy` and `<name>/iou/<class>` for each class that occurs."""
+        """Yields ("miou", value), "accuracy" and "iou/<class>" for each class that occurs."""
         scores = score_on_mesh(
             self.forward, self.params(state), self.dataset, self.mesh, self.protocol,
             classes=self.classes, limit=self.limit,
         )  # fmt: skip
-        yield f"{self.name}/miou", scores.miou
-        yield f"{self.name}/accuracy", scores.accuracy
+        yield "miou", scores.miou
+        yield "accuracy", scores.accuracy
         for name, iou in zip(scores.names, scores.iou, strict=True):
             if not np.isnan(iou):
-                yield f"{self.name}/iou/{name}", float(iou)
+                yield f"iou/{name}", float(iou)
 
 
 def read_ahead(read: Callable[[int], T], indices: Iterable[int]) -> Iterator[T]:

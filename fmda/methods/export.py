@@ -1,5 +1,6 @@
 """Export of a trained network: the newest checkpoint's parameters, written as a folder that others open."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -7,8 +8,9 @@ from typing import Any, Literal
 import jax
 
 from fmda import trees
-from fmda.methods.trainer import TrainerConfig, write_summary
-from fmda.train import read_params
+from fmda.atomic import write_atomic
+from fmda.config import to_dict
+from fmda.train import TrainerConfig, last_metrics, read_params
 from fmda.trees import Tree
 
 
@@ -44,3 +46,9 @@ def export(
     facts = write(params) or {}
     write_summary(folder / summary, config, trained)
     return {**facts, "parameters": trees.count(params)}
+
+
+def write_summary(path: Path, config: TrainerConfig, trained: Path, **more: Any) -> None:
+    """Writes {"config", "last", **more}, to lie beside weights: the configuration and the last training metrics."""
+    summary = {"config": to_dict(config), "last": last_metrics(trained), **more}
+    write_atomic(path, json.dumps(summary, indent=1) + "\n")

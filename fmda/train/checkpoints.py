@@ -1,11 +1,10 @@
 """Checkpoints of a run: arrays, what they are, and the loader's position, written while training goes on.
 
 A run folder holds `checkpoints/<step>/` with the items `state` (arrays), `meta` (JSON: configuration, versions) and
-`data` (JSON: loader position). A checkpoint appears under its final name only when it is whole.
+`data` (JSON: loader position, seconds of training). A checkpoint appears under its final name only when it is whole.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -13,19 +12,25 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
 from fmda import trees
-from fmda.errors import UserError
+from fmda.errors import UserError, did_you_mean
+from fmda.runs.journal import read_rows
 from fmda.train.step import TrainState
 from fmda.trees import Tree
+
+METRICS = "metrics.jsonl"
+"""Metrics of a run folder, as JSON lines."""
 
 _FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata", "data/metadata")
 
@@ -44,8 +49,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise
         reason = os.strerror(int(code.group(1))) if code else getattr(fault, "strerror", None) or str(fault)
         raise UserError(
-            f"{folder}: cannot be written ({reason}); make room or mend its permissions, or choose another work_dir=, "
-            "and start again to go on from the last checkpoint"
+            f"{folder}: cannot be written ({reason}); make room or fix its permissions, or choose another work_dir=; "
+            "the same command resumes at the last checkpoint"
         ) from fault
 
 
@@ -151,11 +156,11 @@ class Checkpoints:
         self,
         step: int,
         state: TrainState,
-        position: Any,
+        data: Mapping[str, Any],
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Copies the state off the devices and writes it in the background; `position` and `meta` are JSON values.
+        """Copies the state off the devices and writes it in the background; `data` and `meta` are JSON values.
 
         An earlier write is waited for. Raises UserError when that one, or this one's beginning, met a full or read-only
         disk.
@@ -163,7 +168,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict()),
             meta=ocp.args.JsonSave(dict(meta)),
-            data=ocp.args.JsonSave({"position": position}),
+            data=ocp.args.JsonSave(dict(data)),
         )
         with disk_errors(self.folder):
             self._manager.save(step, args=items, metrics=dict(metrics) if metrics and self._tracks_best else None)
@@ -173,8 +178,8 @@ class Checkpoints:
         with disk_errors(self.folder):
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, target: TrainState) -> tuple[TrainState, Any]:
-        """Returns (state, loader position) of a step.
+    def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns (state, the `data` that it was saved with) of a step.
 
         `target` holds `ShapeDtypeStruct`s with shardings, which need not be those that the state was saved with: it may
         come from other devices, or another number of them. Raises UserError when a leaf is missing, superfluous or of
@@ -186,11 +191,12 @@ class Checkpoints:
         except Exception as fault:
             if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
                 raise
+            path = self.folder / str(step)
             raise UserError(
-                f"{self.folder / str(step)}: cannot be restored ({_brief(fault)}); it is damaged, or of another model: "
-                "remove it to go on from an earlier one, or choose another work_dir="
+                f"{path}: cannot be restored ({_brief(fault)}); it is damaged or of another model: move it away to "
+                "resume at an earlier checkpoint, or choose another work_dir="
             ) from fault
-        return TrainState(**loaded["state"]), loaded["data"]["position"]
+        return TrainState(**loaded["state"]), loaded["data"]
 
 
 def read_params(folder: str | Path, which: Literal["params", "teacher"] = "params", *, step: int | None = None) -> Tree:
@@ -225,37 +231,74 @@ def read_params(folder: str | Path, which: Literal["params", "teacher"] = "param
     return trees.unflatten(trees.leaf_paths(loaded))
 
 
-def claim(folder: Path, config: Any) -> None:
-    """Makes the run folder and notes the configuration (JSON values) in its `train.json`.
+def best_step(folder: str | Path, name: str, mode: Literal["max", "min"] = "max") -> int:
+    """Returns the step, of those with a checkpoint in a run folder, whose evaluation has the best score of that name.
 
-    Raises UserError, naming the keys, when the folder belongs to a run of another configuration.
+    Ties go to the earlier step. Raises UserError where no checkpoint has such a score.
     """
-    path = folder / "train.json"
-    config = json.loads(json.dumps(config, default=str))
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _compare(path, config)
-        elif jax.process_index() == 0:
-            scratch = path.with_name("train.json.new")
-            scratch.write_text(json.dumps({"config": config}, indent=2) + "\n", encoding="utf-8")
-            os.replace(scratch, path)
+    root = Path(folder) / "checkpoints"
+    rows = [row for row in read_rows(Path(folder) / METRICS) if isinstance(row.get(name), int | float)]
+    scores = {row["step"]: row[name] for row in rows if (root / str(row["step"]) / _FILES[0]).is_file()}
+    if not scores:
+        raise UserError(f"{folder}: no checkpoint has a score '{name}'; train with best={name}")
+    return (max if mode == "max" else min)(sorted(scores), key=lambda step: scores[step])
 
 
-def _compare(path: Path, config: Any) -> None:
-    from fmda.config import differences
+def starting_state(
+    checkpoints: Checkpoints,
+    init: Callable[[Any], TrainState],
+    key: Any,
+    target: TrainState,
+    weights: Tree | None = None,
+) -> tuple[TrainState, dict[str, Any], str]:
+    """Returns (state on the devices, data of the checkpoint or {}, a phrase that names the origin).
 
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is not what a run wrote; remove it, or choose another work_dir=") from None
-    changed = differences(before, config)
-    if changed:
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError(
-            f"{path.parent}: holds a run of another configuration ({', '.join(changed[:4])}{more}); "
-            "choose another work_dir=, or go back to its values"
+    First of these that applies: the newest checkpoint of this run; `init(key)` with the parameters of `weights` in
+    place of its own, in the teacher too; `init(key)`. `target` is the state as `ShapeDtypeStruct`s with shardings.
+    """
+    step = checkpoints.latest()
+    if step is not None:
+        return *checkpoints.restore(step, target), f"resuming at step {step}"
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    state = jax.jit(init, out_shardings=shardings)(key)
+    if weights is None:
+        return state, {}, "starting from random parameters"
+    _check_weights(weights, target.params)
+    state = jax.jit(_with_weights, out_shardings=shardings, donate_argnums=0)(state, _placed(weights, target.params))
+    return state, {}, f"starting from given weights ({trees.count(weights):,} of {trees.count(state.params):,})"
+
+
+def _with_weights(state: TrainState, weights: Tree) -> TrainState:
+    """Returns the state with copies of the weights: the caller's arrays must not be donated."""
+    leaves = trees.flatten(weights)
+
+    def filled(tree: Tree) -> Tree:
+        flat = trees.flatten(tree)
+        return trees.unflatten(
+            {path: jnp.copy(leaves[path]).astype(leaf.dtype) if path in leaves else leaf for path, leaf in flat.items()}
         )
+
+    return state._replace(params=filled(state.params), teacher=filled(state.teacher))
+
+
+def _placed(weights: Tree, params: Tree) -> Tree:
+    """Returns the weights sharded like the parameters."""
+    target = trees.flatten(params)
+
+    def put(path: str, leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, target[path].sharding, lambda index: host[index])
+
+    return trees.unflatten({path: put(path, leaf) for path, leaf in trees.flatten(weights).items()})
+
+
+def _check_weights(weights: Tree, params: Tree) -> None:
+    shapes = trees.flatten(params)
+    for path, leaf in trees.flatten(weights).items():
+        if path not in shapes:
+            raise UserError(f"initial weights: '{path}' is not a parameter of the model{did_you_mean(path, shapes)}")
+        if leaf.shape != shapes[path].shape:
+            raise UserError(f"initial weights: '{path}' has shape {leaf.shape}, the model {shapes[path].shape}")
 
 
 def _brief(fault: Exception) -> str:

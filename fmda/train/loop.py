@@ -3,224 +3,248 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import fmda
+from fmda.data.streams import Stream, batches, joined
 from fmda.errors import UserError, did_you_mean
-from fmda.mesh import Rule, place, replicate, replicated
+from fmda.mesh import batch_sharding, make_mesh, place, replicate, replicated, shard_batch
+from fmda.perf.peaks import peak_flops
 from fmda.progress import Line
-from fmda.train.batches import Batches, Feed
-from fmda.train.checkpoints import Checkpoints, claim
-from fmda.train.log import MetricLog
-from fmda.train.meter import Meter, status
-from fmda.train.signals import Stopped, StopSignals
-from fmda.train.start import starting_state
+from fmda.runs import identity
+from fmda.train.checkpoints import Checkpoints, disk_errors, starting_state
+from fmda.train.metrics import Meter, MetricLog, status
 from fmda.train.step import Step, TrainState
-from fmda.trees import Tree
+from fmda.train.stop import Stopped, StopSignals, Watch
+from fmda.train.task import Task, TrainerConfig, on_devices, whole_source
 
 MIB = 2**20
 
 
+class Batches(Protocol):
+    """An endless iterator of host batches whose position can be saved and restored.
+
+    A batch is a tree of NumPy arrays [B, ...] of constant shapes; each of several processes draws its own part.
+    """
+
+    def __next__(self) -> Any:
+        """Returns the next batch."""
+        ...
+
+    def get_state(self) -> Any:
+        """Returns the position after the last batch as JSON values, a function of the number of batches alone."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a position that `get_state` returned."""
+        ...
+
+
+def run_task(task: Task, settings: TrainerConfig, folder: str | Path) -> TrainState:
+    """Returns the state after `settings.steps` updates, or `settings.minutes`, resuming in `folder`; see `fit`."""
+    options: dict[str, Any] = {
+        "workers": settings.workers, "process_index": jax.process_index(), "process_count": jax.process_count()
+    }  # fmt: skip
+    if isinstance(task.streams, Stream):
+        loader = batches(task.streams, settings.seed, **options)
+    else:
+        loader = joined(task.streams, settings.seed, **options)
+    with loader:
+        return fit(task, settings, folder, loader, make_mesh(*settings.mesh))
+
+
 def fit(
-    step: Step,
-    init: Callable[[Any], TrainState],
-    frozen: Any,
-    batches: Batches,
-    *,
-    steps: int,
-    mesh: Mesh,
-    rules: Sequence[Rule],
+    task: Task,
+    settings: TrainerConfig,
     folder: str | Path,
-    key: Any,
-    log_every: int = 50,
-    save_steps: int = 1000,
-    save_minutes: float = 10.0,
-    keep: int = 2,
-    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
-    evaluate_steps: int | Collection[int] | None = None,
-    best: str | None = None,
-    best_mode: Literal["max", "min"] = "max",
-    weights: Tree | None = None,
-    continue_from: str | Path | None = None,
-    config: Any = None,
-    flops_per_example: float | None = None,
-    peak_flops: float | None = None,
-    tensorboard: bool = False,
-    what: str = "train",
+    loader: Batches,
+    mesh: Mesh,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainState:
-    """Returns the state after `steps` updates in all, those of earlier, interrupted calls on the same folder included.
+    """Returns the state after all updates, those of earlier, interrupted calls on the same folder included.
 
     Killed at any moment and called again, it ends with the same bits as if it had not been interrupted, on the same
-    number of devices of the same kind, as long as the step itself is deterministic there.
+    number of devices of the same kind, as long as the step is deterministic there and no time limit is set.
 
     Args:
-      step: from `make_step`; jitted here, with the state donated.
-      init: random key -> `TrainState`; jitted here, so that the state is born sharded.
-      frozen: tree of arrays the step reads without training them; replicated unless already placed on the mesh.
-      batches: host batches whose position can be saved; see `Batches`.
-      steps: number of updates.
-      mesh: from `make_mesh`.
-      rules: sharding rules for the state (paths `params/...`, `opt/...`, `teacher/...`); see `place`.
-      folder: run folder; gets `metrics.jsonl`, `checkpoints/`, `train.json`. Several processes must share it.
-      key: root key of all randomness; the step folds its number in.
-      log_every: steps between lines of `metrics.jsonl`.
-      save_steps, save_minutes: a checkpoint is written whenever either has passed, and at the end.
-      keep: how many of the newest checkpoints stay.
-      evaluate: state -> scores, called at the end and every `evaluate_steps` steps, or at those steps (None: at the
-        end only); logged as `eval/<name>`.
-      best, best_mode: name of the score by which one more checkpoint stays; then each evaluation saves one.
-      weights: parameters to begin with, all or some of them.
-      continue_from: run folder whose newest checkpoint, step and data position included, this run begins with.
-      config: JSON values that identify the run; a folder that holds a run with others is refused.
-      flops_per_example, peak_flops: model FLOPs for one example, forward and backward, and what one device can do in a
-        second; both together give MFU.
-      tensorboard: whether to write event files to `<folder>/tensorboard` too.
-      what: name of the task in the progress line.
-      clock: seconds, for tests.
+        task, settings: what is trained, and how long.
+        folder: gets `metrics.jsonl`, `checkpoints/` and `identity.json`. Several processes must share it.
+        loader: batches of `task.streams`.
+        mesh: devices of the run.
+        clock: seconds, for tests.
 
     Raises:
-      UserError: less than a step between logs or saves, folder of another configuration, full or read-only disk, unfit
-        checkpoint or weights, batches that end too early, a loss that is no number.
-      Stopped: after SIGTERM or Ctrl-C, when everything is saved.
+        UserError: folder of another run, full or read-only disk, checkpoint or weights that do not fit, a non-finite
+            loss, a score that `settings.best` names but no evaluation returns.
+        Stopped: after SIGTERM or Ctrl-C, when everything is saved.
     """
-    if log_every < 1 or save_steps < 1:
-        raise UserError(f"log_every, save_steps: {log_every}, {save_steps}; give at least 1")
-    folder = Path(folder)
-    if config is not None:
-        claim(folder, config)
+    folder, steps = Path(folder), settings.steps
+    _check_best(task, settings)
+    _claim(folder, {"config": settings, **task.facts})
+    init, key = task.initial_state(steps), jax.random.key(settings.seed)
     shapes = jax.eval_shape(init, key)
-    shardings = place(shapes, rules, mesh)
+    shardings = place(shapes, task.rules, mesh)
     target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+    limit = None if settings.minutes is None else settings.minutes * 60
     with (
         Line() as line,
-        StopSignals() as stop,
-        Checkpoints(folder, keep=keep, best=best, best_mode=best_mode) as checkpoints,
+        StopSignals() as signals,
+        Checkpoints(folder, best=settings.best, best_mode=settings.best_mode) as checkpoints,
     ):
-        state, position, origin = starting_state(
-            checkpoints, init, key, target, continue_from=continue_from, weights=weights
-        )
-        begin = int(state.step)
-        if begin >= steps:
+        state, data, origin = starting_state(checkpoints, init, key, target, weights=task.weights)
+        begin, used = int(state.step), float(data.get("seconds", 0.0))
+        if begin >= steps or limit and used >= limit:
             return state
-        line.note(f"{what}: {origin}")
-        if position is not None:
-            batches.set_state(position)
-        key, frozen = replicate((key, frozen), mesh)
-        feed = Feed(batches, mesh, clock)
+        line.note(f"{task.name}: {origin}")
+        if data:
+            loader.set_state(data["position"])
+        key, frozen = replicate((key, task.frozen), mesh)
+        feed = _Feed(loader, mesh, task.residents, clock)
         batch = feed.draw()
-        if batch is None:
-            raise _too_short(begin, steps)
-        compiled = _compiled(step, target, frozen, batch.arrays, key, mesh, line, what)
+        position = None if limit is None else _position(begin, 0.0, steps, mesh)
+        line.note(f"{task.name}: compiling the training step ...")
+        compiled = _compiled(task, steps, target, (frozen, batch.arrays, key, position), mesh, line)
 
-        log = MetricLog(folder, begin, tensorboard)
-        meter = Meter(flops_per_example, peak_flops and peak_flops * mesh.size, clock)
-        requests = _Requests(stop, save_minutes * 60, log_every, clock)
-        meta = {"config": config, "versions": {"fmda": fmda.__version__, "jax": jax.__version__}}
+        log = MetricLog(folder, begin, settings.tensorboard)
+        peak = peak_flops(dtype=task.precision)
+        meter = Meter(task.flops_per_example, peak and peak * mesh.size, clock)
+        watch = Watch(signals, settings.save_minutes * 60, limit, used, settings.log_every, clock)
+        meta = {"config": identity.recorded(settings), "versions": {"fmda": fmda.__version__, "jax": jax.__version__}}
         running: Any = None
         reading: dict[str, float] = {}
         with contextlib.closing(log), jax.transfer_guard("disallow"):
             for number in range(begin + 1, steps + 1):
-                state, metrics = compiled(state, frozen, batch.arrays, key)
-                position, last = batch.position, number == steps
+                last = number == steps or watch.share >= 1.0
+                if limit is not None:
+                    position = _position(number - 1, watch.share, steps, mesh)
+                state, metrics = compiled(state, frozen, batch.arrays, key, position)
+                data_position = batch.position
                 meter.count(batch.examples)
-                following = None if last else feed.draw()
+                batch = batch if last else feed.draw()
                 # One step may be queued behind the running one, not more: each holds a batch on the devices.
                 jax.block_until_ready(running)
                 running = metrics
-                if last or number % log_every == 0:
+                if last or number % settings.log_every == 0:
                     reading = meter.read(feed.waited)
                     log.take(number, metrics, reading)
-                line.update(status(what, number, steps, log.loss, reading, meter.seconds_left(steps - number)))
+                left = meter.seconds_left(steps - number, watch.seconds_left)
+                line.update(status(task.name, number, steps, log.loss, reading, left))
 
-                scores: dict[str, float] | None = None
-                if evaluate is not None and (last or _is_due(number, evaluate_steps)):
+                if task.snapshots is not None and number in task.snapshots.steps:
                     with meter.pause(), jax.transfer_guard("allow"):
                         log.flush()
-                        scores = _scores(evaluate, state, best)
-                        if scores:
-                            log.write(number, {f"eval/{name}": value for name, value in scores.items()})
-                signum, due = requests.at(number)
-                if last or signum or due or number % save_steps == 0 or (scores and best):
+                        task.snapshots.run(state)
+                scores: dict[str, float] = {}
+                for evaluator in task.evaluators:
+                    if last or evaluator.every and number % evaluator.every == 0:
+                        with meter.pause(), jax.transfer_guard("allow"):
+                            log.flush()
+                            pairs = evaluator.run(state)
+                            scores |= {f"{evaluator.name}/{name}": float(value) for name, value in pairs}
+                if scores:
+                    log.write(number, scores)
+                    _check_scores(settings.best, scores)
+                signum, due = watch.after(number)
+                if last or signum or due or number % settings.save_steps == 0 or settings.best in scores:
                     with meter.pause():
                         log.flush()
                         log.check(number, metrics)
-                        checkpoints.save(number, state, json.loads(position), meta, scores)
-                    requests.saved()
-                if signum and not last:
+                        saved = {"position": json.loads(data_position), "seconds": watch.seconds}
+                        checkpoints.save(number, state, saved, meta, scores if settings.best in scores else None)
+                    watch.saved()
+                if last:
+                    break
+                if signum:
                     checkpoints.wait()
-                    line.note(f"{what}: stopped and saved at step {number}; the same command goes on from there")
+                    line.note(f"{task.name}: stopped and saved at step {number}; the same command resumes there")
                     raise Stopped(signum)
-                if following is None and not last:
-                    checkpoints.wait()
-                    raise _too_short(number, steps)
-                batch = following or batch
         checkpoints.wait()
-        line.update(status(what, steps, steps, log.loss, reading, None))
+        line.update(status(task.name, number, steps, log.loss, reading, None))
     return state
 
 
-class _Requests:
-    """Whether the loop is asked to stop, or to save because minutes have passed; all processes get the same answer."""
+def _check_best(task: Task, settings: TrainerConfig) -> None:
+    names = [evaluator.name for evaluator in task.evaluators]
+    if settings.best is not None and settings.best.split("/")[0] not in names:
+        known = f"give <evaluation>/<score> with one of: {', '.join(names)}" if names else "this task has none"
+        raise UserError(f"best: '{settings.best}' is not a score of an evaluation; {known}")
 
-    def __init__(self, stop: StopSignals, seconds: float, every: int, clock: Callable[[], float]) -> None:
-        self._stop, self._seconds, self._every, self._clock = stop, seconds, every, clock
-        self._saved = clock()
 
-    def saved(self) -> None:
-        """Notes that a checkpoint was written now."""
-        self._saved = self._clock()
+def _check_scores(best: str | None, scores: Mapping[str, float]) -> None:
+    """Raises UserError where the evaluation that `best` names was made and has no such score."""
+    mates = [name for name in scores if best is not None and name.split("/")[0] == best.split("/")[0]]
+    if mates and best not in mates:
+        raise UserError(f"best: the evaluation returns no '{best}'{did_you_mean(str(best), mates)}")
 
-    def at(self, number: int) -> tuple[int, bool]:
-        """Returns (signal number or 0, whether a save is due). Several processes ask each other at log steps only."""
-        own = (self._stop.received or 0, self._clock() - self._saved >= self._seconds)
-        if jax.process_count() == 1:
-            return own
-        if number % self._every:
-            return 0, False
-        with jax.transfer_guard("allow"):
-            signum, due = multihost_utils.process_allgather(np.asarray(own, np.int32)).max(axis=0)
-        return int(signum), bool(due)
+
+def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Records what the folder holds, or raises UserError where it holds another run; process 0 writes."""
+    with disk_errors(folder):
+        if jax.process_index() == 0 or (folder / identity.RECORD).is_file():
+            identity.claim(folder, facts)
+
+
+def _position(done: int, share: float, steps: int, mesh: Mesh) -> jax.Array:
+    """Returns the place in the schedule, on the devices: finished steps, or as many as the used time stands for."""
+    return replicate(np.float32(max(done, min(1.0, share) * steps)), mesh)
 
 
 def _compiled(
-    step: Step, target: TrainState, frozen: Any, arrays: Any, key: Any, mesh: Mesh, line: Line, what: str
+    task: Task, steps: int, target: TrainState, arguments: tuple[Any, ...], mesh: Mesh, line: Line
 ) -> Callable[..., tuple[TrainState, Any]]:
-    """Returns the step compiled for these shapes and shardings, and notes how long that took and what it needs."""
+    """Returns the step compiled for these shapes and shardings; notes how long that took and the memory it needs."""
     start = time.perf_counter()
+    step: Step = task.step(steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    compiled = jitted.lower(target, frozen, arrays, key).compile()
-    text = f"{what}: compiled in {time.perf_counter() - start:.1f} s"
+    compiled = jitted.lower(target, *arguments).compile()
+    text = f"{task.name}: compiled in {time.perf_counter() - start:.1f} s"
     memory = compiled.memory_analysis()
     if memory is not None:
-        arguments, temporaries = memory.argument_size_in_bytes / MIB, memory.temp_size_in_bytes / MIB
-        text += f"; each device needs {arguments:.1f} MiB for arguments and {temporaries:.1f} MiB for temporaries"
+        argument_mib, temporary_mib = memory.argument_size_in_bytes / MIB, memory.temp_size_in_bytes / MIB
+        text += f"; each device needs {argument_mib:.1f} MiB for arguments and {temporary_mib:.1f} MiB for temporaries"
     line.note(text)
     return compiled
 
 
-def _is_due(number: int, steps: int | Collection[int] | None) -> bool:
-    if not steps:
-        return False
-    return number % steps == 0 if isinstance(steps, int) else number in steps
+class _Placed(NamedTuple):
+    """A batch on the devices, its global number of examples, and the loader's position after it (JSON text)."""
+
+    arrays: Any
+    examples: int
+    position: str
 
 
-def _scores(
-    evaluate: Callable[[TrainState], Mapping[str, float]], state: TrainState, best: str | None
-) -> dict[str, float]:
-    scores = {name: float(value) for name, value in evaluate(state).items()}
-    if best is not None and best not in scores:
-        raise UserError(f"best: the evaluation returns no '{best}'{did_you_mean(best, scores)}")
-    return scores
+class _Feed:
+    """Draws batches and places them on the mesh; `waited` sums the seconds that `next` of the loader took.
 
+    Resident examples are placed once, whole, and gathered by index on the devices.
+    """
 
-def _too_short(step: int, steps: int) -> UserError:
-    return UserError(f"batches: they end after step {step} of {steps}; allow more epochs, or ask for fewer steps")
+    def __init__(
+        self, loader: Batches, mesh: Mesh, residents: Mapping[str, Stream], clock: Callable[[], float]
+    ) -> None:
+        self._loader, self._mesh, self._clock = loader, mesh, clock
+        self.waited = 0.0
+        self._arrays = replicate({name: whole_source(stream) for name, stream in residents.items()}, mesh)
+        self._gather = jax.jit(on_devices, out_shardings=batch_sharding(mesh))
+
+    def draw(self) -> _Placed:
+        """Returns the next batch, on its way to the devices."""
+        start = self._clock()
+        # The loader is the caller's: it may well compute on a device, with transfers of its own.
+        with jax.transfer_guard("allow"):
+            batch = next(self._loader)
+        self.waited += self._clock() - start
+        position = json.dumps(self._loader.get_state(), default=int)
+        arrays = shard_batch(batch, self._mesh)
+        if self._arrays:
+            arrays = self._gather(self._arrays, arrays)
+        examples = max((leaf.shape[0] for leaf in jax.tree.leaves(arrays) if leaf.ndim), default=1)
+        return _Placed(arrays, examples, position)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -27,12 +28,14 @@ class OptimConfig:
 
     method: Literal["adamw", "sgd"] = "adamw"
     learning_rate: NonNegativeFloat = 1e-3
-    schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "poly", "step", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     end_factor: Share = 0.0
     """Learning rate at the end, as a share of the highest."""
     power: NonNegativeFloat = 0.9
     """Exponent of the poly schedule."""
+    drops: tuple[int, ...] = ()
+    """Steps at which the step schedule falls to a tenth."""
     weight_decay: NonNegativeFloat = 0.0
     no_decay: tuple[str, ...] = ("*/bias", "*/scale", "*norm*")
     multipliers: dict[str, NonNegativeFloat] = field(default_factory=dict)
@@ -45,36 +48,43 @@ class OptimConfig:
 
 
 def make_schedule(config: OptimConfig, steps: int) -> Schedule:
-    """Returns the learning rate as a function of the number of finished updates, for a run of `steps` updates.
+    """Returns the learning rate as a function of the position in a run of `steps` updates: finished updates, or more.
 
-    The warm-up rises linearly and reaches the full rate with update `warmup_steps`; its first update already moves.
-    Then the rate falls to `end_factor` of the full one at the end of the run. Raises UserError for a warm-up longer
-    than the run.
+    cosine, linear, constant: the warm-up rises linearly and reaches the full rate with update `warmup_steps`; its first
+    update already moves. Then the rate falls to `end_factor` of the full one at the end of the run.
+    poly, step: as mmcv, counted from step 0: ((1 - t / steps) ** power, or a tenth after each of `drops`) times the
+    warm-up factor 1 - (1 - t / warmup_steps) (1 - 1e-6). Raises UserError for a warm-up longer than the run.
     """
     if not 0 <= config.warmup_steps <= steps:
         raise UserError(
             f"optim.warmup_steps: {config.warmup_steps} does not fit into a run of {steps} steps; choose fewer"
         )
-    span = max(1, steps - config.warmup_steps)
+    warmup = max(1, config.warmup_steps)
+    from_zero = config.schedule in ("poly", "step")
+    begin = 0 if from_zero else config.warmup_steps
+    span = max(1, steps - begin)
 
-    def schedule(count: Any) -> Float[Array, ""]:
-        done = jnp.asarray(count, jnp.float32)
-        left = 1.0 - jnp.clip((done - config.warmup_steps) / span, 0.0, 1.0)
+    def schedule(position: Any) -> Float[Array, ""]:
+        done = jnp.asarray(position, jnp.float32)
+        left = 1.0 - jnp.clip((done - begin) / span, 0.0, 1.0)
         shapes = {
             "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * left),
             "linear": left,
             "poly": left**config.power,
+            "step": jnp.asarray(0.1) ** sum((done >= drop).astype(jnp.float32) for drop in config.drops),
             "constant": jnp.ones_like(left),
         }
         decay = config.end_factor + (1.0 - config.end_factor) * shapes[config.schedule]
-        rise = jnp.minimum(1.0, (done + 1.0) / max(1, config.warmup_steps))
-        return jnp.asarray(config.learning_rate, jnp.float32) * rise * decay
+        rise = (done + 1.0) / warmup
+        if from_zero:
+            rise = jnp.where(done < config.warmup_steps, 1e-6 + (1.0 - 1e-6) * done / warmup, 1.0)
+        return jnp.asarray(config.learning_rate, jnp.float32) * jnp.minimum(1.0, rise) * decay
 
     return schedule
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Returns the optax chain: clip, moments, weight decay, multipliers, schedule.
+    """Returns the optax chain: clip, moments, weight decay, multipliers, schedule. Its `update` takes `position=`.
 
     AdamW decays apart from the moments (Loshchilov and Hutter, 2019); SGD adds the decay to the gradient before the
     momentum, as its users expect. Its `init` raises UserError for a multiplier whose glob matches no parameter.
@@ -86,7 +96,18 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         core = [decay, optax.trace(config.momentum)]
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     multiply = [_multiplied(config.multipliers)] if config.multipliers else []
-    return optax.chain(*clip, *core, *multiply, optax.scale_by_learning_rate(make_schedule(config, steps)))
+    return optax.chain(*clip, *core, *multiply, _scaled(make_schedule(config, steps)))
+
+
+def _scaled(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Returns the stateless transformation that multiplies updates by minus the rate at `position`."""
+
+    def update(updates: Tree, state: Any, params: Tree | None = None, *, position: Any, **_: Any) -> tuple[Tree, Any]:
+        del params
+        rate = schedule(position)
+        return jax.tree.map(lambda leaf: -jnp.asarray(rate, leaf.dtype) * leaf, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _decayed(params: Tree, no_decay: tuple[str, ...]) -> Tree:

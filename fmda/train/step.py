@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 Objective = Callable[[Tree, TrainState, Any, Any, Any], Outcome]
 """(params, state, frozen, batch, key) -> Outcome; differentiated in `params` alone, may read the whole state."""
 
-Step = Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def create_state(
@@ -67,9 +67,10 @@ def make_step(
     accumulate: int = 1,
     schedule: Callable[[Any], Any] | None = None,
 ) -> Step:
-    """Returns `step(state, frozen, batch, key) -> (state, metrics)`, to be jitted with the state donated.
+    """Returns `step(state, frozen, batch, key, position=None) -> (state, metrics)`, to be jitted; donate the state.
 
-    Each step folds its number into `key`, so the result does not depend on where a run was interrupted.
+    Each step folds its number into `key`, so the result does not depend on where a run was interrupted. `position` is
+    the place in the learning-rate schedule, by default `state.step`; a run limited by time is ahead of its steps.
 
     Args:
         objective: see `Objective`.
@@ -81,7 +82,7 @@ def make_step(
         accumulate: parts n that a batch is taken in. Part i holds the examples i, i + n, ... and sees the key folded
             with i. Gradient, metrics and floating-point `aux` are means over the parts; changes of integer `aux` are
             summed.
-        schedule: learning rate by step, to be logged.
+        schedule: learning rate by position, to be logged.
 
     The metrics are those of the objective, `loss`, `grad_norm` (before clipping), `learning_rate` where a schedule is
     given, and `teacher_decay` where it is a function. Raises UserError, when traced, for a batch that does not divide
@@ -93,6 +94,7 @@ def make_step(
         return value, ({**metrics, "loss": value}, aux)
 
     gradient = jax.grad(loss, has_aux=True)
+    tx = optax.with_extra_args_support(tx)
 
     def in_parts(state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[Tree, tuple[Metrics, Tree]]:
         parts = jax.tree.map(lambda leaf: _parts(leaf, accumulate), batch)
@@ -108,7 +110,8 @@ def make_step(
         grads, metrics = jax.tree.map(lambda leaf: leaf / accumulate, (grads, metrics))
         return grads, (metrics, jax.tree.map(lambda total, old: _merged(total, old, accumulate), aux, state.aux))
 
-    def step(state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Any, batch: Any, key: Any, position: Any = None) -> tuple[TrainState, Metrics]:
+        position = state.step if position is None else position
         key = jax.random.fold_in(key, state.step)
         decay = teacher_decay(state.step) if callable(teacher_decay) else teacher_decay
         if decay is not None and teacher_when == "before":
@@ -117,14 +120,14 @@ def make_step(
             grads, (metrics, aux) = gradient(state.params, state, frozen, batch, key)
         else:
             grads, (metrics, aux) = in_parts(state, frozen, batch, key)
-        updates, opt = tx.update(grads, state.opt, state.params)
+        updates, opt = tx.update(grads, state.opt, state.params, position=position)
         params = optax.apply_updates(state.params, updates)
         teacher = state.teacher
         if decay is not None and teacher_when == "after":
             teacher = _averaged(teacher, params, decay)
         metrics = {**metrics, "grad_norm": trees.norm(grads)}
         if schedule is not None:
-            metrics["learning_rate"] = schedule(state.step)
+            metrics["learning_rate"] = schedule(position)
         if callable(teacher_decay):
             metrics["teacher_decay"] = decay
         return TrainState(state.step + 1, params, opt, teacher, aux), metrics

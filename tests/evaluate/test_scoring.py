@@ -96,6 +96,6 @@ def test_an_evaluator_yields_named_scores_of_a_state(streets, mesh):
     evaluator = SegmentationEvaluator("val", 100, forward, streets, mesh, PROTOCOL, params=lambda s: s["params"])
     scores = score_on_mesh(forward, PARAMS, streets, mesh, PROTOCOL)
     values = dict(evaluator.run(state))
-    assert (evaluator.name, evaluator.every, values["val/miou"]) == ("val", 100, scores.miou)
-    assert values["val/iou/sky"] == pytest.approx(scores.iou[1])
-    assert values["val/accuracy"] == scores.accuracy
+    assert (evaluator.name, evaluator.every, values["miou"]) == ("val", 100, scores.miou)
+    assert values["iou/sky"] == pytest.approx(scores.iou[1])
+    assert values["accuracy"] == scores.accuracy

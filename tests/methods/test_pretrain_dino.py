@@ -12,8 +12,8 @@ import optax
 import pytest
 from flax import nnx
 
+from fmda.data.streams import Stream
 from fmda.errors import UserError
-from fmda.mesh import FSDP_RULES, make_mesh
 from fmda.methods.kinds import open_run
 from fmda.methods.pretrain.dino import Config, ModelConfig, plan, stages
 from fmda.methods.pretrain.dino_check import agreement, object_overlap
@@ -31,7 +31,7 @@ from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
 from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
-from fmda.train import NumberedBatches, OptimConfig, create_state, fit, make_step
+from fmda.train import OptimConfig, Task, TrainerConfig, create_state, make_step, run_task
 from fmda.weights.network import load_dino
 from fmda.world.names import CLASSES
 
@@ -208,14 +208,22 @@ def test_weight_zero_switches_a_loss_off():
 
 @pytest.mark.slow
 def test_eight_devices_train_like_one(tmp_path):
-    step, start = step_and_start(tx=optax.sgd(0.05, momentum=0.9))
+    rows = example_batch(48)
+    source = [{name: leaf[index] for name, leaf in rows.items()} for index in range(48)]
 
     def trained(mesh, folder):
-        source = NumberedBatches(lambda number: example_batch(16, number))
-        return fit(step, start, {}, source, steps=3, mesh=mesh, rules=FSDP_RULES, folder=folder, key=jax.random.key(2))
+        task = Task(
+            name="dino",
+            objective=make_objective(abstract(pupil)[0], DistillConfig()),
+            init=lambda key: init(pupil, key),
+            optim=OptimConfig(method="sgd", learning_rate=0.05, schedule="constant"),
+            streams=Stream(source, None, 16),
+            aux=initial_centres(HEAD.prototypes),
+            teacher_decay=momentum_schedule(0.99, 3),
+        )
+        return run_task(task, TrainerConfig(steps=3, batch=16, seed=2, mesh=mesh), folder)
 
-    one = trained(make_mesh(devices=jax.devices()[:1]), tmp_path / "one")
-    eight = trained(make_mesh(4, 2), tmp_path / "eight")
+    one, eight = trained((1, 1), tmp_path / "one"), trained((4, 2), tmp_path / "eight")
     assert jax.device_count() == 8
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)

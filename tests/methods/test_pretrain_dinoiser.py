@@ -16,8 +16,8 @@ from fmda.methods.pretrain.dinoiser import (
     Crop,
     Networks,
     crop_flops,
+    heads_optim,
     load_networks,
-    make_heads_optimizer,
     make_objective,
     make_see,
     stages,
@@ -169,12 +169,12 @@ def test_flops_are_those_of_the_step(place):
 
 def test_each_head_has_its_rate_and_both_fall_to_a_tenth():
     config = Config(data=(), learning_rate=1e-3, background_rate=1e-1, decay_step=2, weight_decay=0.0)
-    tx = make_heads_optimizer(config)
+    tx = make_optimizer(heads_optim(config), config.steps)
     heads = {name: {"bias": jnp.zeros(1)} for name in ("obj_proj", "bkg_decoder")}
     state, sizes = tx.init(heads), []
-    for _ in range(4):
+    for step in range(4):
         # the moments of a constant gradient keep each update at the learning rate
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, heads), state, heads)
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, heads), state, heads, position=step)
         sizes.append([-float(updates[name]["bias"][0]) for name in ("obj_proj", "bkg_decoder")])
     np.testing.assert_allclose(sizes, [[1e-3, 1e-1]] * 2 + [[1e-4, 1e-2]] * 2, rtol=1e-4)
 
@@ -227,7 +227,7 @@ def test_a_run_goes_on_only_with_the_networks_it_began_with(finished, place, tmp
     networks = load_networks(config)
     changed = networks._replace(teacher=load_dino(small_dino(tmp_path / "other", patch=8)))
     assert isinstance(changed, Networks) and networks.digest != changed.digest
-    assert json.loads((done["train"] / "train.json").read_text())["config"]["weights"] == networks.digest
+    assert json.loads((done["train"] / "identity.json").read_text())["weights"] == networks.digest
 
 
 def test_faults_are_one_line(place, tmp_path):

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import regression
+from regression import NumberedBatches
 
 from fmda.errors import UserError
 from fmda.mesh import make_mesh, start_processes
-from fmda.train import NumberedBatches, fit
 
 
 def digest(state: Any) -> str:
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--fsdp", type=int, default=2)
     parser.add_argument("--disk-full-at", type=int, default=-1, help="batch from which on nothing can be written")
+    parser.add_argument("--stop-at", type=int, default=-1, help="step in which process 0 is asked to stop")
     parser.add_argument("--user", type=int, help="user id to become")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
@@ -55,23 +57,22 @@ def main() -> int:
         if number == args.disk_full_at:
             await_checkpoint((number - 1) // args.save_steps * args.save_steps)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        if number == args.stop_at and jax.process_index() == 0:
+            signal.raise_signal(signal.SIGTERM)
         time.sleep(args.pause)
         print(number, flush=True)
         start = part * jax.process_index()
         return jax.tree.map(lambda leaf: leaf[start : start + part], regression.batch(number))
 
-    pieces = regression.parts(steps=60)
     mesh = make_mesh(fsdp=args.fsdp)
     if args.user is not None:
         os.setuid(args.user)
     try:
-        state = fit(
-            **{**pieces, "batches": NumberedBatches(make_batch)},
-            steps=args.steps,
+        state = regression.run(
+            args.folder,
+            args.steps,
             mesh=mesh,
-            rules=regression.RULES,
-            folder=args.folder,
-            key=jax.random.key(0),
+            loader=NumberedBatches(make_batch),
             log_every=args.log_every,
             save_steps=args.save_steps,
         )

@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what is refused, what may change between saving and restoring."""
 
 import concurrent.futures
+import json
 import logging
 import shutil
 
@@ -8,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from regression import RULES, parts
+import regression
+from regression import RULES
 
 from fmda.errors import UserError
 from fmda.mesh import make_mesh, place
 from fmda.train import read_params
-from fmda.train.checkpoints import Checkpoints, claim, quiet_orbax
+from fmda.train.checkpoints import Checkpoints, best_step, quiet_orbax
 
 
 def target_on(mesh, state):
@@ -22,7 +24,7 @@ def target_on(mesh, state):
 
 
 def state_on(mesh):
-    init = parts(10)["init"]
+    init = regression.task().initial_state(10)
     shardings = place(jax.eval_shape(init, jax.random.key(0)), RULES, mesh)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(0))
 
@@ -35,7 +37,7 @@ def state():
 def saved(folder, state, steps=(1,), **options):
     with Checkpoints(folder, **options) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state, {"next": step}, {"config": {}})
+            checkpoints.save(step, state, {"position": {"next": step}}, {"config": {}})
     return folder
 
 
@@ -48,8 +50,8 @@ def test_restores_the_same_bits_onto_other_devices(tmp_path, state, devices):
     saved(tmp_path, state)
     target = target_on(make_mesh(fsdp=-1, data=1, devices=jax.devices()[:devices]), state)
     with Checkpoints(tmp_path) as checkpoints:
-        restored, position = checkpoints.restore(1, target)
-    assert position == {"next": 1}
+        restored, data = checkpoints.restore(1, target)
+    assert data == {"position": {"next": 1}}
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert restored.params["up"]["kernel"].sharding.device_set == set(jax.devices()[:devices])
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
@@ -67,7 +69,7 @@ def test_keeps_the_best_too_even_after_reopening(tmp_path, state, mode, best):
         with Checkpoints(tmp_path, keep=1, best="miou", best_mode=mode) as checkpoints:
             for step in steps:
                 metrics = None if scores[step] is None else {"miou": scores[step]}
-                checkpoints.save(step, state, None, {}, metrics)
+                checkpoints.save(step, state, {}, {}, metrics)
                 checkpoints.wait()
             assert checkpoints.best() == best
     assert kept(tmp_path) == [best, 7]
@@ -91,6 +93,26 @@ def test_damaged_arrays_are_one_line(tmp_path, state):
             path.write_bytes(b"\0" * 10)
     with pytest.raises(UserError, match="checkpoints/1: cannot be restored"), Checkpoints(tmp_path) as checkpoints:
         checkpoints.restore(1, target_on(make_mesh(), state))
+
+
+def test_a_full_memory_is_not_blamed_on_the_checkpoint(tmp_path, state, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes")
+
+    saved(tmp_path, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", full)
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            checkpoints.restore(1, target_on(make_mesh(), state))
+
+
+def test_the_best_step_is_one_with_a_checkpoint(tmp_path, state):
+    saved(tmp_path, state, steps=(2, 4))
+    rows = [{"step": 2, "loss": 1.0}, *({"step": step, "val/miou": 0.1 * step} for step in (1, 2, 3, 4, 5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert best_step(tmp_path, "val/miou") == 4 and best_step(tmp_path, "val/miou", "min") == 2
+    with pytest.raises(UserError, match="no checkpoint has a score 'val/mio'; train with best=val/mio"):
+        best_step(tmp_path, "val/mio")
 
 
 def changed(state, how):
@@ -132,28 +154,6 @@ def test_read_params_names_what_is_missing(tmp_path, state):
     saved(tmp_path, state)
     with pytest.raises(UserError, match="holds no checkpoint of step 7"):
         read_params(tmp_path, step=7)
-
-
-def test_claim_names_the_keys_that_differ(tmp_path):
-    config = {"optim": {"learning_rate": 0.1, "method": "sgd"}, "sizes": (1, 2)}
-    claim(tmp_path / "run", config)
-    claim(tmp_path / "run", config)
-    other = {"optim": {"learning_rate": 0.2, "method": "sgd"}, "sizes": (1, 2)}
-    with pytest.raises(UserError, match=r"another configuration \(optim.learning_rate: 0.1 -> 0.2\); choose another"):
-        claim(tmp_path / "run", other)
-
-
-def test_claim_refuses_a_file_it_did_not_write(tmp_path):
-    (tmp_path / "train.json").write_text("{")
-    with pytest.raises(UserError, match="train.json: is not what a run wrote"):
-        claim(tmp_path, {})
-    assert (tmp_path / "train.json").read_text() == "{"
-
-
-def test_claim_names_a_folder_that_cannot_be(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run: cannot be written .Not a directory"):
-        claim(tmp_path / "file" / "run", {})
 
 
 def test_a_pool_that_reports_to_a_closed_loop_is_not_heard(caplog):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fmda.train.meter import Meter, status
+from fmda.train.metrics import Meter, status
 
 
 class Clock:

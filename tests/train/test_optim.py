@@ -15,11 +15,13 @@ from fmda.train import OptimConfig, make_optimizer, make_schedule
         ("constant", {0: 0.25, 3: 1.0, 4: 1.0, 8: 1.0, 12: 1.0, 99: 1.0}),
         ("linear", {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.55, 12: 0.1, 99: 0.1}),
         ("cosine", {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.55, 10: 0.1 + 0.9 * 0.5 * (1 - np.sqrt(0.5)), 12: 0.1}),
-        ("poly", {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.1 + 0.9 * 0.25, 12: 0.1}),
+        # as mmcv: counted from step 0, times the warm-up factor
+        ("poly", {0: 1e-6, 3: 0.75 * 0.60625, 4: 0.1 + 0.9 * 4 / 9, 8: 0.1 + 0.9 / 9, 12: 0.1}),
+        ("step", {0: 1e-6, 4: 1.0, 7: 1.0, 8: 0.1 + 0.9 * 0.1, 9: 0.1 + 0.9 * 0.01}),
     ],
 )
 def test_schedule_values(schedule, values):
-    config = OptimConfig(learning_rate=2.0, schedule=schedule, warmup_steps=4, end_factor=0.1, power=2.0)
+    config = OptimConfig(learning_rate=2.0, schedule=schedule, warmup_steps=4, end_factor=0.1, power=2.0, drops=(8, 9))
     rate = make_schedule(config, steps=12)
     for step, value in values.items():
         np.testing.assert_allclose(rate(step), 2.0 * value, rtol=1e-6, err_msg=f"step {step}")
@@ -43,7 +45,7 @@ PARAMS = {
 def one_update(config, gradient=0.5, params=PARAMS):
     tx = make_optimizer(config, steps=10)
     grads = {name: {k: jnp.full_like(v, gradient) for k, v in leaves.items()} for name, leaves in params.items()}
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = tx.update(grads, tx.init(params), params, position=0)
     return {k: float(v[0]) for leaves in updates.values() for k, v in leaves.items()}
 
 
@@ -60,9 +62,9 @@ def test_sgd_adds_the_decay_before_the_momentum():
     tx = make_optimizer(config, steps=10)
     params, grads = {"w": jnp.full((1,), 2.0)}, {"w": jnp.full((1,), 0.5)}
     state = tx.init(params)
-    first, state = tx.update(grads, state, params)
+    first, state = tx.update(grads, state, params, position=0)
     params = optax.apply_updates(params, first)
-    second, _ = tx.update(grads, state, params)
+    second, _ = tx.update(grads, state, params, position=0)
     trace = 0.5 + 0.3 * 2.0
     np.testing.assert_allclose(first["w"], -0.1 * trace, rtol=1e-6)
     np.testing.assert_allclose(second["w"], -0.1 * (0.5 + 0.3 * (2.0 - 0.1 * trace) + 0.5 * trace), rtol=1e-6)

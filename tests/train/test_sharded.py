@@ -3,14 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from regression import RULES, parts
+from regression import run
 
 from fmda.mesh import make_mesh
-from fmda.train import fit
 
 
 def trained(folder, mesh):
-    return fit(**parts(10), steps=10, mesh=mesh, rules=RULES, folder=folder, key=jax.random.key(3))
+    return run(folder, mesh=mesh, seed=3)
 
 
 @pytest.fixture(scope="module")

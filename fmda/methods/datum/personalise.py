@@ -4,10 +4,11 @@ The networks learn that a rare word stands for the target: DreamBooth on random 
 (Benigmim et al. 2023, 3.2; Ruiz et al. 2023).
 """
 
+import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,27 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from fmda import trees
+from fmda.data.streams import Stream
 from fmda.diffusion.load import StableDiffusion, save_stable_diffusion
 from fmda.mesh import FSDP_RULES, make_mesh, place
-from fmda.methods import trainer
 from fmda.methods.datum.cost import check_memory, plan, row_flops
 from fmda.methods.datum.dreambooth import Graphs, make_objective
 from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.prepare import check_prepared, examples, prepare
 from fmda.methods.datum.settings import Config
-from fmda.methods.datum.snapshots import SnapshotWriter, snapshot_model, untouched
+from fmda.methods.datum.snapshots import snapshot_model, untouched, write_snapshot
 from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
 from fmda.methods.datum.target import digest
+from fmda.methods.export import write_summary
 from fmda.methods.generate.run import ORIGIN
 from fmda.precision import Policy, cast
 from fmda.runs.stages import Stage
-from fmda.train import TrainState, create_state, make_optimizer, make_schedule, make_step
-from fmda.train.step import Step
+from fmda.train import Snapshot, Task, run_task
 from fmda.trees import Tree
 from fmda.weights import files
 from fmda.weights.network import network_graph
 
-__all__ = ["Config", "export_steps", "plan", "prepare", "stages", "train"]
+__all__ = ["Config", "export_steps", "personalisation", "plan", "prepare", "stages", "train"]
 
 
 def stages(config: Config) -> list[Stage]:
@@ -64,29 +65,34 @@ def stages(config: Config) -> list[Stage]:
 
 
 def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
-    """Trains from the untouched model, or goes on from the last checkpoint in the folder. Returns plain values.
+    """Trains from the untouched model, or resumes at the last checkpoint in the folder. Returns plain values.
 
-    The state is sharded by `FSDP_RULES` over the mesh, and so are the networks that do not train. Raises UserError as
-    `fmda.train.fit`, and where the folder's run began with another picture or other weights.
+    The state is sharded by `FSDP_RULES` over the mesh, and so are the frozen networks. Raises UserError as
+    `fmda.train.run_task`, and where the folder's run began with another picture or other weights.
     """
     model = untouched(config)
     shapes = model.networks
     check_memory(config, shapes)
     check_prepared(config, prepared, model)
-    marks = {"target": digest(prepared / "target.png"), "weights": model.fingerprint}
-    frozen, weights, start = starting_point(config, model)
-    writer = SnapshotWriter(config, folder)
     source, transform = examples(config, prepared)
-    state = trainer.train(
-        config, folder, training_step(config, model), start, _placed(frozen, make_mesh(*config.mesh)), source,
-        transform, what="personalise", flops_per_row=row_flops(config, shapes), marks=marks, weights=weights,
-        evaluate=writer, evaluate_steps=writer.steps, precision=config.precision,
-    )  # fmt: skip
-    return {"steps": int(state.step), "snapshots": list(writer.steps), "trained": trees.count(state.params)}
+    task = personalisation(config, model, Stream(source, transform, config.batch))
+    task = dataclasses.replace(
+        task,
+        frozen=_placed(task.frozen, make_mesh(*config.mesh)),
+        facts={"target": digest(prepared / "target.png"), "weights": model.fingerprint},
+        snapshots=Snapshot(config.snapshot_steps, functools.partial(write_snapshot, config, folder)),
+        flops_per_example=row_flops(config, shapes),
+    )
+    state = run_task(task, config, folder)
+    return {"steps": int(state.step), "snapshots": list(config.snapshot_steps), "trained": trees.count(state.params)}
 
 
-def training_step(config: Config, model: StableDiffusion) -> Step:
-    """Returns the pure step (state, frozen, batch, key) -> (state, metrics); the model's parameters are not read."""
+def personalisation(config: Config, model: StableDiffusion, rows: Stream) -> Task:
+    """Returns the training task of DreamBooth on these rows; parameters lie where the model's do.
+
+    Frozen networks are stored in the number format of the computation. All weights of a network start from the
+    model's, adapters from random numbers.
+    """
     dtype = Policy.named(config.precision).compute
     graphs = Graphs(
         network_graph("unet", model.unet.config, dtype, remat=config.remat)[0],
@@ -97,53 +103,40 @@ def training_step(config: Config, model: StableDiffusion) -> Step:
         graphs, lora_scale=config.lora.alpha / config.lora.rank,
         prior_weight=1.0 if config.prior is None else config.prior.weight, noise=config.noise,
     )  # fmt: skip
-    tx = make_optimizer(config.optim, config.steps)
-    rate = make_schedule(config.optim, config.steps)
-    return make_step(objective, tx, teacher_decay=config.ema, accumulate=config.accumulate, schedule=rate)
-
-
-def starting_point(config: Config, model: StableDiffusion) -> tuple[Tree, Tree | None, Callable[[Array], TrainState]]:
-    """Returns (frozen, weights, start) as `fmda.train.fit` takes them, where the model's parameters lie.
-
-    `start(key)` makes the state: with zeros that `weights` take the place of, or, for adapters, which begin at random,
-    as it stays; `weights` is None then. Frozen networks are stored in the number format of the computation.
-    """
-    dtype = Policy.named(config.precision).compute
-    host = model.params
     ids = model.tokenize(config.prompts)
-    frozen: Tree = {"vae": cast(host["vae"], dtype)}
+    frozen: Tree = {"vae": cast(model.params["vae"], dtype)}
     if "text_encoder" in config.trained_parts:
         frozen["ids"] = ids
     else:
-        # read once: the text encoder takes no part in the steps
+        # encoded once: the text encoder takes no part in the steps
         frozen["context"] = np.asarray(model.text_encoder(ids))
-    tx, averaged = make_optimizer(config.optim, config.steps), config.ema is not None
-    if config.trained == "lora":
-        frozen |= {part: cast(host[part], dtype) for part in config.trained_parts}
-        shapes = {part: jax.tree.map(_shape, host[part]) for part in config.trained_parts}
+    trained = {part: model.params[part] for part in config.trained_parts}
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trained)
 
-        def start(key: Array) -> TrainState:
-            keys = jax.random.split(key, len(shapes))
-            named = zip(shapes.items(), keys, strict=True)
-            return create_state(
-                {part: init_adapters(key, shape, config.lora.rank) for (part, shape), key in named},
-                tx,
-                teacher=averaged,
-            )
+    def adapters(key: Array) -> Tree:
+        keys = jax.random.split(key, len(shapes))
+        named = zip(shapes.items(), keys, strict=True)
+        return {part: init_adapters(key, shape, config.lora.rank) for (part, shape), key in named}
 
-        return frozen, None, start
-    weights = {part: host[part] for part in config.trained_parts}
-    zeros = jax.tree.map(_shape, weights)
-
-    def start_from_zeros(key: Array) -> TrainState:
+    def zeros(key: Array) -> Tree:
         del key
-        return create_state(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), zeros), tx, teacher=averaged)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    return frozen, weights, start_from_zeros
-
-
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    if config.trained == "lora":
+        frozen |= {part: cast(weights, dtype) for part, weights in trained.items()}
+    return Task(
+        name="personalise",
+        objective=objective,
+        init=adapters if config.trained == "lora" else zeros,
+        weights=None if config.trained == "lora" else trained,
+        optim=config.optim,
+        streams=rows,
+        frozen=frozen,
+        teacher_decay=config.ema,
+        accumulate=config.accumulate,
+        rules=FSDP_RULES,
+        precision=config.precision,
+    )
 
 
 def _placed(tree: Tree, mesh: Mesh) -> Tree:
@@ -181,7 +174,7 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     else:
         named = {str(step): step for step in config.snapshot_steps[-1:]}
     paths = export_steps(config, done["train"], folder, named)
-    trainer.write_summary(folder / "training.json", config, done["train"], models=named)
+    write_summary(folder / "training.json", config, done["train"], models=named)
     return {"models": [str(path) for path in paths]}
 
 

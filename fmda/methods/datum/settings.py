@@ -18,9 +18,8 @@ from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
 from fmda.methods.datum.dreambooth import NoiseConfig
 from fmda.methods.datum.stop import ProbeConfig
-from fmda.methods.trainer import TrainerConfig
 from fmda.models.sd_unet import Remat
-from fmda.train import OptimConfig
+from fmda.train import OptimConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Optimizer(OptimConfig):
     """AdamW as DreamBooth's: a constant rate, decay of every parameter, one clip over all networks together."""
 
     learning_rate: NonNegativeFloat = 5e-6
-    schedule: Literal["cosine", "linear", "poly", "constant"] = "constant"
+    schedule: Literal["cosine", "linear", "poly", "step", "constant"] = "constant"
     weight_decay: NonNegativeFloat = 1e-2
     no_decay: tuple[str, ...] = ()
     clip_norm: PositiveFloat | None = 1.0

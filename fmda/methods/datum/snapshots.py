@@ -1,6 +1,5 @@
 """The trained weights at chosen steps, and the model that they make of the untouched one."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
 from fmda.errors import UserError
 from fmda.methods.datum.lora import merged
 from fmda.methods.datum.settings import Config
+from fmda.runs.identity import RECORD
 from fmda.train import TrainState
 from fmda.trees import Tree
 from fmda.weights import files
@@ -25,31 +25,19 @@ def snapshot_path(train: Path, step: int) -> Path:
     return train / "snapshots" / f"{step:06d}.safetensors"
 
 
-class SnapshotWriter:
-    """Writes the weights of the steps in `config.snapshot_steps`; to be called at these, and wherever else.
+def write_snapshot(config: Config, train: Path, state: TrainState) -> None:
+    """Writes the weights of the state's step; the file appears whole or not at all.
 
-    A file appears whole or not at all, and before the loop saves a checkpoint of its step or a later one: a run that
-    goes on from a checkpoint has all snapshots of the steps before it. Steps that are taken again write the same bytes.
+    The loop writes it before it saves a checkpoint of its step or a later one: a resumed run has all snapshots of
+    earlier steps. Repeated steps write the same bytes.
     """
-
-    def __init__(self, config: Config, train: Path) -> None:
-        self.steps = config.snapshot_steps
-        self._which = "params" if config.ema is None else "teacher"
-        self._dtype = jnp.dtype(config.store)
-        self._train = train
-
-    def __call__(self, state: TrainState) -> Mapping[str, float]:
-        """Writes the snapshot of the state's step, if it is one of them; returns no scores."""
-        step = int(state.step)
-        if step in self.steps:
-            # leaf by leaf, so that no device ever holds the whole in one piece
-            leaves = trees.flatten(getattr(state, self._which)).items()
-            arrays = {path: _on_host(leaf).astype(self._dtype) for path, leaf in leaves}
-            if jax.process_index() == 0:
-                path = snapshot_path(self._train, step)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                files.write_safetensors(path, arrays)
-        return {}
+    # leaf by leaf, so that no device ever holds the whole in one piece
+    leaves = trees.flatten(state.params if config.ema is None else state.teacher).items()
+    arrays = {path: _on_host(leaf).astype(jnp.dtype(config.store)) for path, leaf in leaves}
+    if jax.process_index() == 0:
+        path = snapshot_path(train, int(state.step))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_safetensors(path, arrays)
 
 
 def _on_host(leaf: Any) -> np.ndarray:
@@ -97,7 +85,7 @@ def snapshot_model(config: Config, train: Path, step: int, base: StableDiffusion
     if step == 0:
         return base
     trained = read_snapshot(train, step)
-    begun = files.read_json(train / "train.json")["config"]["weights"]
+    begun = files.read_json(train / RECORD)["weights"]
     if base.fingerprint != begun:
         raise UserError(f"{config.model}: its weights are not those that {train} began with; give the same model again")
     return base.with_params({part: _whole(config, base.params[part], weights) for part, weights in trained.items()})

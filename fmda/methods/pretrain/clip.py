@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool
 from fmda.atomic import write_atomic
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.data import templates
+from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
 from fmda.methods.export import export
@@ -29,13 +30,12 @@ from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Drawn, Scenes
 from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
 from fmda.methods.pretrain.tokenizer import train_tokenizer
-from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import abstract, init
 from fmda.perf.flops import text_flops, training_flops, vit_flops
 from fmda.progress import track
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
+from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome
 from fmda.weights.network import load_clip, save
 from fmda.weights.tokenizer import Tokenizer
@@ -239,21 +239,21 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         return Clip(model, rngs=rngs)
 
     graphdef, _ = abstract(make)
-    tx = make_optimizer(config.optim, config.steps)
-    objective = make_objective(graphdef, model, config.patch_weight, config.patch_templates)
-    step = make_step(objective, tx, teacher_decay=config.ema, schedule=make_schedule(config.optim, config.steps))
     prompts = [template.format(name) for template in bank for name in CLASSES]
     ids = _tokenizer_of(words)(prompts, text.context)
     frozen = {"prompts": ids.reshape(len(bank), len(CLASSES), -1), "needs": template_needs(bank, TAGS)}
 
-    def start(key: Array) -> TrainState:
-        return create_state(init(make, key), tx)
-
-    state = train(
-        config, folder, step, start, frozen, Scenes(config.data), transform, what="clip",
-        rows=config.batch // config.crops,
-        flops_per_row=config.crops * training_flops(vision_flops(config) + caption_flops(config)),
-    )  # fmt: skip
+    task = Task(
+        name="clip",
+        objective=make_objective(graphdef, model, config.patch_weight, config.patch_templates),
+        init=functools.partial(init, make),
+        optim=config.optim,
+        streams=Stream(Scenes(config.data), transform, config.batch // config.crops),
+        frozen=frozen,
+        teacher_decay=config.ema,
+        flops_per_example=config.crops * training_flops(vision_flops(config) + caption_flops(config)),
+    )
+    state = run_task(task, config, folder)
     return {"steps": int(state.step), "tags": len(TAGS)}
 
 

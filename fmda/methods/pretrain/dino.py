@@ -17,6 +17,7 @@ from flax import nnx
 
 from fmda.atomic import write_atomic
 from fmda.config import PositiveInt
+from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
@@ -30,13 +31,12 @@ from fmda.methods.pretrain.dino_net import (
     momentum_schedule,
 )
 from fmda.methods.pretrain.dino_views import Pictures, ViewConfig, Views
-from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.clip import VitConfig
 from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
 from fmda.perf.flops import training_flops, vit_flops
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
+from fmda.train import OptimConfig, Task, TrainerConfig, run_task
 from fmda.weights.network import load_dino, save
 
 
@@ -153,20 +153,17 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     def make(rngs: nnx.Rngs) -> Pupil:
         return Pupil(config.vit, config.head, rngs=rngs)
 
-    tx = make_optimizer(config.optim, config.steps)
-    step = make_step(
-        make_objective(abstract(make)[0], config.distill), tx,
+    task = Task(
+        name="dino",
+        objective=make_objective(abstract(make)[0], config.distill),
+        init=functools.partial(init, make),
+        optim=config.optim,
+        streams=Stream(pictures, Views(config.views, config.vit.side), config.batch),
+        aux=initial_centres(config.head.prototypes),
         teacher_decay=momentum_schedule(config.distill.teacher_momentum, config.steps),
-        schedule=make_schedule(config.optim, config.steps),
-    )  # fmt: skip
-
-    def start(key: jax.Array) -> TrainState:
-        return create_state(init(make, key), tx, aux=initial_centres(config.head.prototypes))
-
-    views = Views(config.views, config.vit.side)
-    state = train(
-        config, folder, step, start, {}, pictures, views, what="dino", flops_per_row=picture_flops(config)
-    )  # fmt: skip
+        flops_per_example=picture_flops(config),
+    )
+    state = run_task(task, config, folder)
     return {"steps": int(state.step), "pictures": len(pictures)}
 
 

@@ -23,6 +23,7 @@ from fmda import trees
 from fmda.atomic import write_atomic
 from fmda.config import FolderOrName, NonNegativeFloat, PositiveInt, Share, Side
 from fmda.data.dataset import Example
+from fmda.data.streams import Stream
 from fmda.data.transforms import ColourJitter
 from fmda.errors import UserError
 from fmda.mesh import REPLICATED_RULES
@@ -32,14 +33,13 @@ from fmda.methods.pretrain.dino_check import agreement_on, object_overlap
 from fmda.methods.pretrain.dino_net import normalised
 from fmda.methods.pretrain.dino_views import Image, Pictures, random_square, resized_window
 from fmda.methods.pretrain.dinoiser_targets import Reading, background, read_teacher, same_object
-from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.clip import VitConfig, vision_tower
 from fmda.models.dinoiser import LEAST_BLOCKS, guide_features, init_heads, object_features, saliency
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
 from fmda.perf.flops import training_flops, vit_flops
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_step
+from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome
 from fmda.weights.dinoiser import load_heads, save_heads
 from fmda.weights.network import Loaded, load_clip, load_dino
@@ -226,32 +226,32 @@ def crop_flops(networks: Networks, channels: int) -> float:
     return frozen + 2 * heads + 2 * patches**2 * (training_flops(channels) + teacher.width)
 
 
-def make_heads_optimizer(config: Config) -> optax.GradientTransformation:
+def heads_optim(config: Config) -> OptimConfig:
     """Returns AdamW with a rate for each head; both fall to a tenth at `decay_step`."""
-    ratio = config.background_rate / config.learning_rate
-    optim = OptimConfig(
+    return OptimConfig(
         learning_rate=config.learning_rate,
-        schedule="constant",
+        schedule="step",
+        drops=(config.decay_step,),
         weight_decay=config.weight_decay,
         no_decay=(),
-        multipliers={"bkg_decoder/*": ratio},
+        multipliers={"bkg_decoder/*": config.background_rate / config.learning_rate},
     )
-    falling = optax.piecewise_constant_schedule(1.0, {config.decay_step: 0.1})
-    return optax.chain(make_optimizer(optim, config.steps), optax.scale_by_schedule(falling))
 
 
 def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     networks = load_networks(config)
-    tx = make_heads_optimizer(config)
-
-    def start(key: Array) -> TrainState:
-        return create_state(init_heads(key, networks.tower.width, config.channels), tx, teacher=False)
-
-    state = train(
-        config, folder, make_step(make_objective(networks, config), tx), start, networks.frozen, Pictures(config.data),
-        Crop(networks.clip_side, config.side, config.jitter), what="dinoiser", rules=REPLICATED_RULES,
-        flops_per_row=crop_flops(networks, config.channels), marks={"weights": networks.digest},
-    )  # fmt: skip
+    task = Task(
+        name="dinoiser",
+        objective=make_objective(networks, config),
+        init=lambda key: init_heads(key, networks.tower.width, config.channels),
+        optim=heads_optim(config),
+        streams=Stream(Pictures(config.data), Crop(networks.clip_side, config.side, config.jitter), config.batch),
+        frozen=networks.frozen,
+        rules=REPLICATED_RULES,
+        facts={"weights": networks.digest},
+        flops_per_example=crop_flops(networks, config.channels),
+    )
+    state = run_task(task, config, folder)
     return {"steps": int(state.step)}
 
 

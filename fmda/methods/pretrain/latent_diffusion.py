@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from fmda.atomic import write_atomic
 from fmda.config import Bounds, Decay, FolderOrName, PositiveFloat, PositiveInt, Share
+from fmda.data.streams import Stream
 from fmda.diffusion.draw import SamplerConfig, make_draw
 from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, save_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig, add_noise, alphas_cumprod, training_target
@@ -30,14 +31,13 @@ from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.crops import Drawn
 from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
 from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, check_networks, write_latents
-from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.module import abstract, init
 from fmda.models.sd_unet import UNet, UNetConfig
 from fmda.perf.diffusion_flops import unet_flops
 from fmda.perf.flops import text_flops, training_flops
 from fmda.progress import track
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
+from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome, rising
 from fmda.weights.network import Loaded, load_clip, load_vae, weight_fingerprint
 from fmda.weights.tokenizer import Tokenizer
@@ -262,25 +262,22 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     def make(rngs: nnx.Rngs) -> UNet:
         return UNet(networks.unet, rngs=rngs)
 
-    tx = make_optimizer(config.optim, config.steps)
     text = networks.text
-    objective = make_objective(
-        abstract(make)[0], text.graphdef, networks.schedule, networks.vae.config.scale, config.drop,
-        config.min_snr,
-    )  # fmt: skip
-    step = make_step(
-        objective, tx, teacher_decay=rising(config.ema), schedule=make_schedule(config.optim, config.steps)
-    )
-
-    def start(key: Array) -> TrainState:
-        return create_state(init(make, key), tx)
-
-    frozen = {"text": text.params, "empty": networks.padded([""])[0]}
     source = Latents(done["latents"])
-    state = train(
-        config, folder, step, start, frozen, source, None, what="latent diffusion",
-        flops_per_row=window_flops(networks), marks={"weights": networks.digest},
-    )  # fmt: skip
+    task = Task(
+        name="latent diffusion",
+        objective=make_objective(
+            abstract(make)[0], text.graphdef, networks.schedule, networks.vae.config.scale, config.drop, config.min_snr
+        ),
+        init=functools.partial(init, make),
+        optim=config.optim,
+        streams=Stream(source, None, config.batch),
+        frozen={"text": text.params, "empty": networks.padded([""])[0]},
+        teacher_decay=rising(config.ema),
+        facts={"weights": networks.digest},
+        flops_per_example=window_flops(networks),
+    )
+    state = run_task(task, config, folder)
     return {"steps": int(state.step), "windows": len(source)}
 
 

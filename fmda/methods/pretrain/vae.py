@@ -21,18 +21,18 @@ from jaxtyping import Array
 
 from fmda.atomic import write_atomic
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
+from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.dino_views import Image, Pictures
-from fmda.methods.trainer import TrainerConfig, train
 from fmda.models.module import abstract, init
 from fmda.models.sd_vae import Vae, VaeConfig, signed
 from fmda.perf.diffusion_flops import vae_decode_flops, vae_encode_flops
 from fmda.perf.flops import training_flops
 from fmda.progress import track
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, TrainState, create_state, make_optimizer, make_schedule, make_step
+from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome
 from fmda.weights.network import Loaded, load_vae, save
 
@@ -141,17 +141,16 @@ def _make(config: Config) -> Any:
 
 def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     make = _make(config)
-    tx = make_optimizer(config.optim, config.steps)
-    objective = make_objective(abstract(make)[0], config.edges, config.kl)
-    step = make_step(objective, tx, teacher_decay=config.ema, schedule=make_schedule(config.optim, config.steps))
-
-    def start(key: Array) -> TrainState:
-        return create_state(init(make, key), tx)
-
-    state = train(
-        config, folder, step, start, {}, Pictures(config.data), Crop(config.crop), what="vae",
-        flops_per_row=training_flops(crop_flops(config)),
-    )  # fmt: skip
+    task = Task(
+        name="vae",
+        objective=make_objective(abstract(make)[0], config.edges, config.kl),
+        init=functools.partial(init, make),
+        optim=config.optim,
+        streams=Stream(Pictures(config.data), Crop(config.crop), config.batch),
+        teacher_decay=config.ema,
+        flops_per_example=training_flops(crop_flops(config)),
+    )
+    state = run_task(task, config, folder)
     return {"steps": int(state.step)}
 
 

@@ -4,6 +4,7 @@ With CUT_ALL in the environment, leaves of any size are cut over the axis fsdp, 
 leaves are.
 """
 
+import dataclasses
 import os
 import sys
 
@@ -11,15 +12,15 @@ import jax
 
 from fmda.cli import main
 from fmda.mesh import LargestAxis
-from fmda.methods import trainer
 from fmda.methods.datum import personalise
+from fmda.train import loop
 
 ALL = (("*", LargestAxis(min_size=0)),)
-make_batches, fit = trainer.batches, trainer.fit
+make_batches, fit = loop.batches, loop.fit
 
 
-def fit_and_tell(*arguments, **options):
-    state = fit(*arguments, **{**options, "rules": ALL})
+def fit_and_tell(task, *arguments):
+    state = fit(dataclasses.replace(task, rules=ALL), *arguments)
     for name in ("params", "opt"):
         leaves = [leaf for leaf in jax.tree.leaves(getattr(state, name)) if leaf.ndim]
         cut = sum("fsdp" in leaf.sharding.spec for leaf in leaves)
@@ -48,8 +49,8 @@ class Waiting:
 
 
 if __name__ == "__main__":
-    trainer.batches = Waiting
+    loop.batches = Waiting
     if "CUT_ALL" in os.environ:
-        personalise.FSDP_RULES, trainer.fit = ALL, fit_and_tell
+        personalise.FSDP_RULES, loop.fit = ALL, fit_and_tell
     sys.argv[0] = "fmda"
     sys.exit(main())

@@ -8,10 +8,11 @@ import pytest
 import small_diffusion as small
 
 from fmda import trees
+from fmda.data.streams import Stream
 from fmda.diffusion.load import load_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.methods.datum.dreambooth import Graphs, noised
-from fmda.methods.datum.personalise import starting_point, training_step
+from fmda.methods.datum.personalise import personalisation
 from fmda.methods.datum.settings import Config, Optimizer, PriorConfig
 from fmda.weights.network import load_text_encoder, load_unet
 
@@ -61,14 +62,14 @@ def ours(place, pictures):
         prior=None if pictures == 1 else PriorConfig(weight=PRIOR, prompt="a car"),
     )  # fmt: skip
     model = load_stable_diffusion(config.model)
-    frozen, weights, start = starting_point(config, model)
+    task = personalisation(config, model, Stream(batches(pictures), None, ROWS))
     with jax.default_matmul_precision("highest"):
-        state = jax.jit(start)(jax.random.key(0))._replace(params=weights)
-        lowered = jax.jit(training_step(config, model)).lower(state, frozen, batches(pictures)[0], jax.random.key(0))
+        state = jax.jit(task.initial_state(STEPS))(jax.random.key(0))._replace(params=task.weights)
+        lowered = jax.jit(task.step(STEPS)).lower(state, task.frozen, batches(pictures)[0], jax.random.key(0))
     step = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
     found = []
     for rows in batches(pictures):
-        state, metrics = step(state, frozen, rows, jax.random.key(0))
+        state, metrics = step(state, task.frozen, rows, jax.random.key(0))
         found.append((metrics, state))
     return found
 

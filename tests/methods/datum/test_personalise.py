@@ -12,12 +12,13 @@ from PIL import Image
 
 from fmda import trees
 from fmda.data.files import read_image
+from fmda.data.streams import Stream
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import load_stable_diffusion
 from fmda.errors import UserError
 from fmda.evaluate.report import report
 from fmda.methods.datum.lora import target_kernels
-from fmda.methods.datum.personalise import export_steps, prepare, starting_point
+from fmda.methods.datum.personalise import export_steps, personalisation, prepare
 from fmda.methods.datum.settings import Config
 from fmda.methods.datum.snapshots import read_snapshot, snapshot_model
 from fmda.methods.generate import Config as GenerateConfig
@@ -100,31 +101,33 @@ def test_an_export_of_another_step_is_replaced_and_one_of_the_same_stays(place, 
     )
 
 
+def task_of(config, model):
+    return personalisation(config, model, Stream([{"seed": 0}], None, config.batch))
+
+
 def test_text_states_are_frozen_where_the_unet_trains_alone(place):
     model = load_stable_diffusion(place / "model")
-    frozen, weights, _ = starting_point(configured(place, trained="unet"), model)
-    assert set(weights) == {"unet"} and set(frozen) == {"vae", "context"}
+    task = task_of(configured(place, trained="unet"), model)
+    assert set(task.weights) == {"unet"} and set(task.frozen) == {"vae", "context"}
     expected = model.text_encoder(model.tokenize(["a sks road"]))
-    np.testing.assert_array_equal(frozen["context"], expected)
+    np.testing.assert_array_equal(task.frozen["context"], expected)
 
 
 def test_frozen_networks_are_stored_as_they_compute(place):
     model = load_stable_diffusion(place / "model")
-    frozen, weights, _ = starting_point(configured(place, trained="lora", precision="bfloat16"), model)
-    assert weights is None
-    stored = trees.flatten({part: frozen[part] for part in ("vae", "unet", "text_encoder")})
+    task = task_of(configured(place, trained="lora", precision="bfloat16"), model)
+    assert task.weights is None
+    stored = trees.flatten({part: task.frozen[part] for part in ("vae", "unet", "text_encoder")})
     assert {leaf.dtype.name for leaf in stored.values()} == {"bfloat16"}
-    _, weights, _ = starting_point(configured(place, precision="bfloat16"), model)
-    assert {leaf.dtype.name for leaf in trees.flatten(weights).values()} == {"float32"}
+    task = task_of(configured(place, precision="bfloat16"), model)
+    assert {leaf.dtype.name for leaf in trees.flatten(task.weights).values()} == {"float32"}
 
 
 def test_a_long_prompt_is_cut_and_the_warning_shows_what_is_lost(place):
     model = load_stable_diffusion(place / "model")
     with pytest.warns(UserWarning, match=r"longer than the 16 tokens that model reads; lost: '.*road'"):
-        frozen, *_ = starting_point(
-            configured(place, prompt="a car car car car car car car car car car sks road"), model
-        )
-    assert frozen["ids"].shape == (1, 16)
+        task = task_of(configured(place, prompt="a car car car car car car car car car car sks road"), model)
+    assert task.frozen["ids"].shape == (1, 16)
 
 
 def test_a_finished_run_tells_that_the_picture_has_changed(place, unbroken, tmp_path, monkeypatch, capsys):
