@@ -22,6 +22,7 @@ from fmda import __version__
 from fmda.config import user_path
 from fmda.environment import keep_compiled_programs, platform_fault
 from fmda.errors import UserError, did_you_mean
+from fmda.progress import process_index
 
 
 def _path(text: str) -> Path:
@@ -42,19 +43,27 @@ Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _print_outcome(work_dir: Path, last: Path) -> None:
+    """Prints what came out of a run, and a path as the last line; of several processes the first one does."""
+    from fmda.evaluate.summary import outcome
+
+    if process_index() == 0:
+        print("\n".join([*outcome(work_dir), str(last)]))
 
 
 def _load_jax() -> None:
     """Loads jax, which takes seconds: says so first, and lets it keep compiled programs."""
     if "jax" not in sys.modules:
-        _say("loading jax ...")
+        _log("loading jax ...")
     keep_compiled_programs()
 
 
 def demo(work_dir: File = Path("runs/demo"), overrides: Positional[Overrides] = ()) -> None:
-    """Run the whole system on the embedded default: draw streets, rank templates, segment, report.
+    """Run the whole system on the embedded default: render streets, rank templates, segment, report.
 
     Some seven minutes on two CPU cores. Ends with the path of an HTML report.
 
@@ -67,10 +76,8 @@ def demo(work_dir: File = Path("runs/demo"), overrides: Positional[Overrides] = 
 
     recipe = Path(__file__).parent / "assets" / "demo.yaml"
     job = open_run(recipe, [f"work_dir={work_dir}", *overrides])
-    folders = job.execute(_say)
-    from fmda.evaluate.summary import outcome
-
-    print("\n".join([*outcome(job.work_dir), str(folders["report"] / "report.html")]))
+    folders = job.execute(_log)
+    _print_outcome(job.work_dir, folders["report"] / "report.html")
 
 
 def run(config: Positional[File], overrides: Positional[Overrides] = (), processes: Flag = False) -> None:
@@ -90,14 +97,12 @@ def run(config: Positional[File], overrides: Positional[Overrides] = (), process
 
         start_processes()
     job = open_run(config, overrides)
-    job.execute(_say)
-    from fmda.evaluate.summary import outcome
-
-    print("\n".join([*outcome(job.work_dir), str(job.work_dir)]))
+    job.execute(_log)
+    _print_outcome(job.work_dir, job.work_dir)
 
 
 def plan(config: Positional[File], overrides: Positional[Overrides] = (), as_json: Json = False) -> None:
-    """Show what a run would do: resolved values, stages, parameters, FLOPs and bytes. Touches nothing.
+    """Dry run: print resolved values, stages, parameters, FLOPs and bytes; write nothing.
 
     Args:
         config: a YAML file of `configs/`.
@@ -109,11 +114,11 @@ def plan(config: Positional[File], overrides: Positional[Overrides] = (), as_jso
     from fmda.methods.kinds import open_run
 
     job = open_run(config, overrides)
-    found = job.plan()
+    planned = job.plan()
     if as_json:
-        print(json.dumps({"kind": job.kind, "config": to_dict(job.config), "plan": to_dict(found)}, indent=1))
+        print(json.dumps({"kind": job.kind, "config": to_dict(job.config), "plan": to_dict(planned)}, indent=1))
     else:
-        print(f"kind: {job.kind}\n{to_yaml(job.config)}\n{found.text()}")
+        print(f"kind: {job.kind}\n{to_yaml(job.config)}\n{planned.text()}")
 
 
 def predict(
@@ -148,14 +153,14 @@ def evaluate(
     out: File | None = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run on a labelled data set: IoU by class, mIoU, figures.
+    """Score a run on a labelled dataset: IoU by class, mIoU, figures.
 
     Args:
         model: a run folder.
-        dataset: a known data set (`fmda data list`).
+        dataset: a known dataset (`fmda data list`).
         root: its folder; default: where `fmda data list` looks for it.
         split: which part.
-        class_map: a known map or YAML file between the model's classes and the data set's.
+        class_map: a known map or YAML file between the model's classes and the dataset's.
         out: where scores, table and figures go; default: `<model>/evaluate-<dataset>-<split>`.
         as_json: print one JSON object instead of the table.
     """
@@ -213,7 +218,7 @@ def data_check(dataset: Positional[str], root: File | None = None, split: str = 
 
 
 def data_render(out: Positional[File], overrides: Positional[Overrides] = ()) -> None:
-    """Draw street-world data sets, one folder per domain, with labels, instances, captions, a contact sheet.
+    """Render street-world datasets, one folder per domain, with labels, instances, captions, a contact sheet.
 
     Args:
         out: the folder to fill; run again to continue.
@@ -341,23 +346,25 @@ VERBS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _joined(arguments: list[str]) -> list[str]:
+def _with_one_verb(arguments: list[str]) -> list[str]:
     """Returns the arguments with a two-word verb such as `data check` as one."""
     two = " ".join(arguments[:2])
     return [two, *arguments[2:]] if two in VERBS else arguments
 
 
-def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """Returns a warning as one line; where it comes from is shown of those that are not meant for users."""
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Returns a warning as one line; its origin is added unless it is meant for users."""
     where = "" if issubclass(category, UserWarning) else f"{filename}:{lineno}: {category.__name__}: "
     return f"fmda: {where}{message}\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one verb; exits with 2 and one line for a fault that the user can fix, 130 when interrupted."""
-    warnings.formatwarning = _said
-    given = sys.argv[1:] if arguments is None else arguments
-    if given in (["--version"], ["version"]):
+    warnings.formatwarning = _warning_line
+    words = sys.argv[1:] if arguments is None else arguments
+    if words in (["--version"], ["version"]):
         print(f"fmda {__version__}")
         return
     try:
@@ -366,7 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
             app.command(name=name)(verb)
         app.cli(
             prog="fmda",
-            args=_joined(given),
+            args=_with_one_verb(words),
             description="Foundation models for domain adaptation, in JAX.",
         )
     except UserError as fault:
@@ -402,7 +409,7 @@ def _refuse(fault: Exception, line: str | None = None) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process; one of several at once, since at its exit jax waits for the others, which wait for it."""
+    """Ends the process. One of several ends at once: at a regular exit jax would wait for the others forever."""
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
         sys.stdout.flush()

@@ -156,7 +156,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file, with its `base:` file (one level) merged underneath.
 
     Unquoted scalars are `Plain` text, which `from_dict` converts to the types of fields and `resolved` without them.
-    Raises UserError for a missing file, broken YAML (with the line) or a top level that is no mapping.
+    Raises UserError for a missing file, broken YAML (with the line) or a top level that is not a mapping.
     """
     path = Path(path)
     values = _read_one(path)
@@ -336,7 +336,7 @@ _NAMES = {int: "a whole number", float: "a finite number", bool: "true or false"
 def _scalar(kind: Any, value: Any, where: str, key: str) -> Any:
     written = value
     if kind is Path and isinstance(value, str | Path) and resolved(value) not in (None, ""):
-        # `@name/...` leads to an earlier run of a pipeline and is no path yet
+        # `@name/...` leads to an earlier run of a pipeline and is not a path yet
         return Path(value) if str(value).startswith("@") else user_path(value)
     if kind is str and isinstance(value, Plain):
         return str(value)

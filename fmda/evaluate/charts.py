@@ -1,4 +1,4 @@
-"""Charts of the report as SVG, and pictures as data addresses. Equal input gives equal bytes."""
+"""Charts of the report as SVG, and images as data addresses. Equal input gives equal bytes."""
 
 import base64
 import io
@@ -93,7 +93,7 @@ def _heat(value: float, right: bool) -> str:
 
 
 def picture_address(path: Path, widest: int = WIDEST) -> str:
-    """Returns a picture file as a data address: SVG as it is, others as the smaller of PNG and JPEG."""
+    """Returns an image file as a data address: SVG as it is, others as the smaller of PNG and JPEG."""
     data = path.read_bytes()
     if path.suffix.lower() == ".svg":
         return svg_address(data.decode())

@@ -48,8 +48,8 @@ def report(
     """
     if not runs:
         raise UserError("report: no run given; name at least one run folder")
-    found = [read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)]
-    page = _page(found, title, command)
+    opened = [read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)]
+    page = _page(opened, title, command)
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ DEPTH = 4
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scored prediction of one data set.
+    """One scored prediction of one dataset.
 
     Attributes:
         run: name of its run. where: folder below the run.
@@ -69,8 +69,8 @@ class Run:
     @property
     def versions(self) -> dict[str, str]:
         """Package versions of the last stage that recorded any."""
-        found = [s.record["versions"] for s in self.stages if s.record.get("versions")]
-        return found[-1] if found else {}
+        versions = [s.record["versions"] for s in self.stages if s.record.get("versions")]
+        return versions[-1] if versions else {}
 
     def recorded(self, key: str) -> list[str]:
         """Returns the different values that stages recorded under a key such as `device` or `command`."""
@@ -81,7 +81,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     """Returns what a run folder and the folders below it hold.
 
     Raises:
-        UserError: no such folder, nothing in it that can be shown, or a damaged file.
+        UserError: no such folder, nothing in it to show, or a damaged file.
     """
     folder = Path(folder)
     name = name or folder.resolve().name
@@ -205,4 +205,4 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: is no valid JSON ({error}); run that stage again") from None
+        raise UserError(f"{path}: not valid JSON ({error}); run that stage again") from None

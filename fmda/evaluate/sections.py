@@ -65,7 +65,7 @@ def read_sections(folder: str | Path) -> list[Section]:
     try:
         sections = [_section(item) for item in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is no list of sections ({error}); run that stage again") from None
+        raise UserError(f"{path}: not a list of sections ({error}); run that stage again") from None
     for section in sections:
         _check(section, folder, f"{path}: section '{section.title}'")
     return sections

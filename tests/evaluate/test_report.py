@@ -89,7 +89,7 @@ def test_folder_without_a_run_is_refused_and_nothing_written(tmp_path):
 
 def test_damaged_scores_are_named(run, tmp_path):
     (run / "ours" / "scores.json").write_text('{"scores": {')
-    with pytest.raises(UserError, match="scores.json: is no valid JSON"):
+    with pytest.raises(UserError, match="scores.json: not valid JSON"):
         report([run], tmp_path / "report.html")
     (run / "ours" / "scores.json").write_text('{"scores": {"names": ["a"], "miou": 1}}')
     with pytest.raises(UserError, match="no confusion counts"):
@@ -121,7 +121,7 @@ def test_sections_round_trip_and_are_checked(tmp_path):
         write_sections(tmp_path, [Section("A", image="y.png")])
     assert read_sections(tmp_path) == sections
     (tmp_path / "sections.json").write_text("[1]")
-    with pytest.raises(UserError, match="no list of sections"):
+    with pytest.raises(UserError, match="not a list of sections"):
         read_sections(tmp_path)
 
 
