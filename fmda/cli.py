@@ -253,8 +253,8 @@ def models_list(as_json: Json = False) -> None:
 def models_check(source: Positional[str], revision: str | None = None, as_json: Json = False) -> None:
     """Load a checkpoint and verify every array: names, shapes, numbers, count.
 
-    CLIP, DINO, a whole Stable Diffusion, or its UNet, autoencoder or text encoder alone. Exit code 2 when anything is
-    wrong.
+    A whole Stable Diffusion, or one network: CLIP, DINO, ESPNetv2, UNet, autoencoder, text encoder. Exit code 2 when
+    anything is wrong.
 
     Args:
         source: a folder, an embedded model or a hub id.
@@ -278,7 +278,7 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint (Flax msgpack, safetensors, OpenCLIP names) as safetensors that PyTorch's libraries open.
 
-    CLIP, a whole Stable Diffusion, or its UNet, autoencoder or text encoder alone.
+    A whole Stable Diffusion, or one network: CLIP, DINO, ESPNetv2, UNet, autoencoder, text encoder.
 
     Args:
         source: a folder, an embedded model or a hub id.

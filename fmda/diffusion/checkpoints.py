@@ -20,7 +20,7 @@ from fmda.diffusion.load import (
 from fmda.errors import UserError
 from fmda.weights import check, files, network
 from fmda.weights.check import CheckReport
-from fmda.weights.network import family_of, open_checkpoint, weight_fingerprint
+from fmda.weights.checkpoint import family_of, open_checkpoint, weight_fingerprint
 from fmda.weights.source import resolve
 
 

@@ -21,7 +21,8 @@ from fmda.models.catalog import DiffusionConfig
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import Remat
 from fmda.weights import files
-from fmda.weights.network import Checkpoint, Loaded, open_checkpoint, restore, save, weight_fingerprint
+from fmda.weights.checkpoint import Checkpoint, open_checkpoint, weight_fingerprint
+from fmda.weights.network import Loaded, restore, save
 from fmda.weights.source import PARTS, resolve
 from fmda.weights.tokenizer import Tokenizer
 

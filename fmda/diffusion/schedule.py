@@ -125,18 +125,18 @@ class ScheduleConfig:
             _check("sampler", self.sampler, SAMPLERS)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
-                f"beta_start, beta_end: {self.beta_start}, {self.beta_end} is no rising pair between 0 and 1; mend them"
+                f"beta_start, beta_end: {self.beta_start}, {self.beta_end} is no rising pair between 0 and 1; correct them"
             )
         if self.train_steps < 2 or not 0 <= self.steps_offset < self.train_steps:
             raise UserError(
                 f"num_train_timesteps, steps_offset: {self.train_steps}, {self.steps_offset}: there must be two "
-                "timesteps at least and the offset among them; mend the values"
+                "timesteps at least and the offset among them; correct the values"
             )
         if self.clip is not None:
             _check("clip_sample_range", self.clip, float)
             if not self.clip > 0:
                 raise UserError(
-                    f"clip_sample_range: {self.clip} is no positive bound; mend it or leave out the clipping"
+                    f"clip_sample_range: {self.clip} is no positive bound; correct it or remove the clipping"
                 )
 
     @classmethod
@@ -179,13 +179,13 @@ def _check(key: str, value: Any, kind: type | tuple[str, ...]) -> None:
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         words = {int: "a whole number", float: "a number", bool: "true or false"}
-        raise UserError(f"{key}: expected {words[kind]}, got {value!r}; mend the value")
+        raise UserError(f"{key}: expected {words[kind]}, got {value!r}; correct the value")
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of ScheduleConfig that a scheduler_config.json holds; `null` counts as absent."""
     if not isinstance(values, Mapping):
-        raise UserError(f"holds a {type(values).__name__}, not the keys of a scheduler; mend the file")
+        raise UserError(f"holds a {type(values).__name__}, not the keys of a scheduler; correct the file")
     given = {key: value for key, value in values.items() if value is not None}
     name = str(given.get("_class_name", "")).removeprefix("Flax")
     if name not in CLASSES and not {"beta_start", "beta_end", "beta_schedule"} <= given.keys():

@@ -12,7 +12,8 @@ import numpy as np
 
 from fmda import trees
 from fmda.errors import UserError
-from fmda.weights.network import Checkpoint, Loaded, family_of, network_graph, open_checkpoint, weight_fingerprint
+from fmda.weights.checkpoint import Checkpoint, family_of, network_graph, open_checkpoint, weight_fingerprint
+from fmda.weights.network import Loaded
 from fmda.weights.registry import FAMILIES
 from fmda.weights.source import resolve
 from fmda.weights.table import Faults

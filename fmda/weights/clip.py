@@ -8,7 +8,7 @@ from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfi
 from fmda.models.clip.config import OPENAI_MEAN, OPENAI_STD
 from fmda.nn.activation import ACTIVATIONS
 from fmda.weights import clip_tables
-from fmda.weights.reader import MISSING, Fields
+from fmda.weights.reader import MISSING, Fields, Keys, written
 from fmda.weights.table import Export, Names, Table
 
 CONVNEXTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
@@ -19,6 +19,42 @@ CONVNEXTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
     "convnext_xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
 }
 """Depths and channels of the trunks by their names in timm."""
+
+
+def _activation(fields: Fields, key: str, default: str) -> str:
+    return fields.word(key, default, ACTIVATIONS)
+
+
+def _token_id(fields: Fields, key: str, default: int) -> int:
+    # Old files hold ids that the vocabulary lacks; only the tokenizer's are checked.
+    return fields.index(key, default, 2**31)
+
+
+VIT_KEYS: dict[str, Any] = {
+    "image_size": ("image_size", Fields.size, 224),
+    "patch_size": ("patch_size", Fields.size, 32),
+    "width": ("hidden_size", Fields.size, 768),
+    "layers": ("num_hidden_layers", Fields.size, 12),
+    "heads": ("num_attention_heads", Fields.size, 12),
+    "mlp_width": ("intermediate_size", Fields.size, 3072),
+    "activation": ("hidden_act", _activation, "quick_gelu"),
+    "norm_eps": ("layer_norm_eps", Fields.number, 1e-5),
+}
+"""Of transformers' CLIPVisionConfig."""
+
+TEXT_KEYS: Keys = {
+    "vocab_size": ("vocab_size", Fields.size, 49408),
+    "context": ("max_position_embeddings", Fields.size, 77),
+    "width": ("hidden_size", Fields.size, 512),
+    "layers": ("num_hidden_layers", Fields.size, 12),
+    "heads": ("num_attention_heads", Fields.size, 8),
+    "mlp_width": ("intermediate_size", Fields.size, 2048),
+    "activation": ("hidden_act", _activation, "quick_gelu"),
+    "norm_eps": ("layer_norm_eps", Fields.number, 1e-5),
+    "bos_token_id": ("bos_token_id", _token_id, 49406),
+    "eos_token_id": ("eos_token_id", _token_id, 49407),
+}
+"""Of transformers' CLIPTextConfig."""
 
 
 def read(file: Path, names: Names) -> tuple[ClipConfig, Table]:
@@ -62,42 +98,18 @@ def open_clip_table(config: ClipConfig) -> Table:
 
 def read_text(fields: Fields) -> TextConfig:
     """Returns the text tower of transformers' CLIPTextConfig; keys left out have its defaults."""
-    vocab_size, width, heads = (
-        fields.size("vocab_size", 49408), fields.size("hidden_size", 512), fields.size("num_attention_heads", 8)
-    )  # fmt: skip
-    fields.divides("num_attention_heads", heads, width, "hidden_size")
-    return TextConfig(
-        vocab_size=vocab_size,
-        context=fields.size("max_position_embeddings", 77),
-        width=width,
-        layers=fields.size("num_hidden_layers", 12),
-        heads=heads,
-        mlp_width=fields.size("intermediate_size", 2048),
-        activation=fields.word("hidden_act", "quick_gelu", ACTIVATIONS),
-        norm_eps=fields.number("layer_norm_eps", 1e-5),
-        # Old files hold ids that the vocabulary lacks; only the tokenizer's are checked.
-        eos_token_id=fields.index("eos_token_id", 49407, 2**31),
-        bos_token_id=fields.index("bos_token_id", 49406, 2**31),
-    )
+    config = TextConfig(**fields.of(TEXT_KEYS))
+    fields.divides("num_attention_heads", config.heads, config.width, "hidden_size")
+    return config
 
 
-def read_vit(fields: Fields, *, patch_size: int, width: int, activation: str, norm_eps: float) -> VitConfig:
-    """Returns a vision transformer from Hugging Face's keys, the defaults as given."""
-    side, patch = fields.size("image_size", 224), fields.size("patch_size", patch_size)
-    width, heads = fields.size("hidden_size", width), fields.size("num_attention_heads", 12)
-    fields.divides("num_attention_heads", heads, width, "hidden_size")
-    if patch > side:
-        raise fields.fault("patch_size", f"at most image_size, {side}")
-    return VitConfig(
-        image_size=side,
-        patch_size=patch,
-        width=width,
-        layers=fields.size("num_hidden_layers", 12),
-        heads=heads,
-        mlp_width=fields.size("intermediate_size", 3072),
-        activation=fields.word("hidden_act", activation, ACTIVATIONS),
-        norm_eps=fields.number("layer_norm_eps", norm_eps),
-    )
+def read_vit(fields: Fields, keys: Keys) -> VitConfig:
+    """Returns a vision transformer from Hugging Face's keys."""
+    config = VitConfig(**fields.of(keys))
+    fields.divides("num_attention_heads", config.heads, config.width, "hidden_size")
+    if config.patch_size > config.image_size:
+        raise fields.fault("patch_size", f"at most image_size, {config.image_size}")
+    return config
 
 
 def read_hf(folder: Path) -> ClipConfig:
@@ -115,7 +127,7 @@ def read_hf(folder: Path) -> ClipConfig:
     image = Fields.read(preprocessor) if preprocessor.is_file() else Fields({}, preprocessor, "")
     return ClipConfig(
         embed_dim=fields.size("projection_dim", 512),
-        vision=read_vit(vision, patch_size=32, width=768, activation="quick_gelu", norm_eps=1e-5),
+        vision=read_vit(vision, VIT_KEYS),
         text=read_text(text),
         image_mean=image.triple("image_mean", OPENAI_MEAN, positive=False),
         image_std=image.triple("image_std", OPENAI_STD, positive=True),
@@ -133,29 +145,13 @@ def write_hf(config: ClipConfig) -> dict[str, Any]:
         "projection_dim": config.embed_dim,
         "text_config": {
             "model_type": "clip_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context,
-            "hidden_size": text.width,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "intermediate_size": text.mlp_width,
-            "hidden_act": text.activation,
-            "layer_norm_eps": text.norm_eps,
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": text.eos_token_id,
+            **written(text, TEXT_KEYS),
             "pad_token_id": 0,
             "projection_dim": config.embed_dim,
         },
         "vision_config": {
             "model_type": "clip_vision_model",
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_size": vision.width,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            "intermediate_size": vision.mlp_width,
-            "hidden_act": vision.activation,
-            "layer_norm_eps": vision.norm_eps,
+            **written(vision, VIT_KEYS),
             "projection_dim": config.embed_dim,
         },
     }

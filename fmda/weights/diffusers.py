@@ -11,8 +11,8 @@ from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
 from fmda.weights import diffusers_tables
-from fmda.weights.clip import read_text
-from fmda.weights.reader import Fields
+from fmda.weights.clip import TEXT_KEYS, read_text
+from fmda.weights.reader import Fields, Keys, written
 from fmda.weights.table import Export, Names, Table
 
 Json = dict[str, Any]
@@ -66,6 +66,19 @@ _VAE_FIXED: Json = {
     "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
 }
+_UNET_KEYS: Keys = {
+    "in_channels": ("in_channels", Fields.size, 4),
+    "out_channels": ("out_channels", Fields.size, 4),
+    "layers": ("layers_per_block", Fields.size, 2),
+    "context_width": ("cross_attention_dim", Fields.size, 1280),
+    "linear_projection": ("use_linear_projection", Fields.flag, False),
+}
+_VAE_KEYS: Keys = {
+    "layers": ("layers_per_block", Fields.size, 1),
+    "latent_channels": ("latent_channels", Fields.size, 4),
+    "scale": ("scaling_factor", Fields.number, 0.18215),
+    "sample_size": ("sample_size", Fields.size_or_null, 32),
+}
 _TAKE = "give a Stable Diffusion 1.x or 2.x checkpoint"
 _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 _UPWARDS = {_CROSS_DOWN: "CrossAttnUpBlock2D", _DOWN: "UpBlock2D"}
@@ -118,18 +131,14 @@ def read_unet(folder: Path) -> UNetConfig:
         if attends:
             fields.divides(key, count, width, "its level in block_out_channels")
     flax = config["_class_name"].startswith("Flax")
-    sample_size = fields.size("sample_size", 64, null=True)
+    sample_size = fields.size_or_null("sample_size", 64)
     return UNetConfig(
-        in_channels=fields.size("in_channels", 4),
-        out_channels=fields.size("out_channels", 4),
+        **fields.of(_UNET_KEYS),
         channels=channels,
-        layers=fields.size("layers_per_block", 2),
         attention=attention,
         heads=heads,
-        context_width=fields.size("cross_attention_dim", 1280),
-        linear_projection=fields.flag("use_linear_projection", False),
         groups=groups,
-        # the first releases of 1.x name 32, and diffusers' pipeline does not believe them either
+        # the first releases of 1.x name 32, which diffusers' pipeline overrides too
         sample_size=max(64, sample_size) if _before_0_9(config) else sample_size,
         # each library's own arithmetic, so that a checkpoint gives here what it gave there
         gate="gelu_tanh" if flax else "gelu",
@@ -154,15 +163,11 @@ def write_unet(config: UNetConfig) -> Json:
     fixed = {key: allowed[0] for key, allowed in _UNET_FIXED.items()}
     return fixed | {
         "_class_name": UNET_CLASSES[0],
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
+        **written(config, _UNET_KEYS),
         "block_out_channels": list(config.channels),
-        "layers_per_block": config.layers,
         "down_block_types": down,
         "up_block_types": [_UPWARDS[name] for name in reversed(down)],
         "attention_head_dim": config.heads[0] if len(set(config.heads)) == 1 else list(config.heads),
-        "cross_attention_dim": config.context_width,
-        "use_linear_projection": config.linear_projection,
         "norm_num_groups": config.groups,
         "sample_size": config.sample_size,
     }
@@ -176,14 +181,7 @@ def read_vae(folder: Path) -> VaeConfig:
     fields.only(
         {"down_block_types": (["DownEncoderBlock2D"] * levels,), "up_block_types": (["UpDecoderBlock2D"] * levels,)}
     )
-    return VaeConfig(
-        channels=channels,
-        layers=fields.size("layers_per_block", 1),
-        latent_channels=fields.size("latent_channels", 4),
-        scale=fields.number("scaling_factor", 0.18215),
-        groups=groups,
-        sample_size=fields.size("sample_size", 32, null=True),
-    )
+    return VaeConfig(channels=channels, groups=groups, **fields.of(_VAE_KEYS))
 
 
 def write_vae(config: VaeConfig) -> Json:
@@ -192,13 +190,10 @@ def write_vae(config: VaeConfig) -> Json:
     return fixed | {
         "_class_name": VAE_CLASSES[0],
         "block_out_channels": list(config.channels),
-        "layers_per_block": config.layers,
+        **written(config, _VAE_KEYS),
         "down_block_types": ["DownEncoderBlock2D"] * len(config.channels),
         "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
-        "latent_channels": config.latent_channels,
-        "scaling_factor": config.scale,
         "norm_num_groups": config.groups,
-        "sample_size": config.sample_size,
     }
 
 
@@ -212,16 +207,7 @@ def write_text_encoder(config: TextConfig) -> Json:
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": TEXT_MODEL,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_eps,
-        "eos_token_id": config.eos_token_id,
-        "bos_token_id": config.bos_token_id,
+        **written(config, TEXT_KEYS),
         "projection_dim": config.width,
         "attention_dropout": 0.0,
     }

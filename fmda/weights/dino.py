@@ -9,9 +9,16 @@ from fmda.errors import UserError
 from fmda.models.clip import VitConfig
 from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, POSITION_OFFSET, vit_config
 from fmda.weights import dino_tables
-from fmda.weights.clip import read_vit
-from fmda.weights.reader import Fields
+from fmda.weights.clip import VIT_KEYS, read_vit
+from fmda.weights.reader import Fields, written
 from fmda.weights.table import Export, Names, Table
+
+_KEYS = VIT_KEYS | {
+    "patch_size": ("patch_size", Fields.size, 16),
+    "activation": ("hidden_act", VIT_KEYS["activation"][1], "gelu"),
+    "norm_eps": ("layer_norm_eps", Fields.number, 1e-12),
+}
+"""Of transformers' ViTConfig."""
 
 
 def read(file: Path, names: Names) -> tuple[VitConfig, Table]:
@@ -20,8 +27,7 @@ def read(file: Path, names: Names) -> tuple[VitConfig, Table]:
         fields = Fields.read(file.with_name("config.json"))
         if fields.values.get("model_type") != "vit":
             raise fields.fault("model_type", "'vit'")
-        vit = read_vit(fields, patch_size=16, width=768, activation="gelu", norm_eps=1e-12)
-        return replace(vit, pre_norm=False, patch_bias=True), dino_tables.HF_VIT
+        return replace(read_vit(fields, _KEYS), pre_norm=False, patch_bias=True), dino_tables.HF_VIT
     return replace(_config_of(names, file.parent), position_offset=POSITION_OFFSET), dino_tables.DINO
 
 
@@ -56,15 +62,8 @@ def _write_hf(config: VitConfig) -> dict[str, Any]:
     return {
         "architectures": ["ViTModel"],
         "model_type": "vit",
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
+        **written(config, _KEYS),
         "num_channels": 3,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_eps,
         "qkv_bias": True,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,

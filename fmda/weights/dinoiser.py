@@ -7,7 +7,8 @@ from jax.typing import DTypeLike
 
 from fmda.errors import UserError
 from fmda.models.dinoiser import HEADS_FILE, Heads, HeadsConfig
-from fmda.weights.network import open_checkpoint, restore, save
+from fmda.weights.checkpoint import open_checkpoint
+from fmda.weights.network import restore, save
 
 
 def load_heads(folder: str | Path, width: int) -> Heads:

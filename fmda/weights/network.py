@@ -1,13 +1,12 @@
-"""One network of a checkpoint: opened, loaded, saved and converted by the row of its family."""
+"""One network of a checkpoint: loaded, saved and converted by the row of its family."""
 
 import functools
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,108 +16,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from fmda import trees
-from fmda.errors import UserError, did_you_mean
-from fmda.models.module import abstract
+from fmda.errors import UserError
 from fmda.models.sd_unet import Remat
 from fmda.nn.attention import attention
 from fmda.weights import files
+from fmda.weights.checkpoint import Checkpoint, family_of, network_graph, open_checkpoint, weight_fingerprint
 from fmda.weights.registry import FAMILIES
-from fmda.weights.source import PARTS, named_pair, resolve, weight_file
-from fmda.weights.table import Table
+from fmda.weights.source import PARTS, resolve
 from fmda.weights.tokenizer import FILES as TOKENIZER_FILES
 from fmda.weights.tokenizer import Tokenizer, has_tokenizer
 
 FLOAT16_MAX = 65504.0
-
-
-def network_graph(
-    family: str, config: Any, dtype: DTypeLike = jnp.float32, **options: Any
-) -> tuple[nnx.GraphDef, trees.Tree]:
-    """Returns (graphdef, tree of ShapeDtypeStruct) of a network that computes in `dtype`; allocates nothing.
-
-    `options` are the builder's, such as `remat` of a UNet.
-    """
-    return _graph(family, config, cast(Any, dtype), tuple(sorted(options.items())))
-
-
-@functools.lru_cache(maxsize=64)
-def _graph(family: str, config: Any, dtype: Any, options: tuple[Any, ...]) -> tuple[nnx.GraphDef, trees.Tree]:
-    return abstract(lambda rngs: FAMILIES[family].build(config, dtype=dtype, rngs=rngs, **dict(options)))
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The opened folder of one network: configuration and layout are known and checked, arrays are not read yet."""
-
-    family: str
-    folder: Path
-    file: Path
-    config: Any
-    table: Table
-    stamp: tuple[int, int]
-    """Size and time of the weight file when it was opened."""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns {stored name: array}. Raises UserError for a damaged file, or one that changed since opening."""
-        if _stamp(self.file) != self.stamp:
-            raise UserError(f"{self.file}: changed since it was opened; start again")
-        return files.read_arrays(self.file)
-
-    def params(self) -> trees.Tree:
-        """Returns the parameters as NumPy arrays in their stored dtypes. Raises UserError that lists what misfits."""
-        return self.table.read(self.arrays(), network_graph(self.family, self.config)[1], str(self.file))
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def open_checkpoint(family: str, folder: Path, file: Path | None = None) -> Checkpoint:
-    """Returns the opened folder of a network of that family; `file` names one of several weight files.
-
-    Raises UserError for a configuration that cannot be built, and for weight files that are missing, pickles or, as
-    far as their headers show, damaged.
-    """
-    file = file or weight_file(folder, FAMILIES[family].files)
-    config, table = FAMILIES[family].read(file, files.read_names(file))
-    return Checkpoint(family, folder, file, config, table, _stamp(file))
-
-
-def family_of(folder: Path, file: Path | None = None) -> str:
-    """Returns the family of a folder, by its configuration, or by its stored names where it holds none.
-
-    `file` names one of several weight files. Raises UserError for a network of no known family.
-    """
-    path = folder / "config.json"
-    if file is None and not path.is_file():
-        file = named_pair(folder)
-    path = files.config_file(file) if file else path
-    if path.is_file():
-        config = files.read_json(path)
-        key = "_class_name" if "_class_name" in config else "model_type"
-        kinds = {kind: family for family, row in FAMILIES.items() for kind in row.kinds}
-        kind = config.get(key)
-        if kind not in kinds:
-            raise UserError(f"{path}: {key} '{kind}' cannot be built{did_you_mean(str(kind), kinds)}")
-        return kinds[kind]
-    for family, row in FAMILIES.items():
-        if row.bare is not None and row.bare in files.read_names(weight_file(folder, row.files)):
-            return family
-    return "clip"
-
-
-def weight_fingerprint(params: Mapping[Any, Any], *settings: Any) -> str:
-    """Returns 12 hex digits that change with the value of any parameter, or with the settings' `repr`.
-
-    Values count as float32, in which float16 and bfloat16 are exact: widened numbers keep their fingerprint.
-    """
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=6)
-    for path, leaf in sorted(trees.flatten(params).items()):
-        array = np.asarray(leaf).astype(np.float32, copy=False)
-        digest.update(f"{path}{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Checked reading of a checkpoint's JSON: every value has a type and a range, and each fault names file and key."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from fmda.weights.files import read_json
 
 MISSING: Any = object()
 """Default of a key that must be there."""
+
+Keys = Mapping[str, tuple[str, Callable[["Fields", str, Any], Any], Any]]
+"""{field of a configuration: (key in JSON, method of `Fields`, default)}: drives reader and writer."""
 
 
 class Fields:
@@ -37,11 +40,13 @@ class Fields:
             raise self.fault(key, expected)
         return value
 
-    def size(self, key: str, default: Any = MISSING, *, null: bool = False) -> int:
-        """Returns a whole number above 0. With `null`, null counts as absent."""
-        if null and self.values.get(key) is None:
-            return default
+    def size(self, key: str, default: Any = MISSING) -> int:
+        """Returns a whole number above 0."""
         return self._checked(key, default, is_size, "one whole number above 0")
+
+    def size_or_null(self, key: str, default: int) -> int:
+        """Returns a whole number above 0; null counts as absent."""
+        return default if self.values.get(key) is None else self.size(key)
 
     def index(self, key: str, default: Any, below: int) -> int:
         """Returns a whole number from 0 to `below` - 1."""
@@ -84,6 +89,10 @@ class Fields:
         hint = did_you_mean(value, known) if isinstance(value, str) else f"; known: {', '.join(known)}"
         return self._checked(key, default, lambda v: isinstance(v, str) and v in known, f"a known word{hint}")
 
+    def of(self, keys: Keys) -> dict[str, Any]:
+        """Returns {field: value} of all keys."""
+        return {field: method(self, key, default) for field, (key, method, default) in keys.items()}
+
     def section(self, *keys: str) -> "Fields":
         """Returns the fields of nested objects, merged, the last first; absent and null ones count as empty."""
         merged: dict[str, Any] = {}
@@ -104,6 +113,12 @@ class Fields:
         """Raises UserError unless the value `divisor` of a key divides `whole`, which `what` names."""
         if whole % divisor:
             raise UserError(f"{self.where}: {self.prefix}{key} {divisor} does not divide {what}, {whole}; {self.fix}")
+
+
+def written(config: Any, keys: Keys) -> dict[str, Any]:
+    """Returns the JSON object that `Fields.of` reads back as the fields of `config`."""
+    values = {key: getattr(config, field) for field, (key, _, _) in keys.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def is_size(value: Any) -> bool:

@@ -184,7 +184,7 @@ def _download(name: str, revision: str | None, layout: Layout) -> Path:
 
 @contextlib.contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Keeps the hub's client from announcing each of its retries; how they end is told in one line."""
+    """Keeps the hub's client from announcing each of its retries; their outcome is reported in one line."""
     level = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:

@@ -1,0 +1,111 @@
+"""An opened checkpoint: family, configuration and layout are known, arrays are read when they are asked for."""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from fmda import trees
+from fmda.errors import UserError, did_you_mean
+from fmda.models.module import abstract
+from fmda.weights import files
+from fmda.weights.registry import FAMILIES
+from fmda.weights.source import named_pair, weight_file
+from fmda.weights.table import Table
+
+
+def network_graph(
+    family: str, config: Any, dtype: DTypeLike = jnp.float32, **options: Any
+) -> tuple[nnx.GraphDef, trees.Tree]:
+    """Returns (graphdef, tree of ShapeDtypeStruct) of a network that computes in `dtype`; allocates nothing.
+
+    `options` are the builder's, such as `remat` of a UNet.
+    """
+    return _graph(family, config, cast(Any, dtype), tuple(sorted(options.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _graph(family: str, config: Any, dtype: Any, options: tuple[Any, ...]) -> tuple[nnx.GraphDef, trees.Tree]:
+    return abstract(lambda rngs: FAMILIES[family].build(config, dtype=dtype, rngs=rngs, **dict(options)))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The opened folder of one network: configuration and layout are known and checked, arrays are not read yet."""
+
+    family: str
+    folder: Path
+    file: Path
+    config: Any
+    table: Table
+    stamp: tuple[int, int]
+    """Size and time of the weight file when it was opened."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns {stored name: array}. Raises UserError for a damaged file, or one that changed since opening."""
+        if _stamp(self.file) != self.stamp:
+            raise UserError(f"{self.file}: changed since it was opened; start again")
+        return files.read_arrays(self.file)
+
+    def params(self) -> trees.Tree:
+        """Returns the parameters as NumPy arrays in their stored dtypes. Raises UserError that lists what misfits."""
+        return self.table.read(self.arrays(), network_graph(self.family, self.config)[1], str(self.file))
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def open_checkpoint(family: str, folder: Path, file: Path | None = None) -> Checkpoint:
+    """Returns the opened folder of a network of that family; `file` names one of several weight files.
+
+    Raises UserError for a configuration that cannot be built, and for weight files that are missing, pickles or, as
+    far as their headers show, damaged.
+    """
+    file = file or weight_file(folder, FAMILIES[family].files)
+    config, table = FAMILIES[family].read(file, files.read_names(file))
+    return Checkpoint(family, folder, file, config, table, _stamp(file))
+
+
+def family_of(folder: Path, file: Path | None = None) -> str:
+    """Returns the family of a folder, by its configuration, or by its stored names where it holds none.
+
+    `file` names one of several weight files. Raises UserError for a network of no known family.
+    """
+    path = folder / "config.json"
+    if file is None and not path.is_file():
+        file = named_pair(folder)
+    path = files.config_file(file) if file else path
+    if path.is_file():
+        config = files.read_json(path)
+        key = "_class_name" if "_class_name" in config else "model_type"
+        kinds = {kind: family for family, row in FAMILIES.items() for kind in row.kinds}
+        kind = config.get(key)
+        if kind not in kinds:
+            raise UserError(f"{path}: {key} '{kind}' cannot be built{did_you_mean(str(kind), kinds)}")
+        return kinds[kind]
+    for family, row in FAMILIES.items():
+        if row.bare is not None and row.bare in files.read_names(weight_file(folder, row.files)):
+            return family
+    return "clip"
+
+
+def weight_fingerprint(params: Mapping[Any, Any], *settings: Any) -> str:
+    """Returns 12 hex digits that change with the value of any parameter, or with the settings' `repr`.
+
+    Values count as float32, in which float16 and bfloat16 are exact: widened numbers keep their fingerprint.
+    """
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=6)
+    for path, leaf in sorted(trees.flatten(params).items()):
+        array = np.asarray(leaf).astype(np.float32, copy=False)
+        digest.update(f"{path}{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
