@@ -125,7 +125,7 @@ class ScheduleConfig:
             _check("sampler", self.sampler, SAMPLERS)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
-                f"beta_start, beta_end: {self.beta_start}, {self.beta_end} is no rising pair between 0 and 1; correct them"
+                f"beta_start, beta_end: {self.beta_start}, {self.beta_end} is no rising pair between 0 and 1; fix them"
             )
         if self.train_steps < 2 or not 0 <= self.steps_offset < self.train_steps:
             raise UserError(

@@ -176,7 +176,7 @@ def test_config_survives_the_file(config):
         ({"trained_betas": [0.1, 0.2]}, "trained_betas: [0.1, 0.2] is not supported; set it to null or remove"),
         ({"timestep_type": "continuous"}, 'set it to "discrete" or remove the line'),
         ({"use_flow_sigmas": True}, "use_flow_sigmas: True is not supported; set it to false or remove the line"),
-        ({"num_train_timesteps": "1000"}, "num_train_timesteps: expected a whole number, got '1000'; correct the value"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps: expected a whole number, got '1000'; correct"),
         ({"num_train_timesteps": True}, "num_train_timesteps: expected a whole number, got True"),
         ({"num_train_timesteps": 1}, "num_train_timesteps, steps_offset: 1, 1: there must be two timesteps"),
         ({"steps_offset": 1000}, "num_train_timesteps, steps_offset: 1000, 1000"),
