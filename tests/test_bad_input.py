@@ -191,7 +191,7 @@ CASES = {
     "work folder of another configuration": (nothing, ["done: holds work of another configuration (", "work_dir="], [
         "run floss.yaml n=2 work_dir=done", "run clip.yaml work_dir=done", "run world.yaml work_dir=done",
         "demo --work-dir done"]),
-    "work folder that is none": (nothing, ["data: is not empty and not a run folder", "work_dir="], [
+    "work folder that is none": (nothing, ["data: is not empty and has no identity.json", "work_dir="], [
         "run floss.yaml work_dir=data", "demo --work-dir data"]),
     "output of something else": (nothing, ["done/host: holds work of another configuration"], [
         "evaluate done folder --root data --split train --out done/host"]),
@@ -199,7 +199,7 @@ CASES = {
     "predictions that are there": (lambda: shutil.copytree("data/val/labels", "new"), ["0.png: exists already"], [
         PREDICT]),
     "pictures of something else": (lambda: Path("done/host").rename("done/photo"),
-        ["done/photo: not empty and not a rendered folder"], ["data render done 'domains={photo: 1}'"]),
+        ["done/photo: is not empty and has no identity.json"], ["data render done 'domains={photo: 1}'"]),
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,6 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from fmda.atomic import occupied
 from fmda.config import to_dict
 from fmda.diffusion.compare import Walk
 from fmda.diffusion.filters import (
@@ -129,7 +128,8 @@ def generate(
     try:
         if process_index == 0 or (folder / RECORD).is_file():
             # a folder of other facts ends all processes, so that none waits for another
-            _claim(folder, identity)
+            claim(folder, identity, remedy="choose another folder", exclusive=True)
+            (folder / IMAGES).mkdir(exist_ok=True)
         wait("claim")
         plain = {name: value for name, value in to_dict(facts).items() if value is not None}
         with contextlib.ExitStack() as journals:
@@ -150,13 +150,6 @@ def generate(
             f"{fault.filename or folder}: cannot write ({fault.strerror or fault}); free space or fix the path, and "
             "generate again to continue"
         ) from fault
-
-
-def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    if occupied(folder) and not (folder / RECORD).is_file():
-        raise UserError(f"{folder}: not empty and not a folder of generated images; choose another folder")
-    claim(folder, identity, remedy="choose another folder")
-    (folder / IMAGES).mkdir(exist_ok=True)
 
 
 def check_numbers(**numbers: int) -> None:

@@ -1,6 +1,5 @@
 """Rendered data sets: the street world written to folders that the readers, the trainers and people can use."""
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,17 +9,21 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 
-from fmda.atomic import occupied, replacing, write_atomic
-from fmda.config import Bounds, NonNegativeInt, PositiveInt, differences, fingerprint, to_dict
+from fmda.atomic import replacing, write_atomic
+from fmda.config import Bounds, NonNegativeInt, PositiveInt
 from fmda.data import class_list
 from fmda.errors import UserError, did_you_mean
 from fmda.methods.pipeline import Plan
 from fmda.progress import track
+from fmda.runs.identity import claim
+from fmda.runs.journal import Journal, write_rows
 from fmda.runs.stages import Stage
 from fmda.world.captions import caption, facts_of
-from fmda.world.names import CLASSES, DOMAINS, PALETTE
+from fmda.world.names import DOMAINS, PALETTE
 
 SHEET_COLUMNS = 6
+CAPTIONS = "captions.jsonl"
+PARTS = ("images", "labels", "instances")
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ Config = RenderConfig
 def write_world(config: RenderConfig, folder: str | Path) -> list[Path]:
     """Writes one data-set folder per domain and a contact sheet of them; returns the folders.
 
-    Each holds images/, labels/ (uint8 train ids, 255 void), instances/ (uint16), captions.jsonl, meta.json and
-    classes.yaml. Pictures that exist are kept, so a broken-off call continues; more pictures of the same
+    Each holds images/, labels/ (uint8 train ids, 255 void), instances/ (uint16), captions.jsonl, identity.json
+    and classes.yaml. Pictures that exist are kept, so a broken-off call continues; more pictures of the same
     configuration are added to those there. Raises UserError when the folder holds pictures of another configuration.
     """
     folder = Path(folder)
@@ -101,32 +104,10 @@ def picture_keys(seed: int, domain: str, indices: list[int]) -> Any:
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(np.asarray(indices, np.uint32))
 
 
-def _identity(config: RenderConfig) -> dict[str, Any]:
-    """The part of the configuration that determines a picture of given domain and index."""
-    return {k: v for k, v in to_dict(config).items() if k in ("height", "width", "seed", "supersample")}
-
-
 def _claim(root: Path, config: RenderConfig) -> None:
-    meta = root / "meta.json"
-    identity = _identity(config)
-    if meta.is_file():
-        try:
-            found = json.loads(meta.read_text(encoding="utf-8"))["config"]
-        except (json.JSONDecodeError, KeyError, TypeError) as fault:
-            raise UserError(f"{meta}: not readable; delete the folder and draw it again") from fault
-        if found != identity:
-            changed = ", ".join(differences(found, identity))
-            raise UserError(f"{root}: holds pictures of another configuration ({changed}); choose another folder")
-    elif occupied(root):
-        raise UserError(f"{root}: not empty and not a rendered folder; choose another folder")
-    else:
-        # first of all files: a folder without it is none of ours
-        root.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {"config": identity, "domain": root.name, "classes": list(CLASSES), "mark": fingerprint(identity)}, indent=1
-        )
-        write_atomic(meta, text)
-    for part in ("images", "labels", "instances"):
+    facts = {"domain": root.name, "config": config}
+    claim(root, facts, ("config.domains", "config.batch"), remedy="choose another folder", exclusive=True)
+    for part in PARTS:
         (root / part).mkdir(exist_ok=True)
     if not (root / "classes.yaml").is_file():
         with replacing(root / "classes.yaml") as path:
@@ -134,43 +115,25 @@ def _claim(root: Path, config: RenderConfig) -> None:
 
 
 def _write_domain(root: Path, config: RenderConfig, domain: str, count: int) -> None:
-    names = [f"{i:06d}" for i in range(count)]
-    lines = _lines(root / "captions.jsonl")
-    missing = [i for i, name in enumerate(names) if name not in lines or not _complete(root, name)]
-    with ThreadPoolExecutor(2) as pool, open(root / "captions.jsonl", "a", encoding="utf-8") as journal:
+    with Journal(root / CAPTIONS) as journal, ThreadPoolExecutor(2) as pool:
+        try:
+            lines = {row["name"]: row for row in journal.rows}
+        except (KeyError, TypeError):
+            raise UserError(f"{journal.path}: damaged; delete the folder and render it again") from None
+        missing = [i for i in range(count) if f"{i:06d}" not in lines or not _complete(root, f"{i:06d}")]
         for name, picture in track(pictures(config, domain, missing), f"render {domain}", len(missing)):
-            files = {
-                "images": picture["image"][..., ::-1],
-                "labels": picture["labels"],
-                "instances": picture["instances"],
-            }
-            list(pool.map(lambda item: write_atomic(root / item[0] / f"{name}.png", _png(item[1])), files.items()))  # noqa: B023
+            maps = {**{part: picture[part] for part in PARTS[1:]}, PARTS[0]: picture["image"][..., ::-1]}
+            list(pool.map(lambda item: write_atomic(root / item[0] / f"{name}.png", _png(item[1])), maps.items()))  # noqa: B023
             if name not in lines:
-                # one line per picture, after its files: a torn last line is read as missing
+                # a line follows the files of its image, so it is written once they are whole
                 lines[name] = {"name": name, "domain": domain, "caption": picture["caption"], "facts": picture["facts"]}
-                journal.write(json.dumps(lines[name]) + "\n")
-                journal.flush()
-    ordered = "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines))
-    if (root / "captions.jsonl").read_text(encoding="utf-8") != ordered:
-        write_atomic(root / "captions.jsonl", ordered)
+                journal.append(lines[name])
+    if [row["name"] for row in journal.rows] != sorted(lines):
+        write_rows(journal.path, [lines[name] for name in sorted(lines)])
 
 
 def _complete(root: Path, name: str) -> bool:
-    return all((root / part / f"{name}.png").is_file() for part in ("images", "labels", "instances"))
-
-
-def _lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the journal's rows by name; a torn last line is cut off."""
-    if not path.is_file():
-        return {}
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        write_atomic(path, whole)
-    try:
-        return {row["name"]: row for row in map(json.loads, whole.decode().splitlines())}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: damaged; delete the folder and draw it again") from None
+    return all((root / part / f"{name}.png").is_file() for part in PARTS)
 
 
 def pictures(config: RenderConfig, domain: str, indices: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fmda.errors import UserError
 from fmda.methods.pipeline import Plan
-from fmda.runs.stages import Stage
+from fmda.runs.stages import Stage, pending
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,22 @@ class Config:
     runs: tuple[Path, ...]
 
 
-def stages(config: Config) -> list[Stage]:
-    """Returns the one stage, which writes `report.html`."""
+def check(config: Config) -> None:
+    """Raises UserError for run folders that do not exist, but for those that earlier runs of a pipeline make."""
     if not config.runs:
         raise UserError("report: `runs` is empty; name at least one run folder")
+    for run in config.runs:
+        if not pending(run) and not run.is_dir():
+            raise UserError(f"runs: {run} does not exist; give the work_dir of a run")
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns the one stage, which writes `report.html`."""
 
     def write(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
         from fmda.evaluate.report import report
 
-        return {"page": str(report([Path(r) for r in config.runs], folder / "report.html"))}
+        return {"page": str(report(list(config.runs), folder / "report.html"))}
 
     return [Stage("page", write, config, always=True, alone=True)]
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmda.atomic import write_atomic
+from fmda.atomic import occupied, write_atomic
 from fmda.config import differences, to_dict
 from fmda.errors import UserError
 
@@ -27,6 +27,7 @@ def claim(
     *,
     record: str = RECORD,
     remedy: str = "choose another work_dir=, or restore the earlier values",
+    exclusive: bool = False,
 ) -> bool:
     """Records the facts in a new folder, or compares them with those on record; returns whether there was a record.
 
@@ -36,6 +37,7 @@ def claim(
         free: dotted names, such as "config.batch", that are neither recorded nor compared, besides `FREE` fields.
         record: name of the file.
         remedy: the end of the refusal: how to proceed.
+        exclusive: whether a folder that holds other files and no record is refused.
 
     Raises:
         UserError: the folder holds other work; the message names the values that differ. OSError: it is not writable.
@@ -44,6 +46,8 @@ def claim(
     if path.is_file():
         compare(path, facts, free, remedy=remedy)
         return True
+    if exclusive and occupied(path.parent):
+        raise UserError(f"{folder}: is not empty and has no {record}: its files are not of fmda; {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(recorded(facts, free), indent=1, ensure_ascii=False) + "\n")
     return False

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fmda.atomic import occupied, write_atomic
+from fmda.atomic import write_atomic
 from fmda.config import fingerprint, to_dict, to_yaml
 from fmda.errors import UserError
 from fmda.runs.identity import RECORD, changes, claim, filled, listed, recorded
@@ -159,10 +159,8 @@ class _Taken(UserError):
 
 def _claim(work: Path, config: Mapping[str, Any]) -> None:
     """Makes the run folder and records the configuration, or checks that the folder belongs to it."""
-    if occupied(work) and not (work / RECORD).is_file():
-        raise _Taken(f"{work}: is not empty and not a run folder (no {RECORD}); choose another work_dir=")
     try:
-        if not claim(work, config):
+        if not claim(work, config, exclusive=True):
             _write(work / CONFIG, to_yaml(config))
     except OSError as fault:
         raise UserError(f"{work}: cannot be written ({fault.strerror}); choose another work_dir=") from None

@@ -217,7 +217,7 @@ def test_a_folder_of_another_generation_is_refused_and_left_as_it_is(whole, mess
 
 def test_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="not empty and not a folder of generated images; choose another folder"):
+    with pytest.raises(UserError, match="is not empty and has no identity.json: .*; choose another folder"):
         make(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -182,13 +182,13 @@ def test_a_part_that_is_lost_comes_back_as_it_was(place, networks, tmp_path, mon
     assert list((tmp_path / "bank").iterdir()) == []
     write()
     parts = {path.name: path.read_bytes() for path in (tmp_path / "bank").iterdir()}
-    assert set(parts) == {"000000.npz", "000002.npz", "networks.txt"}
+    assert set(parts) == {"000000.npz", "000002.npz", "identity.json"}
     (tmp_path / "bank/000002.npz").unlink()
     times = (tmp_path / "bank/000000.npz").stat().st_mtime_ns
     write()
     assert {path.name: path.read_bytes() for path in (tmp_path / "bank").iterdir()} == parts
     assert (tmp_path / "bank/000000.npz").stat().st_mtime_ns == times
-    with pytest.raises(UserError, match="bank: its latents come from other networks; choose another work_dir="):
+    with pytest.raises(UserError, match="bank: holds work of another .*; its latents come from other networks"):
         write("other")
     assert {path.name: path.read_bytes() for path in (tmp_path / "bank").iterdir()} == parts
 
@@ -345,7 +345,7 @@ def test_latents_of_other_networks_are_not_trained_on(place, run, tmp_path):
     before = load_networks(small(place)).digest
     assert load_networks(config).digest != before
     for number, name in ((1, "train"), (2, "export")):
-        with pytest.raises(UserError, match="latents: its latents come from other networks"):
+        with pytest.raises(UserError, match="latents: holds work of .*its latents come from other networks"):
             stages(config)[number].run(tmp_path / name, run)
 
 

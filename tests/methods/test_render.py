@@ -90,7 +90,7 @@ def test_a_broken_off_folder_is_completed_to_the_same_bytes(world, tmp_path):
 
 def test_another_configuration_is_refused_and_nothing_changes(world):
     before = content(world)
-    with pytest.raises(UserError, match="holds pictures of another configuration .*seed"):
+    with pytest.raises(UserError, match="holds work of another configuration .*seed"):
         write_world(RenderConfig(domains={"photo": 5}, seed=1, **SMALL), world)
     assert content(world) == before
 
@@ -98,7 +98,7 @@ def test_another_configuration_is_refused_and_nothing_changes(world):
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "photo").mkdir()
     (tmp_path / "photo/mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="not empty and not a rendered folder"):
+    with pytest.raises(UserError, match="is not empty and has no identity.json"):
         write_world(RenderConfig(domains={"photo": 1}, **SMALL), tmp_path)
     assert (tmp_path / "photo/mine.txt").read_text() == "keep"
 

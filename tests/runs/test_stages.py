@@ -125,7 +125,7 @@ def test_a_stage_that_renews_runs_again_when_a_free_setting_changed(tmp_path):
 
 def test_a_folder_with_foreign_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="is not empty and not a run folder"):
+    with pytest.raises(UserError, match="is not empty and has no identity.json"):
         run_stages(stages([]), tmp_path, {}, lambda _: None)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 

@@ -25,7 +25,7 @@ from fmda.mesh import FSDP_RULES, make_mesh, place
 from fmda.methods.datum.cost import check_memory, plan, row_flops
 from fmda.methods.datum.dreambooth import Graphs, make_objective
 from fmda.methods.datum.lora import init_adapters
-from fmda.methods.datum.prepare import check_prepared, examples, prepare
+from fmda.methods.datum.prepare import check, check_prepared, examples, prepare
 from fmda.methods.datum.settings import Config
 from fmda.methods.datum.snapshots import snapshot_model, untouched, write_snapshot
 from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
@@ -33,13 +33,14 @@ from fmda.methods.datum.target import digest
 from fmda.methods.export import write_summary
 from fmda.methods.generate.run import ORIGIN
 from fmda.precision import Policy, cast
+from fmda.runs.identity import changes
 from fmda.runs.stages import Stage
 from fmda.train import Snapshot, Task, run_task
 from fmda.trees import Tree
 from fmda.weights import files
 from fmda.weights.network import network_graph
 
-__all__ = ["Config", "export_steps", "personalisation", "plan", "prepare", "stages", "train"]
+__all__ = ["Config", "check", "export_steps", "personalisation", "plan", "prepare", "stages", "train"]
 
 
 def stages(config: Config) -> list[Stage]:
@@ -186,18 +187,13 @@ def export_steps(config: Config, train: Path, folder: Path, named: Mapping[str, 
     base = None
     for name, step in named.items():
         path, part = folder / name, folder / f".{name}.part"
-        if path.is_dir() and _step_of(path) in (None, step):
+        origin = {"step": step, "token": config.token, "prompt": config.prompt}
+        if (path / ORIGIN).is_file() and not changes(files.read_json(path / ORIGIN), origin, ("base",)):
             continue
         shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(part, ignore_errors=True)
         base = base or untouched(config)
         save_stable_diffusion(part, snapshot_model(config, train, step, base), dtype=jnp.dtype(config.store))
-        origin = {"base": base.fingerprint, "step": step, "token": config.token, "prompt": config.prompt}
-        files.write_json(part / ORIGIN, origin)
+        files.write_json(part / ORIGIN, {"base": base.fingerprint, **origin})
         part.rename(path)
     return [folder / name for name in named]
-
-
-def _step_of(exported: Path) -> int | None:
-    origin = exported / ORIGIN
-    return files.read_json(origin).get("step") if origin.is_file() else None

@@ -1,6 +1,5 @@
 """What a personalisation reads: the checked target, class pictures, encoded crops; and the rows of its batches."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmda.atomic import replacing, write_atomic
+from fmda.data.check import check_images
 from fmda.data.files import read_image
 from fmda.data.loader import Transform
 from fmda.diffusion.draw import image_size
@@ -33,74 +33,78 @@ from fmda.methods.datum.target import (
     open_target,
     random_crop,
 )
-from fmda.methods.generate.checks import check_drawing
+from fmda.methods.generate.checks import check_drawing, check_weights
+from fmda.methods.generate.settings import make_prompts
 from fmda.models.sd_vae import signed
 from fmda.precision import Policy
 from fmda.progress import track
+from fmda.runs.identity import RECORD, claim, compare
+from fmda.runs.stages import pending
 from fmda.train import make_optimizer
 from fmda.weights.network import Loaded, load_vae
-from fmda.weights.source import resolve
+
+BANK = "bank.json"
+"""Record of the weights that encoded `bank.npz`."""
 
 
 def prepare(config: Config, folder: Path) -> dict[str, Any]:
-    """Checks picture, model and memory, and fills the folder with what training reads. Returns plain values.
+    """Fills the folder with what training reads; returns digest and size of the target. Existing files stay.
 
-    What is there already stays. Raises UserError for a picture that cannot be used, or is not the one that the folder
-    was prepared for; for a model with missing parts; for a batch that the devices cannot hold.
+    Raises UserError as `check`, and for a target image other than the one that the folder was prepared for.
     """
-    mark = folder / "target.json"
-    known = _known(mark) if mark.is_file() else None
-    if known is None or Path(config.image).expanduser().is_file():
-        picture = open_target(config.image, config.resize, config.crop)
-        found = digest(config.image)
-        if known is not None and known["digest"] != found:
-            raise UserError(
-                f"{config.image}: is not the picture that {folder} was prepared for; choose another work_dir="
-            )
-    if known is None:
-        _check(config)
-        _write_png(folder / "target.png", picture)
-        _write_png(folder / "crops.png", contact_sheet(picture, config.crop, config.seed))
-        known = {"image": config.image, "digest": found, "height": picture.shape[0], "width": picture.shape[1]}
-        # before what takes long, so that a folder broken off there knows its picture
-        write_atomic(mark, json.dumps(known) + "\n")
+    begun = (folder / RECORD).is_file()
+    if not begun:
+        check(config)
+    if not begun or Path(config.image).is_file():
+        target = open_target(config.image, config.resize, config.crop)
+        image = digest(config.image)
+        remedy = f"{config.image} is not the image that it was prepared for; choose another work_dir="
+        if begun:
+            claim(folder, {"image": image}, remedy=remedy)
+        else:
+            _write_png(folder / "target.png", target)
+            _write_png(folder / "crops.png", contact_sheet(target, config.crop, config.seed))
+            # before what takes long, so that an interrupted folder knows its image
+            claim(folder, {"image": image}, remedy=remedy)
     if config.prior is not None and config.prior.images is None:
         _draw_class_pictures(config, folder / "class")
     if config.bank:
         _fill_bank(config, folder)
-    return known
+    height, width, _ = read_image(folder / "target.png").shape
+    return {"image": str(config.image), "height": height, "width": width}
 
 
-def _known(mark: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(mark.read_text(encoding="utf-8"))
-        return found | {"digest": found["digest"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{mark}: is not what a run wrote; delete the folder it lies in, and run again") from None
+def check(config: Config) -> None:
+    """Raises UserError for images, sizes, batches and checkpoint folders with which a later stage would fail.
 
-
-def _check(config: Config) -> None:
-    """Raises UserError for what would else end a later stage, perhaps after hours."""
+    Values that are `fmda.runs.stages.pending` are left out.
+    """
+    if not pending(config.image):
+        open_target(config.image, config.resize, config.crop)
+    make_optimizer(config.optim, config.steps)
+    prior, probe = config.prior, config.probe
+    if prior is not None and prior.images is not None and not pending(prior.images):
+        check_images(ClassPictures(prior.images, config.crop).paths)
+    if probe is not None:
+        check_weights(probe.clip)
+    if pending(config.model):
+        return
     model = check_stable_diffusion(config.model, config.revision)
     check_crop(config, model.networks)
     check_batch(config)
     check_memory(config, model.networks)
-    make_optimizer(config.optim, config.steps)
-    prior, probe = config.prior, config.probe
-    if prior is not None and prior.images is not None:
-        ClassPictures(prior.images, config.crop)
-    elif prior is not None:
+    if prior is not None and prior.images is None:
         size = image_size(prior.sampler, model.networks.unet, model.networks.vae)
         if min(size) < config.crop:
             raise UserError(
-                f"prior.sampler.size: class pictures of {size[0]}x{size[1]} hold no crop of {config.crop}; "
-                "draw larger ones"
+                f"prior.sampler.size: class images of {size[0]}x{size[1]} hold no crop of {config.crop}; "
+                "generate larger ones"
             )
         check_drawing(_class_drawing(config, prior), model, jax.local_device_count(), 1, "prior.")
     if probe is not None:
         drawing = probe_config(probe, config.token, config.precision, config.device_memory)
+        make_prompts(drawing.prompts)
         check_drawing(drawing, model, jax.local_device_count(), 1, "probe.")
-        resolve(probe.clip)
 
 
 def _class_drawing(config: Config, prior: PriorConfig) -> generate.Config:
@@ -127,7 +131,8 @@ def _fill_bank(config: Config, folder: Path) -> None:
     if path.is_file():
         return
     vae = load_vae(config.model, config.revision, Policy.named(config.precision).compute)
-    found: dict[str, np.ndarray] = {"weights": np.array(vae.fingerprint)}
+    claim(folder, {"weights": vae.fingerprint}, record=BANK, remedy=_remedy(config))
+    found: dict[str, np.ndarray] = {}
     for number, (name, pictures) in enumerate(zip(("target", "class"), _pictures(config, folder), strict=False)):
         rng = np.random.default_rng((config.seed, 2, number))
         count = max(config.bank, len(pictures))
@@ -144,18 +149,17 @@ def _moments(vae: Loaded, crop: Picture) -> np.ndarray:
 
 
 def check_prepared(config: Config, prepared: Path, model: StableDiffusion) -> None:
-    """Raises UserError for class pictures or latents that another model made, whose folder was given new weights."""
-    made = []
+    """Raises UserError for class images or latents that other weights made, whose folder was replaced since."""
     if config.bank:
-        with np.load(prepared / "bank.npz") as bank:
-            made.append((str(bank["weights"]), model.vae.fingerprint))
+        compare(prepared / BANK, {"weights": model.vae.fingerprint}, remedy=_remedy(config))
     if config.prior is not None and config.prior.images is None:
-        made.append((Manifest.read(prepared / "class").pictures[0].facts["checkpoint"], model.fingerprint))
-    if any(one != other for one, other in made):
-        raise UserError(
-            f"{prepared}: holds what other weights than those of {config.model} made; delete it, or choose another "
-            "work_dir="
-        )
+        made = Manifest.read(prepared / "class").pictures[0].facts["checkpoint"]
+        if made != model.fingerprint:
+            raise UserError(f"{prepared / 'class'}: holds images of other weights; {_remedy(config)}")
+
+
+def _remedy(config: Config) -> str:
+    return f"the weights of {config.model} are not those it was made with; delete it, or choose another work_dir="
 
 
 def examples(config: Config, prepared: Path) -> tuple[Sequence[Any], Transform]:

@@ -7,7 +7,6 @@ from typing import Literal
 from fmda.config import (
     FREE,
     Decay,
-    FileOrName,
     FolderOrName,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,6 +17,7 @@ from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
 from fmda.methods.datum.dreambooth import NoiseConfig
 from fmda.methods.datum.stop import ProbeConfig
+from fmda.methods.generate import PromptConfig
 from fmda.models.sd_unet import Remat
 from fmda.train import OptimConfig, TrainerConfig
 
@@ -97,7 +97,7 @@ class Config(TrainerConfig):
         device_memory: GiB of a device; None asks the device, and checks nothing where it does not tell.
     """
 
-    image: FileOrName
+    image: Path
     model: FolderOrName = "CompVis/stable-diffusion-v1-4"
     revision: str | None = None
     token: str = "sks"
@@ -131,6 +131,10 @@ class Config(TrainerConfig):
         if self.batch % self.accumulate:
             raise UserError(
                 f"accumulate: a batch of {self.batch} is not taken in {self.accumulate} parts; give a divisor"
+            )
+        if self.probe is not None and self.probe.prompts.token not in (PromptConfig.token, self.token):
+            raise UserError(
+                f"probe.prompts.token: '{self.probe.prompts.token}', but the model learns '{self.token}'; leave it out"
             )
         steps = self.snapshot_steps
         if not steps or list(steps) != sorted(set(steps)) or not all(1 <= step <= self.steps for step in steps):

@@ -1,35 +1,76 @@
-"""What can be refused of a set of images before any network is loaded."""
+"""What is refused of a set of images before any network is loaded."""
 
 from collections.abc import Sequence
 
+import jax
+from jax.sharding import Mesh
+
 from fmda.diffusion.draw import image_size
-from fmda.diffusion.load import Checked
+from fmda.diffusion.filters import BannedWords, DuplicatePrompt, PromptFilter, choose_prompts
+from fmda.diffusion.load import Checked, check_stable_diffusion
 from fmda.diffusion.manifest import Prompt
 from fmda.diffusion.samplers import make_table
 from fmda.errors import UserError
+from fmda.mesh import make_mesh
 from fmda.methods.generate.cost import check_memory
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
-from fmda.weights.source import resolve
+from fmda.runs.stages import pending
+from fmda.weights import files
+from fmda.weights.source import resolve, weight_file
+
+
+def check(config: Config) -> Checked | None:
+    """Returns the checked model; None where it is `fmda.runs.stages.pending`, as is whatever else is not checked.
+
+    Raises UserError for prompts, filters, sizes or batches that cannot work, and for damaged checkpoint folders.
+    """
+    mesh = local_mesh(config)
+    if not pending(config.prompts.file):
+        prompts = make_prompts(config.prompts)
+        choose_prompts(prompts, text_filters(config.filters))
+        check_filters(config.filters, prompts)
+    if config.filters.looks:
+        check_weights(config.filters.clip)
+    if pending(config.model):
+        return None
+    model = check_stable_diffusion(config.model, config.revision)
+    check_drawing(config, model, mesh.size, mesh.shape["fsdp"])
+    return model
 
 
 def check_drawing(config: Config, model: Checked, devices: int, shards: int, prefix: str = "") -> None:
-    """Raises UserError for what would end the drawing of images by a model later.
+    """Raises UserError for sizes and steps that do not fit a model, and batches that do not fit the devices.
 
-    That are prompts, sizes, steps and filters that do not fit, and a batch that the devices cannot hold, as
-    `check_memory` tells it with `prefix`. The filters' CLIP is downloaded if it has to be.
+    `prefix` is the place of the settings in the configuration, as `check_memory` takes it.
     """
     image_size(config.sample, model.networks.unet, model.networks.vae)
     make_table(model.schedule, config.sample.sampler, config.sample.steps)
-    check_filters(config.filters, make_prompts(config.prompts))
-    if config.filters.looks:
-        resolve(config.filters.clip)
     check_memory(config, model.networks, devices, shards, prefix)
 
 
 def check_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError for a filter that the prompts leave nothing to look for."""
+    """Raises UserError for a filter of classes where the prompts name none."""
     if config.class_presence is not None and not any(prompt.class_name for prompt in prompts):
         raise UserError(
             "filters.class_presence: the prompts name no class, as those of prompts.file and prompts.texts never do; "
             "leave the filter out, or give prompts.classes"
         )
+
+
+def check_weights(source: str) -> None:
+    """Raises UserError unless a checkpoint is there and its `config.json`, if any, can be read. Downloads a hub id."""
+    if not pending(source):
+        folder = resolve(source)
+        weight_file(folder)
+        if (folder / "config.json").is_file():
+            files.read_json(folder / "config.json")
+
+
+def text_filters(config: FilterConfig) -> list[PromptFilter]:
+    """Returns the filters of prompts that need no tokenizer."""
+    return [DuplicatePrompt(), *([BannedWords(config.banned)] if config.banned else [])]
+
+
+def local_mesh(config: Config) -> Mesh:
+    """Returns the mesh of the devices of this process."""
+    return make_mesh(*config.mesh, devices=jax.local_devices())

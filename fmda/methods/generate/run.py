@@ -9,17 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from fmda.diffusion.draw import SamplerConfig, image_size, make_draw
-from fmda.diffusion.filters import BannedWords, ClassPresence, ClipScore, DuplicatePrompt, LongPrompt, NearDuplicate
-from fmda.diffusion.filters import PromptFilter as AnyPromptFilter
+from fmda.diffusion.filters import ClassPresence, ClipScore, LongPrompt, NearDuplicate
 from fmda.diffusion.generate import SHEET, generate
-from fmda.diffusion.load import StableDiffusion, check_stable_diffusion, load_stable_diffusion
+from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
 from fmda.diffusion.manifest import Prompt
 from fmda.evaluate.sections import Section, write_sections
-from fmda.mesh import make_mesh
-from fmda.methods.generate.checks import check_drawing, check_filters
+from fmda.methods.generate.checks import check, check_filters, local_mesh, text_filters
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
 from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.runs.stages import Stage
@@ -28,9 +25,8 @@ from fmda.weights.network import load_clip
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns the one stage, images. Raises UserError for prompts that cannot be made."""
-    make_prompts(config.prompts)
-    # always: an image that was deleted is drawn again, and another model in the same place is told
+    """Returns the one stage, images."""
+    # always: a deleted image is generated again, and another model in the same place is refused
     return [Stage("images", functools.partial(_images, config), config, always=True)]
 
 
@@ -65,16 +61,14 @@ def draw_images(
     `origin` is the content of `ORIGIN` where the model was personalised, `task` what the progress line says.
     """
     prompts, sample = make_prompts(config.prompts), config.sample
-    draw = make_draw(model, sample, _mesh(config))
+    draw = make_draw(model, sample, local_mesh(config))
     size = image_size(sample, model.unet.config, model.vae.config)
     facts = Facts(
         **vars(replace(sample, size=size)), dtype=config.dtype, checkpoint=model.fingerprint, personalised=origin
     )
-    prompt_filters: list[AnyPromptFilter] = [DuplicatePrompt()]
+    prompt_filters = text_filters(config.filters)
     if config.filters.long_prompt:
         prompt_filters.append(LongPrompt(model.tokenizer.length, model.text_encoder.config.context))
-    if config.filters.banned:
-        prompt_filters.append(BannedWords(config.filters.banned))
     manifest = generate(
         draw, prompts, folder, count=config.count, batch=config.batch, seed=config.seed, facts=facts,
         filters=image_filters(config.filters, prompts), prompt_filters=prompt_filters, tries=config.tries,
@@ -87,22 +81,15 @@ def draw_images(
 
 def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     # before the networks are loaded, which takes long and might be too much already
-    known, mesh = check_stable_diffusion(config.model, config.revision), _mesh(config)
-    check_drawing(config, known, mesh.size, mesh.shape["fsdp"])
-    model = load_stable_diffusion(known, dtype=jnp.dtype(config.dtype), on_host=True)
+    model = load_stable_diffusion(check(config) or config.model, dtype=jnp.dtype(config.dtype), on_host=True)
     origin = model.folder / ORIGIN
     counts = draw_images(config, model, folder, files.read_json(origin) if origin.is_file() else None)
     if jax.process_index() == 0:
         refused = ", ".join(f"{number} by {name}" for name, number in counts["refused"].items()) or "none"
         made = f"{counts['images']} images by {config.model}"
-        text = f"{made}; refused and drawn again: {refused}. Shown is the first of each prompt."
+        text = f"{made}; refused and generated again: {refused}. The first image of each prompt."
         write_sections(folder, [Section("Images from prompts", text, image=SHEET)])
     return counts
-
-
-def _mesh(config: Config) -> Mesh:
-    """Returns the mesh of this process's devices."""
-    return make_mesh(*config.mesh, devices=jax.local_devices())
 
 
 def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> list[Any]:

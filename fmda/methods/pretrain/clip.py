@@ -27,6 +27,7 @@ from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
 from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
+from fmda.methods.pretrain.checks import check_scenes
 from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Drawn, Scenes
 from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
 from fmda.methods.pretrain.tokenizer import train_tokenizer
@@ -80,6 +81,11 @@ class Config(TrainerConfig):
     patch_templates: PositiveInt = 6
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.1, b2=0.98, clip_norm=1.0)
     ema: Decay = 0.998
+
+
+def check(config: Config) -> None:
+    """Raises UserError for scenes that are missing or damaged."""
+    check_scenes((*config.data, *config.held))
 
 
 def stages(config: Config) -> list[Stage]:

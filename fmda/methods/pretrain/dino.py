@@ -21,6 +21,7 @@ from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
+from fmda.methods.pretrain.checks import check_pictures, check_scenes
 from fmda.methods.pretrain.dino_check import agreement_on, normalised_float
 from fmda.methods.pretrain.dino_net import (
     DistillConfig,
@@ -95,6 +96,12 @@ class Config(TrainerConfig):
             sizes.patch_size, sizes.width, layers=sizes.layers, heads=sizes.heads, mlp_width=sizes.mlp_width,
             image_size=self.views.size,
         )  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Raises UserError for images or scenes that are missing or damaged."""
+    check_pictures(config.data)
+    check_scenes(config.held)
 
 
 def stages(config: Config) -> list[Stage]:

@@ -28,7 +28,9 @@ from fmda.data.transforms import ColourJitter
 from fmda.errors import UserError
 from fmda.mesh import REPLICATED_RULES
 from fmda.methods.export import export
+from fmda.methods.generate.checks import check_weights
 from fmda.methods.pipeline import Plan
+from fmda.methods.pretrain.checks import check_pictures, check_scenes
 from fmda.methods.pretrain.dino_check import agreement_on, object_overlap
 from fmda.methods.pretrain.dino_net import normalised
 from fmda.methods.pretrain.dino_views import Image, Pictures, random_square, resized_window
@@ -102,6 +104,14 @@ class Networks(NamedTuple):
         for path, leaf in sorted(trees.flatten(self.frozen).items()):
             digest.update(path.encode() + np.asarray(leaf).tobytes())
         return digest.hexdigest()
+
+
+def check(config: Config) -> None:
+    """Raises UserError for images, scenes or networks that are missing or damaged."""
+    check_pictures(config.data)
+    check_scenes(config.held)
+    check_weights(config.clip)
+    check_weights(config.teacher)
 
 
 def stages(config: Config) -> list[Stage]:

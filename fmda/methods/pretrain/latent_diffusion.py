@@ -27,7 +27,9 @@ from fmda.diffusion.schedule import ScheduleConfig, add_noise, alphas_cumprod, t
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.export import export
+from fmda.methods.generate.checks import check_weights
 from fmda.methods.pipeline import Plan
+from fmda.methods.pretrain.checks import check_scenes
 from fmda.methods.pretrain.crops import Drawn
 from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
 from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, check_networks, write_latents
@@ -36,10 +38,10 @@ from fmda.models.sd_unet import UNet, UNetConfig
 from fmda.perf.diffusion_flops import unet_flops
 from fmda.perf.flops import text_flops, training_flops
 from fmda.progress import track
-from fmda.runs.stages import Stage
+from fmda.runs.stages import Stage, pending
 from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome, rising
-from fmda.weights.network import Loaded, load_clip, load_vae, weight_fingerprint
+from fmda.weights.network import Loaded, load_clip, load_vae, part_folder, weight_fingerprint
 from fmda.weights.tokenizer import Tokenizer
 
 SHOWN = 16
@@ -164,6 +166,14 @@ def load_networks(config: Config) -> Networks:
             "the UNet's coarsest place; choose one"
         )
     return Networks(clip, vae, unet, ScheduleConfig(prediction=config.prediction))
+
+
+def check(config: Config) -> None:
+    """Raises UserError for scenes, an autoencoder or a CLIP that are missing or damaged."""
+    check_scenes((*config.data, *config.held))
+    check_weights(config.clip)
+    if not pending(config.vae):
+        part_folder(config.vae, "vae")
 
 
 def stages(config: Config) -> list[Stage]:

@@ -9,20 +9,19 @@ from zipfile import BadZipFile
 import jax
 import numpy as np
 
-from fmda.atomic import replacing, write_atomic
+from fmda.atomic import replacing
 from fmda.config import PositiveInt, Share
 from fmda.data import templates
 from fmda.errors import UserError
 from fmda.methods.pretrain.crops import CropConfig, Crops, Drawn, Scenes
 from fmda.models.sd_vae import signed
 from fmda.progress import track
+from fmda.runs.identity import RECORD, claim
 from fmda.weights.network import Loaded
 from fmda.world.captions import crop_facts
 
 PART = 100
 """Pictures between two files: what an interruption costs."""
-MARK = "networks.txt"
-"""File that holds the digest of the networks that a folder's latents come from."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ def write_latents(
     A picture is encoded whole, and windows are cut from its latents, at whole latents. Files that are there already
     stay: an interrupted call goes on where it stopped. Raises UserError where `digest`, of the networks, is another.
     """
-    scenes, mark = Scenes(roots), folder / MARK
-    if mark.is_file():
+    scenes = Scenes(roots)
+    if (folder / RECORD).is_file():
         check_networks(folder, digest)
     parts = range(0, len(scenes), PART)
     for first in track(parts, "latents", unit="parts"):
@@ -69,18 +68,16 @@ def write_latents(
             rng = np.random.default_rng((seed, 4, index))
             rows += _windows(config, vae, captions, scenes[index], rng)
         moments, ids = (np.stack(column) for column in zip(*rows, strict=True))
-        if not mark.is_file():
-            # with the first part: windows that do not fit leave an empty folder, free for the mended run
-            write_atomic(mark, digest)
+        # with the first part: windows that do not fit leave an empty folder, free for the corrected run
+        check_networks(folder, digest)
         with replacing(path) as part, part.open("wb") as stream:
             np.savez(stream, moments=moments, ids=ids)
     return 2 * config.count * len(scenes)
 
 
 def check_networks(folder: Path, digest: str) -> None:
-    """Raises UserError where the latents in a folder come from other networks than those of `digest`."""
-    if (folder / MARK).read_text(encoding="utf-8") != digest:
-        raise UserError(f"{folder}: its latents come from other networks; choose another work_dir=, or delete it")
+    """Records the networks of the latents in a folder. Raises UserError where they come from others."""
+    claim(folder, {"networks": digest}, remedy="its latents come from other networks; delete it to encode them again")
 
 
 def _windows(

@@ -25,6 +25,7 @@ from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.methods.export import export
 from fmda.methods.pipeline import Plan
+from fmda.methods.pretrain.checks import check_pictures
 from fmda.methods.pretrain.dino_views import Image, Pictures
 from fmda.models.module import abstract, init
 from fmda.models.sd_vae import Vae, VaeConfig, signed
@@ -104,6 +105,11 @@ def make_objective(graphdef: nnx.GraphDef, edges: float, kl: float) -> Objective
         return Outcome(pixel_error + edges * edge_error + kl * divergence, metrics, {})
 
     return objective
+
+
+def check(config: Config) -> None:
+    """Raises UserError for images that are missing or damaged."""
+    check_pictures((*config.data, *config.held))
 
 
 def stages(config: Config) -> list[Stage]:

@@ -131,17 +131,18 @@ def test_a_long_prompt_is_cut_and_the_warning_shows_what_is_lost(place):
 
 
 def test_a_finished_run_tells_that_the_picture_has_changed(place, unbroken, tmp_path, monkeypatch, capsys):
-    for name in ("target.png", "run.yaml"):
-        shutil.copy(place / name, tmp_path)
-    shutil.copytree(place / "model", tmp_path / "model")
-    shutil.copytree(unbroken, tmp_path / "unbroken")
-    monkeypatch.chdir(tmp_path)
-    open_run("run.yaml", ["work_dir=unbroken"]).execute(lambda _: None)  # nothing to do
-    (tmp_path / "target.png").unlink()
-    open_run("run.yaml", ["work_dir=unbroken"]).execute(lambda _: None)  # the copy in the folder serves
-    Image.fromarray(np.full((24, 40, 3), 99, np.uint8)).save(tmp_path / "target.png")
-    line = refused(capsys, "run.yaml", "work_dir=unbroken")
-    assert "target.png: is not the picture that" in line and "choose another work_dir=" in line
+    work, target = shutil.copytree(unbroken, tmp_path / "moved"), place / "target.png"
+    monkeypatch.chdir(place)
+    open_run("run.yaml", [f"work_dir={work}"]).execute(lambda _: None)  # nothing to do
+    content = target.read_bytes()
+    try:
+        target.unlink()
+        open_run("run.yaml", [f"work_dir={work}"]).execute(lambda _: None)  # the copy in the folder serves
+        Image.fromarray(np.full((24, 40, 3), 99, np.uint8)).save(target)
+        line = refused(capsys, "run.yaml", f"work_dir={work}")
+    finally:
+        target.write_bytes(content)
+    assert "target.png is not the image that it was prepared for" in line and "choose another work_dir=" in line
 
 
 def test_prepared_crops_are_encoded_once_and_class_pictures_are_read(place, tmp_path):
@@ -211,7 +212,7 @@ def test_probes_choose_the_step_that_is_exported(place):
     model = load_stable_diffusion(work / "export/chosen")
     assert small.same(model.params, snapshot_model(configured(place), work / "train", choice["step"]).params)
     trained = (work / "train/stage.json").read_bytes()
-    with pytest.raises(AssertionError, match="export: made from other inputs or settings; delete it"):
+    with pytest.raises(AssertionError, match="export: made from other inputs or settings .*; delete it"):
         finish(place, "probed", probe, "export=[0,2]", "steps=2", "snapshots=[2]", "log_every=2")
     shutil.rmtree(work / "export")
     finish(place, "probed", probe, "export=[0,2]", "steps=2", "snapshots=[2]", "log_every=2")
