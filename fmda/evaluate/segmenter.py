@@ -124,7 +124,11 @@ class Segmenter:
         if isinstance(source, str | Path):
             if Path(source).is_dir():
                 return [self.predict(file) for file in image_files([source])]
-            return self._segment(read_image(source), Path(source).stem)
+            image = read_image(source)
+            try:
+                return self._segment(image, Path(source).stem)
+            except UserError as fault:
+                raise UserError(f"{source}: {fault}") from None
         if isinstance(source, list | tuple):
             return [self.predict(one) for one in source]
         return self._segment(as_rgb(source), "")

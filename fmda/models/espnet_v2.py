@@ -196,9 +196,7 @@ class Skip(nnx.Module):
 
     def __init__(self, before: int, after: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.gate = conv(before, after, 1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.expand = ConvNorm(
-            before, after, 3, groups=math.gcd(before, after), eps=eps, dtype=dtype, rngs=rngs
-        )
+        self.expand = ConvNorm(before, after, 3, groups=math.gcd(before, after), eps=eps, dtype=dtype, rngs=rngs)
         self.sum = NormAct(after, eps=eps, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -226,9 +224,7 @@ class EspNetV2(nnx.Module):
             Pooling(before, after, config.pyramid, last=index == 3, **options)
             for index, (before, after) in enumerate(widths)
         )
-        self.skip = nnx.List(
-            Skip(before, after, **options) for before, after in ((c3, d1), (c2, d2), (c1, d3))
-        )
+        self.skip = nnx.List(Skip(before, after, **options) for before, after in ((c3, d1), (c2, d2), (c1, d3)))
 
     def maps(self, pixels: Float[Array, "b H W 3"]) -> dict[str, Float[Array, "b h w c"]]:
         """Returns the maps of all stages by the names x1 .. x4 (encoder), y1 .. y4 and m2 .. m4 (decoder).

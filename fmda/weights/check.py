@@ -30,6 +30,7 @@ TOLERANCE = 1e-4
 """Largest deviation that counts as equal (float32, highest matmul precision): of unit-length embeddings as it is, of
 other outputs relative to the largest recorded value."""
 
+
 @dataclass
 class CheckReport:
     """What `verify` found. `ok` where the checkpoint can be used as it is."""

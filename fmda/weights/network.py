@@ -118,9 +118,7 @@ def _run(
     return function(nnx.merge(graphdef, params), *inputs, **dict(static))
 
 
-def restore(
-    checkpoint: Checkpoint, dtype: DTypeLike = jnp.float32, *, on_host: bool = False, **options: Any
-) -> Loaded:
+def restore(checkpoint: Checkpoint, dtype: DTypeLike = jnp.float32, *, on_host: bool = False, **options: Any) -> Loaded:
     """Returns the network of an opened checkpoint.
 
     Parameters are kept, and the network computes, in `dtype`; scalars (CLIP's temperature) and running statistics stay
@@ -263,9 +261,7 @@ def _load(
     return restore(open_checkpoint(family, folder), dtype, on_host=on_host, **options)
 
 
-def load_clip(
-    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
-) -> Loaded:
+def load_clip(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Loaded:
     """Returns the CLIP of a folder, of a model that comes with the package, or of a hub id.
 
     Its methods: `encode_image(pixels)`, normalised RGB [B, H, W, 3] -> [B, D]; `encode_text(ids)`, [B, T] -> [B, D],
@@ -277,9 +273,7 @@ def load_clip(
     return _load("clip", source, revision, dtype)
 
 
-def load_dino(
-    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
-) -> Loaded:
+def load_dino(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Loaded:
     """Returns the DINO of a folder, of a model that comes with the package, or of a hub id.
 
     Its method `last_layer(pixels, part=)` returns queries, keys or values of the last block per patch, [B, h, w, width]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fmda.data import ClassList
 from fmda.errors import UserError
 from fmda.evaluate import Segmenter
 from fmda.evaluate.predict import predict_files
@@ -182,3 +183,13 @@ def test_a_broken_image_stops_no_other_and_the_call_resumes(segmenter, tmp_path)
     Image.fromarray(IMAGE + 1).save(images / "c.png")
     (out / "a_overlay.jpg").unlink()
     assert predicted() == ["a.png", "b.png", "c.png"] and len(calls) == 5
+
+
+def test_a_fault_of_the_model_names_the_image(tmp_path):
+    def refuse(image):
+        raise UserError("image of 1x1 pixels is smaller than one patch; enlarge it")
+
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    model = Segmenter(refuse, ClassList(["road"]), "refusing", "0")
+    with pytest.raises(UserError, match=r"a\.png: image of 1x1 pixels"):
+        model.predict(tmp_path / "a.png")

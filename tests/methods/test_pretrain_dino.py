@@ -306,3 +306,13 @@ def test_faults_are_one_line(tmp_path):
     (root / "images/000000.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match="000000.png"):
         Pictures([root])[0]
+
+
+def test_a_broken_image_is_named_before_the_first_step(tmp_path):
+    for name in "abc":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    assert len(Pictures([tmp_path])) == 3
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 3 images cannot be used: .*b\.png: an empty file"):
+        Pictures([tmp_path])

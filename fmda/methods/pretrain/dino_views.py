@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from fmda.config import Bounds, NonNegativeInt, PositiveInt, Share, Side
+from fmda.data.check import check_images
 from fmda.data.dataset import Example
 from fmda.data.files import read_image
 from fmda.data.listing import images_in
@@ -22,10 +23,11 @@ Image = UInt8[np.ndarray, "h w 3"]
 class Pictures(Sequence[Image]):
     """The pictures of several folders as a random-access source of RGB arrays; labels beside them are not read.
 
-    A folder holds pictures itself or in `images/`, as rendered data sets do.
+    A folder holds images itself or in `images/`, as rendered datasets do.
     """
 
     def __init__(self, roots: Sequence[str | Path]) -> None:
+        """Decodes each image once. Raises UserError for a folder without images and for broken ones, naming them."""
         self.paths: list[Path] = []
         for root in map(Path, roots):
             folder = root / "images" if (root / "images").is_dir() else root
@@ -35,6 +37,7 @@ class Pictures(Sequence[Image]):
             self.paths += images
         if not self.paths:
             raise UserError("data: names no folder; give at least one that holds pictures")
+        check_images(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
