@@ -108,8 +108,8 @@ class SegmentationEvaluator:
     """Scores of the network in training on a held-out dataset, for `fmda.train.task`.
 
     Attributes:
-        name: prefix of the scores in the metrics.
-        every: steps between two evaluations.
+        name: of the evaluation; scores are logged as `<name>/<score>`.
+        every: steps between evaluations; 0 evaluates at the end only.
         forward, dataset, mesh, protocol, classes, limit: see `score_on_mesh`.
         params: training state -> the first argument of `forward`.
     """
@@ -125,7 +125,7 @@ class SegmentationEvaluator:
     params: Callable[[Any], Any] = lambda state: state.params
 
     def run(self, state: Any) -> Iterator[tuple[str, float]]:
-        """Yields ("miou", value), "accuracy" and "iou/<class>" for each class that occurs."""
+        """Yields ("miou", value), "accuracy", and "iou/<class>" for each class that occurs; values in 0..1."""
         scores = score_on_mesh(
             self.forward, self.params(state), self.dataset, self.mesh, self.protocol,
             classes=self.classes, limit=self.limit,
