@@ -129,9 +129,9 @@ class _Evaluation:
     def in_folder(self, folder: Path) -> Scores:
         """Returns the scores, with the images that the folder's journal holds taken from there."""
         remedy = "choose another output folder, or delete this one to score again"
-        known = claim(folder, self._facts(), record=IDENTITY, remedy=remedy)
+        recorded = claim(folder, self._facts(), record=IDENTITY, remedy=remedy)
         path = folder / IMAGES_LOG
-        if not known and path.exists():
+        if not recorded and path.exists():
             raise UserError(f"{path}: belongs to an unknown evaluation (no {IDENTITY}); {remedy}")
         (folder / "figures").mkdir(exist_ok=True)
         begin = time.perf_counter()

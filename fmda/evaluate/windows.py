@@ -217,7 +217,7 @@ def _window_scores(
     index = jnp.repeat(jnp.arange(b, dtype=jnp.int32), n)[:, None]
     places = jnp.concatenate([index, corners.reshape(count, 2)], axis=1)
 
-    def some(places: Int[Array, "n 3"]) -> Float[Array, "n h w K"]:
+    def group_scores(places: Int[Array, "n 3"]) -> Float[Array, "n h w K"]:
         cut = [lax.dynamic_slice(images, (*place, 0), (1, *window, 3)) for place in places]
         pixels = jnp.concatenate(cut).astype(jnp.float32)
         scores = forward(params, pixels).astype(jnp.float32)
@@ -226,12 +226,12 @@ def _window_scores(
         return scores
 
     if count <= WINDOWS:
-        scores = some(places)
+        scores = group_scores(places)
     else:
         groups = -(-count // WINDOWS)
         size = -(-count // groups)  # as few surplus windows as possible
         places = jnp.pad(places, ((0, groups * size - count), (0, 0)))
-        scores = lax.map(some, places.reshape(groups, size, 3))
+        scores = lax.map(group_scores, places.reshape(groups, size, 3))
         scores = scores.reshape(groups * size, *scores.shape[2:])[:count]
     return scores.reshape(b, n, *scores.shape[1:])
 
