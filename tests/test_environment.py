@@ -128,3 +128,11 @@ def test_a_start_says_at_once_that_it_loads(tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FMDA_CACHE": str(tmp_path)})
     first, last = found.stderr.splitlines()
     assert first == "loading jax ..." and "kind 'nothing' is unknown" in last
+
+
+@pytest.mark.parametrize(("name", "starts_jax"), [("load_clip", True), ("Segmenter", True), ("UserError", False)])
+def test_library_names_that_start_jax_keep_compiled_programs(monkeypatch, name, starts_jax):
+    calls = []
+    monkeypatch.setattr(environment, "keep_compiled_programs", lambda: calls.append(name))
+    assert getattr(fmda, name)
+    assert calls == [name] * starts_jax

@@ -35,7 +35,7 @@ def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
     grey, with an alpha channel, or smaller than a crop (a small picture is enlarged, but not from below one crop), and
     where `resize` would make more than `MOST_PIXELS`.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     read_image(path)  # names what is missing, cut off, or has more than 8 bits
     with Image.open(path) as file:
         mode = "alpha" if file.has_transparency_data else "grey" if file.mode in ("1", "L") else file.mode
@@ -60,7 +60,7 @@ def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
 
 def digest(path: str | Path) -> str:
     """Returns 12 hex digits of the bytes of a file."""
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 class ClassPictures(Sequence[Picture]):
@@ -68,7 +68,7 @@ class ClassPictures(Sequence[Picture]):
 
     def __init__(self, folder: str | Path, crop: int) -> None:
         """Raises UserError for a folder without pictures, and for a picture whose head tells that it holds no crop."""
-        folder = Path(folder).expanduser()
+        folder = Path(folder)
         inside = folder / "images" if (folder / "images").is_dir() else folder
         self.paths = images_in(inside)[0] if inside.is_dir() else []
         if not self.paths:

@@ -104,7 +104,7 @@ class Floss:
                 raise UserError(f"{config.clip}: CLIP-DINOiser reads a vision transformer; name another clip=")
             folder = config.heads or clip.folder
             assert folder is not None  # of a checkpoint that was loaded
-            heads = load_heads(Path(folder).expanduser(), clip.config.vision.width)
+            heads = load_heads(Path(folder), clip.config.vision.width)
         return cls(config, classes, clip, heads, templates=templates, mesh=mesh)
 
     def identity(self, chosen: Chosen | None) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from floss_small import floss_config, picture, small_heads
 
-from fmda.config import from_dict
+from fmda.config import from_dict, override
 from fmda.data import open_dataset
 from fmda.errors import UserError
 from fmda.evaluate import Segmenter
@@ -189,3 +189,11 @@ def test_flops_of_the_published_windows():
     assert flops["image tower, 3 windows"] == pytest.approx(3 * 153e9, rel=0.02)
     assert flops["text tower, once"] == pytest.approx(1.8e12, rel=0.05)
     assert host_for("naclip", "cityscapes").geometry((1024, 2048), 16).grid == (4, 9)
+
+
+def test_a_host_is_named_in_short():
+    values = {"host": {"name": "maskclip", "crop": 48, "stride": 24}, "data": {"name": "folder"}}
+    host = from_dict(Config, override(values, ["host=naclip"])).host_config()
+    assert host == host_for("naclip", "folder")
+    assert from_dict(Config, override(values, ["host=naclip", "host.crop=0"])).host_config().crop == 0
+    assert from_dict(Config, override(values, ["host.name=naclip"])).host_config().crop == 48
