@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from fmda import trees
-from fmda.config import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, Share
+from fmda.config import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from fmda.errors import UserError, did_you_mean
 from fmda.mesh import map_with_paths
 from fmda.trees import Tree
@@ -34,7 +34,7 @@ class OptimConfig:
     """Learning rate at the end, as a share of the highest."""
     power: NonNegativeFloat = 0.9
     """Exponent of the poly schedule."""
-    drops: tuple[int, ...] = ()
+    drops: tuple[PositiveInt, ...] = ()
     """Steps at which the step schedule falls to a tenth."""
     weight_decay: NonNegativeFloat = 0.0
     no_decay: tuple[str, ...] = ("*/bias", "*/scale", "*norm*")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fmda.config import NonNegativeInt, PositiveFloat, PositiveInt
+from fmda.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,7 +23,7 @@ class VitConfig:
     pre_norm: bool = True
     """CLIP normalises the tokens before the first block; DINO and plain ViTs do not."""
     patch_bias: bool = False
-    position_offset: float = 0.0
+    position_offset: NonNegativeFloat = 0.0
     """Added to the side of the new grid when positions are resized, as DINO's own code does (0.1)."""
 
     @property
