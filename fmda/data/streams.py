@@ -14,8 +14,10 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Float, Int
 
+from fmda.data.dataset import Dataset
 from fmda.data.loader import Batch, Batches, Transform, stack
 from fmda.errors import UserError
+from fmda.progress import track
 
 
 class Order(Protocol):
@@ -100,6 +102,13 @@ class RareClasses:
         rng = np.random.default_rng((seed, position, 2))
         chosen = list(self.examples)[int(np.searchsorted(np.cumsum(self.shares)[:-1], rng.random(), side="right"))]
         return int(rng.choice(self.examples[chosen]))
+
+
+def class_pixels(dataset: Dataset) -> Int[np.ndarray, "n k"]:
+    """Returns the pixels of each class in each label map, at its own size; reads all of them."""
+    classes = len(dataset.classes.names)
+    maps = (example.labels for example in track(dataset, f"count the classes of {dataset.name}"))
+    return np.stack([np.bincount(np.asarray(labels).ravel(), minlength=256)[:classes] for labels in maps])
 
 
 @dataclass(frozen=True)

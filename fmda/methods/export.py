@@ -10,7 +10,7 @@ import jax
 from fmda import trees
 from fmda.atomic import write_atomic
 from fmda.config import to_dict
-from fmda.train import TrainerConfig, last_metrics, read_params
+from fmda.train import TrainerConfig, best_step, last_metrics, read_params
 from fmda.trees import Tree
 
 
@@ -26,6 +26,8 @@ def export(
 ) -> dict[str, Any]:
     """Writes a trained network and a summary of its training. Returns {"parameters": count, **facts}.
 
+    Where `config.best` names a score, the network of the best checkpoint is written and its "step" returned too.
+
     Belongs into a stage with `alone=True`: of several processes the first one reads, gathers and writes, the others
     wait at the end of the stage.
 
@@ -40,12 +42,14 @@ def export(
 
     Raises UserError where `trained` holds no checkpoint, or the folder cannot be written.
     """
-    params = jax.device_get(read_params(trained, which))
+    step = None if config.best is None else best_step(trained, config.best, config.best_mode)
+    params = jax.device_get(read_params(trained, which, step=step))
     for key in filter(None, part.split("/")):
         params = params[key]
     facts = write(params) or {}
     write_summary(folder / summary, config, trained)
-    return {**facts, "parameters": trees.count(params)}
+    chosen = {} if step is None else {"step": step}
+    return {**facts, **chosen, "parameters": trees.count(params)}
 
 
 def write_summary(path: Path, config: TrainerConfig, trained: Path, **more: Any) -> None:

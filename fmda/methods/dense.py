@@ -1,0 +1,81 @@
+"""Frozen encoders that give one feature per patch, and the heads that are trained on them."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from fmda.errors import UserError
+from fmda.models.clip import VisionTransformer, vision_tower
+from fmda.models.module import abstract
+from fmda.nn.resize import resize
+from fmda.trees import Tree
+from fmda.weights.network import family_of, load_clip, load_dino, weight_fingerprint
+from fmda.weights.source import resolve
+
+
+class Encoder:
+    """A frozen network that gives one feature per patch. Raises UserError for a network of another kind.
+
+    Attributes:
+        params, width, fingerprint: its parameters, the channels of a feature, and what the run is recognised by.
+    """
+
+    def __init__(self, source: str) -> None:
+        family = family_of(resolve(source))
+        if family not in ("clip", "dino"):
+            raise UserError(f"encoder: {source} is a network of family '{family}'; name a CLIP or a DINO")
+        net = load_clip(source) if family == "clip" else load_dino(source)
+        if family == "clip":
+            tower = functools.partial(vision_tower, net.config.vision, net.config.embed_dim)
+            self._graphdef, self.params = abstract(lambda rngs: tower(rngs=rngs))[0], net.params["vision"]
+        else:
+            self._graphdef, self.params = net.graphdef, net.params
+        image = (net.config.image_mean, net.config.image_std) if family == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
+        self._mean, self._std = np.asarray(image, np.float32)[:, None, None, None]
+        self.fingerprint = weight_fingerprint(self.params, net.config)
+        square = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+        self.width = jax.eval_shape(self.features, self.params, square).shape[-1]
+
+    def features(self, params: Any, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w width"]:
+        """Returns features of RGB in 0..255; images are stretched to whole patches."""
+        net = nnx.merge(self._graphdef, params)
+        x = (pixels.astype(jnp.float32) / 255.0 - self._mean) / self._std
+        if not isinstance(net, VisionTransformer):
+            return net.stages(x)[-1].astype(jnp.float32)
+        patch = net.config.patch_size
+        h, w = (-(-side // patch) for side in x.shape[1:3])
+        x = net.tokens(resize(x, (h * patch, w * patch)), position_offset=net.config.position_offset)
+        for block in net.blocks:
+            x = block(x)
+        return net.norm_post(x)[:, 1:].reshape(len(pixels), h, w, -1).astype(jnp.float32)
+
+    def scores(self, params: Any, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
+        """Returns logits; `params` holds those of "encoder" and "head"."""
+        return head_logits(params["head"], self.features(params["encoder"], pixels))
+
+
+def init_head(key: Any, width: int, hidden: int, classes: int) -> Tree:
+    """Returns the parameters of a head: normal kernels of deviation 1 / sqrt(inputs), biases of 0."""
+    sizes = {"linear": (1, hidden or width, classes)} | ({"conv": (3, width, hidden)} if hidden else {})
+
+    def layer(key: Any, side: int, inputs: int, outputs: int) -> Tree:
+        kernel = jax.random.normal(key, (side, side, inputs, outputs)) * (side * side * inputs) ** -0.5
+        return {"kernel": kernel, "bias": jnp.zeros((outputs,))}
+
+    return {name: layer(jax.random.fold_in(key, i), *size) for i, (name, size) in enumerate(sizes.items())}
+
+
+def head_logits(params: Tree, x: Float[Array, "b h w width"]) -> Float[Array, "b h w k"]:
+    """Returns the logits of a head; with a hidden layer: 3x3 convolution, ReLU, linear."""
+    for name in ("conv", "linear") if "conv" in params else ("linear",):
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = x + bias[None, None, None]
+        x = jax.nn.relu(x) if name == "conv" else x
+    return x
