@@ -136,6 +136,8 @@ def predict(
             is replaced.
         as_json: print one JSON object per image.
     """
+    if not images:
+        raise UserError("predict: no image named; give image files or folders of images after the run folder")
     _load_jax()
     from fmda.evaluate import Segmenter
     from fmda.evaluate.predict import predict_files

@@ -136,3 +136,9 @@ def test_library_names_that_start_jax_keep_compiled_programs(monkeypatch, name, 
     monkeypatch.setattr(environment, "keep_compiled_programs", lambda: calls.append(name))
     assert getattr(fmda, name)
     assert calls == [name] * starts_jax
+
+
+def test_predict_without_images_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["predict", "run"])
+    assert ended.value.code == 2 and "predict: no image named; give image files" in capsys.readouterr().err
