@@ -18,6 +18,7 @@ from fmda.runs.identity import RECORD
 from fmda.train import TrainState
 from fmda.trees import Tree
 from fmda.weights import files
+from fmda.weights.network import rounded
 
 
 def snapshot_path(train: Path, step: int) -> Path:
@@ -29,13 +30,13 @@ def write_snapshot(config: Config, train: Path, state: TrainState) -> None:
     """Writes the weights of the state's step; the file appears whole or not at all.
 
     The loop writes it before it saves a checkpoint of its step or a later one: a resumed run has all snapshots of
-    earlier steps. Repeated steps write the same bytes.
+    earlier steps. Repeated steps write the same bytes. Raises UserError for values beyond the stored number format.
     """
     # leaf by leaf, so that no device ever holds the whole in one piece
     leaves = trees.flatten(state.params if config.ema is None else state.teacher).items()
-    arrays = {path: _on_host(leaf).astype(jnp.dtype(config.store)) for path, leaf in leaves}
+    path, dtype = snapshot_path(train, int(state.step)), jnp.dtype(config.store)
+    arrays = {name: rounded(f"{path}: {name}", _on_host(leaf), dtype) for name, leaf in leaves}
     if jax.process_index() == 0:
-        path = snapshot_path(train, int(state.step))
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_safetensors(path, arrays)
 
