@@ -222,7 +222,7 @@ def test_one_line_and_nothing_overwritten(place, capsys, item, command):
 )
 def test_data_check_lists_the_fault_and_exits_with_2(place, capsys, label, kind):
     remove(LABEL)() if label is None else png(LABEL, label)()
-    out, new = fails(capsys, CHECK, "folder: 1 faults, listed above; mend or remove those files")
+    out, new = fails(capsys, CHECK, "folder: 1 faults, listed above; fix or remove those files")
     assert kind in out and LABEL.replace("labels", "images" if label is None else "labels") in out
     assert new == []
 
