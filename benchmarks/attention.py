@@ -21,9 +21,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sides.record import record, write_record
+from sides.timing import alternate, measured_peak
 
 from fmda.nn.attention import LONG, agrees_with_xla, attention, attention_in_parts, fused_attention
-from fmda.perf import alternate, compiled_memory, measured_peak, peak_flops, record, write_record
+from fmda.perf import compiled_memory, peak_flops
 
 HEADS = 8
 SD = ((64, 40), (32, 80), (16, 160))

@@ -25,11 +25,13 @@ import numpy as np
 import torch
 from flax import nnx
 from PIL import Image
+from sides.record import record, write_record
+from sides.timing import alternate
 from transformers import CLIPModel
 
 from fmda.data import data_root, open_dataset
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
-from fmda.perf import alternate, peak_flops, record, vit_flops, write_record
+from fmda.perf import count_flops, peak_flops
 from fmda.weights.network import save
 
 QUIET = 0.75  # processes a core before the run; this one has just started
@@ -151,17 +153,8 @@ def main() -> None:
     faults = ([f"{load:.1f} busy processes a core"] if load > QUIET else []) + (
         [f"spread {spread:.2f}"] if spread > STEADY else []
     )
-    tower = SIZES[options.model]
-    patches = (options.side // tower.patch_size) ** 2
-    flops = options.batch * vit_flops(
-        options.side,
-        patch_size=tower.patch_size,
-        width=tower.width,
-        layers=tower.layers,
-        mlp_width=tower.mlp_width,
-        projected_tokens=patches,
-        embed_dim=config.embed_dim,
-    )
+    pixels = jax.ShapeDtypeStruct((options.batch, options.side, options.side, 3), jnp.float32)
+    flops = count_flops(our_features(graphdef, params, options.dtype), pixels)
     peak = peak_flops(dtype=options.dtype)
     result = record(
         "clip-dense",

@@ -12,9 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sides.record import record, write_record
+from sides.usage import run_measured
+
 from fmda.data import data_root
 from fmda.errors import UserError
-from fmda.perf import record, run_measured, write_record
 from fmda.weights.files import read_json
 
 

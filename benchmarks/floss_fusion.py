@@ -26,6 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
+from sides.record import record, write_record
+from sides.timing import alternate, measure
+from sides.usage import run_measured
 
 from fmda.data import data_root, open_dataset
 from fmda.errors import UserError
@@ -36,7 +39,6 @@ from fmda.methods.floss.hosts import host_for
 from fmda.methods.floss.predict import fused_labels, host_labels, patch_scores
 from fmda.methods.floss.tower import Tower
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
-from fmda.perf import alternate, measure, record, run_measured, write_record
 
 FORMS = ("host", "fast", "reference")
 SIDE = 448

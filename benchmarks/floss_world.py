@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides.record import record, write_record
 
 from fmda.config import from_dict
 from fmda.data import open_dataset
@@ -25,7 +26,6 @@ from fmda.methods.floss.model import Floss
 from fmda.methods.floss.selection import select
 from fmda.methods.floss.settings import Config
 from fmda.methods.render import RenderConfig, write_world
-from fmda.perf.record import record, write_record
 
 HOSTS: dict[str, dict[str, Any]] = {
     "maskclip": {"crop": 128, "stride": 64, "trained_scale": True},

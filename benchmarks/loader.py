@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from sides.record import record, write_record
+from sides.timing import Timing
 
 from fmda.data import ClassList, Example, open_dataset
 from fmda.data.streams import Stream, batches
-from fmda.perf import Timing, record, write_record
 
 
 class CropFlip:

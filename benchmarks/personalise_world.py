@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides.record import record, write_record
 
 from fmda.config import from_dict, merge, read_yaml
 from fmda.diffusion.load import load_stable_diffusion
@@ -33,7 +34,6 @@ from fmda.methods.pretrain.diffusion_check import Images, Probe, Windows, cut_wi
 from fmda.methods.pretrain.latent_diffusion import Padded
 from fmda.methods.pretrain.latents import WindowConfig, caption_maker
 from fmda.methods.render import RenderConfig, write_world
-from fmda.perf.record import record, write_record
 from fmda.runs.stages import run_stages
 from fmda.weights.files import read_json
 from fmda.weights.network import Loaded, load_clip

@@ -17,11 +17,12 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sides.record import record, write_record
+from sides.timing import alternate
 
 from fmda.data import ClassList, Example
 from fmda.evaluate import Protocol, Scores, confusion_matrix, score_on_mesh, window_starts
 from fmda.mesh import make_mesh
-from fmda.perf import alternate, record, write_record
 
 CLASSES = 19
 

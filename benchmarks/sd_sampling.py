@@ -14,16 +14,12 @@ On a GPU 512 pixels in bfloat16, 50 steps; `--small`, and any CPU, takes 128 pix
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 # this process only starts others: it must not claim the device's memory
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# `fmda bench` runs this file from elsewhere
-sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +28,9 @@ from sides.networks import networks, random_parameters, torch_compiled, torch_de
 from sides.processes import AGREE, BATCHES, answer, arguments, check_memory, parsed, shown, sweep, timed
 
 from fmda import trees
-from fmda.diffusion.draw import Graphs, SamplerConfig, make_program
-from fmda.diffusion.samplers import timesteps
+from fmda.diffusion.draw import Graphs, Program, SamplerConfig, make_program
 from fmda.diffusion.schedule import CLASSES, SAMPLERS, ScheduleConfig
-from fmda.perf import compiled_memory, text_flops
-from fmda.perf.diffusion_flops import sampling_flops, unet_flops, vae_decode_flops
+from fmda.perf import compiled_memory, count_flops
 from fmda.trees import Tree
 from fmda.weights.network import network_graph
 
@@ -64,18 +58,21 @@ def inputs(options: argparse.Namespace) -> tuple[np.ndarray, list[tuple[np.ndarr
     return ids(), [(ids(batch), rng.integers(2**32, size=batch, dtype=np.uint32)) for _ in range(BATCHES)]
 
 
+def drawing(options: argparse.Namespace, sampler: str) -> Program:
+    """Returns the program that draws pictures."""
+    config, dtype = networks(options), options.dtype
+    graphs = {part: network_graph(part, getattr(config, part), dtype)[0] for part in PARTS}
+    shape = (options.latent, options.latent, config.unet.in_channels)
+    return make_program(
+        Graphs(**graphs, schedule=ScheduleConfig(), scale=config.vae.scale),
+        SamplerConfig(sampler, options.steps, GUIDANCE), shape,
+    )  # fmt: skip
+
+
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Returns times, memory and first pictures of ours."""
-    config, dtype = networks(options), options.dtype
-    graphs = Graphs(
-        network_graph("unet", config.unet, dtype)[0],
-        network_graph("vae", config.vae, dtype)[0],
-        network_graph("text_encoder", config.text_encoder, dtype)[0],
-        ScheduleConfig(),
-        config.vae.scale,
-    )
-    (sampler,), shape = options.sampler, (options.latent, options.latent, config.unet.in_channels)
-    program = make_program(graphs, SamplerConfig(sampler, options.steps, GUIDANCE), shape)
+    dtype = options.dtype
+    program = drawing(options, *options.sampler)
     params = {
         part: random_parameters(tree, lambda leaf: jnp.array(leaf, dtype)) for part, tree in shapes(options).items()
     }
@@ -139,23 +136,15 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def image_flops(options: argparse.Namespace, sampler: str, batch: int) -> float:
-    """Returns the FLOPs of one picture by formula; the empty caption is read once for the batch."""
-    config, pixels = networks(options), options.latent * networks(options).vae.factor
-    u, v, t = config.unet, config.vae, config.text_encoder
-    unet = unet_flops(
-        options.latent, t.context, channels=u.channels, layers=u.layers, attention=u.attention,
-        context_width=u.context_width,
-    )  # fmt: skip
-    return sampling_flops(
-        len(timesteps(ScheduleConfig(), sampler, options.steps)),
-        unet=unet,
-        decode=vae_decode_flops(pixels, channels=v.channels, layers=v.layers, latent_channels=v.latent_channels),
-        text=(1 + 1 / batch) * text_flops(t.context, width=t.width, layers=t.layers, mlp_width=t.mlp_width),
-    )
+    """Returns the traced FLOPs of one picture; the empty caption is read once for the batch."""
+    config = networks(options)
+    ids = jax.ShapeDtypeStruct((batch, config.text_encoder.context), jnp.int32)
+    empty, seeds = ids.update(shape=ids.shape[1:]), jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    return count_flops(drawing(options, sampler), shapes(options), ids, empty, seeds) / batch
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
-    """Gives sampler and batch of each row with its FLOPs by formula."""
+    """Gives sampler and batch of each row with its traced FLOPs."""
     for sampler in options.sampler:
         for batch in options.batch:
             yield {"sampler": sampler, "batch": batch}, batch * image_flops(options, sampler, batch)

@@ -18,16 +18,12 @@ many arrays as the step and with one.
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 # this process only starts others: it must not claim the device's memory
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# `fmda bench` runs this file from elsewhere
-sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +36,12 @@ from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.methods.datum.dreambooth import Graphs, make_objective, noised
 from fmda.methods.datum.settings import Optimizer
+from fmda.methods.planning import Training
 from fmda.models.sd_unet import Remat
-from fmda.perf import compiled_memory, text_flops
-from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_flops
-from fmda.perf.diffusion_memory import personalisation_memory, unet_training_bytes
+from fmda.perf import compiled_memory
 from fmda.precision import Policy
 from fmda.train.optim import make_optimizer
-from fmda.train.step import create_state, make_step
+from fmda.train.step import TrainState, create_state, make_step
 from fmda.trees import Tree
 from fmda.weights.network import network_graph
 
@@ -181,39 +176,35 @@ def peer_step(options: argparse.Namespace) -> dict[str, Any]:
     return times | {"found": {"loss": list(losses), "grad_norm": list(norms)}}
 
 
-def step_flops(options: argparse.Namespace, batch: int) -> float:
-    """Returns the FLOPs of a step by formula; the caption is read once for all rows."""
-    config = networks(options)
-    u, t = config.unet, config.text_encoder
-    unet = unet_flops(
-        options.latent, t.context, channels=u.channels, layers=u.layers, attention=u.attention,
-        context_width=u.context_width,
-    )  # fmt: skip
-    text = text_flops(t.context, width=t.width, layers=t.layers, mlp_width=t.mlp_width)
-    return batch * dreambooth_step_flops(unet=unet, text=text / batch if options.trained == "unet+text" else 0)
+def training(options: argparse.Namespace) -> Training:
+    """Returns what the step trains, by shapes."""
+    modules, shapes = graphs(options)
+    config, side = networks(options), options.latent
+    tx = optax.set_to_zero() if options.optimizer == "none" else make_optimizer(Optimizer(), 1000)
+    tokens, width = config.text_encoder.context, config.text_encoder.width
+    if options.trained == "unet+text":
+        caption = {"ids": jax.ShapeDtypeStruct((1, tokens), jnp.int32)}
+    else:
+        caption = {"context": jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)}
 
+    def init(key: Any) -> TrainState:
+        return create_state(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), tx, teacher=False)
 
-def needed_bytes(options: argparse.Namespace, batch: int) -> int:
-    """Returns what a process of either side needs at most on a CPU, by formula."""
-    u = networks(options).unet
-    activations = unet_training_bytes(
-        options.latent, channels=u.channels, layers=u.layers, attention=u.attention, heads=u.heads,
-        dtype=options.dtype, remat=options.remat,
-    )  # fmt: skip
-    count = trees.count(graphs(options)[1])
-    # without moments one more set of parameters: the weights while they are given to torch; with them, XLA's clipped
-    # gradients
-    rows = personalisation_memory(count, 0, activations=activations, images=batch, dtype=options.dtype,
-                                  moments=2 if options.optimizer == "adamw" else 0)  # fmt: skip
-    return sum(rows.values()) + 4 * count
+    def batch(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        moments = jax.ShapeDtypeStruct((rows, 1, side, side, 2 * config.vae.latent_channels), jnp.float32)
+        return {"moments": moments, "seed": jax.ShapeDtypeStruct((rows, 1), jnp.uint32)}
+
+    return Training(make_objective(modules), init, caption, batch)
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
-    """Gives the batch of each row with its FLOPs by formula, where memory is enough for it."""
+    """Gives the batch of each row with its traced FLOPs, where memory is enough for it."""
+    traced = training(options)
     for batch in options.batch:
         if options.backend == "cpu":
-            check_memory(needed_bytes(options, batch))
-        yield {"batch": batch}, step_flops(options, batch)
+            # one more set of parameters: the weights while they are given to torch, or XLA's clipped gradients
+            check_memory(traced.need(batch) + trees.size_bytes(traced.state.params))
+        yield {"batch": batch}, traced.flops(batch)
 
 
 def main() -> None:

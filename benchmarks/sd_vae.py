@@ -12,16 +12,12 @@ the host takes to start a call.
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 # this process only starts others: it must not claim the device's memory
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# `fmda bench` runs this file from elsewhere
-sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +26,7 @@ from flax import nnx
 from sides.networks import networks, random_parameters, torch_compiled, torch_device, torch_network, wait_for_torch
 from sides.processes import BATCHES, answer, arguments, parsed, shown, sweep, timed
 
-from fmda.perf import compiled_memory
-from fmda.perf.diffusion_flops import vae_decode_flops, vae_encode_flops
+from fmda.perf import compiled_memory, count_flops
 from fmda.trees import Tree
 from fmda.weights.network import network_graph
 
@@ -84,16 +79,16 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
-    """Gives direction and batch of each row with its FLOPs by formula."""
+    """Gives direction and batch of each row with its traced FLOPs."""
     config = networks(options).vae
+    graph, shapes = network_graph("vae", config, options.dtype)
+    side, pixels = options.latent, options.latent * config.factor
+    given = {"encode": (1, pixels, pixels, 3), "decode": (1, side, side, config.latent_channels)}
     for direction in options.direction:
-        count = vae_encode_flops if direction == "encode" else vae_decode_flops
-        flops = count(
-            options.latent * config.factor,
-            channels=config.channels,
-            layers=config.layers,
-            latent_channels=config.latent_channels,
-        )
+        flops = count_flops(
+            lambda params, x, direction=direction: getattr(nnx.merge(graph, params), direction)(x),
+            shapes, jax.ShapeDtypeStruct(given[direction], jnp.float32),
+        )  # fmt: skip
         for batch in options.batch:
             yield {"direction": direction, "batch": batch}, batch * flops
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from sides.record import record, write_record
 
 from fmda.methods.render import picture_keys
-from fmda.perf import record, write_record
 from fmda.world import DOMAINS
 from fmda.world.renderer import render_batch
 

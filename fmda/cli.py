@@ -315,6 +315,7 @@ def bench(name: Positional[str] = "", out: File | None = None, arguments: Positi
 
         check_writable(out)
     script = str(folder / f"{name}.py")
+    sys.path.insert(0, str(folder))
     sys.argv = [script, *arguments, *(["--out", str(out)] if out else [])]
     runpy.run_path(script, run_name="__main__")
 

@@ -41,7 +41,7 @@ EVERYTHING_BELOW = set(RULE) - {"__main__", "__init__"}
 RULE["methods"] = EVERYTHING_BELOW
 RULE["cli"] = EVERYTHING_BELOW | {"methods"}
 # What one method may take from another.
-SHARED_METHODS = {"dense", "export", "generate", "judges", "pipeline", "render", "uda"}
+SHARED_METHODS = {"dense", "export", "generate", "judges", "planning", "render", "uda"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

@@ -18,10 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 from sides.networks import MODES, torch_build
+from sides.record import record, write_record
+from sides.timing import Timing, measure, measured_peak
+from sides.usage import run_measured
 
 from fmda.atomic import write_atomic
 from fmda.errors import UserError
-from fmda.perf import Timing, device_memory, measure, measured_peak, peak_flops, record, run_measured, write_record
+from fmda.perf import device_memory, peak_flops
 
 PEERS = ("eager", *MODES)
 BATCHES = 4

@@ -12,13 +12,13 @@ on the machine.
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fmda.config import from_dict, merge, override, read_yaml, resolved, user_path
 from fmda.errors import UserError, did_you_mean
-from fmda.methods.pipeline import Plan
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, begun, pending, run_stages
 
 KINDS: dict[str, tuple[str, str]] = {
@@ -140,12 +140,7 @@ def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) ->
         return [stage(name, say) for name in order]
 
     def plan() -> Plan:
-        plans = {name: jobs[name].plan() for name in order}
-        rows = {
-            field.name: tuple(row for name, one in plans.items() for row in _named(name, getattr(one, field.name)))
-            for field in fields(Plan)
-        }
-        return Plan(**rows)
+        return Plan.merged({name: jobs[name].plan() for name in order})
 
     def check() -> None:
         for name in order:
@@ -156,11 +151,6 @@ def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) ->
 
     config = {name: {"kind": job.kind, "config": job.config} for name, job in jobs.items()}
     return Job("pipeline", config, work_dir, stages, plan, check)
-
-
-def _named(name: str, rows: tuple[Any, ...]) -> list[Any]:
-    """Returns the rows of a plan with the name of their run in front."""
-    return [f"{name}: {row}" if isinstance(row, str) else (f"{name}: {row[0]}", *row[1:]) for row in rows]
 
 
 def _available(dataset: Any) -> bool:

@@ -13,10 +13,10 @@ from fmda.atomic import replacing, write_atomic
 from fmda.config import Bounds, NonNegativeInt, PositiveInt
 from fmda.data import class_list
 from fmda.errors import UserError, did_you_mean
-from fmda.methods.pipeline import Plan
 from fmda.progress import track
 from fmda.runs.identity import claim
 from fmda.runs.journal import Journal, write_rows
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.world.captions import caption, facts_of
 from fmda.world.names import DOMAINS, PALETTE

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fmda.errors import UserError
-from fmda.methods.pipeline import Plan
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 
 

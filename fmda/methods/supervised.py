@@ -24,9 +24,9 @@ from fmda.losses.pixelwise import cross_entropy
 from fmda.mesh import make_mesh
 from fmda.methods.dense import Encoder, init_head
 from fmda.methods.export import export
-from fmda.methods.pipeline import Plan
 from fmda.nn.resize import resize
 from fmda.perf.flops import count_flops
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState, run_task
 from fmda.weights.files import read_arrays, write_safetensors

@@ -1,30 +1,17 @@
-"""FLOP counts, device peaks, timing and memory: what a run costs, counted or measured, never guessed."""
+"""FLOPs and bytes counted on traced programs, peaks of devices from data sheets, memory as devices report it."""
 
-from fmda.perf.flops import compiled_flops, count_flops, text_flops, training_flops, vit_flops
-from fmda.perf.memory import compiled_memory, device_memory, run_measured, training_bytes
-from fmda.perf.parameters import parameter_rows, parameter_table
-from fmda.perf.peaks import device_peak, measured_peak, peak_flops
-from fmda.perf.record import record, write_record
-from fmda.perf.timing import Timing, alternate, measure
+from fmda.perf.flops import count_flops
+from fmda.perf.memory import compiled_memory, device_memory
+from fmda.perf.peaks import device_peak, peak_flops
+from fmda.perf.trace import Program, residual_bytes, training_flops
 
 __all__ = [
-    "Timing",
-    "alternate",
-    "compiled_flops",
+    "Program",
     "compiled_memory",
     "count_flops",
     "device_memory",
     "device_peak",
-    "measure",
-    "measured_peak",
-    "parameter_rows",
-    "parameter_table",
     "peak_flops",
-    "record",
-    "run_measured",
-    "text_flops",
-    "training_bytes",
+    "residual_bytes",
     "training_flops",
-    "vit_flops",
-    "write_record",
 ]

@@ -3,10 +3,6 @@
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-
-from fmda.perf.timing import measure
 
 
 @dataclass(frozen=True)
@@ -57,13 +53,3 @@ def peak_flops(kind: str | None = None, dtype: str = "bfloat16") -> float | None
     """Returns the FLOP/s of one device for products in `dtype` ("bfloat16" or "float32"); None where unknown."""
     peak = device_peak(kind)
     return None if peak is None else {"bfloat16": peak.bfloat16, "float32": peak.float32}[dtype]
-
-
-def measured_peak(dtype: str = "float32", size: int = 1024, repeats: int = 5) -> float:
-    """Returns the FLOP/s that a square matrix product reaches on the first device, the best of `repeats`.
-
-    A stand-in where no data sheet is known, such as on CPUs; say so beside any MFU made with it.
-    """
-    factor = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
-    timing = measure(jax.jit(jnp.matmul), factor, factor, repeats=repeats)
-    return 2 * size**3 / min(timing.seconds)

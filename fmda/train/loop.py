@@ -20,7 +20,7 @@ from fmda.progress import Line
 from fmda.runs import identity
 from fmda.train.checkpoints import Checkpoints, disk_errors, starting_state
 from fmda.train.metrics import Meter, MetricLog, status
-from fmda.train.step import Step, TrainState
+from fmda.train.step import Step, TrainState, step_flops
 from fmda.train.stop import Stopped, StopSignals, Watch
 from fmda.train.task import Task, TrainerConfig, on_devices, whole_source
 
@@ -113,7 +113,8 @@ def fit(
 
         log = MetricLog(folder, begin, settings.tensorboard)
         peak = peak_flops(dtype=task.precision)
-        meter = Meter(task.flops_per_example, peak and peak * mesh.size, clock)
+        work = peak and step_flops(task.objective, target, frozen, batch.arrays, key) / batch.examples
+        meter = Meter(work, peak and peak * mesh.size, clock)
         watch = Watch(signals, settings.save_minutes * 60, limit, used, settings.log_every, clock)
         meta = {"config": identity.recorded(settings), "versions": {"fmda": fmda.__version__, "jax": jax.__version__}}
         running: Any = None

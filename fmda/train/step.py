@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from fmda import trees
 from fmda.errors import UserError
+from fmda.perf.trace import training_flops
 from fmda.trees import Tree
 
 Metrics = dict[str, Float[Array, ""]]
@@ -161,3 +162,18 @@ def _parts(leaf: Any, count: int) -> Any:
     if leaf.shape[0] % count:
         raise UserError(f"accumulate: a batch of {leaf.shape[0]} does not divide into {count} parts; choose a multiple")
     return leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]).swapaxes(0, 1)
+
+
+def scalar_loss(objective: Objective) -> Callable[..., Any]:
+    """Returns the objective as (loss, (metrics, auxiliary state)), as `jax.value_and_grad(has_aux=True)` takes it."""
+
+    def loss(params: Tree, state: TrainState, frozen: Any, batch: Any, key: Any) -> Any:
+        value, *rest = objective(params, state, frozen, batch, key)
+        return value, rest
+
+    return loss
+
+
+def step_flops(objective: Objective, state: TrainState, frozen: Any, batch: Any, key: Any) -> int:
+    """Returns the model's own FLOPs of a training step on a batch, the numerator of MFU; arrays or their shapes."""
+    return training_flops(scalar_loss(objective), state.params, state, frozen, batch, key)

@@ -97,7 +97,6 @@ class Task:
         snapshots: written during training.
         rules: sharding of the state, by the paths `params/...`, `opt/...`, `teacher/...`, `aux/...`; see `place`.
         facts: what a run folder is recognised by besides the settings: weight fingerprints, digests of data.
-        flops_per_example: of one row of a batch, forward and backward, for MFU.
         precision: "bfloat16" or "float32", the number format whose peak MFU refers to.
     """
 
@@ -116,7 +115,6 @@ class Task:
     snapshots: Snapshot | None = None
     rules: Sequence[Rule] = FSDP_RULES
     facts: Mapping[str, Any] = field(default_factory=dict)
-    flops_per_example: float | None = None
     precision: Literal["bfloat16", "float32"] = "bfloat16"
 
     def initial_state(self, steps: int) -> Callable[[Any], TrainState]:

@@ -324,6 +324,7 @@ def test_the_plan_of_the_published_model_is_that_of_the_papers():
     assert found.notes[3] == "prompt 0: a photo of sks traffic lights" and len(found.notes) == 13
 
 
+@pytest.mark.slow
 def test_guidance_size_type_and_shards_are_in_the_plan():
     config = Config("stabilityai/stable-diffusion-2")
     plain = plan(config)
@@ -336,7 +337,9 @@ def test_guidance_size_type_and_shards_are_in_the_plan():
     half = dict(plan(Config(config.model, dtype="bfloat16")).memory)
     assert 2 * half["parameters"] == dict(plain.memory)["parameters"]
     parted = dict(plan(Config(config.model, mesh=(1, -1), batch=1)).memory)
-    assert parted["8 devices, 1 image on each at once"] > parted["1 device, 1 image on each at once"]
+    # each device gathers the weights while it computes, and decodes its images after that
+    assert parted["parameters"] / 4 < parted["8 devices, 1 image on each at once"]
+    assert parted["8 devices, 1 image on each at once"] < parted["1 device, 1 image on each at once"]
     lies = dict(plan(Config(config.model, mesh=(1, -1), batch=1)).shardings)
     assert lies["unet"].startswith("293 of 686 arrays cut in 8, ") and lies["unet"].endswith(
         "of 865,910,724 parameters whole"

@@ -14,7 +14,7 @@ from fmda.config import FREE
 from fmda.errors import UserError
 from fmda.methods import kinds
 from fmda.methods.kinds import open_run
-from fmda.methods.pipeline import Plan
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 
 

@@ -15,7 +15,6 @@ from fmda.methods.pretrain.dinoiser import (
     Config,
     Crop,
     Networks,
-    crop_flops,
     heads_optim,
     load_networks,
     make_objective,
@@ -27,7 +26,6 @@ from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.dino import dino, vit_config
 from fmda.models.dinoiser import guide_features, init_heads, object_features, saliency
 from fmda.models.module import init
-from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
 from fmda.weights.dinoiser import load_heads
 from fmda.weights.network import load_dino, save
@@ -156,15 +154,6 @@ def test_the_loss_is_what_numpy_says(place):
     assert float(value) == pytest.approx(pairs.mean() + patches.mean(), rel=1e-4)
     assert float(metrics["alike"]) == pytest.approx(together.mean())
     assert float(metrics["objects"]) == pytest.approx(front.mean())
-
-
-def test_flops_are_those_of_the_step(place):
-    config = small(place)
-    networks = load_networks(config)
-    batch = {"pixels": jax.ShapeDtypeStruct((8, 24, 24, 3), np.uint8)}
-    gradient = jax.grad(lambda heads, *rest: make_objective(networks, config)(heads, None, *rest, None).loss)
-    counted = count_flops(gradient, init_heads(jax.random.key(3), 16, 4), networks.frozen, batch) / 8
-    assert crop_flops(networks, config.channels) == pytest.approx(counted, rel=0.1)
 
 
 def test_each_head_has_its_rate_and_both_fall_to_a_tenth():

@@ -3,70 +3,51 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from fmda.mesh import make_mesh
 from fmda.models.clip import TextConfig, VitConfig
 from fmda.models.clip.text import TextTransformer
 from fmda.models.clip.vision import VisionTransformer
-from fmda.perf.flops import (
-    compiled_flops,
-    count_flops,
-    text_flops,
-    training_flops,
-    transformer_flops,
-    value_path_flops,
-    vit_flops,
-)
+from fmda.models.module import abstract
+from fmda.models.sd_unet import UNet, UNetConfig
+from fmda.models.sd_vae import Vae, VaeConfig
+from fmda.perf.flops import count_flops
+from fmda.perf.trace import training_flops
 
-VIT_B16 = {"patch_size": 16, "width": 768, "layers": 12, "mlp_width": 3072}
-TEXT_B = {"width": 512, "layers": 12, "mlp_width": 2048}
+GMAC = 2e9
+VIT_B16 = VitConfig(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072)
+TEXT_B = TextConfig(vocab_size=49408, context=77, width=512, layers=12, heads=8, mlp_width=2048)
 
 
-@pytest.mark.parametrize(("size", "gflop"), [(448, 157.0), (224, 35.1), ((448, 896), 359.0), ((448, 336), 113.5)])
+def counted(make, call, *shapes):
+    """FLOPs of a call of a network with inputs of these shapes."""
+    graph, params = abstract(make)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return count_flops(lambda params, *inputs: call(nnx.merge(graph, params), *inputs), params, *inputs)
+
+
+@pytest.mark.parametrize(("size", "gflop"), [((224, 224), 35.1), ((448, 448), 157.0), ((448, 336), 113.5)])
 def test_vision_tower_at_full_size(size, gflop):
-    assert vit_flops(size, **VIT_B16) / 1e9 == pytest.approx(gflop, rel=2e-3)
+    flops = counted(lambda rngs: VisionTransformer(VIT_B16, 512, rngs=rngs), VisionTransformer.__call__, (1, *size, 3))
+    assert flops / 1e9 == pytest.approx(gflop, rel=1e-2)
 
 
-def test_blocks_and_value_path_at_full_size():
-    assert transformer_flops(785, 768, 1, 3072) / 1e9 == pytest.approx(13.0, abs=0.05)
-    assert value_path_flops(785, 768, 3072) / 1e9 == pytest.approx(9.3, abs=0.05)
-    maskclip = vit_flops(448, **VIT_B16 | {"layers": 11}) + value_path_flops(785, 768, 3072)
-    assert maskclip / 1e9 == pytest.approx(153, abs=0.5)
+def test_text_tower_at_full_size():
+    graph, params = abstract(lambda rngs: TextTransformer(TEXT_B, 512, rngs=rngs))
+    for tokens, gflop in ((77, 5.96), (16, 1.2)):
+        ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+        flops = count_flops(lambda params, ids: nnx.merge(graph, params)(ids), params, ids)
+        assert flops / 1e9 == pytest.approx(gflop, rel=0.02)
 
 
-@pytest.mark.parametrize(("tokens", "gflop"), [(77, 5.96), (16, 1.2)])
-def test_text_tower_at_full_size(tokens, gflop):
-    assert text_flops(tokens, **TEXT_B) / 1e9 == pytest.approx(gflop, rel=0.02)
-
-
-def abstract(build):
-    """Returns (graph, parameter shapes) without making any array."""
-    graph, state = nnx.split(nnx.eval_shape(build))
-    return graph, nnx.to_pure_dict(state)
-
-
-@pytest.mark.parametrize("size", [224, 448])
-def test_count_of_the_full_vision_tower_meets_the_formula(size):
-    config = VitConfig(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072)
-    graph, params = abstract(lambda: VisionTransformer(config, 512, rngs=nnx.Rngs(0)))
-    pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    counted = count_flops(lambda p, x: nnx.merge(graph, p)(x), params, pixels)
-    assert counted == pytest.approx(vit_flops(size, **VIT_B16, embed_dim=512), rel=0.02)
-
-
-def test_count_of_the_full_text_tower_meets_the_formula():
-    config = TextConfig(vocab_size=49408, context=77, width=512, layers=12, heads=8, mlp_width=2048)
-    graph, params = abstract(lambda: TextTransformer(config, 512, rngs=nnx.Rngs(0)))
-    ids = jax.ShapeDtypeStruct((1, 77), jnp.int32)
-    counted = count_flops(lambda p, x: nnx.merge(graph, p)(x), params, ids)
-    assert counted == pytest.approx(text_flops(77, **TEXT_B, embed_dim=512), rel=0.02)
-
-
-def test_lowered_program_meets_the_count():
-    config = VitConfig(image_size=64, patch_size=16, width=256, layers=2, heads=4, mlp_width=1024)
-    graph, params = abstract(lambda: VisionTransformer(config, 64, rngs=nnx.Rngs(0)))
-    pixels = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    arguments = (lambda p, x: nnx.merge(graph, p)(x), params, pixels)
-    assert compiled_flops(*arguments) == pytest.approx(count_flops(*arguments), rel=0.02)
+def test_stable_diffusion_1_at_full_size():
+    unet = counted(lambda rngs: UNet(UNetConfig(), rngs=rngs), UNet.__call__, (1, 64, 64, 4), (1,), (1, 77, 768))
+    assert unet == 803_273_441_280
+    encode = counted(lambda rngs: Vae(VaeConfig(), rngs=rngs), Vae.encode, (1, 512, 512, 3))
+    assert encode / GMAC == pytest.approx(558, rel=0.01)
+    decode = counted(lambda rngs: Vae(VaeConfig(), rngs=rngs), Vae.decode, (1, 64, 64, 4))
+    assert decode / GMAC == pytest.approx(1257, rel=0.01)
 
 
 def test_products_by_hand():
@@ -92,8 +73,43 @@ def test_convolution_by_hand(groups, stride, flops):
 def test_backward_of_products_is_twice_the_forward():
     x, w = jnp.ones((6, 5)), jnp.ones((5, 4))
     forward = count_flops(lambda x, w: x @ w, x, w)
-    both = count_flops(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), argnums=(0, 1)), x, w)
-    assert both == training_flops(forward) == 3 * forward
+    assert count_flops(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), argnums=(0, 1)), x, w) == 3 * forward
+
+
+def test_the_gradient_of_a_strided_convolution_leaves_out_the_zeros():
+    x, k = jnp.ones((1, 8, 8, 4)), jnp.ones((2, 2, 4, 6))
+
+    def convolve(x, k):
+        return jax.lax.conv_general_dilated(x, k, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    both = count_flops(jax.grad(lambda x, k: jnp.sum(convolve(x, k) ** 2), argnums=(0, 1)), x, k)
+    assert both == pytest.approx(3 * count_flops(convolve, x, k), rel=0.35)
+    assert count_flops(jax.grad(lambda x: jnp.sum(convolve(x, k) ** 2)), x) < 3 * count_flops(convolve, x, k)
+
+
+def test_training_leaves_out_what_is_computed_again():
+    w, x = jnp.ones((5, 5)), jnp.ones((6, 5))
+
+    def block(x, w):
+        return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+    def objective(run):
+        def loss(w, x):
+            total, _ = jax.lax.scan(lambda x, _: (run(x, w), None), x, None, length=3)
+            return jnp.sum(jax.jit(run)(total, w)), {}
+
+        return loss
+
+    plain, again = objective(block), objective(jax.checkpoint(block))
+    repeated, once = (count_flops(jax.grad(one, has_aux=True), w, x) for one in (again, plain))
+    assert repeated > once == training_flops(again, w, x) == training_flops(plain, w, x)
+
+
+def test_the_body_of_a_shard_map_counts_on_every_device():
+    mesh, rows = make_mesh(), PartitionSpec(("data", "fsdp"))
+    x, w = jnp.ones((2 * mesh.size, 3)), jnp.ones((3, 4))
+    spread = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows)
+    assert mesh.size > 1 and count_flops(spread, x, w) == count_flops(jnp.matmul, x, w)
 
 
 def test_scan_counts_each_turn_and_branch_the_dearest():

@@ -6,23 +6,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from sides.record import record, write_record
+from sides.timing import Timing, alternate, measure, measured_peak
+from sides.usage import run_measured
 
 from fmda.errors import UserError
 from fmda.perf import (
-    Timing,
-    alternate,
     compiled_memory,
     device_memory,
     device_peak,
-    measure,
-    measured_peak,
-    parameter_rows,
-    parameter_table,
     peak_flops,
-    record,
-    run_measured,
-    training_bytes,
-    write_record,
 )
 
 
@@ -117,23 +110,6 @@ def test_compiled_memory_counts_arguments_outputs_and_donation():
 
 def test_device_memory_has_known_keys_only():
     assert set(device_memory()) <= {"in_use", "peak", "limit"}
-
-
-def test_training_bytes_by_hand():
-    assert training_bytes(1000) == 4 * 5 * 1000
-    assert training_bytes(1000, 500, frozen_dtype="bfloat16", ema=False, shards=8) == (16000 + 1000) // 8
-
-
-def test_parameter_rows_and_table():
-    shapes = jax.eval_shape(lambda: {"vision": {"up": {"kernel": jnp.ones((3, 4))}}, "text": {"bias": jnp.ones(4)}})
-    assert parameter_rows(shapes) == (("text", 4), ("vision", 12)) or parameter_rows(shapes) == (
-        ("vision", 12),
-        ("text", 4),
-    )
-    assert dict(parameter_rows(shapes, 2)) == {"vision/up": 12, "text/bias": 4}
-    lines = parameter_table(shapes).splitlines()
-    assert lines[-1].split()[:2] == ["total", "16"]
-    assert any(line.split() == ["vision", "12", "75.0%"] for line in lines)
 
 
 def test_record_is_plain_json_with_device_and_versions(tmp_path, capsys):

@@ -271,7 +271,7 @@ def test_frozen_trees_are_arguments_and_survive(tmp_path, unbroken):
 
 def test_progress_says_where_it_begins_and_what_it_costs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "peak_flops", lambda dtype: 1e9)
-    run(tmp_path, steps=4, flops_per_example=100.0, name="clip")
+    run(tmp_path, steps=4, name="clip")
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == ""

@@ -1,34 +1,24 @@
-"""What a personalisation takes, in parameters, FLOPs and bytes, by closed formulas; nothing is loaded for it."""
+"""What a personalisation costs, from traces of its objective; nothing is loaded."""
 
 import functools
 import math
 
+import jax
+import jax.numpy as jnp
+
 from fmda import trees
+from fmda.data.streams import Stream
 from fmda.diffusion.draw import check_size
+from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
-from fmda.mesh import make_mesh
-from fmda.methods.datum.lora import adapter_count, target_kernels
+from fmda.mesh import FSDP_RULES, make_mesh
 from fmda.methods.datum.settings import Config
-from fmda.methods.generate.cost import (
-    MACHINES,
-    UnknownModel,
-    check_need,
-    fit_line,
-    parameter_shapes,
-    read_shapes,
-    shardings,
-)
-from fmda.methods.pipeline import Plan
+from fmda.methods.datum.setup import training_task
+from fmda.methods.generate.cost import UnknownModel, parameter_shapes, read_shapes, shardings
+from fmda.methods.planning import Training, check_need, training_plan
 from fmda.models.catalog import DiffusionConfig
-from fmda.perf.diffusion_flops import dreambooth_step_flops, unet_attention_flops, unet_flops, vae_encode_flops
-from fmda.perf.diffusion_memory import (
-    personalisation_memory,
-    text_training_bytes,
-    unet_training_bytes,
-    vae_encode_bytes,
-)
-from fmda.perf.flops import text_flops
-from fmda.precision import Policy
+from fmda.runs.plan import Plan
+from fmda.trees import Tree
 
 
 def check_crop(config: Config, shapes: DiffusionConfig) -> None:
@@ -36,72 +26,28 @@ def check_crop(config: Config, shapes: DiffusionConfig) -> None:
     check_size((config.crop, config.crop), shapes.vae.factor * shapes.unet.factor, "crop")
 
 
-def trained_count(config: Config, shapes: DiffusionConfig) -> int:
-    """Returns the number of scalars that are trained."""
-    parts = parameter_shapes(shapes)
-    if config.trained == "lora":
-        return sum(adapter_count(parts[part], config.lora.rank) for part in config.trained_parts)
-    return sum(trees.count(parts[part]) for part in config.trained_parts)
+def training(config: Config, shapes: DiffusionConfig) -> Training:
+    """Returns the pieces of the training, by shapes alone."""
+    params, text, vae = parameter_shapes(shapes), shapes.text_encoder, shapes.vae
+    pictures, tokens = len(config.prompts), text.context
+    if "text_encoder" in config.trained_parts:
+        captions: Tree = {"ids": jax.ShapeDtypeStruct((pictures, tokens), jnp.int32)}
+    else:
+        captions = {"context": jax.ShapeDtypeStruct((pictures, tokens, text.width), jnp.float32)}
 
+    def batch(rows: int) -> Tree:
+        if config.bank:
+            side = config.crop // vae.factor
+            name, shape, kind = "moments", (side, side, 2 * vae.latent_channels), jnp.float32
+        else:
+            name, shape, kind = "pixels", (config.crop, config.crop, 3), jnp.uint8
+        return {
+            name: jax.ShapeDtypeStruct((rows, pictures, *shape), kind),
+            "seed": jax.ShapeDtypeStruct((rows, pictures), jnp.uint32),
+        }
 
-def row_flops(config: Config, shapes: DiffusionConfig) -> float:
-    """Returns the FLOPs of one row of a batch in training: a crop and, with prior preservation, a class picture.
-
-    Captions are read once for a part of a batch, not once for a row.
-    """
-    unet, vae, text = shapes.unet, shapes.vae, shapes.text_encoder
-    encode = vae_encode_flops(
-        config.crop, channels=vae.channels, layers=vae.layers, latent_channels=vae.latent_channels
-    )  # fmt: skip
-    call = unet_flops(
-        config.crop // vae.factor, text.context, channels=unet.channels, layers=unet.layers, attention=unet.attention,
-        context_width=unet.context_width, in_channels=unet.in_channels, out_channels=unet.out_channels,
-    )  # fmt: skip
-    read = text_flops(text.context, width=text.width, layers=text.layers, mlp_width=text.mlp_width, embed_dim=0)
-    share = 1 / (config.batch // config.accumulate) if "text_encoder" in config.trained_parts else 0
-    adapted = share * text_flops(text.context, width=text.width, layers=text.layers, mlp_width=0)
-    adapted += unet_attention_flops(
-        config.crop // vae.factor, text.context, channels=unet.channels, layers=unet.layers, attention=unet.attention,
-        context_width=unet.context_width,
-    )  # fmt: skip
-    picture = dreambooth_step_flops(
-        unet=call, text=share * read, encode=0 if config.bank else encode,
-        adapted=adapted if config.trained == "lora" else None,
-    )  # fmt: skip
-    return len(config.prompts) * picture
-
-
-def memory(config: Config, shapes: DiffusionConfig, rows: int, shards: int) -> dict[str, int]:
-    """Returns what each device holds in training, in bytes by name.
-
-    `rows` of a batch are on it at once, parameters and moments are cut over `shards` devices.
-    """
-    unet, vae, text = shapes.unet, shapes.vae, shapes.text_encoder
-    dtype = Policy.named(config.precision).compute
-    parts, trained = parameter_shapes(shapes), config.trained_parts
-    frozen = {part for part in parts if part not in trained and part != "text_encoder"}
-    if config.trained == "lora":
-        frozen |= set(trained)
-    pictures = len(config.prompts)
-    found = personalisation_memory(
-        trained_count(config, shapes), sum(trees.count(parts[part]) for part in frozen),
-        activations=unet_training_bytes(
-            config.crop // vae.factor, text.context, channels=unet.channels, layers=unet.layers,
-            attention=unet.attention, heads=unet.heads, dtype=dtype, remat=config.remat,
-        ),
-        encoding=0 if config.bank else vae_encode_bytes(config.crop, channels=vae.channels, dtype=dtype),
-        images=pictures * rows, ema=config.ema is not None, accumulate=config.accumulate, dtype=dtype,
-        frozen_dtype=dtype, shards=shards,
-    )  # fmt: skip
-    if "text_encoder" in trained:
-        found["activations, text"] = pictures * text_training_bytes(
-            text.context, width=text.width, layers=text.layers, mlp_width=text.mlp_width, heads=text.heads, dtype=dtype
-        )
-    if config.trained == "lora":
-        kernels = [kernel for part in trained for kernel in target_kernels(parts[part]).values()]
-        # the sums of weights and adapters, and the gradients that lead to the adapters
-        found["kernels with adapters"] = 2 * 4 * trees.count(kernels)
-    return found
+    task = training_task(config, shapes, ScheduleConfig(), params, captions, Stream(range(1), None, config.batch))
+    return Training.of(task, config.steps, batch, frozen_rules=FSDP_RULES)
 
 
 def check_batch(config: Config) -> None:
@@ -116,27 +62,20 @@ def check_batch(config: Config) -> None:
 
 
 def check_memory(config: Config, shapes: DiffusionConfig) -> None:
-    """Raises UserError where a device cannot hold its share of a batch, and says by how much.
+    """Raises UserError where a device cannot hold its share of a batch, with the largest batch that fits.
 
-    Only where the device's memory is known: given as `device_memory`, or told by the device.
+    Checked where the device's memory is known: from `device_memory`, or from the device.
     """
     mesh = make_mesh(*config.mesh)
     check_need(
-        functools.partial(_need, config, shapes, mesh.shape["fsdp"]), config.batch, config.accumulate * mesh.size,
-        mesh.size, config.device_memory, "example", "batch",
+        functools.partial(training(config, shapes).need, shards=mesh.shape["fsdp"]), config.batch,
+        config.accumulate * mesh.size, mesh.size, config.device_memory, "example", "batch",
         "accumulate=, remat=dots or remat=blocks, precision=bfloat16, trained=lora or more devices (mesh=)",
     )  # fmt: skip
 
 
-def _need(config: Config, shapes: DiffusionConfig, shards: int, rows: int) -> int:
-    return sum(memory(config, shapes, rows, shards).values())
-
-
 def plan(config: Config) -> Plan:
-    """Returns stages and, where the model's sizes are known, parameters, FLOPs and memory. Touches nothing.
-
-    Memory is given by name for what one device holds of the configured batch, and as a sum for 1, 4 and 8 devices.
-    """
+    """Returns stages and, where the model's sizes are known, parameters, FLOPs and memory; writes nothing."""
     kept = ", ".join(map(str, config.snapshot_steps))
     stages = (
         ("prepare", _preparation(config)),
@@ -149,31 +88,11 @@ def plan(config: Config) -> Plan:
     except UnknownModel as unknown:
         return Plan(stages=stages, notes=(f"no sizes are known: {unknown}",))
     check_crop(config, shapes)
-    counts = {part: trees.count(tree) for part, tree in parameter_shapes(shapes).items()}
-    row = row_flops(config, shapes)
-    rows = config.batch // config.accumulate
-    totals, work = [], []
-    for devices in (1, 4, 8):
-        share = -(-rows // devices)
-        name = f"{devices} device{'s' if devices > 1 else ''}, fsdp={devices}, {share} on each at once"
-        if config.batch % devices:
-            name += f" (batch={share * devices * config.accumulate})"
-        totals.append((name, sum(memory(config, shapes, share, devices).values())))
-        work.append((name, row * share * config.accumulate * config.steps / 1e15))
-    return Plan(
-        stages=stages,
-        parameters=(*counts.items(), ("trained", trained_count(config, shapes))),
-        flops=(("an example in training", row),),
-        memory=(*memory(config, shapes, rows, 1).items(), *totals),
+    return training_plan(
+        training(config, shapes), stages=stages, batch=config.batch, steps=config.steps,
+        parameters={part: trees.count(tree) for part, tree in parameter_shapes(shapes).items()},
         shardings=shardings(shapes, 8),
-        notes=(
-            *(f"the whole run, {name}: {share:,.4g} PFLOP a device" for name, share in work),
-            *(
-                fit_line(functools.partial(_need, config, shapes, devices), "example", name, devices, limit)
-                for name, devices, limit in MACHINES
-            ),
-        ),
-    )
+    )  # fmt: skip
 
 
 def _preparation(config: Config) -> str:

@@ -16,29 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from fmda import trees
 from fmda.data.streams import Stream
 from fmda.diffusion.load import StableDiffusion, save_stable_diffusion
 from fmda.mesh import FSDP_RULES, make_mesh, place
-from fmda.methods.datum.cost import check_memory, plan, row_flops
-from fmda.methods.datum.dreambooth import Graphs, make_objective
-from fmda.methods.datum.lora import init_adapters
+from fmda.methods.datum.cost import check_memory, plan
 from fmda.methods.datum.prepare import check, check_prepared, examples, prepare
 from fmda.methods.datum.settings import Config
+from fmda.methods.datum.setup import training_task
 from fmda.methods.datum.snapshots import snapshot_model, untouched, write_snapshot
 from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
 from fmda.methods.datum.target import digest
 from fmda.methods.export import write_summary
 from fmda.methods.generate.run import ORIGIN
-from fmda.precision import Policy, cast
 from fmda.runs.identity import changes
 from fmda.runs.stages import Stage
 from fmda.train import Snapshot, Task, run_task
 from fmda.trees import Tree
 from fmda.weights import files
-from fmda.weights.network import network_graph
 
 __all__ = ["Config", "check", "export_steps", "personalisation", "plan", "prepare", "stages", "train"]
 
@@ -72,8 +68,7 @@ def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
     `fmda.train.run_task`, and where the folder's run began with another picture or other weights.
     """
     model = untouched(config)
-    shapes = model.networks
-    check_memory(config, shapes)
+    check_memory(config, model.networks)
     check_prepared(config, prepared, model)
     source, transform = examples(config, prepared)
     task = personalisation(config, model, Stream(source, transform, config.batch))
@@ -82,7 +77,6 @@ def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
         frozen=_placed(task.frozen, make_mesh(*config.mesh)),
         facts={"target": digest(prepared / "target.png"), "weights": model.fingerprint},
         snapshots=Snapshot(config.snapshot_steps, functools.partial(write_snapshot, config, folder)),
-        flops_per_example=row_flops(config, shapes),
     )
     state = run_task(task, config, folder)
     return {"steps": int(state.step), "snapshots": list(config.snapshot_steps), "trained": trees.count(state.params)}
@@ -94,50 +88,13 @@ def personalisation(config: Config, model: StableDiffusion, rows: Stream) -> Tas
     Frozen networks are stored in the number format of the computation. All weights of a network start from the
     model's, adapters from random numbers.
     """
-    dtype = Policy.named(config.precision).compute
-    graphs = Graphs(
-        network_graph("unet", model.unet.config, dtype, remat=config.remat)[0],
-        network_graph("text_encoder", model.text_encoder.config, dtype)[0],
-        network_graph("vae", model.vae.config, dtype)[0], model.schedule, model.vae.config.scale,
-    )  # fmt: skip
-    objective = make_objective(
-        graphs, lora_scale=config.lora.alpha / config.lora.rank,
-        prior_weight=1.0 if config.prior is None else config.prior.weight, noise=config.noise,
-    )  # fmt: skip
     ids = model.tokenize(config.prompts)
-    frozen: Tree = {"vae": cast(model.params["vae"], dtype)}
     if "text_encoder" in config.trained_parts:
-        frozen["ids"] = ids
+        captions: Tree = {"ids": ids}
     else:
         # encoded once: the text encoder takes no part in the steps
-        frozen["context"] = np.asarray(model.text_encoder(ids))
-    trained = {part: model.params[part] for part in config.trained_parts}
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trained)
-
-    def adapters(key: Array) -> Tree:
-        keys = jax.random.split(key, len(shapes))
-        named = zip(shapes.items(), keys, strict=True)
-        return {part: init_adapters(key, shape, config.lora.rank) for (part, shape), key in named}
-
-    def zeros(key: Array) -> Tree:
-        del key
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-    if config.trained == "lora":
-        frozen |= {part: cast(weights, dtype) for part, weights in trained.items()}
-    return Task(
-        name="personalise",
-        objective=objective,
-        init=adapters if config.trained == "lora" else zeros,
-        weights=None if config.trained == "lora" else trained,
-        optim=config.optim,
-        streams=rows,
-        frozen=frozen,
-        teacher_decay=config.ema,
-        accumulate=config.accumulate,
-        rules=FSDP_RULES,
-        precision=config.precision,
-    )
+        captions = {"context": np.asarray(model.text_encoder(ids))}
+    return training_task(config, model.networks, model.schedule, model.params, captions, rows)
 
 
 def _placed(tree: Tree, mesh: Mesh) -> Tree:

@@ -87,9 +87,9 @@ def host_labels(
     Args:
         image: the normalised network image; read by PAMR.
     """
-    rows, columns = where.rows.matrix(), where.columns.matrix()
     height, width = where.original
     if host.pamr_steps:
+        rows, columns = where.rows.matrix(), where.columns.matrix()
         if image is None:
             raise ValueError("PAMR follows the image; pass it")
         small, refined = where.network, jnp.asarray(image)
@@ -99,17 +99,29 @@ def host_labels(
         return _finish(
             _refined(host, seen, jnp.asarray(classifier), rows, columns, refined, classes, where.grid), height, width
         )
-    out = _host(
+    return _finish(host_maps(host, seen, classifier, where, classes, background=background), height, width)
+
+
+def host_maps(
+    host: HostConfig,
+    seen: Patches,
+    classifier: Float[Array | np.ndarray, "Q D"],
+    where: Geometry,
+    classes: tuple[int, ...],
+    *,
+    background: int | None = None,
+) -> tuple[Int[Array, "H2 W2"], Float[Array, "H2 W2"]]:
+    """Returns what `host_labels` returns, on the device and filled up to a few sizes; without PAMR."""
+    return _host(
         host,
         seen,
         jnp.asarray(classifier),
-        zero_padded(rows, bucket(height)),
-        zero_padded(columns, bucket(width)),
+        zero_padded(where.rows.matrix(), bucket(where.rows.original)),
+        zero_padded(where.columns.matrix(), bucket(where.columns.original)),
         classes,
         where.grid,
         background,
     )
-    return _finish(out, height, width)
 
 
 def fused_labels(
@@ -129,18 +141,30 @@ def fused_labels(
         fusion: "exact" (`fusion.fuse`), "reference" (the same result by the literal rule, slow) or "patch" (fused at
             the patches and then stretched: faster, not the same).
     """
-    height, width = where.original
+    return _finish(fused_maps(host, seen, classifiers, where, classes, fusion, background), *where.original)
+
+
+def fused_maps(
+    host: HostConfig,
+    seen: Patches,
+    classifiers: Float[Array | np.ndarray, "E Q D"],
+    where: Geometry,
+    classes: tuple[int, ...],
+    fusion: Fusion,
+    background: int | None = None,
+) -> tuple[Int[Array, "H2 W2"], Float[Array, "H2 W2"]]:
+    """Returns what `fused_labels` returns, on the device and filled up to a few sizes."""
     classifiers = jnp.asarray(classifiers)
     if fusion == "patch":
         rows, columns = (zero_padded(s.matrix(), bucket(s.original)) for s in (where.rows, where.columns))
-        out = _fused_patches(host, seen, classifiers, rows, columns, classes, where.grid, background)
-        return _finish(out, height, width)
+        return _fused_patches(host, seen, classifiers, rows, columns, classes, where.grid, background)
     sides = (where.rows, where.columns)
     shares = tuple(zero_padded(1 / side.coverage, bucket(side.network)) for side in sides)
     taps = tuple(side.resize_taps.padded(bucket(side.original)) for side in sides)
     inside = tuple(_Static(side.window_taps) for side in sides)
-    out = _fused(host, seen, classifiers, where.corners(), shares, taps, inside, classes, fusion == "exact", background)
-    return _finish(out, height, width)
+    return _fused(
+        host, seen, classifiers, where.corners(), shares, taps, inside, classes, fusion == "exact", background
+    )
 
 
 class _Static:

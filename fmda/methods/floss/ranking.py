@@ -81,41 +81,8 @@ class Scanner:
 
     def tally(self, seen: Seen) -> Tally:
         """Returns the sums over one image."""
-        where, shape = seen.geometry, self._size(seen.geometry)
-        rows, columns = where.rows.matrix(self.resolution), where.columns.matrix(self.resolution)
-        high, wide = bucket(shape[0], ROWS), bucket(shape[1], 16)
-        labels = np.full((high, wide), 255, np.uint8)
-        if seen.labels is not None and self.resolution == "original":
-            labels[: shape[0], : shape[1]] = seen.labels
-        valid = np.zeros((high, wide), bool)
-        valid[: shape[0], : shape[1]] = True
-        if seen.mirrored is None:
-            other, mirrored_columns = seen.patches, columns
-        else:
-            other, mirrored_columns = seen.mirrored, columns[::-1]
-        out = jax.device_get(
-            _scan(
-                self.table,
-                self.ordinary,
-                seen.patches,
-                other,
-                zero_padded(rows, high),
-                # the last column is repeated, so that it counts as its own neighbour
-                np.pad(columns, ((0, wide - shape[1]), (0, 0)), mode="edge"),
-                np.pad(mirrored_columns, ((0, wide - shape[1]), (0, 0)), mode="edge"),
-                valid,
-                labels,
-                host=self.host,
-                classes=self.classes,
-                grid=where.grid,
-                flip=seen.mirrored is not None,
-                scored=seen.labels is not None,
-                chunk=self.chunk,
-                mesh=self.mesh,
-                background=self.background,
-            )
-        )
-        sums, mirrored, ordinary = (np.asarray(a, np.float64).sum(0) for a in out)
+        shape, labels = self._size(seen.geometry), self._labels(seen)
+        sums, mirrored, ordinary = (np.asarray(a, np.float64).sum(0) for a in jax.device_get(self.scan(seen)))
         names = (*MEASURES, *SCORING)
         classes = self.classes[-1] + 1
         truth = np.bincount(labels[labels < classes], minlength=classes)
@@ -127,6 +94,47 @@ class Scanner:
             np.rint(mirrored[: self.templates]).astype(np.int64),
             truth.astype(np.int64),
         )
+
+    def scan(self, seen: Seen) -> tuple[Array, Array, Array]:
+        """Returns the sums of each band: measures [bands, M, K, S], mirrored counts, and the host's own counts."""
+        where, shape = seen.geometry, self._size(seen.geometry)
+        rows, columns = where.rows.matrix(self.resolution), where.columns.matrix(self.resolution)
+        labels = self._labels(seen)
+        high, wide = labels.shape
+        valid = np.zeros((high, wide), bool)
+        valid[: shape[0], : shape[1]] = True
+        if seen.mirrored is None:
+            other, mirrored_columns = seen.patches, columns
+        else:
+            other, mirrored_columns = seen.mirrored, columns[::-1]
+        return _scan(
+            self.table,
+            self.ordinary,
+            seen.patches,
+            other,
+            zero_padded(rows, high),
+            # the last column is repeated, so that it counts as its own neighbour
+            np.pad(columns, ((0, wide - shape[1]), (0, 0)), mode="edge"),
+            np.pad(mirrored_columns, ((0, wide - shape[1]), (0, 0)), mode="edge"),
+            valid,
+            labels,
+            host=self.host,
+            classes=self.classes,
+            grid=where.grid,
+            flip=seen.mirrored is not None,
+            scored=seen.labels is not None,
+            chunk=self.chunk,
+            mesh=self.mesh,
+            background=self.background,
+        )
+
+    def _labels(self, seen: Seen) -> UInt8[np.ndarray, "H2 W2"]:
+        """Returns the true labels, void where there are none, filled up to a few sizes."""
+        height, width = self._size(seen.geometry)
+        labels = np.full((bucket(height, ROWS), bucket(width, 16)), 255, np.uint8)
+        if seen.labels is not None and self.resolution == "original":
+            labels[:height, :width] = seen.labels
+        return labels
 
     def _size(self, where: Geometry) -> tuple[int, int]:
         if self.resolution == "patch":

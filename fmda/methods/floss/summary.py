@@ -1,19 +1,34 @@
-"""What a run will cost, in parameters, FLOPs and bytes, from closed formulas; nothing is loaded."""
+"""What a run costs, from traces of the functions that it runs; no weights are read."""
 
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
 
 from fmda import trees
 from fmda.data import ClassList, class_list, known_class_lists
 from fmda.data.catalog import CATALOG
 from fmda.errors import UserError
+from fmda.mesh import make_mesh
 from fmda.methods.floss.chain import Geometry
-from fmda.methods.floss.hosts import HostConfig
+from fmda.methods.floss.features import Patches, patches
 from fmda.methods.floss.inputs import predicted_classes
+from fmda.methods.floss.predict import MANY, Fusion, fused_maps, host_maps
+from fmda.methods.floss.ranking import Scanner, Seen
 from fmda.methods.floss.settings import Config
-from fmda.methods.pipeline import Plan
+from fmda.methods.floss.tower import BATCH
 from fmda.models.catalog import ENTRIES
-from fmda.models.clip import ClipConfig, TextConfig, VitConfig
+from fmda.models.clip import ClipConfig, VitConfig
+from fmda.models.dinoiser import init_heads
+from fmda.perf.flops import count_flops
+from fmda.perf.trace import Program
+from fmda.runs.plan import Plan
+from fmda.trees import Tree
 from fmda.weights.clip import read_hf
 from fmda.weights.network import network_graph
 from fmda.weights.source import asset_names, assets_folder
@@ -22,17 +37,17 @@ _SIZES = {"cityscapes": (1024, 2048), "voc20": (375, 500), "context59": (375, 50
 _TYPICAL = (480, 640)
 _SMALL = {"camvid": (360, 480), "world": (128, 256)}
 
-PROMPT_TOKENS = 16
-"""Longest prompt of the known class lists, rounded up."""
-
 GUIDE_CHANNELS = 256
 """Output channels of CLIP-DINOiser's object convolution."""
 
+PROMPT_TOKENS = 16
+"""Longest prompt of the known class lists, rounded up."""
+
 
 def plan(config: Config) -> Plan:
-    """Returns stages, parameters, FLOPs an image and memory of a run. Touches nothing.
+    """Returns stages, parameters, FLOPs of an image and memory of a run; writes nothing.
 
-    The image size is the usual one of the data set. FLOPs count multiplications and additions.
+    The image has the usual size of the dataset.
     """
     clip, host = clip_shapes(config), config.host_config()
     if not isinstance(clip.vision, VitConfig):
@@ -43,31 +58,55 @@ def plan(config: Config) -> Plan:
     size = {**_SIZES, **_SMALL}.get(dataset, _TYPICAL)
     where = host.geometry(size, clip.vision.patch_size)
     count = where.grid[0] * where.grid[1]
-    patches = where.rows.patches * where.columns.patches
-    tower = count * tower_flops(host, clip, patches)
-    experts = queries + 1
-    pixels = where.rows.window * where.columns.window
-    fused = {
-        "text tower, once": templates * queries * text_flops(clip.text),
-        f"image tower, {count} windows": tower,
-        "cosines, host": count * 2.0 * patches * queries * clip.embed_dim,
-        "cosines, experts": count * 2.0 * patches * experts * queries * clip.embed_dim,
-        "fusion, at most": count * 4.0 * experts * queries * pixels,
-        "ranking, scan of all templates": templates * queries * (8.0 * size[0] * size[1]),
-    }
-    parameters, stored = _parameters(clip)
-    band = 16 * size[1] * config.ranking.chunk * queries * 4
-    memory = {
-        "parameters": stored,
-        "text table": 4.0 * templates * queries * clip.embed_dim,
-        "patch scores of a window, twice": 8.0 * experts * queries * patches,
-        "fused maps": 4.0 * queries * (pixels + where.network[0] * where.network[1]),
-        "a band of the ranking": 3.0 * band,
-    }
-    counts = dict(parameters)
+    names, dim = config.queries(classes).classes, clip.embed_dim
+    graph, shapes = network_graph("clip", clip)
+    kernels = {"vision": shapes["vision"], "text": shapes["text"]}
     if host.features == "clip-dinoiser":
         width = clip.vision.width
-        counts["heads"] = (9 * width + 1) * GUIDE_CHANNELS + width + 1
+        kernels["heads"] = jax.eval_shape(lambda: init_heads(jax.random.key(0), width, GUIDE_CHANNELS))
+
+    def tower(params: Tree, pixels: Array) -> Patches:
+        return patches(
+            host, nnx.merge(graph, shapes | {"vision": params["vision"]}).vision, params.get("heads"), pixels
+        )
+
+    def windows(number: int) -> tuple[Tree, jax.ShapeDtypeStruct]:
+        covered = (where.rows, where.columns)
+        sides = (side.covered if host.remainder == "pad" else side.window for side in covered)
+        return kernels, _floats(number, *sides, 3)
+
+    seen = jax.eval_shape(tower, *windows(count))
+    scanner = Scanner(
+        host, np.zeros((templates, queries, dim), np.float32), np.zeros((queries, dim), np.float32), names,
+        make_mesh(1, 1), resolution=config.ranking.resolution, chunk=config.ranking.chunk,
+    )  # fmt: skip
+
+    def experts(fusion: Fusion) -> Program:
+        def fused(seen: Patches, classifiers: Array) -> Any:
+            return fused_maps(host, seen, classifiers, where, names, fusion)
+
+        return _traced(fused, seen, _floats(len(classes) + 1, queries, dim))
+
+    look = Program(tower, windows)
+    maps = {
+        "host's maps": _traced(lambda seen, one: host_maps(host, seen, one, where, names), seen, _floats(queries, dim)),
+        "experts' maps": experts(config.fusion),
+        "ranking, all templates": _traced(lambda seen: scanner.scan(Seen(seen, None, where)), seen),
+    }  # fmt: skip
+    prompt = count_flops(
+        lambda text, ids: nnx.merge(graph, shapes | {"text": text}).text(ids), shapes["text"],
+        jax.ShapeDtypeStruct((1, PROMPT_TOKENS), jnp.int32),
+    )  # fmt: skip
+    flops = {"text tower, once": templates * queries * prompt, f"image tower, {count} windows": look.flops(count)}
+    # with many names, exact fusion computes the scores that the image needs: at most those of the reference
+    bound = {"experts' maps": experts("reference")} if config.fusion == "exact" and queries >= MANY else {}
+    flops |= {name: program.flops(1) for name, program in (maps | bound).items()}
+    memory = {
+        "parameters": trees.size_bytes(kernels), "text table": 4 * templates * queries * dim,
+        f"image tower, {min(BATCH, count)} windows at once": look.peak(min(BATCH, count)),
+        **{name: program.peak(1) for name, program in maps.items()},
+    }  # fmt: skip
+    counts = {name: trees.count(tree) for name, tree in kernels.items()}
     what = {
         "rank": f"{templates} templates x {len(classes)} classes on {config.unlabelled_name} "
         f"{config.unlabelled.split or 'train'}, by {config.ranking.criterion}"
@@ -83,7 +122,7 @@ def plan(config: Config) -> Plan:
     return Plan(
         stages=tuple(what.items()),
         parameters=tuple(counts.items()),
-        flops=tuple(fused.items()),
+        flops=tuple(flops.items()),
         memory=tuple(memory.items()),
         notes=(_windows_note(where, size),),
     )
@@ -98,13 +137,6 @@ def _classes(config: Config) -> ClassList:
         return class_list(name)
     entry = CATALOG.get(name)
     return class_list(entry.classes) if entry is not None and not entry.free else predicted_classes(config)
-
-
-@lru_cache(maxsize=8)
-def _parameters(clip: ClipConfig) -> tuple[tuple[tuple[str, int], ...], int]:
-    """Returns the scalars of each tower, and the bytes of the whole in float32."""
-    _, tree = network_graph("clip", clip)
-    return tuple((name, trees.count(tree[name])) for name in ("vision", "text")), trees.size_bytes(tree)
 
 
 def clip_shapes(config: Config) -> ClipConfig:
@@ -122,30 +154,12 @@ def clip_shapes(config: Config) -> ClipConfig:
     )
 
 
-def tower_flops(host: HostConfig, clip: ClipConfig, patches: int) -> float:
-    """Returns the FLOPs of the image tower, as the host uses it, for one window."""
-    vision = clip.vision
-    assert isinstance(vision, VitConfig)
-    tokens, width = patches + 1, vision.width
-    linear = 2.0 * tokens * width
-    block = linear * (4 * width + 2 * vision.mlp_width) + 4.0 * tokens**2 * width
-    value_path = linear * (2 * width + 2 * vision.mlp_width)
-    last = {
-        "maskclip": value_path,
-        "clip-dinoiser": value_path,
-        "naclip": linear * 3 * width + 4.0 * tokens**2 * width,
-    }[host.features]
-    ends = 2.0 * patches * width * (3 * vision.patch_size**2 + clip.embed_dim)
-    refine = 0.0
-    if host.features == "clip-dinoiser":
-        refine = 2.0 * patches * (9 * width * GUIDE_CHANNELS + width + patches * (GUIDE_CHANNELS + clip.embed_dim))
-    return (vision.layers - 1) * block + last + ends + refine
+def _traced(function: Callable[..., Any], *arguments: Any) -> Program:
+    return Program(function, lambda _: arguments)
 
 
-def text_flops(text: TextConfig, tokens: int = PROMPT_TOKENS) -> float:
-    """Returns the FLOPs of the text tower for one prompt of `tokens` tokens."""
-    linear = 2.0 * tokens * text.width * (4 * text.width + 2 * text.mlp_width)
-    return text.layers * (linear + 4.0 * tokens**2 * text.width)
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _windows_note(where: Geometry, size: tuple[int, int]) -> str:

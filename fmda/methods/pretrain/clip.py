@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool
 
+from fmda import trees
 from fmda.atomic import write_atomic
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.data import templates
@@ -26,15 +27,15 @@ from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
 from fmda.methods.export import export
-from fmda.methods.pipeline import Plan
+from fmda.methods.planning import Training, training_plan
 from fmda.methods.pretrain.checks import check_scenes
 from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Drawn, Scenes
 from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
 from fmda.methods.pretrain.tokenizer import train_tokenizer
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import abstract, init
-from fmda.perf.flops import text_flops, training_flops, vit_flops
 from fmda.progress import track
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome
@@ -110,34 +111,31 @@ def _words(config: Config) -> list[Any]:
 
 
 def plan(config: Config) -> Plan:
-    """Returns parameters and FLOPs of the two towers at the configured sizes."""
-    graph = abstract(lambda rngs: Clip(config.model, rngs=rngs))[1]
-    counts = {name: sum(x.size for x in jax.tree.leaves(graph[name])) for name in ("vision", "text")}
-    return Plan(
-        stages=tuple((stage.name, "") for stage in stages(config)),
-        parameters=tuple(counts.items()),
-        flops=(("vision, one crop", vision_flops(config)), ("text, one caption", caption_flops(config))),
-        memory=(("parameters, moments and average, float32", 16.0 * sum(counts.values())),),
-    )
+    """Returns parameters, FLOPs and memory at the configured sizes, for a tokenizer that fills its vocabulary."""
+    text = dataclasses.replace(config.model.text, vocab_size=config.vocabulary)
+    model = dataclasses.replace(config.model, text=text)
+    shapes = abstract(lambda rngs: Clip(model, rngs=rngs))[1]
+    size, grid, tags = config.crop.size, _grid(model), len(TAGS)
 
+    def batch(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        kinds = {
+            "pixels": ((size, size, 3), jnp.uint8), "ids": ((text.context,), jnp.int32), "present": ((tags,), bool),
+            "stated": ((tags,), bool), "patches": ((grid * grid,), jnp.uint8),
+        }  # fmt: skip
+        return {
+            name: jax.ShapeDtypeStruct((rows, config.crops, *shape), kind) for name, (shape, kind) in kinds.items()
+        }
 
-def vision_flops(config: Config) -> float:
-    """Returns the FLOPs of the image tower for one crop, forward."""
-    tower = config.model.vision
-    if not isinstance(tower, VitConfig):
-        raise UserError("model.vision: only vision transformers are trained here; give patch_size, width, heads")
-    return vit_flops(
-        config.crop.size, patch_size=tower.patch_size, width=tower.width, layers=tower.layers,
-        mlp_width=tower.mlp_width, embed_dim=config.model.embed_dim,
-    )  # fmt: skip
-
-
-def caption_flops(config: Config) -> float:
-    """Returns the FLOPs of the text tower for one caption, forward."""
-    tower = config.model.text
-    return text_flops(
-        tower.context, width=tower.width, layers=tower.layers, mlp_width=tower.mlp_width,
-        embed_dim=config.model.embed_dim,
+    bank, rows = len(templates("imagenet80")), config.batch // config.crops
+    frozen = {
+        "prompts": jax.ShapeDtypeStruct((bank, len(CLASSES), text.context), jnp.int32),
+        "needs": jax.ShapeDtypeStruct((bank, tags), bool),
+    }
+    return training_plan(
+        Training.of(_task(config, model, frozen, Stream(range(1), None, rows)), config.steps, batch, example="image"),
+        stages=[(stage.name, "") for stage in stages(config)], batch=rows, steps=config.steps,
+        parameters={name: trees.count(shapes[name]) for name in ("vision", "text")},
+        notes=(f"an image gives {config.crops} crops",),
     )  # fmt: skip
 
 
@@ -235,31 +233,31 @@ def also_true(present: Bool[Array, "b tags"], stated: Bool[Array, "b tags"]) -> 
     return missing < 0.5
 
 
+def _task(config: Config, model: ClipConfig, frozen: Any, stream: Stream) -> Task:
+    def make(rngs: nnx.Rngs) -> Clip:
+        return Clip(model, rngs=rngs)
+
+    return Task(
+        name="clip",
+        objective=make_objective(abstract(make)[0], model, config.patch_weight, config.patch_templates),
+        init=functools.partial(init, make),
+        optim=config.optim,
+        streams=stream,
+        frozen=frozen,
+        teacher_decay=config.ema,
+    )
+
+
 def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     model = model_config(config, done["tokenizer"])
     text, bank = model.text, templates("imagenet80")
     words = Captions(done["tokenizer"], text.eos_token_id, text.vocab_size, text.context)
     transform = Crops(config.crop, bank, words, config.crops, _grid(model))
-
-    def make(rngs: nnx.Rngs) -> Clip:
-        return Clip(model, rngs=rngs)
-
-    graphdef, _ = abstract(make)
     prompts = [template.format(name) for template in bank for name in CLASSES]
     ids = _tokenizer_of(words)(prompts, text.context)
     frozen = {"prompts": ids.reshape(len(bank), len(CLASSES), -1), "needs": template_needs(bank, TAGS)}
-
-    task = Task(
-        name="clip",
-        objective=make_objective(graphdef, model, config.patch_weight, config.patch_templates),
-        init=functools.partial(init, make),
-        optim=config.optim,
-        streams=Stream(Scenes(config.data), transform, config.batch // config.crops),
-        frozen=frozen,
-        teacher_decay=config.ema,
-        flops_per_example=config.crops * training_flops(vision_flops(config) + caption_flops(config)),
-    )
-    state = run_task(task, config, folder)
+    stream = Stream(Scenes(config.data), transform, config.batch // config.crops)
+    state = run_task(_task(config, model, frozen, stream), config, folder)
     return {"steps": int(state.step), "tags": len(TAGS)}
 
 

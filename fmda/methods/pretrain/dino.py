@@ -7,20 +7,23 @@ teacher tells them unmasked (Zhou et al. 2022, iBOT). No label is read before th
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fmda import trees
 from fmda.atomic import write_atomic
 from fmda.config import PositiveInt
 from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.methods.export import export
-from fmda.methods.pipeline import Plan
+from fmda.methods.planning import Training, training_plan
 from fmda.methods.pretrain.checks import check_pictures, check_scenes
 from fmda.methods.pretrain.dino_check import agreement_on, normalised_float
 from fmda.methods.pretrain.dino_net import (
@@ -31,11 +34,11 @@ from fmda.methods.pretrain.dino_net import (
     make_objective,
     momentum_schedule,
 )
-from fmda.methods.pretrain.dino_views import Pictures, ViewConfig, Views
+from fmda.methods.pretrain.dino_views import Image, Pictures, ViewConfig, Views
 from fmda.models.clip import VitConfig
 from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
-from fmda.perf.flops import training_flops, vit_flops
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, Task, TrainerConfig, run_task
 from fmda.weights.network import load_dino, save
@@ -117,50 +120,29 @@ def stages(config: Config) -> list[Stage]:
 
 
 def plan(config: Config) -> Plan:
-    """Returns parameters and FLOPs at the configured sizes."""
+    """Returns parameters, FLOPs and memory at the configured sizes."""
     shapes = abstract(lambda rngs: Pupil(config.vit, config.head, rngs=rngs))[1]
-    counts = {name: sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("backbone", "head")}
-    return Plan(
-        stages=tuple((stage.name, "") for stage in stages(config)),
-        parameters=tuple(counts.items()),
-        flops=(
-            ("backbone, one global view", view_flops(config, config.views.size)),
-            ("one training picture, all views", picture_flops(config)),
-        ),
-        memory=(("parameters, moments and teacher, float32", 16.0 * sum(counts.values())),),
-    )
+    views, patches = config.views, config.vit.side**2
+
+    def batch(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        kinds = {
+            "globals": ((2, views.size, views.size, 3), jnp.uint8), "masks": ((2, patches), bool),
+            "locals": ((views.locals, views.local_size, views.local_size, 3), jnp.uint8),
+        }  # fmt: skip
+        return {name: jax.ShapeDtypeStruct((rows, *shape), kind) for name, (shape, kind) in kinds.items()}
+
+    return training_plan(
+        Training.of(_task(config, [np.zeros((1, 1, 3), np.uint8)]), config.steps, batch, example="image"),
+        stages=[(stage.name, "") for stage in stages(config)], batch=config.batch, steps=config.steps,
+        parameters={name: trees.count(shapes[name]) for name in ("backbone", "head")},
+    )  # fmt: skip
 
 
-def view_flops(config: Config, size: int) -> float:
-    """Returns the FLOPs of the backbone for one view of that side, forward."""
-    sizes = config.model
-    return vit_flops(
-        size, patch_size=sizes.patch_size, width=sizes.width, layers=sizes.layers, mlp_width=sizes.mlp_width
-    )
-
-
-def picture_flops(config: Config) -> float:
-    """Returns the FLOPs of one training step per picture: the student's views and the teacher's two, with heads."""
-    head, views = config.head, config.views
-    token = 2 * (
-        config.model.width * head.hidden
-        + head.hidden**2
-        + head.hidden * head.bottleneck
-        + head.bottleneck * head.prototypes
-    )
-    patches = (views.size // config.model.patch_size) ** 2 if config.distill.patch_weight else 0
-    seen = 2 * (view_flops(config, views.size) + (1 + patches) * token)
-    small = views.locals * (view_flops(config, views.local_size) + token)
-    return seen + training_flops(seen + small)
-
-
-def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    pictures = Pictures(config.data)
-
+def _task(config: Config, pictures: Sequence[Image]) -> Task:
     def make(rngs: nnx.Rngs) -> Pupil:
         return Pupil(config.vit, config.head, rngs=rngs)
 
-    task = Task(
+    return Task(
         name="dino",
         objective=make_objective(abstract(make)[0], config.distill),
         init=functools.partial(init, make),
@@ -168,9 +150,12 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         streams=Stream(pictures, Views(config.views, config.vit.side), config.batch),
         aux=initial_centres(config.head.prototypes),
         teacher_decay=momentum_schedule(config.distill.teacher_momentum, config.steps),
-        flops_per_example=picture_flops(config),
     )
-    state = run_task(task, config, folder)
+
+
+def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    pictures = Pictures(config.data)
+    state = run_task(_task(config, pictures), config, folder)
     return {"steps": int(state.step), "pictures": len(pictures)}
 
 

@@ -29,7 +29,6 @@ from fmda.errors import UserError
 from fmda.mesh import REPLICATED_RULES
 from fmda.methods.export import export
 from fmda.methods.generate.checks import check_weights
-from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.checks import check_pictures, check_scenes
 from fmda.methods.pretrain.dino_check import agreement_on, object_overlap
 from fmda.methods.pretrain.dino_net import normalised
@@ -39,7 +38,7 @@ from fmda.models.clip import VitConfig, vision_tower
 from fmda.models.dinoiser import LEAST_BLOCKS, guide_features, init_heads, object_features, saliency
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
-from fmda.perf.flops import training_flops, vit_flops
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome
@@ -218,24 +217,6 @@ def make_objective(networks: Networks, config: Config) -> Objective:
     return objective
 
 
-def crop_flops(networks: Networks, channels: int) -> float:
-    """Returns the FLOPs of a training step per crop: CLIP up to the third last block, the teacher, and the heads.
-
-    The heads count twice for their kernels' gradient; nothing below them has one.
-    """
-    tower, teacher = networks.tower, networks.teacher.config
-    patches = (networks.clip_side // tower.patch_size) ** 2
-    frozen = sum(
-        vit_flops(side, patch_size=net.patch_size, width=net.width, layers=layers, mlp_width=net.mlp_width)
-        for net, side, layers in (
-            (tower, networks.clip_side, tower.layers - LEAST_BLOCKS + 1),
-            (teacher, networks.teacher_side, teacher.layers),
-        )
-    )
-    heads = 2 * patches * tower.width * (9 * channels + 1)
-    return frozen + 2 * heads + 2 * patches**2 * (training_flops(channels) + teacher.width)
-
-
 def heads_optim(config: Config) -> OptimConfig:
     """Returns AdamW with a rate for each head; both fall to a tenth at `decay_step`."""
     return OptimConfig(
@@ -259,7 +240,6 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         frozen=networks.frozen,
         rules=REPLICATED_RULES,
         facts={"weights": networks.digest},
-        flops_per_example=crop_flops(networks, config.channels),
     )
     state = run_task(task, config, folder)
     return {"steps": int(state.step)}

@@ -28,16 +28,14 @@ from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.export import export
 from fmda.methods.generate.checks import check_weights
-from fmda.methods.pipeline import Plan
 from fmda.methods.pretrain.checks import check_scenes
 from fmda.methods.pretrain.crops import Drawn
 from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
 from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, check_networks, write_latents
 from fmda.models.module import abstract, init
 from fmda.models.sd_unet import UNet, UNetConfig
-from fmda.perf.diffusion_flops import unet_flops
-from fmda.perf.flops import text_flops, training_flops
 from fmda.progress import track
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome, rising
@@ -198,17 +196,6 @@ def plan(config: Config) -> Plan:
     )
 
 
-def window_flops(networks: Networks) -> float:
-    """Returns the FLOPs of one window in training: the UNet's, with gradients, and the text tower's."""
-    unet, text = networks.unet, networks.clip.config.text
-    call = unet_flops(
-        unet.sample_size, text.context, channels=unet.channels, layers=unet.layers, attention=unet.attention,
-        context_width=unet.context_width, in_channels=unet.in_channels, out_channels=unet.out_channels,
-    )  # fmt: skip
-    reading = text_flops(text.context, width=text.width, layers=text.layers, mlp_width=text.mlp_width, embed_dim=0)
-    return training_flops(call) + reading
-
-
 def loss_weights(schedule: ScheduleConfig, min_snr: float | None) -> Float[np.ndarray, " t"]:
     """Returns what the squared error of each noise level counts: min(SNR, min_snr) as an error of the clean latents.
 
@@ -285,7 +272,6 @@ def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         frozen={"text": text.params, "empty": networks.padded([""])[0]},
         teacher_decay=rising(config.ema),
         facts={"weights": networks.digest},
-        flops_per_example=window_flops(networks),
     )
     state = run_task(task, config, folder)
     return {"steps": int(state.step), "windows": len(source)}

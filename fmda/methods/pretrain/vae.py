@@ -8,6 +8,7 @@ latents are multiplied by before a UNet sees them is measured at the end: it mak
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from fmda import trees
 from fmda.atomic import write_atomic
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.methods.export import export
-from fmda.methods.pipeline import Plan
+from fmda.methods.planning import Training, training_plan
 from fmda.methods.pretrain.checks import check_pictures
 from fmda.methods.pretrain.dino_views import Image, Pictures
 from fmda.models.module import abstract, init
 from fmda.models.sd_vae import Vae, VaeConfig, signed
-from fmda.perf.diffusion_flops import vae_decode_flops, vae_encode_flops
-from fmda.perf.flops import training_flops
 from fmda.progress import track
+from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome
@@ -124,39 +125,37 @@ def stages(config: Config) -> list[Stage]:
 
 
 def plan(config: Config) -> Plan:
-    """Returns parameters and FLOPs at the configured sizes."""
-    shapes = abstract(lambda rngs: Vae(config.model, rngs=rngs))[1]
-    counts = {name: sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("encoder", "decoder")}
-    return Plan(
-        stages=tuple((stage.name, "") for stage in stages(config)),
-        parameters=tuple(counts.items()),
-        flops=(("encoder and decoder, one crop", crop_flops(config)),),
-        memory=(("parameters, moments and average, float32", 16.0 * sum(counts.values())),),
-    )
+    """Returns parameters, FLOPs and memory at the configured sizes."""
+    shapes = abstract(_make(config))[1]
 
+    def batch(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"pixels": jax.ShapeDtypeStruct((rows, config.crop, config.crop, 3), jnp.uint8)}
 
-def crop_flops(config: Config) -> float:
-    """Returns the FLOPs of both halves for one crop, forward."""
-    sizes: dict[str, Any] = {"channels": config.model.channels, "layers": config.model.layers}
-    return float(vae_encode_flops(config.crop, **sizes) + vae_decode_flops(config.crop, **sizes))
+    return training_plan(
+        Training.of(_task(config, [np.zeros((1, 1, 3), np.uint8)]), config.steps, batch, example="crop"),
+        stages=[(stage.name, "") for stage in stages(config)], batch=config.batch, steps=config.steps,
+        parameters={name: trees.count(shapes[name]) for name in ("encoder", "decoder")},
+    )  # fmt: skip
 
 
 def _make(config: Config) -> Any:
     return lambda rngs: Vae(config.model, rngs=rngs)
 
 
-def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+def _task(config: Config, pictures: Sequence[Image]) -> Task:
     make = _make(config)
-    task = Task(
+    return Task(
         name="vae",
         objective=make_objective(abstract(make)[0], config.edges, config.kl),
         init=functools.partial(init, make),
         optim=config.optim,
-        streams=Stream(Pictures(config.data), Crop(config.crop), config.batch),
+        streams=Stream(pictures, Crop(config.crop), config.batch),
         teacher_decay=config.ema,
-        flops_per_example=training_flops(crop_flops(config)),
     )
-    state = run_task(task, config, folder)
+
+
+def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    state = run_task(_task(config, Pictures(config.data)), config, folder)
     return {"steps": int(state.step)}
 
 

@@ -1,4 +1,4 @@
-"""What a personalisation takes: published counts, formulas against traced programs, a batch that is too large."""
+"""What a personalisation costs: published counts, the real step, a batch that is too large."""
 
 from pathlib import Path
 
@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import small_diffusion as small
 
+from fmda import trees
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
-from fmda.methods.datum.cost import check_memory, memory, plan, row_flops, trained_count
+from fmda.methods.datum.cost import check_memory, plan, training
 from fmda.methods.datum.dreambooth import Graphs, make_objective
 from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.settings import Config, LoraConfig, PriorConfig
-from fmda.methods.generate.cost import GIB
 from fmda.methods.kinds import open_run
+from fmda.methods.planning import GIB
 from fmda.models.catalog import CATALOG, DiffusionConfig
 from fmda.perf.flops import count_flops
 
@@ -33,6 +34,7 @@ def config(**changes):
     return Config(**({"image": "target.png", "crop": 16, "resize": 16, "batch": 4} | changes))
 
 
+@pytest.mark.slow
 def test_the_plan_of_stable_diffusion_1_has_its_published_size():
     found = plan(Config(image="target.png"))
     assert dict(found.parameters) == {
@@ -43,22 +45,32 @@ def test_the_plan_of_stable_diffusion_1_has_its_published_size():
     }
     # 1783 GMAC a step
     assert found.flops[0][1] == pytest.approx(2 * 1783e9, rel=0.001)
+    memory = dict(found.memory)
+    assert memory["parameters"] == 4 * 982_581_444 and memory["frozen parameters"] == 4 * 83_653_863
+    assert memory["optimizer state"] == pytest.approx(8 * 982_581_444, rel=1e-6)
     text = found.text()
-    assert "80 GB card: 18.63 of 74.51 GiB with one example a device; 16 fit at once" in text
-    assert "v5e-8 slice: 9.21 of 16.00 GiB" in text
+    # published: 15.7 GB of parameters, moments and gradients, which come as activations go
+    assert "80 GB card: 15.50 of 74.51 GiB with one example a device; 17 fit at once" in text
+    assert "v5e-8 slice: 8.58 of 16.00 GiB" in text
     for devices in (1, 4, 8):
         name = f"{devices} device{'s' if devices > 1 else ''}, fsdp={devices}, 1 on each at once"
-        # one picture is no batch for more devices
+        # one image is no batch for more devices
         assert (name if devices == 1 else f"{name} (batch={devices})") in text
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem != "personalise-street"))
+        for path in CONFIGS
+    ],
+)
 def test_a_published_configuration_plans(path):
     job = open_run(path)
-    if path.stem in COUNTS:
-        parameters = dict(job.plan().parameters)
-        assert {name: parameters[name] for name in COUNTS[path.stem]} == COUNTS[path.stem]
-    assert [name for name, _ in job.plan().stages] == [stage.name for stage in job.stages()]
+    found = job.plan()
+    parameters = dict(found.parameters)
+    assert COUNTS.get(path.stem, {}).items() <= parameters.items() and parameters["trained"] > 0
+    assert [name for name, _ in found.stages] == [stage.name for stage in job.stages()]
 
 
 def test_cityscapes_is_planned_with_the_constants_of_the_paper():
@@ -101,31 +113,36 @@ def traced(given, pictures):
 )
 def test_flops_are_those_of_the_traced_step(changes):
     given = config(**changes)
-    counted = traced(given, len(given.prompts))
-    assert row_flops(given, SHAPES) * given.batch == pytest.approx(counted, rel=0.06)
+    assert training(given, SHAPES).flops(given.batch) == traced(given, len(given.prompts))
+
+
+def test_memory_does_not_depend_on_what_is_computed_again():
+    plain, again = (training(config(remat=remat), SHAPES) for remat in ("none", "blocks"))
+    assert plain.flops(4) == again.flops(4)
+    assert again.residuals(1) < plain.residuals(1) and again.need(64) < plain.need(64)
+    # what is stored is divided over devices, activations are not
+    one, eight = plain.memory(4, 1), plain.memory(4, 8)
+    assert eight["parameters"] < one["parameters"] and eight["optimizer state"] < one["optimizer state"]
+    assert plain.need(8) > plain.need(4) > plain.need(4, 8) > plain.need(1, 8)
 
 
 def test_adapters_are_counted_and_their_networks_are_frozen():
-    given = Config(image="x", trained="lora", lora=LoraConfig(rank=4))
+    found = training(Config(image="x", trained="lora", lora=LoraConfig(rank=4)), FULL)
     widths = [320] * 5 + [640] * 5 + [1280] * 6
     unet = sum(4 * (6 * 2 * c + 2 * (c + 768)) for c in widths)
-    assert trained_count(given, FULL) == unet + 12 * 4 * 4 * 2 * 768
-    rows = memory(given, FULL, 1, 1)
-    assert rows["frozen parameters"] == 4 * (859_520_964 + 83_653_863 + 123_060_480)
-    assert rows["optimizer moments"] == 8 * trained_count(given, FULL)
-    whole = sum(memory(Config(image="x"), FULL, 1, 1).values())
-    assert sum(rows.values()) < 0.7 * whole
+    assert trees.count(found.state.params) == unet + 12 * 4 * 4 * 2 * 768
+    networks = {name: tree for name, tree in found.frozen.items() if name != "ids"}
+    assert trees.size_bytes(networks) == 4 * (859_520_964 + 83_653_863 + 123_060_480)
+    assert trees.size_bytes(found.state.opt) == pytest.approx(8 * trees.count(found.state.params), rel=1e-4)
 
 
 def test_text_states_that_are_read_once_need_no_text_encoder():
-    rows = memory(Config(image="x", trained="unet"), FULL, 1, 1)
-    assert rows["frozen parameters"] == 4 * 83_653_863 and "activations, text" not in rows
+    frozen = training(Config(image="x", trained="unet"), FULL).frozen
+    assert set(frozen) == {"vae", "context"} and trees.size_bytes(frozen["vae"]) == 4 * 83_653_863
 
 
 def test_a_batch_that_is_too_large_is_refused_by_how_much():
-    need = sum(memory(config(batch=64), SHAPES, 8, 1).values()) / GIB
-    seven = sum(memory(config(batch=64), SHAPES, 7, 1).values()) / GIB
-    check_memory(config(batch=64, device_memory=need * 1.001), SHAPES)
+    need, seven = (training(config(batch=64), SHAPES).need(rows) / GIB for rows in (8, 7))
     with pytest.raises(UserError) as caught:
         check_memory(config(batch=64, device_memory=need * 0.999), SHAPES)
     text = str(caught.value)
@@ -137,6 +154,7 @@ def test_a_batch_that_is_too_large_is_refused_by_how_much():
     check_memory(config(batch=1_000_000), SHAPES)
 
 
+@pytest.mark.slow
 def test_full_size_on_a_small_card_says_what_helps():
     with pytest.raises(UserError, match=r"8 devices, \d+\.\d+ GiB more than the 16\.00 GiB there; not even one"):
         check_memory(Config(image="x", batch=8, device_memory=16.0), FULL)

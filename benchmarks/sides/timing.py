@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -77,3 +78,13 @@ def alternate(
             jax.block_until_ready(calls[name]())
             seconds[name].append(clock() - begin)
     return {name: Timing(tuple(values), note) for name, values in seconds.items()}
+
+
+def measured_peak(dtype: str = "float32", size: int = 1024, repeats: int = 5) -> float:
+    """Returns the FLOP/s that a square matrix product reaches on the first device, the best of `repeats`.
+
+    A stand-in where no data sheet is known, such as on CPUs; say so beside any MFU made with it.
+    """
+    factor = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
+    timing = measure(jax.jit(jnp.matmul), factor, factor, repeats=repeats)
+    return 2 * size**3 / min(timing.seconds)
