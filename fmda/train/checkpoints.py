@@ -4,12 +4,15 @@ A run folder holds `checkpoints/<step>/` with the items `state` (arrays), `meta`
 `data` (JSON: loader position, seconds of training). A checkpoint appears under its final name only when it is whole.
 """
 
+import asyncio
 import contextlib
+import gc
 import logging
 import math
 import os
 import re
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +35,7 @@ from fmda.trees import Tree
 METRICS = "metrics.jsonl"
 """Metrics of a run folder, as JSON lines."""
 
+_PACKAGE = f"{os.sep}orbax{os.sep}"
 _FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata", "data/metadata")
 
 
@@ -58,16 +62,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
 def quiet_orbax() -> Iterator[None]:
     """Drops what orbax's threads print about faults inside the context: each fault reaches us as an exception too.
 
-    After a fault this stays so, because its echoes come when abandoned tasks are collected, at exit at the latest.
+    Tasks that a fault abandoned are collected before the context ends, since they report when they are.
     """
-
-    package = f"{os.sep}orbax{os.sep}"
 
     def keep(record: logging.LogRecord) -> bool:
         text, fault = record.getMessage(), record.exc_info[1] if record.exc_info else None
         # a task names the code it ran, a bare future nothing but what the array store or the file system said
-        echo = record.name == "asyncio" and (package in text or "os_error_code" in text or "OCDBT" in text)
-        return package not in record.pathname and not echo and not late(fault) and not raised_there(fault)
+        echo = record.name == "asyncio" and (_PACKAGE in text or "os_error_code" in text or "OCDBT" in text)
+        return _PACKAGE not in record.pathname and not echo and not late(fault) and not raised_there(fault)
 
     def late(fault: BaseException | None) -> bool:
         # reads and writes under way when another one failed report to an event loop that is gone, or are abandoned
@@ -75,23 +77,45 @@ def quiet_orbax() -> Iterator[None]:
 
     def raised_there(fault: BaseException | None) -> bool:
         frames = traceback.walk_tb(fault.__traceback__ if fault else None)
-        return any(package in frame.f_code.co_filename for frame, _ in frames)
+        return any(_PACKAGE in frame.f_code.co_filename for frame, _ in frames)
 
     def unraisable(fault: Any) -> None:
         code = getattr(fault.object, "cr_code", None)
-        if not late(fault.exc_value) and not (code is not None and package in code.co_filename):
+        if not late(fault.exc_value) and not (code is not None and _PACKAGE in code.co_filename):
             hook(fault)
 
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "concurrent.futures")]
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
-    # of a write that was to begin when another one failed Python knows the name alone, not the package; this one stays
-    warnings.filterwarnings("ignore", "coroutine '.*(serialize|_read_|ocdbt).*' was never awaited", RuntimeWarning)
     for logger in loggers:
         logger.addFilter(keep)
-    yield
-    sys.unraisablehook = hook
-    for logger in loggers:
-        logger.removeFilter(keep)
+    with warnings.catch_warnings():
+        # of a write that was to begin when another one failed Python knows the name alone, not the package
+        warnings.filterwarnings("ignore", "coroutine '.*(serialize|_read_|ocdbt).*' was never awaited", RuntimeWarning)
+        try:
+            yield
+        except BaseException as fault:
+            _collect_tasks(fault)
+            raise
+        finally:
+            sys.unraisablehook = hook
+            for logger in loggers:
+                logger.removeFilter(keep)
+
+
+def _collect_tasks(fault: BaseException | None) -> None:
+    """Waits for orbax's threads and retrieves the faults of abandoned tasks, which are else reported at exit."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            threading.Thread.join(thread, timeout=10)  # orbax's own `join` raises
+    while fault is not None:
+        traceback.clear_frames(fault.__traceback__)
+        fault = fault.__cause__ or fault.__context__
+    for task in gc.get_objects():
+        if isinstance(task, asyncio.Future) and task.done() and not task.cancelled():
+            text = repr(task)
+            if _PACKAGE in text or "os_error_code" in text or "OCDBT" in text:
+                task.exception()
+    gc.collect()
 
 
 class Checkpoints:
@@ -132,7 +156,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
         if kind is None:
             with self._open:
                 self._manager.close()
@@ -140,6 +164,8 @@ class Checkpoints:
         # The fault that ends the context is the one to report, not what closing may add; see `quiet_orbax`.
         with contextlib.suppress(Exception):
             self._manager.close()
+        _collect_tasks(fault)
+        self._open.close()
 
     def _whole(self, step: int) -> bool:
         return all((self.folder / str(step) / name).is_file() for name in _FILES)

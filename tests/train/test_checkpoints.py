@@ -4,6 +4,8 @@ import concurrent.futures
 import json
 import logging
 import shutil
+import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -196,3 +198,19 @@ def test_a_future_that_nobody_asks_is_not_heard_where_its_fault_is_of_the_store(
         assert not caplog.records
         fail("/somewhere/else.py")
     assert len(caplog.records) == 1
+
+
+def test_no_hook_outlives_a_fault(tmp_path, state):
+    def hooks():
+        filters = [len(logging.getLogger(name).filters) for name in ("absl", "asyncio", "concurrent.futures")]
+        return sys.unraisablehook, len(warnings.filters), filters
+
+    before = hooks()
+    with pytest.raises(UserError, match="stopped"), Checkpoints(tmp_path) as checkpoints:
+        assert hooks() != before
+        checkpoints.save(1, state, {}, {})
+        raise UserError("stopped")
+    assert hooks() == before
+    with pytest.raises(ValueError), quiet_orbax():
+        raise ValueError
+    assert hooks() == before
