@@ -383,26 +383,6 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def identity(config: Any, values: Any = None) -> Any:
-    """Returns `to_dict(config)` without the fields that are `FREE`, at any depth of dataclasses and mappings.
-
-    With `values`, those values in place of the configuration's own: what a file recorded of such a configuration.
-    """
-    values = to_dict(config) if values is None else values
-    if not isinstance(values, Mapping):
-        return values
-    if isinstance(config, Mapping):
-        return {name: identity(config[name], value) if name in config else value for name, value in values.items()}
-    if not dataclasses.is_dataclass(config):
-        return values
-    known = {field.name: field for field in dataclasses.fields(config)}
-    return {
-        name: identity(getattr(config, name), value) if name in known else value
-        for name, value in values.items()
-        if name not in known or "free" not in known[name].metadata
-    }
-
-
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Returns one line `key: old -> new` for each value in which two configurations differ."""
     old, new = to_dict(old), to_dict(new)

@@ -15,8 +15,6 @@ from fmda.data.classes import IGNORE
 from fmda.data.dataset import Example
 from fmda.errors import UserError
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -79,18 +77,6 @@ class ResizeKeepRatio:
         height, width = example.image.shape[:2]
         bounds = (round(self.long_max * factor), round(self.short_max * factor))
         return resized(example, fit_size(height, width, *bounds))
-
-
-@dataclass(frozen=True)
-class ResizeShorter:
-    """Resizes, ratio kept, until the shorter side is `side` pixels."""
-
-    side: int
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the resized example."""
-        height, width = example.image.shape[:2]
-        return resized(example, fit_size(height, width, max(height, width) * self.side, self.side))
 
 
 @dataclass(frozen=True)

@@ -282,25 +282,6 @@ def training_target(
     return velocity(config, clean, noise, timesteps) if config.prediction == "v_prediction" else clean
 
 
-def to_clean(
-    config: ScheduleConfig, prediction: Float[Array, "b ..."], noisy: Float[Array, "b ..."], timesteps: Int[Array, " b"]
-) -> Float[Array, "b ..."]:
-    """Returns the clean picture that a prediction stands for, given the noisy one, float32.
-
-    Infinite for "epsilon" at a timestep where nothing of the picture is left.
-    """
-    (of_noisy, of_prediction), _ = estimates(config.prediction, *_shares(config, timesteps, noisy))
-    return of_noisy * noisy + of_prediction * prediction
-
-
-def to_noise(
-    config: ScheduleConfig, prediction: Float[Array, "b ..."], noisy: Float[Array, "b ..."], timesteps: Int[Array, " b"]
-) -> Float[Array, "b ..."]:
-    """Returns the noise that a prediction stands for, given the noisy picture, float32."""
-    _, (of_noisy, of_prediction) = estimates(config.prediction, *_shares(config, timesteps, noisy))
-    return of_noisy * noisy + of_prediction * prediction
-
-
 def estimates(prediction: str, picture: Any, rest: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Returns ((i, j), (k, l)): clean = i noisy + j prediction and noise = k noisy + l prediction.
 

@@ -1,4 +1,4 @@
-"""Quality of generated image sets without labels: how near to a target, how diverse, how complete.
+"""Quality of generated image sets without labels: how near to a target, and how diverse.
 
 All measures read features, one row an image, of any encoder, and are computed on the host in float64: the kernel
 values of `cmmd` lie so close to 1 that float32 would leave it four digits. No measure holds more than a block of rows
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from fmda.errors import UserError
 
@@ -69,72 +69,6 @@ def pairwise_diversity(x: Float[np.ndarray, "n d"]) -> float:
     # sum over i != j of cosines = |sum of rows|^2 - n, so no pair is ever formed
     cosines = (np.sum(x.sum(0) ** 2) - count) / (count * (count - 1))
     return float(max(1.0 - cosines, 0.0))
-
-
-class Support(NamedTuple):
-    """How the fake rows lie in the neighbourhoods of the real ones.
-
-    Attributes:
-        coverage: share of real rows with a fake one in their neighbourhood, 0..1: what of the real set is reached.
-        density: fake rows in each real neighbourhood, relative to k; about 1 for equal distributions, above 1 where
-            the fake rows crowd into the dense parts.
-    """
-
-    coverage: float
-    density: float
-
-
-def coverage_and_density(real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"], k: int = 5) -> Support:
-    """Returns coverage and density of fake rows around real ones, by Euclidean distance.
-
-    The neighbourhood of a real row reaches to its k-th nearest other real row. For two samples of one distribution
-    the expected coverage is near 1 - 2^-k where n = m. Source: Naeem et al. 2020, eq. 3 and 4.
-
-    Raises:
-        UserError: there are not more than k real rows.
-    """
-    real, fake = _pair(real, fake, least=1)
-    if not 1 <= k < len(real):
-        raise UserError(f"k: {k} neighbours among {len(real)} real images; use 1..{len(real) - 1}, or more images")
-    inside, reached = 0, 0
-    for block, own in _blocks(real, real):
-        own = np.partition(own, k, axis=1)[:, k]  # the row itself is the nearest, at 0
-        others = _squared_distances(block, fake) < own[:, None]
-        inside += int(others.sum())
-        reached += int(others.any(1).sum())
-    return Support(reached / len(real), inside / (k * len(fake)))
-
-
-class ClassCoverage(NamedTuple):
-    """How the classes occur in a set of images.
-
-    Attributes:
-        share: classes that occur in enough images, of all classes, 0..1.
-        entropy: of the histogram of occurrences over the classes, in nats; log K where all occur equally often.
-        images: int64[K], images that show each class.
-    """
-
-    share: float
-    entropy: float
-    images: Int[np.ndarray, " K"]
-
-
-def class_coverage(present: Bool[np.ndarray, "n K"], least: int = 1) -> ClassCoverage:
-    """Returns which classes occur, and how evenly.
-
-    Args:
-        present: whether image i shows class c, by any detector or segmenter.
-        least: images that a class must occur in to count as covered, at least 1.
-    """
-    present = np.asarray(present)
-    if present.ndim != 2 or present.dtype != bool or present.shape[1] == 0 or least < 1:
-        raise UserError(
-            f"present: {present.dtype} of shape {present.shape} with least = {least}; "
-            "give booleans [images, classes] and least >= 1"
-        )
-    images = present.sum(0, dtype=np.int64)
-    shares = images[images > 0] / max(int(images.sum()), 1)
-    return ClassCoverage(float((images >= least).mean()), float(-(shares * np.log(shares)).sum() + 0.0), images)
 
 
 class Alignment(NamedTuple):

@@ -246,19 +246,14 @@ def part_folder(source: str | os.PathLike[str], part: str, revision: str | None 
 
 
 def _load(
-    family: str,
-    source: str | os.PathLike[str],
-    revision: str | None,
-    dtype: DTypeLike,
-    on_host: bool = False,
-    **options: Any,
+    family: str, source: str | os.PathLike[str], revision: str | None, dtype: DTypeLike, **options: Any
 ) -> Loaded:
     """Returns the network of a folder, of a model that comes with the package, or of a hub id.
 
     Raises UserError for anything missing, surplus, misshapen, damaged or unsupported.
     """
     folder = part_folder(source, family, revision) if family in PARTS else resolve(source, revision)
-    return restore(open_checkpoint(family, folder), dtype, on_host=on_host, **options)
+    return restore(open_checkpoint(family, folder), dtype, **options)
 
 
 def load_clip(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Loaded:
@@ -288,45 +283,32 @@ def load_unet(
     revision: str | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
-    *,
-    on_host: bool = False,
 ) -> Loaded:
     """Returns the UNet of a folder (its own, or a whole checkpoint's), a model of the package, or a hub id.
 
     Called with latents [B, h, w, 4], timesteps [B] (or one) and context [B, T, C] it returns noise or velocity
     [B, h, w, 4], float32. Read are Flax msgpack and safetensors, whole or in shards. Parameters are kept, and the
-    network computes, in `dtype`; `remat` as in `UNet`. With `on_host` they are NumPy arrays, for whoever places them on
-    a mesh. Raises UserError as `load_clip`.
+    network computes, in `dtype`; `remat` as in `UNet`. Raises UserError as `load_clip`.
     """
-    return _load("unet", source, revision, dtype, on_host, remat=remat)
+    return _load("unet", source, revision, dtype, remat=remat)
 
 
-def load_vae(
-    source: str | os.PathLike[str],
-    revision: str | None = None,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    on_host: bool = False,
-) -> Loaded:
+def load_vae(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Loaded:
     """Returns the autoencoder of a folder, a model of the package, or a hub id, as `load_unet`.
 
     Its methods: `encode(images)`, [B, H, W, 3] in [-1, 1] -> (mean, logvar); `decode(latents)` -> images, float32.
     """
-    return _load("vae", source, revision, dtype, on_host)
+    return _load("vae", source, revision, dtype)
 
 
 def load_text_encoder(
-    source: str | os.PathLike[str],
-    revision: str | None = None,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    on_host: bool = False,
+    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
 ) -> Loaded:
     """Returns the text encoder of a folder, a model of the package, or a hub id, as `load_unet`.
 
     Called with ids [B, T] it returns the last hidden state [B, T, C] after the final norm, float32.
     """
-    return _load("text_encoder", source, revision, dtype, on_host)
+    return _load("text_encoder", source, revision, dtype)
 
 
 def load_segmentation(

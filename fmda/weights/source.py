@@ -101,7 +101,7 @@ def weight_file(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return pickles[0]  # reading it raises the error that says how to convert it
-    raise UserError(f"{folder}: holds no weights; one of {_listed(names)} is needed")
+    raise UserError(f"{folder}: holds no weights; one of {', '.join(names)} is needed")
 
 
 def named_pair(folder: Path) -> Path | None:
@@ -141,11 +141,6 @@ def _ranked(files: Sequence[str], names: Sequence[str], where: str) -> list[str]
             f"{where}: holds several variants, {', '.join(sorted(ranked))}; keep one, or rename it to {names[0]}"
         )
     return ranked
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Returns the names for an error."""
-    return ", ".join(names)
 
 
 def _download(name: str, revision: str | None, layout: Layout) -> Path:
@@ -222,7 +217,7 @@ def _weights_wanted(files: list[str], at: str, names: Sequence[str] = WEIGHT_FIL
             f"{at}: holds its weights only as a torch pickle ({pickles[0]}), which is not read; "
             "download it and convert it to model.safetensors with safetensors.torch.save_file, then give the folder"
         )
-    raise UserError(f"{at}: the repository holds none of {_listed(names)}; give another one")
+    raise UserError(f"{at}: the repository holds none of {', '.join(names)}; give another one")
 
 
 def _shard_of(index: str, file: str) -> bool:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from fmda.diffusion.schedule import (
     ScheduleConfig,
     add_noise,
     alphas_cumprod,
-    to_clean,
-    to_noise,
     training_target,
     velocity,
 )
@@ -70,22 +67,6 @@ def test_noising_equals_flax_schedulers(name):
 def pictures():
     clean, noise = np.random.default_rng(0).normal(size=(2, 4, 3, 3, 2)).astype(np.float32)
     return jnp.asarray(clean), jnp.asarray(noise), jnp.array([0, 1, 500, 999])
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_target_converts_back_to_picture_and_noise(prediction, pictures):
-    config = ScheduleConfig(prediction=prediction)
-    clean, noise, times = pictures
-
-    @jax.jit
-    def there_and_back(clean, noise, times):
-        noisy, target = add_noise(config, clean, noise, times), training_target(config, clean, noise, times)
-        return to_clean(config, target, noisy, times), to_noise(config, target, noisy, times)
-
-    found = there_and_back(clean, noise, times)
-    # dividing by the smaller amplitude, 0.03 at timestep 0 and 0.07 at 999, magnifies the rounding
-    np.testing.assert_allclose(found[0], clean, atol=2e-5)
-    np.testing.assert_allclose(found[1], noise, atol=2e-5)
 
 
 def test_training_targets(pictures):

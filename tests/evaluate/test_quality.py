@@ -6,9 +6,7 @@ from fmda.errors import UserError
 from fmda.evaluate import quality
 from fmda.evaluate.quality import (
     alignment,
-    class_coverage,
     cmmd,
-    coverage_and_density,
     frechet_distance,
     pairwise_diversity,
     spread,
@@ -62,12 +60,11 @@ def test_cmmd_of_equal_distributions_is_the_stated_bias():
 
 def test_blocks_change_nothing(monkeypatch):
     a, b = normal(0, 37, 6), normal(1, 23, 6, shift=0.3)
-    whole = cmmd(a, b), alignment(a, b), coverage_and_density(a, b, 3)
+    whole = cmmd(a, b), alignment(a, b)
     monkeypatch.setattr(quality, "BLOCK", 100)
-    parts = cmmd(a, b), alignment(a, b), coverage_and_density(a, b, 3)
+    parts = cmmd(a, b), alignment(a, b)
     assert parts[0] == pytest.approx(whole[0], rel=1e-9)
     assert parts[1] == pytest.approx(whole[1])
-    assert parts[2] == whole[2]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(50, 6), (9, 30)])
@@ -97,43 +94,6 @@ def test_diversity_is_the_mean_over_pairs():
     assert pairwise_diversity(x) == pytest.approx(np.mean(pairs))
     assert pairwise_diversity(np.ones((5, 3))) == 0
     assert pairwise_diversity(np.array([[1.0, 0], [-1.0, 0]])) == 2
-
-
-def test_coverage_and_density_by_hand():
-    # on a line with k = 1 the real neighbourhoods reach 1, 1, 2 and 4 far
-    real = np.array([[0.0], [1.0], [3.0], [7.0]])
-    fake = np.array([[0.5], [2.9], [20.0]])
-    support = coverage_and_density(real, fake, 1)
-    # 0.5 lies in the first two, 2.9 in the third alone (0.1 away; the fourth is 4.1 away), 20 in none
-    assert support.coverage == 3 / 4
-    assert support.density == pytest.approx(3 / 3)
-
-
-def test_coverage_of_equal_distributions_and_of_a_collapse():
-    real = normal(0, 400, 4)
-    same, one = (
-        coverage_and_density(real, normal(1, 400, 4), 5),
-        coverage_and_density(real, normal(2, 400, 4) * 0.05, 5),
-    )
-    assert same.coverage == pytest.approx(1 - 2**-5, abs=0.02)
-    assert same.density == pytest.approx(1, abs=0.1)
-    assert one.coverage < 0.3
-    assert one.density > same.density
-
-
-def test_classes_that_occur():
-    present = np.zeros((10, 4), bool)
-    present[:, 0] = True
-    present[:5, 1] = True
-    present[0, 2] = True
-    found = class_coverage(present)
-    p = np.array([10, 5, 1]) / 16
-    assert found.images.tolist() == [10, 5, 1, 0]
-    assert found.share == 0.75
-    assert found.entropy == pytest.approx(-np.sum(p * np.log(p)))
-    assert class_coverage(present, least=2).share == 0.5
-    assert class_coverage(np.ones((3, 4), bool)).entropy == pytest.approx(np.log(4))
-    assert class_coverage(np.zeros((3, 4), bool))[:2] == (0, 0)
 
 
 def test_alignment_by_hand():
@@ -181,8 +141,6 @@ def test_spread_resamples_each_set():
         (lambda: cmmd(np.ones((2, 2)), np.array([[1.0, 1.0], [0.0, 0.0]])), "row 1 is zero"),
         (lambda: frechet_distance(np.ones((1, 2)), np.ones((2, 2))), "at least 2"),
         (lambda: pairwise_diversity(np.array([[1.0, 2.0], [np.nan, 1.0]])), "row 1 is not finite"),
-        (lambda: coverage_and_density(np.ones((3, 2)), np.ones((3, 2)), 3), "3 neighbours among 3"),
-        (lambda: class_coverage(np.ones((3, 2))), "give booleans"),
         (lambda: spread(pairwise_diversity, np.ones((3, 2))), "at least 4 rows"),
     ],
 )

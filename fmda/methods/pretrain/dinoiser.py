@@ -5,7 +5,6 @@ not background by the teacher's attention and keys (Wysoczanska et al. 2024; Sim
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fmda import trees
 from fmda.atomic import write_atomic
 from fmda.config import FolderOrName, NonNegativeFloat, PositiveInt, Share, Side
 from fmda.data.dataset import Example
@@ -43,7 +41,7 @@ from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
 from fmda.train.step import Objective, Outcome
 from fmda.weights.dinoiser import load_heads, save_heads
-from fmda.weights.network import Loaded, load_clip, load_dino
+from fmda.weights.network import Loaded, load_clip, load_dino, weight_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +97,7 @@ class Networks(NamedTuple):
     @property
     def digest(self) -> str:
         """12 hex digits that change with any parameter: a run goes on only with the networks it began with."""
-        digest = hashlib.blake2b(digest_size=6)
-        for path, leaf in sorted(trees.flatten(self.frozen).items()):
-            digest.update(path.encode() + np.asarray(leaf).tobytes())
-        return digest.hexdigest()
+        return weight_fingerprint(self.frozen)
 
 
 def check(config: Config) -> None:
