@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, also on a disk that fills up and in a process that is killed."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fmda.progress import process_index
 
@@ -31,6 +33,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes text (UTF-8) or bytes so that a reader sees the old file or the new one, never half of it."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, as `write_atomic` does."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def occupied(folder: Path) -> bool:

@@ -11,7 +11,6 @@ An image is written before its line, and every file appears whole or not at all.
 kill or a full disk at any moment.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from fmda.atomic import write_atomic
+from fmda.atomic import write_atomic, write_json
 from fmda.errors import UserError
 from fmda.runs.journal import Journal, read_rows, write_rows
 
@@ -191,7 +190,7 @@ class Ledger:
         images = [self.refused[j][a] for j in sorted(self.refused) for a in sorted(self.refused[j])]
         write_rows(self.folder / REFUSED, [*refused_prompts, *images])
         summary = _summary(final, images, refused_prompts, filters)
-        write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        write_json(self.folder / SUMMARY, summary)
         write_rows(self.folder / MANIFEST, (picture.to_json() for picture in final))
         self.merged = {picture.index: picture for picture in final}
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fmda.atomic import replacing, write_atomic
+from fmda.atomic import replacing, write_json
 from fmda.config import fingerprint
 from fmda.data import ClassList, ClassMap, Dataset, Example
 from fmda.errors import UserError
@@ -150,7 +150,7 @@ class _Evaluation:
         total = Scores.from_confusion(self.total, self.names, self.protocol)
         self._write_summary(folder, total, self._write_figures(folder))
         if resumed < self.count:
-            write_atomic(folder / "timing.json", json.dumps(_timing(self.count - resumed, seconds)) + "\n")
+            write_json(folder / "timing.json", _timing(self.count - resumed, seconds))
         return total
 
     def _remaining(self) -> Iterator[Example]:
@@ -254,7 +254,7 @@ class _Evaluation:
             "scores": total.to_json(),
             "examples": examples,
         }
-        write_atomic(folder / "scores.json", json.dumps(summary, indent=1) + "\n")
+        write_json(folder / "scores.json", summary)
 
 
 def _example_names(folder: str | Path | None) -> dict[str, str]:

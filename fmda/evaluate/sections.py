@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fmda.atomic import write_atomic
+from fmda.atomic import write_json
 from fmda.errors import UserError
 
 FILE = "sections.json"
@@ -48,7 +48,7 @@ def write_sections(folder: str | Path, sections: Sequence[Section]) -> Path:
     for section in sections:
         _check(section, folder, f"section '{section.title}'")
     path = folder / FILE
-    write_atomic(path, json.dumps([asdict(s) for s in sections], indent=1) + "\n")
+    write_json(path, [asdict(s) for s in sections])
     return path
 
 

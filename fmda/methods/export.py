@@ -1,6 +1,5 @@
 """Export of a trained network: the newest checkpoint's parameters, written as a folder that others open."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 import jax
 
 from fmda import trees
-from fmda.atomic import write_atomic
+from fmda.atomic import write_json
 from fmda.config import to_dict
 from fmda.train import TrainerConfig, best_step, last_metrics, read_params
 from fmda.trees import Tree
@@ -55,4 +54,4 @@ def export(
 def write_summary(path: Path, config: TrainerConfig, trained: Path, **more: Any) -> None:
     """Writes {"config", "last", **more}, to lie beside weights: the configuration and the last training metrics."""
     summary = {"config": to_dict(config), "last": last_metrics(trained), **more}
-    write_atomic(path, json.dumps(summary, indent=1) + "\n")
+    write_json(path, summary)

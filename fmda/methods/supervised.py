@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fmda import trees
-from fmda.atomic import write_atomic
+from fmda.atomic import write_json
 from fmda.config import FREE, FileOrName, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict
 from fmda.data import ClassList, Dataset, open_dataset
 from fmda.data.streams import RareClasses, Shuffled, Stream, class_pixels
@@ -158,10 +158,7 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
         write_safetensors(folder / "head.safetensors", trees.flatten(head))
         model = {"encoder": str(config.encoder), "fingerprint": encoder.fingerprint, "classes": classes.to_dict()}
         protocol = {"resize": config.resize, "crop": config.crop, "stride": config.stride}
-        write_atomic(
-            folder / "model.json",
-            json.dumps({"loader": f"{__name__}:load_segmenter", **model, "protocol": protocol}, indent=1),
-        )
+        write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model, "protocol": protocol})
 
     return export(config, folder, done["train"], write, which="params")
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmda.atomic import occupied, write_atomic
+from fmda.atomic import occupied, write_json
 from fmda.config import differences, to_dict
 from fmda.errors import UserError
 
@@ -49,7 +49,7 @@ def claim(
     if exclusive and occupied(path.parent):
         raise UserError(f"{folder}: is not empty and has no {record}: its files are not of fmda; {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(recorded(facts, free), indent=1, ensure_ascii=False) + "\n")
+    write_json(path, recorded(facts, free))
     return False
 
 

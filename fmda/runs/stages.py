@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fmda.atomic import write_atomic
+from fmda.atomic import write_atomic, write_json
 from fmda.config import fingerprint, to_dict, to_yaml
 from fmda.errors import UserError
 from fmda.runs.identity import RECORD, changes, claim, filled, listed, recorded
@@ -238,14 +238,14 @@ def _execute(stage: Stage, folder: Path, done: dict[str, Path], facts: Mapping[s
             "stage": stage.name,
             "fingerprint": fingerprint(recorded(facts)),
             "seconds": round(time.time() - begin, 2),
-            "outputs": to_dict(outputs),
+            "outputs": outputs,
             "facts": recorded(facts),
             "settings": _plain(stage.config),
             "versions": versions(),
             "device": device(),
             "command": " ".join(["fmda", *sys.argv[1:]]),
         }
-        write_atomic(folder / STAGE, json.dumps(record, indent=1, default=str) + "\n")
+        write_json(folder / STAGE, _plain(record))
     except OSError as fault:
         # a full or read-only disk: what is on disk stays, and the same command continues from it
         where = fault.filename or folder

@@ -16,7 +16,7 @@ from flax import serialization
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fmda.atomic import replacing, write_atomic
+from fmda import atomic
 from fmda.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -207,7 +207,7 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     Raises UserError where the disk does not take it.
     """
     try:
-        with replacing(path) as part:
+        with atomic.replacing(path) as part:
             part.touch()
             mode = part.stat().st_mode  # what the umask asks for; the library's own is for the owner alone
             # The marker says "torch's axis order"; transformers refuses a file without it.
@@ -235,6 +235,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes an object as indented JSON; the file appears whole or not at all. Raises UserError as the other writer."""
     try:
-        write_atomic(path, json.dumps(value, indent=2) + "\n")
+        atomic.write_json(path, value)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); free the disk or choose another folder") from None

@@ -7,7 +7,6 @@ classes a CLIP still finds in them, decide (`fmda.evaluate.stopping.choose_step`
 
 import dataclasses
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 import cv2
 import numpy as np
 
-from fmda.atomic import write_atomic
+from fmda.atomic import write_atomic, write_json
 from fmda.config import Bounds, FolderOrName, NonNegativeInt, PositiveInt, Share
 from fmda.data.files import read_image
 from fmda.diffusion.draw import SamplerConfig
@@ -191,7 +190,7 @@ def write_choice(
     before, after = (read_images(Manifest.read(probes / str(step)).head(SHOWN)) for step in (0, found.step))
     write_atomic(folder / "before-after.png", _before_after(picture, before, after))
     write_sections(folder, _sections(curves, found))
-    write_atomic(folder / "choice.json", json.dumps(record, indent=1) + "\n")
+    write_json(folder / "choice.json", record)
     return {"step": found.step, "reason": found.reason}
 
 

@@ -8,7 +8,7 @@ any working directory. Other weights or another tokenizer under the same path ar
 import json
 from pathlib import Path
 
-from fmda.atomic import write_atomic
+from fmda.atomic import write_json
 from fmda.config import differences, from_dict, to_dict
 from fmda.data import ClassList
 from fmda.errors import UserError
@@ -29,7 +29,7 @@ def write_model(folder: Path, model: Floss, chosen: Chosen) -> None:
         "templates": list(model.templates),
         "chosen": [list(ids) for ids in chosen],
     }
-    write_atomic(folder / FILE, json.dumps(content, indent=1) + "\n")
+    write_json(folder / FILE, content)
 
 
 def read_model(folder: Path, model: Floss | None = None) -> tuple[Floss, Chosen]:

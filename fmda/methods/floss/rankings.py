@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from fmda.atomic import write_atomic
+from fmda.atomic import write_json
 from fmda.data import ClassList
 from fmda.data import templates as known_templates
 from fmda.errors import UserError
@@ -64,7 +64,7 @@ class Ranking:
             for k, name in enumerate(self.classes)
         }
         head = {"model": self.host, "dataset": self.dataset, "split": self.split}
-        write_atomic(path, json.dumps({**head, "classes": classes, "meta": self.meta}, indent=1) + "\n")
+        write_json(path, {**head, "classes": classes, "meta": self.meta})
 
     def for_classes(self, classes: ClassList, where: str | Path = "ranking") -> "Ranking":
         """Returns the ranking with its columns in the order of a class list.

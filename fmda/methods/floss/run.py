@@ -2,12 +2,11 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fmda.atomic import write_atomic
+from fmda.atomic import write_json
 from fmda.config import fingerprint, to_dict
 from fmda.data import ClassMap, class_list
 from fmda.evaluate import Segmenter, evaluate_dataset
@@ -80,7 +79,7 @@ def _rank(config: Config, folder: Path, load: Callable[[], Floss]) -> dict[str, 
         n = choose_n(consistency)
     chosen = select(ranking.risks, ranking.share, n, config.guards)
     experts = {"n": n, "consistency": consistency, "chosen": [list(c) for c in chosen]}
-    write_atomic(folder / "experts.json", json.dumps(experts, indent=1) + "\n")
+    write_json(folder / "experts.json", experts)
     write_model(folder, model, chosen)
     _write_experts(config, folder, ranking, chosen, model.templates)
     return {"n": n, "images": ranking.meta.get("images"), "classes_without_expert": sum(not c for c in chosen)}
@@ -140,7 +139,7 @@ def _compare(config: Config, folder: Path, model: Floss, maps: LabelMaps) -> dic
     tally = model.rank(dataset, folder / "tally.npz", labels=True, each=maps.add, over_processes=False)
     n = 4 if config.n == "auto" else config.n
     rows = criteria.comparison(tally, n)
-    write_atomic(folder / "criteria.json", json.dumps(rows, indent=1) + "\n")
+    write_json(folder / "criteria.json", rows)
     columns = tuple(rows[0])
     cells = tuple(tuple(v if isinstance(v, str) else f"{v:.3f}" for v in row.values()) for row in rows)
     text = (

@@ -8,7 +8,6 @@ Beside whole crops, patches are matched with class names (`patch_text`).
 
 import dataclasses
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool
 
 from fmda import trees
-from fmda.atomic import write_atomic
+from fmda.atomic import write_json
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.data import templates
 from fmda.data.streams import Stream
@@ -122,9 +121,7 @@ def plan(config: Config) -> Plan:
             "pixels": ((size, size, 3), jnp.uint8), "ids": ((text.context,), jnp.int32), "present": ((tags,), bool),
             "stated": ((tags,), bool), "patches": ((grid * grid,), jnp.uint8),
         }  # fmt: skip
-        return {
-            name: jax.ShapeDtypeStruct((rows, config.crops, *shape), kind) for name, (shape, kind) in kinds.items()
-        }
+        return {name: jax.ShapeDtypeStruct((rows, config.crops, *shape), kind) for name, (shape, kind) in kinds.items()}
 
     bank, rows = len(templates("imagenet80")), config.batch // config.crops
     frozen = {
@@ -273,7 +270,7 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     result = {str(root): zero_shot(done["export"], root, config.crop, config.seed) for root in config.held}
-    write_atomic(folder / "zero-shot.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "zero-shot.json", result)
     return result
 
 

@@ -6,7 +6,6 @@ teacher tells them unmasked (Zhou et al. 2022, iBOT). No label is read before th
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from fmda import trees
-from fmda.atomic import write_atomic
+from fmda.atomic import write_json
 from fmda.config import PositiveInt
 from fmda.data.streams import Stream
 from fmda.errors import UserError
@@ -179,5 +178,5 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         str(root): agreement_on(root, {"values": values}, size, patch, config.check_thresholds, config.seed)
         for root in config.held
     }
-    write_atomic(folder / "patches.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "patches.json", result)
     return result

@@ -5,7 +5,6 @@ not background by the teacher's attention and keys (Wysoczanska et al. 2024; Sim
 """
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fmda.atomic import write_atomic
+from fmda.atomic import write_json
 from fmda.config import FolderOrName, NonNegativeFloat, PositiveInt, Share, Side
 from fmda.data.dataset import Example
 from fmda.data.streams import Stream
@@ -277,5 +276,5 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         }
         for root in config.held
     }
-    write_atomic(folder / "patches.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "patches.json", result)
     return result

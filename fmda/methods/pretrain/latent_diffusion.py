@@ -6,7 +6,6 @@ velocity (or the noise) of noisy latents from their caption, which is left empty
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fmda.atomic import write_atomic
+from fmda.atomic import write_atomic, write_json
 from fmda.config import Bounds, Decay, FolderOrName, PositiveFloat, PositiveInt, Share
 from fmda.data.streams import Stream
 from fmda.diffusion.draw import SamplerConfig, make_draw
@@ -307,5 +306,5 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     drawn = np.concatenate(parts)
     result = compare(networks.clip, train, held, drawn)
     write_atomic(folder / "samples.png", sheet(drawn, held.captions))
-    write_atomic(folder / "quality.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "quality.json", result)
     return result

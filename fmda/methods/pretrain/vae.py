@@ -7,7 +7,6 @@ latents are multiplied by before a UNet sees them is measured at the end: it mak
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from fmda import trees
-from fmda.atomic import write_atomic
+from fmda.atomic import write_atomic, write_json
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.data.streams import Stream
 from fmda.errors import UserError
@@ -200,5 +199,5 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         result[str(root)] = {"psnr": round(float(np.mean(10 * np.log10(255**2 / np.array(errors)))), 2)}
         data = cv2.imencode(".png", np.concatenate(shown)[..., ::-1])[1].tobytes()
         write_atomic(folder / f"{number}-{Path(root).name}.png", data)
-    write_atomic(folder / "reconstruction.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "reconstruction.json", result)
     return result
