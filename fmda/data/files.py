@@ -12,13 +12,13 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from fmda.errors import UserError
+from fmda.png import END
 
 # Pillow's warnings name no file: a large photograph (one above twice the limit is refused), unreadable EXIF blocks
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", ".*orrupt EXIF data", UserWarning)
 
 _STARTS = (b"\x89PNG", b"\xff\xd8\xff")
-_PNG_END = b"IEND\xaeB`\x82"
 _COLOUR_MODES = ("RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA")
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 _ORIENTATION = 0x0112
@@ -145,7 +145,7 @@ def _bytes(path: Path, what: str) -> bytes:
 def _red_channel(path: Path) -> UInt8[np.ndarray, "H W"]:
     data = _bytes(path, "label map")
     # OpenCV fills what is missing with zeros without a warning, so the end mark is looked for first
-    if not data.rstrip(b"\0\n").endswith(_PNG_END):
+    if not data.rstrip(b"\0\n").endswith(END):
         raise FileFault(path, "truncated label map", "truncated or damaged (no end mark); copy or download it again")
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 
 from fmda.diffusion.filters import ComparingFilter, Verdict
-from fmda.diffusion.manifest import Ledger, Row, load_image
+from fmda.diffusion.manifest import Ledger, Row
+from fmda.png import read_png
 
 Features = Float[np.ndarray, " d"]
 
@@ -71,7 +72,7 @@ class Walk:
         """Reads the next images, a batch at most, and keeps their features."""
         last = min(self._position + self._batch, self._count)
         ahead = [j for j in range(self._position, last) if j in self._ledger.pictures and j not in self._ahead]
-        images = [load_image(self._ledger.folder / self._ledger.pictures[j].file) for j in ahead]
+        images = [read_png(self._ledger.folder / self._ledger.pictures[j].file) for j in ahead]
         # filled up, so that networks are compiled once
         stack = np.stack(images + images[-1:] * (self._batch - len(images)))
         columns = [one.features(stack) for one in self._filters]

@@ -33,11 +33,9 @@ from fmda.diffusion.manifest import (
     Prompt,
     Row,
     image_file,
-    load_image,
-    save_image,
-    whole_image,
 )
 from fmda.errors import UserError
+from fmda.png import captioned, grid, is_whole, read_png, write_png
 from fmda.progress import Line, track
 from fmda.runs.identity import RECORD, claim
 
@@ -47,7 +45,6 @@ Draw = Callable[[Sequence[str], Sequence[int]], UInt8[np.ndarray, "n H W 3"]]
 SHEET = "contact-sheet.png"
 SHEET_WIDTH = 1800
 SHEET_CELLS = 100
-_CAPTION_HEIGHT = 18
 
 
 def generate(
@@ -176,13 +173,7 @@ def contact_sheet(folder: str | Path, columns: int = 10) -> UInt8[np.ndarray, "H
     order, count = sorted(first), min(len(first), SHEET_CELLS)
     shown = [first[order[k * len(order) // count]] for k in range(count)]
     columns = min(columns, len(shown))
-    cells = [_cell(load_image(manifest.folder / p.file), p, SHEET_WIDTH // columns) for p in shown]
-    height, width = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))
-    sheet = np.full((-(-len(cells) // columns) * height, columns * width, 3), 255, np.uint8)
-    for k, cell in enumerate(cells):
-        y, x = k // columns * height, k % columns * width
-        sheet[y : y + cell.shape[0], x : x + cell.shape[1]] = cell
-    return sheet
+    return grid([_cell(read_png(manifest.folder / p.file), p, SHEET_WIDTH // columns) for p in shown], columns)
 
 
 def _cell(image: UInt8[np.ndarray, "H W 3"], picture: Picture, widest: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -190,11 +181,8 @@ def _cell(image: UInt8[np.ndarray, "H W 3"], picture: Picture, widest: int) -> U
     width = min(max(image.shape[1], 160), widest)
     height = max(1, round(image.shape[0] * width / image.shape[1]))
     kind = cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_LINEAR
-    below = np.full((_CAPTION_HEIGHT, width, 3), 255, np.uint8)
-    # the font has ASCII letters only, 7 pixels wide on average
-    text = (picture.class_name or picture.prompt).encode("ascii", "replace").decode()[: width // 7]
-    cv2.putText(below, text, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.vstack([np.asarray(cv2.resize(image, (width, height), interpolation=kind)), below])
+    resized = np.asarray(cv2.resize(image, (width, height), interpolation=kind))
+    return captioned(resized, picture.class_name or picture.prompt)
 
 
 @dataclass
@@ -271,7 +259,7 @@ class _Drawing:
                         refused[j] = self.refusal(j, one, verdict)
         kept = [k for k, j in enumerate(group) if j not in refused]
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda k: save_image(self.ledger.folder / pictures[k].file, images[k]), kept))
+            list(pool.map(lambda k: write_png(self.ledger.folder / pictures[k].file, images[k]), kept))
         self.ledger.keep([replace(pictures[k], scores=scores[k]) for k in kept])
         self.ledger.refuse(list(refused.values()))
         return [group[k] for k in kept]
@@ -305,10 +293,10 @@ class _Drawing:
     def finish(self, count: int, refused_prompts: Sequence[Row]) -> None:
         """Writes the final files when all images exist."""
         ledger = self.ledger
-        if ledger.complete(count) and whole_image(ledger.folder / SHEET):
+        if ledger.complete(count) and is_whole(ledger.folder / SHEET):
             return
         ledger.merge(count, refused_prompts, [one.name for one in self.filters])
-        save_image(ledger.folder / SHEET, contact_sheet(ledger.folder))
+        write_png(ledger.folder / SHEET, contact_sheet(ledger.folder))
         refused = Counter(row["filter"] for rows in ledger.refused.values() for row in rows.values())
         if refused or refused_prompts:
             by = ", ".join(f"{name} {n}" for name, n in sorted(refused.items())) or "none"

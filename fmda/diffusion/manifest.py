@@ -18,16 +18,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import cv2
-import numpy as np
-from jaxtyping import UInt8
-
-from fmda.atomic import write_atomic, write_json
+from fmda.atomic import write_json
 from fmda.errors import UserError
+from fmda.png import is_whole
 from fmda.runs.journal import Journal, read_rows, write_rows
 
 IMAGES, MANIFEST, REFUSED, SUMMARY = "images", "manifest.jsonl", "refused.jsonl", "summary.json"
-_PNG_END = b"IEND\xaeB`\x82"
 _TEXT, _NUMBER = (str, NoneType), (int, NoneType)
 
 Row = dict[str, Any]
@@ -145,7 +141,7 @@ class Ledger:
         drawn = [picture for pictures, _ in contents for picture in pictures]
         for picture in (*drawn, *self.merged.values()):
             # the file of a refused image may be gone or hold the next attempt; either way it is generated again
-            if picture.attempt == self.attempt(picture.index) and whole_image(folder / picture.file):
+            if picture.attempt == self.attempt(picture.index) and is_whole(folder / picture.file):
                 self.pictures[picture.index] = picture
 
     def close(self) -> None:
@@ -261,28 +257,3 @@ def _merged(folder: Path) -> dict[int, Picture]:
 def image_file(index: int, prompt_index: int) -> str:
     """Returns the path of an image in its folder."""
     return f"{IMAGES}/im_{index:06d}_p{prompt_index}.png"
-
-
-def whole_image(path: Path) -> bool:
-    """Returns whether a file exists and ends as a PNG does; nothing else of it is read."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - len(_PNG_END)))
-        return file.read() == _PNG_END
-
-
-def load_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns a generated image, RGB. Raises UserError for a missing or damaged file."""
-    path = Path(path)
-    raw = path.read_bytes() if path.is_file() else b""
-    # the decoder fills in what is cut off
-    pixels = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR) if raw.endswith(_PNG_END) else None
-    if pixels is None:
-        raise UserError(f"{path}: missing, truncated or not a PNG; delete it and generate again: the image is the same")
-    return np.ascontiguousarray(pixels[..., ::-1])
-
-
-def save_image(path: Path, image: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Writes an RGB image as PNG, whole or not at all."""
-    write_atomic(path, cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1]))[1].tobytes())

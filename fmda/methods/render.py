@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 
-from fmda.atomic import replacing, write_atomic
+from fmda.atomic import replacing
 from fmda.config import Bounds, NonNegativeInt, PositiveInt
 from fmda.data import class_list
 from fmda.errors import UserError, did_you_mean
+from fmda.png import read_png, write_png
 from fmda.progress import track
 from fmda.runs.identity import claim
 from fmda.runs.journal import Journal, write_rows
@@ -70,7 +71,7 @@ def write_world(config: RenderConfig, folder: str | Path) -> list[Path]:
             _claim(root, config)
         for root, (domain, count) in zip(roots, config.domains.items(), strict=True):
             _write_domain(root, config, domain, count)
-        write_atomic(folder / "contact-sheet.png", _png(contact_sheet(roots)))
+        write_png(folder / "contact-sheet.png", contact_sheet(roots))
     except OSError as fault:
         raise UserError(
             f"{fault.filename or folder}: cannot write ({fault.strerror}); free or choose another place"
@@ -122,8 +123,8 @@ def _write_domain(root: Path, config: RenderConfig, domain: str, count: int) -> 
             raise UserError(f"{journal.path}: damaged; delete the folder and render it again") from None
         missing = [i for i in range(count) if f"{i:06d}" not in lines or not _complete(root, f"{i:06d}")]
         for name, picture in track(pictures(config, domain, missing), f"render {domain}", len(missing)):
-            maps = {**{part: picture[part] for part in PARTS[1:]}, PARTS[0]: picture["image"][..., ::-1]}
-            list(pool.map(lambda item: write_atomic(root / item[0] / f"{name}.png", _png(item[1])), maps.items()))  # noqa: B023
+            maps = {**{part: picture[part] for part in PARTS[1:]}, PARTS[0]: picture["image"]}
+            list(pool.map(lambda item: write_png(root / item[0] / f"{name}.png", item[1]), maps.items()))  # noqa: B023
             if name not in lines:
                 # a line follows the files of its image, so it is written once they are whole
                 lines[name] = {"name": name, "domain": domain, "caption": picture["caption"], "facts": picture["facts"]}
@@ -181,31 +182,17 @@ def pictures(config: RenderConfig, domain: str, indices: Sequence[int]) -> Itera
 
 
 def contact_sheet(roots: list[Path], columns: int = SHEET_COLUMNS) -> np.ndarray:
-    """Returns an overview, BGR uint8: one row of the first pictures per folder, the last one beside its labels."""
+    """Returns an overview, RGB uint8: one row of the first pictures per folder, the last one beside its labels."""
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(PALETTE)] = PALETTE
     rows = []
     for root in roots:
         paths = sorted((root / "images").glob("*.png"))[: columns - 1]
-        cells = [_read(path) for path in paths]
-        labels = _read(root / "labels" / paths[-1].name)
-        cells.append(np.ascontiguousarray(colours[labels][..., ::-1]))
+        cells = [read_png(path) for path in paths]
+        labels = read_png(root / "labels" / paths[-1].name)
+        cells.append(colours[labels])
         cells += [np.zeros_like(cells[0])] * (columns - len(cells))
         row = np.hstack(cells)
         scale = min(1.0, 1800.0 / row.shape[1])
         rows.append(cv2.resize(row, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
     return np.vstack(rows)
-
-
-def _read(path: Path) -> np.ndarray:
-    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if pixels is None:
-        raise UserError(f"{path}: truncated or no PNG; delete it and draw the folder again")
-    return np.asarray(pixels)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".png", np.ascontiguousarray(pixels), [cv2.IMWRITE_PNG_COMPRESSION, 2])
-    if not done:
-        raise RuntimeError(f"PNG encoder refused an array of {pixels.dtype} {pixels.shape}")
-    return data.tobytes()

@@ -11,8 +11,9 @@ from small_set import BRIGHT, EMBED, FACTS, PROMPTS, content, draw, images, line
 
 from fmda.diffusion.filters import BannedWords, ClassPresence, ClipScore, ConstantImage, DuplicatePrompt, NearDuplicate
 from fmda.diffusion.generate import contact_sheet, image_seed
-from fmda.diffusion.manifest import Manifest, Prompt, load_image
+from fmda.diffusion.manifest import Manifest, Prompt
 from fmda.errors import UserError
+from fmda.png import read_png
 
 
 def test_the_manifest_says_all_about_each_image(whole):
@@ -33,7 +34,7 @@ def test_the_manifest_says_all_about_each_image(whole):
 def test_each_image_is_drawn_again_alone_from_its_line(whole):
     for picture in Manifest.read(whole):
         again = one_image(picture.prompt, picture.seed)
-        np.testing.assert_array_equal(load_image(whole / picture.file), again)
+        np.testing.assert_array_equal(read_png(whole / picture.file), again)
     colours = cv2.imread(str(whole / "images/im_000004_p1.png"))[..., ::-1]
     np.testing.assert_array_equal(colours, one_image(*[(p.prompt, p.seed) for p in Manifest.read(whole)][4]))
 
@@ -62,7 +63,7 @@ def test_refusals_are_logged_with_their_reason_and_counted(whole):
 
 
 def test_kept_images_differ_and_the_first_of_a_kind_is_kept(whole):
-    pixels = EMBED.features(np.stack([load_image(path) for path in Manifest.read(whole).paths]))
+    pixels = EMBED.features(np.stack([read_png(path) for path in Manifest.read(whole).paths]))
     assert (pixels @ pixels.T - 2 * np.eye(20)).max() < 0.8
     (first,) = [picture.index for picture in Manifest.read(whole) if picture.seed % 3 == 0]
     later = [row for row in lines(whole / "refused.jsonl") if row["filter"] == "near_duplicate"]
@@ -114,13 +115,13 @@ def test_black_images_are_always_made_again(tmp_path):
     made = make(tmp_path, filters=())
     black = [p.index for p in made if p.attempt]
     assert black == [j for j in range(20) if image_seed(3, j, 0) % 5 == 0] and len(black) > 1
-    assert all(load_image(path).any() for path in made.paths)
+    assert all(read_png(path).any() for path in made.paths)
     assert made.refused == {"constant": len(lines(tmp_path / "refused.jsonl"))}
 
 
 def test_a_threshold_of_ones_own_replaces_the_one_for_constant_images(tmp_path):
     made = make(tmp_path, filters=(ConstantImage(least=-1.0),))
-    assert not made.refused and any(not load_image(path).any() for path in made.paths)
+    assert not made.refused and any(not read_png(path).any() for path in made.paths)
 
 
 def test_what_was_refused_is_reported(tmp_path, capsys):
@@ -191,7 +192,7 @@ def test_a_class_that_is_not_there_is_drawn_again(tmp_path):
 
     made = make(tmp_path, filters=(ClassPresence(present, 0.5, "channels"),))
     for picture in made:
-        share = None if picture.class_index is None else load_image(tmp_path / picture.file)[..., picture.class_index]
+        share = None if picture.class_index is None else read_png(tmp_path / picture.file)[..., picture.class_index]
         assert share is None or share.mean() / 255 >= 0.49995
     assert made.refused["class_presence"] > 0
 
@@ -273,7 +274,7 @@ def test_faults_of_the_caller_are_no_user_errors(tmp_path, changes, message):
 
 
 def test_the_overview_shows_the_first_image_of_each_prompt(whole):
-    sheet, first = contact_sheet(whole, 2), [load_image(path) for path in Manifest.read(whole).paths[:3]]
+    sheet, first = contact_sheet(whole, 2), [read_png(path) for path in Manifest.read(whole).paths[:3]]
     height, width = sheet.shape[0] // 2, sheet.shape[1] // 2
     assert sheet.shape == (2 * (107 + 18), 2 * 160, 3)
     for k in range(3):
@@ -283,7 +284,7 @@ def test_the_overview_shows_the_first_image_of_each_prompt(whole):
         assert np.argmin(others) == k
         assert np.ptp(sheet[k // 2 * height + 107 :, k % 2 * width :][:18, :160]) > 100
     assert (sheet[height:, width:] == 255).all()
-    np.testing.assert_array_equal(load_image(whole / "contact-sheet.png"), contact_sheet(whole))
+    np.testing.assert_array_equal(read_png(whole / "contact-sheet.png"), contact_sheet(whole))
     with pytest.raises(UserError, match="columns: 0"):
         contact_sheet(whole, 0)
 

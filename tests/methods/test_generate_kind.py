@@ -16,7 +16,7 @@ from fmda import cli
 from fmda.diffusion.draw import SamplerConfig, make_draw
 from fmda.diffusion.generate import image_seed
 from fmda.diffusion.load import load_stable_diffusion, save_stable_diffusion
-from fmda.diffusion.manifest import Manifest, load_image
+from fmda.diffusion.manifest import Manifest
 from fmda.errors import UserError
 from fmda.evaluate.runs import read_run
 from fmda.mesh import make_mesh
@@ -26,6 +26,7 @@ from fmda.methods.generate.settings import THINGS, FilterConfig, make_prompts
 from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.methods.kinds import open_run
 from fmda.models.sd_unet import UNetConfig
+from fmda.png import read_png
 from fmda.weights.network import load_clip, save
 from fmda.world.names import CLASSES
 
@@ -121,7 +122,7 @@ def test_the_folder_holds_images_manifest_and_overview(pristine):
     assert list(rows[5]["scores"]) == ["constant"] and not lines(folder / "refused.jsonl")
     stage = json.loads((folder / "stage.json").read_text())
     assert stage["outputs"] == {"images": 10, "refused": {}} and stage["device"].startswith("8 x ")
-    assert load_image(folder / "images/im_000005_p1.png").shape == (32, 32, 3)
+    assert read_png(folder / "images/im_000005_p1.png").shape == (32, 32, 3)
 
 
 def test_the_report_shows_the_overview(pristine):
@@ -136,7 +137,7 @@ def test_any_image_is_made_again_alone_from_its_line(pristine):
     facts = picture.facts
     config = SamplerConfig(facts["sampler"], facts["steps"], facts["guidance"], facts["negative"])
     image = make_draw(model, config, make_mesh())([picture.prompt], [picture.seed])[0]
-    found = load_image(pristine / "done/images" / picture.file)
+    found = read_png(pristine / "done/images" / picture.file)
     assert np.abs(image.astype(int) - found).max() <= 1 and found.std() > 5
 
 
@@ -258,7 +259,7 @@ def test_a_long_prompt_is_cut_with_a_warning_or_refused(place, capsys):
 
 def test_scores_are_those_of_the_clip(pristine):
     rows, clip = lines(pristine / "judged/images/manifest.jsonl"), load_clip(pristine / "clip")
-    images = np.stack([load_image(path) for path in Manifest.read(pristine / "judged/images").paths[:8]])
+    images = np.stack([read_png(path) for path in Manifest.read(pristine / "judged/images").paths[:8]])
     rows = rows[:8]
     assert list(rows[0]["scores"]) == ["constant", "clip_score", "class_presence", "near_duplicate"]
     scores = clip_score(clip, images, [row["prompt"] for row in rows])

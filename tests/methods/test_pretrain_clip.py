@@ -133,6 +133,6 @@ def test_faults_are_one_line(tmp_path):
         stages(small(tmp_path, batch=15))
     root = drawn(tmp_path / "game", 1)
     (root / "labels/000000.png").write_bytes(b"\x89PNG")
-    with pytest.raises(UserError, match="missing or truncated"):
+    with pytest.raises(UserError, match="missing, truncated or not a PNG"):
         Scenes([root])[0]
     assert jax.device_count() == 8

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmda.atomic import replacing, write_atomic
+from fmda.atomic import replacing
 from fmda.data.check import check_images
 from fmda.data.files import read_image
 from fmda.data.loader import Transform
@@ -36,6 +35,7 @@ from fmda.methods.datum.target import (
 from fmda.methods.generate.checks import check_drawing, check_weights
 from fmda.methods.generate.settings import make_prompts
 from fmda.models.sd_vae import signed
+from fmda.png import write_png
 from fmda.precision import Policy
 from fmda.progress import track
 from fmda.runs.identity import RECORD, claim, compare
@@ -62,8 +62,8 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
         if begun:
             claim(folder, {"image": image}, remedy=remedy)
         else:
-            _write_png(folder / "target.png", target)
-            _write_png(folder / "crops.png", contact_sheet(target, config.crop, config.seed))
+            write_png(folder / "target.png", target)
+            write_png(folder / "crops.png", contact_sheet(target, config.crop, config.seed))
             # before what takes long, so that an interrupted folder knows its image
             claim(folder, {"image": image}, remedy=remedy)
     if config.prior is not None and config.prior.images is None:
@@ -176,7 +176,3 @@ def _pictures(config: Config, prepared: Path) -> tuple[Sequence[Picture], ...]:
     if config.prior is None:
         return (target,)
     return target, ClassPictures(config.prior.images or prepared / "class", config.crop)
-
-
-def _write_png(path: Path, picture: Picture) -> None:
-    write_atomic(path, cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1].tobytes())

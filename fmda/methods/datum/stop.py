@@ -20,7 +20,7 @@ from fmda.config import Bounds, FolderOrName, NonNegativeInt, PositiveInt, Share
 from fmda.data.files import read_image
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import StableDiffusion
-from fmda.diffusion.manifest import Manifest, load_image
+from fmda.diffusion.manifest import Manifest
 from fmda.evaluate.quality import alignment, pairwise_diversity, spread
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.evaluate.stopping import Choice, choose_step
@@ -28,6 +28,7 @@ from fmda.methods.datum.target import random_crop
 from fmda.methods.generate import Config as GenerateConfig
 from fmda.methods.generate import PromptConfig, draw_images
 from fmda.methods.judges import embed, grid_share
+from fmda.png import read_png, write_png
 from fmda.weights.network import Loaded, load_clip
 
 Precision = Literal["float32", "bfloat16"]
@@ -84,7 +85,7 @@ def draw_probes(
 
 def read_images(manifest: Manifest) -> np.ndarray:
     """Returns the images of a generated set, uint8 [n, H, W, 3], in order. Raises UserError for a damaged one."""
-    return np.stack([load_image(path) for path in manifest.paths])
+    return np.stack([read_png(path) for path in manifest.paths])
 
 
 def target_crops(picture: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
@@ -188,7 +189,7 @@ def write_choice(
     }
     write_atomic(folder / "curves.png", _chart(curves, found))
     before, after = (read_images(Manifest.read(probes / str(step)).head(SHOWN)) for step in (0, found.step))
-    write_atomic(folder / "before-after.png", _before_after(picture, before, after))
+    write_png(folder / "before-after.png", _before_after(picture, before, after))
     write_sections(folder, _sections(curves, found))
     write_json(folder / "choice.json", record)
     return {"step": found.step, "reason": found.reason}
@@ -237,8 +238,8 @@ def _chart(curves: Curves, found: Choice) -> bytes:
     return file.getvalue()
 
 
-def _before_after(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> bytes:
-    """Returns a PNG: the target on top, then images of the untouched and of the personalised model, seed by seed."""
+def _before_after(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Returns the target on top, then images of the untouched and of the personalised model, seed by seed."""
     rows = [np.concatenate(list(images), axis=1) for images in (before, after)]
     width = rows[0].shape[1]
     height = min(round(target.shape[0] * width / target.shape[1]), 2 * before.shape[1])
@@ -247,4 +248,4 @@ def _before_after(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> 
     )
     top = np.full((height, width, 3), 255, np.uint8)
     top[:, : min(width, scaled.shape[1])] = scaled[:, :width]
-    return cv2.imencode(".png", np.concatenate([top, *rows])[..., ::-1])[1].tobytes()
+    return np.concatenate([top, *rows])

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from fmda.data.files import read_image
 from fmda.data.listing import images_in
 from fmda.errors import UserError
+from fmda.png import grid
 
 Picture = UInt8[np.ndarray, "H W 3"]
 
@@ -142,4 +143,4 @@ def contact_sheet(picture: Picture, size: int, seed: int, count: int = 8) -> Pic
     """Returns `count` crops in two rows: what a step sees of the target."""
     rng = np.random.default_rng((seed, 1))
     crops = [random_crop(picture, size, rng) for _ in range(count)]
-    return np.concatenate([np.concatenate(crops[row::2], axis=1) for row in range(2)])
+    return grid(crops, (count + 1) // 2)

@@ -1,6 +1,5 @@
 """Crops of rendered street scenes with captions that are true of the crop. NumPy alone, for worker processes."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from fmda.config import Bounds, NonNegativeInt, PositiveInt, Share, Side
 from fmda.errors import UserError
 from fmda.methods.pretrain.prompts import LOOKS, fitting, looks_of, needs
 from fmda.methods.render import RenderConfig, pictures
+from fmda.png import read_png
 from fmda.progress import track
+from fmda.runs.journal import read_rows
 from fmda.world.captions import caption, crop_facts, word
 from fmda.world.names import CLASSES, VOID
 
@@ -22,9 +23,6 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]
 
 TAGS = (*CLASSES, *LOOKS, "untold")
 """What a caption can state of a crop. "untold" is true of none: it marks captions that say more than tags hold."""
-
-
-PNG_END = b"IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,10 @@ class Scenes(Sequence[dict[str, Any]]):
             index = root / "captions.jsonl"
             if not index.is_file():
                 raise UserError(f"{index}: not found; draw the folder with `fmda data render` or mend the path")
-            for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
-                try:
-                    row = json.loads(line)
-                    self.rows.append((root, {"name": str(row["name"]), "facts": row["facts"]}))
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f"{index}, line {number}: is damaged; draw the folder again") from None
+            try:
+                self.rows += [(root, {"name": str(row["name"]), "facts": row["facts"]}) for row in read_rows(index)]
+            except (KeyError, TypeError):
+                raise UserError(f"{index}: damaged; delete the folder and draw it again") from None
         if not self.rows:
             raise UserError(f"{', '.join(map(str, sources))}: no pictures; draw some with `fmda data render`")
 
@@ -114,24 +110,15 @@ class Scenes(Sequence[dict[str, Any]]):
         root, row = scene
         name = f"{row['name']}.png"
         return {
-            "image": _read(root / "images" / name, cv2.IMREAD_COLOR)[..., ::-1],
+            "image": read_png(root / "images" / name),
             "labels": _labels(root / "labels" / name),
-            "instances": _read(root / "instances" / name, cv2.IMREAD_UNCHANGED),
+            "instances": read_png(root / "instances" / name),
             "facts": row["facts"],
         }
 
 
-def _read(path: Path, mode: int) -> np.ndarray:
-    data = path.read_bytes() if path.is_file() else b""
-    # OpenCV fills what is missing with zeros and says nothing, so the end mark is looked for first
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode) if data.endswith(PNG_END) else None
-    if pixels is None:
-        raise UserError(f"{path}: missing or truncated; delete it and draw the folder again")
-    return pixels
-
-
 def _labels(path: Path) -> np.ndarray:
-    labels = _read(path, cv2.IMREAD_UNCHANGED)
+    labels = read_png(path)
     if labels.ndim != 2 or labels.dtype != np.uint8:
         what = "a colour picture" if labels.ndim != 2 else f"a {8 * labels.itemsize}-bit label map"
         raise UserError(f"{path}: {what}, not 8-bit class ids; delete it and draw the folder again")

@@ -13,6 +13,7 @@ from fmda.evaluate.quality import cmmd, frechet_distance, pairwise_diversity
 from fmda.methods.judges import embed
 from fmda.methods.pretrain.crops import TAGS, Crops, Drawn, Scenes
 from fmda.methods.pretrain.latents import WindowConfig
+from fmda.png import captioned, grid
 from fmda.progress import track
 from fmda.weights.network import Loaded
 from fmda.world.captions import crop_facts
@@ -120,18 +121,8 @@ def compare(clip: Loaded, train: Windows, held: Windows, drawn: Images) -> dict[
     }
 
 
-def sheet(drawn: Images, captions: Sequence[str], columns: int = 4, rows: int = 4) -> bytes:
-    """Returns a PNG of the first images over their captions."""
-    side = drawn.shape[1]
-    lines = []
-    for r in range(rows):
-        cells = []
-        for k in range(r * columns, (r + 1) * columns):
-            cell = np.full((side * 2 + 40, side * 2, 3), 255, np.uint8)
-            cell[: side * 2] = cv2.resize(drawn[k], (side * 2, side * 2), interpolation=cv2.INTER_NEAREST)
-            for n, part in enumerate((captions[k][:42], captions[k][42:84])):
-                place = (3, side * 2 + 15 + 16 * n)
-                cv2.putText(cell, part, place, cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1, cv2.LINE_AA)
-            cells.append(cell)
-        lines.append(np.concatenate(cells, axis=1))
-    return cv2.imencode(".png", np.concatenate(lines)[..., ::-1])[1].tobytes()
+def sheet(drawn: Images, captions: Sequence[str], count: int = 16) -> Images:
+    """Returns the first images, enlarged, over their captions."""
+    side = 2 * drawn.shape[1]
+    large = [cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST) for image in drawn[:count]]
+    return grid([captioned(np.asarray(image), text, 2) for image, text in zip(large, captions, strict=False)], 4)

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fmda.atomic import write_atomic, write_json
+from fmda.atomic import write_json
 from fmda.config import Bounds, Decay, FolderOrName, PositiveFloat, PositiveInt, Share
 from fmda.data.streams import Stream
 from fmda.diffusion.draw import SamplerConfig, make_draw
@@ -33,6 +33,7 @@ from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
 from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, check_networks, write_latents
 from fmda.models.module import abstract, init
 from fmda.models.sd_unet import UNet, UNetConfig
+from fmda.png import write_png
 from fmda.progress import track
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
@@ -305,6 +306,6 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         parts.append(draw(texts, range(first, first + len(texts))))
     drawn = np.concatenate(parts)
     result = compare(networks.clip, train, held, drawn)
-    write_atomic(folder / "samples.png", sheet(drawn, held.captions))
+    write_png(folder / "samples.png", sheet(drawn, held.captions, SHOWN))
     write_json(folder / "quality.json", result)
     return result

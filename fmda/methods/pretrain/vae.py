@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from fmda import trees
-from fmda.atomic import write_atomic, write_json
+from fmda.atomic import write_json
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.data.streams import Stream
 from fmda.errors import UserError
@@ -30,6 +29,7 @@ from fmda.methods.pretrain.checks import check_pictures
 from fmda.methods.pretrain.dino_views import Image, Pictures
 from fmda.models.module import abstract, init
 from fmda.models.sd_vae import Vae, VaeConfig, signed
+from fmda.png import write_png
 from fmda.progress import track
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
@@ -197,7 +197,6 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
             if len(shown) < 4 and pair.shape == (shown or [pair])[0].shape:
                 shown.append(pair)
         result[str(root)] = {"psnr": round(float(np.mean(10 * np.log10(255**2 / np.array(errors)))), 2)}
-        data = cv2.imencode(".png", np.concatenate(shown)[..., ::-1])[1].tobytes()
-        write_atomic(folder / f"{number}-{Path(root).name}.png", data)
+        write_png(folder / f"{number}-{Path(root).name}.png", np.concatenate(shown))
     write_json(folder / "reconstruction.json", result)
     return result
