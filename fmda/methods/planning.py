@@ -89,11 +89,13 @@ class Training:
             for leaf, one in zip(jax.tree.leaves(self.state.params), jax.tree.leaves(state.params), strict=True)
         ]
         first = len(self._gradient.jaxpr.outvars) - len(gradients)
-        rows["gradients and activations"] = self._gradient.peak(
+        activations = self._gradient.peak(
             batch,
             gathered=[position for position, one in enumerate(where) if not one.is_fully_replicated],
             stored=dict(enumerate(gradients, first)),
         )
+        # when activations are gone, XLA holds the gradients and their clipped copy
+        rows["gradients and activations"] = max(activations, 2 * sum(gradients))
         if self.accumulate > 1:
             rows["gradients, summed over parts"] = sum(gradients)
         return {name: value for name, value in rows.items() if value}
@@ -234,10 +236,10 @@ def _most(need: Callable[[int], int], limit: float) -> int:
     need = functools.cache(need)
     if need(1) > limit:
         return 0
-    low, high = 1, 1 + int((limit - need(1)) // (need(2) - need(1)))
+    low, high = 1, 1 + int((limit - need(1)) // max(1, need(2) - need(1)))
     while need(high) > limit:
         low += max(1, int((limit - need(low)) * (high - low) // (need(high) - need(low))))
-        high = low + int((limit - need(low)) // (need(low + 1) - need(low)))
+        high = low + int((limit - need(low)) // max(1, need(low + 1) - need(low)))
     return high
 
 
