@@ -17,10 +17,10 @@ from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import load_file, save_file
+from sides.record import record, write_record
 
 from fmda.errors import UserError
 from fmda.methods.kinds import open_run
-from fmda.perf import record, write_record
 from fmda.world.names import DOMAINS
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "pretrain"
