@@ -4,7 +4,7 @@ A function is traced at two batch sizes. Every dimension of its program grows li
 together give the program of every other batch size.
 
 Memory is that of the traced program run in its own order: an array takes memory from the operation that computes it to
-the last one that reads it. Compilers fuse and reorder operations. On CPUs the estimate is within 15 % of the temporary
+the last one that reads it. Compilers fuse and reorder operations. On CPUs the estimate is within 16 % of the temporary
 memory of compiled float32 UNets and autoencoders that keep all activations, and up to twice that of networks of
 elementwise functions, whose derivatives XLA computes again. In bfloat16 XLA's CPU compiler needs up to 46 % more than
 the program (copies in float32), and it undoes rematerialisation. Workspaces of convolution libraries and fragmentation
