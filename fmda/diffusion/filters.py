@@ -16,7 +16,7 @@ refused.
 import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -75,7 +75,17 @@ class ComparingFilter(Filter, Protocol):
 
 
 @dataclass(frozen=True)
-class ConstantImage:
+class _Declared:
+    """A filter whose settings are its fields, but for its name and the functions behind it (`repr=False`)."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Thresholds, and names of networks."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.repr and f.name != "name"}
+
+
+@dataclass(frozen=True)
+class ConstantImage(_Declared):
     """Refuses black and near-constant images: those whose levels spread too little in every channel.
 
     The score is the standard deviation over the pixels, in levels of 0..255, of the channel where it is largest.
@@ -85,11 +95,6 @@ class ConstantImage:
     least: float = 2.0
     name: str = "constant"
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The threshold."""
-        return {"least": self.least}
-
     def judge(self, images: Images, prompts: Sequence[Prompt]) -> list[Verdict]:
         """Returns a verdict for each image."""
         spreads = [float(image.reshape(-1, image.shape[-1]).std(0).max()) for image in images]
@@ -97,7 +102,7 @@ class ConstantImage:
 
 
 @dataclass(frozen=True)
-class ClipScore:
+class ClipScore(_Declared):
     """Refuses images that do not show what their prompt says.
 
     Attributes:
@@ -111,11 +116,6 @@ class ClipScore:
     model: str = ""
     name: str = "clip_score"
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Threshold and network."""
-        return {"least": self.least, "model": self.model}
-
     def judge(self, images: Images, prompts: Sequence[Prompt]) -> list[Verdict]:
         """Returns a verdict for each image."""
         scores = _shaped(self.score(images, [prompt.text for prompt in prompts]), (len(images),), self.name)
@@ -123,7 +123,7 @@ class ClipScore:
 
 
 @dataclass(frozen=True)
-class ClassPresence:
+class ClassPresence(_Declared):
     """Refuses images in which the prompt's class is missing or too small. Prompts without a class are not judged.
 
     Attributes:
@@ -137,11 +137,6 @@ class ClassPresence:
     least: float
     model: str = ""
     name: str = "class_presence"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Threshold and network."""
-        return {"least": self.least, "model": self.model}
 
     def judge(self, images: Images, prompts: Sequence[Prompt]) -> list[Verdict]:
         """Returns a verdict for each image. Raises UserError for a prompt of a class that `present` does not know."""
@@ -163,7 +158,7 @@ class ClassPresence:
 
 
 @dataclass(frozen=True)
-class NearDuplicate:
+class NearDuplicate(_Declared):
     """Refuses images that look like a kept image of lower index.
 
     Attributes:
@@ -176,11 +171,6 @@ class NearDuplicate:
     most: float
     model: str = ""
     name: str = "near_duplicate"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Threshold and network."""
-        return {"most": self.most, "model": self.model}
 
     def features(self, images: Images) -> Float[np.ndarray, "n d"]:
         """Returns embeddings of length 1."""
@@ -202,15 +192,10 @@ class NearDuplicate:
 
 
 @dataclass(frozen=True)
-class DuplicatePrompt:
+class DuplicatePrompt(_Declared):
     """Refuses a prompt that an earlier one of the same class says already, but for case, punctuation and spaces."""
 
     name: str = "duplicate_prompt"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
 
     def judge(self, prompts: Sequence[Prompt]) -> list[Verdict]:
         """Returns a verdict for each prompt."""
@@ -224,7 +209,7 @@ class DuplicatePrompt:
 
 
 @dataclass(frozen=True)
-class BannedWords:
+class BannedWords(_Declared):
     """Refuses prompts that hold one of the words or phrases, whatever case and punctuation."""
 
     words: tuple[str, ...]
@@ -252,7 +237,7 @@ class BannedWords:
 
 
 @dataclass(frozen=True)
-class LongPrompt:
+class LongPrompt(_Declared):
     """Refuses prompts of which the text encoder would see the beginning alone.
 
     Attributes:
@@ -265,11 +250,6 @@ class LongPrompt:
     most: int = 77
     tokenizer: str = ""
     name: str = "long_prompt"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Length and tokenizer."""
-        return {"most": self.most, "tokenizer": self.tokenizer}
 
     def judge(self, prompts: Sequence[Prompt]) -> list[Verdict]:
         """Returns a verdict for each prompt."""

@@ -163,11 +163,8 @@ def found_classes(clip: Loaded, images: np.ndarray, asked: Sequence[str | None])
 
 def choose(curves: Curves, floor: float) -> Choice:
     """Returns the step that the curves speak for."""
-    return choose_step(
-        curves.steps, curves.alignment, curves.diversity, curves.coverage, alignment_error=curves.alignment_error,
-        diversity_error=curves.diversity_error, coverage_error=curves.coverage_error, repeated=curves.repeated,
-        coverage_floor=floor,
-    )  # fmt: skip
+    measured = {name: values for name, values in vars(curves).items() if name != "nearest"}
+    return choose_step(**measured, coverage_floor=floor)
 
 
 def write_choice(

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fmda.data.check import check_images
 from fmda.methods.pretrain.crops import Drawn, Scenes
 from fmda.methods.pretrain.dino_views import Pictures
 from fmda.progress import track
@@ -26,4 +25,4 @@ def check_pictures(folders: Sequence[Path]) -> None:
     """Decodes the images of folders once. Raises UserError for a folder without images, and for damaged ones."""
     folders = [folder for folder in folders if not pending(folder)]
     if folders:
-        check_images(Pictures(folders).paths)
+        Pictures(folders)

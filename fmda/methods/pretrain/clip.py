@@ -27,6 +27,7 @@ from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
 from fmda.methods.export import export
 from fmda.methods.planning import Training, training_plan
+from fmda.methods.pretrain.chain import check_held, trainer_stages
 from fmda.methods.pretrain.checks import check_scenes
 from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Drawn, Scenes
 from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
@@ -90,23 +91,14 @@ def check(config: Config) -> None:
 
 def stages(config: Config) -> list[Stage]:
     """Returns tokenizer, train, export (Hugging Face layout) and, with held pictures, check."""
-    if overlap := set(config.data) & set(config.held):
-        raise UserError(f"held: {', '.join(sorted(map(str, overlap)))} is trained on too; hold other folders")
+    check_held(config.data, config.held)
     if config.batch % config.crops:
         raise UserError(f"batch: {config.batch} is no multiple of crops={config.crops}; choose one")
-    chain = [
-        Stage("tokenizer", functools.partial(_tokenizer, config), _words(config), alone=True),
-        Stage("train", functools.partial(_train, config), config, inputs=("tokenizer",)),
-        Stage("export", functools.partial(_export, config), config.model, inputs=("tokenizer", "train"), alone=True),
-    ]
-    if config.held:
-        chain.append(Stage("check", functools.partial(_check, config), config.held, ("export",), alone=True))
-    return chain
-
-
-def _words(config: Config) -> list[Any]:
-    """Returns what determines the tokenizer."""
-    return [config.data, config.vocabulary, config.seed]
+    words = [config.data, config.vocabulary, config.seed]
+    tokenizer = Stage("tokenizer", functools.partial(_tokenizer, config), words, alone=True)
+    return trainer_stages(
+        config, _train, _export, _check, exported=config.model, checked=config.held, before=[tokenizer]
+    )
 
 
 def plan(config: Config) -> Plan:

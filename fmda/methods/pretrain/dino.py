@@ -23,6 +23,7 @@ from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.methods.export import export
 from fmda.methods.planning import Training, training_plan
+from fmda.methods.pretrain.chain import trainer_stages
 from fmda.methods.pretrain.checks import check_pictures, check_scenes
 from fmda.methods.pretrain.dino_check import agreement_on, normalised_float
 from fmda.methods.pretrain.dino_net import (
@@ -108,14 +109,8 @@ def check(config: Config) -> None:
 
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (Hugging Face layout) and, with held pictures, check."""
-    chain = [
-        Stage("train", functools.partial(_train, config), config),
-        Stage("export", functools.partial(_export, config), config.model, inputs=("train",), alone=True),
-    ]
-    if config.held:
-        seen = [config.held, config.check_size, config.check_thresholds]
-        chain.append(Stage("check", functools.partial(_check, config), seen, inputs=("export",), alone=True))
-    return chain
+    checked = [config.held, config.check_size, config.check_thresholds]
+    return trainer_stages(config, _train, _export, _check, exported=config.model, checked=checked)
 
 
 def plan(config: Config) -> Plan:

@@ -4,7 +4,6 @@ CLIP stays as it is. `obj_proj` learns which patches the teacher's values hold t
 not background by the teacher's attention and keys (Wysoczanska et al. 2024; Simeoni et al. 2023).
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from fmda.errors import UserError
 from fmda.mesh import REPLICATED_RULES
 from fmda.methods.export import export
 from fmda.methods.generate.checks import check_weights
+from fmda.methods.pretrain.chain import trainer_stages
 from fmda.methods.pretrain.checks import check_pictures, check_scenes
 from fmda.methods.pretrain.dino_check import agreement_on, object_overlap
 from fmda.methods.pretrain.dino_net import normalised
@@ -109,13 +109,7 @@ def check(config: Config) -> None:
 
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (`dinoiser.safetensors`) and, with held pictures, check."""
-    chain = [
-        Stage("train", functools.partial(_train, config), config),
-        Stage("export", functools.partial(_export, config), None, inputs=("train",), alone=True),
-    ]
-    if config.held:
-        chain.append(Stage("check", functools.partial(_check, config), config.held, ("export",), alone=True))
-    return chain
+    return trainer_stages(config, _train, _export, _check, exported=None, checked=config.held)
 
 
 def plan(config: Config) -> Plan:

@@ -27,6 +27,7 @@ from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.export import export
 from fmda.methods.generate.checks import check_weights
+from fmda.methods.pretrain.chain import check_held, trainer_stages
 from fmda.methods.pretrain.checks import check_scenes
 from fmda.methods.pretrain.crops import Drawn
 from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
@@ -103,8 +104,7 @@ class Config(TrainerConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for folders that are both trained on and held out."""
-        if overlap := set(self.data) & set(self.held):
-            raise UserError(f"held: {', '.join(sorted(map(str, overlap)))} is trained on too; hold other folders")
+        check_held(self.data, self.held)
 
 
 @dataclass(frozen=True)
@@ -177,15 +177,9 @@ def check(config: Config) -> None:
 def stages(config: Config) -> list[Stage]:
     """Returns latents, train, export (diffusers' layout) and, with held pictures, check."""
     bank = [config.data, config.vae, config.clip, config.windows, config.seed]
-    chain = [
-        Stage("latents", functools.partial(_latents, config), bank, alone=True),
-        Stage("train", functools.partial(_train, config), config, inputs=("latents",)),
-        Stage("export", functools.partial(_export, config), config.model, inputs=("train",), alone=True),
-    ]
-    if config.held:
-        seen = [config.held, config.check_images, config.check_sample]
-        chain.append(Stage("check", functools.partial(_check, config), seen, inputs=("export",), alone=True))
-    return chain
+    latents = Stage("latents", functools.partial(_latents, config), bank, alone=True)
+    checked = [config.held, config.check_images, config.check_sample]
+    return trainer_stages(config, _train, _export, _check, exported=config.model, checked=checked, before=[latents])
 
 
 def plan(config: Config) -> Plan:

@@ -25,6 +25,7 @@ from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.methods.export import export
 from fmda.methods.planning import Training, training_plan
+from fmda.methods.pretrain.chain import check_held, trainer_stages
 from fmda.methods.pretrain.checks import check_pictures
 from fmda.methods.pretrain.dino_views import Image, Pictures
 from fmda.models.module import abstract, init
@@ -69,8 +70,7 @@ class Config(TrainerConfig):
         """Raises UserError for crops that the network cannot halve, or pictures that are trained on and held."""
         if self.crop < self.model.factor or self.crop % self.model.factor:
             raise UserError(f"crop: {self.crop} is no multiple of {self.model.factor}, the pixels of a latent's side")
-        if overlap := set(self.data) & set(self.held):
-            raise UserError(f"held: {', '.join(map(str, sorted(overlap)))} is trained on too; hold other folders")
+        check_held(self.data, self.held)
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,7 @@ def check(config: Config) -> None:
 
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (diffusers' layout) and, with held pictures, check."""
-    chain = [
-        Stage("train", functools.partial(_train, config), config),
-        Stage("export", functools.partial(_export, config), config.model, inputs=("train",), alone=True),
-    ]
-    if config.held:
-        chain.append(Stage("check", functools.partial(_check, config), config.held, ("export",), alone=True))
-    return chain
+    return trainer_stages(config, _train, _export, _check, exported=config.model, checked=config.held)
 
 
 def plan(config: Config) -> Plan:

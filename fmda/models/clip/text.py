@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from fmda.errors import UserError
 from fmda.models.clip.config import TextConfig
-from fmda.models.clip.transformer import Block
+from fmda.models.clip.transformer import blocks, projection
 from fmda.nn.norm import layer_norm
 
 LARGEST_ID = 2
@@ -32,25 +32,9 @@ class TextTransformer(nnx.Module):
         self.dtype = dtype
         self.token_embedding = nnx.Embed(config.vocab_size, width, dtype=dtype, embedding_init=normal(0.02), rngs=rngs)
         self.position = nnx.Param(normal(0.01)(rngs.params(), (config.context, width), jnp.float32))
-        self.blocks = nnx.List(
-            Block(
-                width,
-                config.heads,
-                config.mlp_width,
-                config.layers,
-                config.activation,
-                eps=config.norm_eps,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            for _ in range(config.layers)
-        )
+        self.blocks = blocks(config, dtype=dtype, rngs=rngs)
         self.norm_final = layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.projection = (
-            None
-            if embed_dim is None
-            else nnx.Linear(width, embed_dim, use_bias=False, dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs)
-        )
+        self.projection = projection(width, embed_dim, dtype=dtype, rngs=rngs)
 
     def tokens(self, ids: Int[Array, "b t"]) -> Float[Array, "b t width"]:
         """Returns token and position embeddings added.

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from fmda.models.clip.config import TextConfig, VitConfig
 from fmda.nn.activation import ACTIVATIONS
 from fmda.nn.attention import attention
 from fmda.nn.norm import layer_norm
@@ -30,16 +31,10 @@ class Attention(nnx.Module):
         """Returns x with its last axis cut into heads."""
         return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t width"],
-        mask: Bool[Array, "#b #heads #t #t"] | None = None,
-        *,
-        causal: bool = False,
-    ) -> Float[Array, "b t width"]:
-        """Returns the attended values, merged over heads and projected. `mask` is true where attention is allowed."""
+    def __call__(self, x: Float[Array, "b t width"], *, causal: bool = False) -> Float[Array, "b t width"]:
+        """Returns the attended values, merged over heads and projected."""
         query, key, value = (self.split(layer(x)) for layer in (self.query, self.key, self.value))
-        return self.out(attention(query, key, value, mask=mask, causal=causal).reshape(x.shape))
+        return self.out(attention(query, key, value, causal=causal).reshape(x.shape))
 
 
 class Mlp(nnx.Module):
@@ -57,6 +52,20 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """Returns down(activation(up(x)))."""
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+def blocks(config: VitConfig | TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.List:
+    """Returns the blocks of a transformer, image or text."""
+    sizes = (config.width, config.heads, config.mlp_width, config.layers, config.activation)
+    return nnx.List(Block(*sizes, eps=config.norm_eps, dtype=dtype, rngs=rngs) for _ in range(config.layers))
+
+
+def projection(width: int, embed_dim: int | None, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear | None:
+    """Returns the layer into the joint space; None without one."""
+    if embed_dim is None:
+        return None
+    normal = nnx.initializers.normal(width**-0.5)
+    return nnx.Linear(width, embed_dim, use_bias=False, dtype=dtype, kernel_init=normal, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -82,15 +91,9 @@ class Block(nnx.Module):
         self.norm2 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, mlp_width, layers, activation, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t width"],
-        mask: Bool[Array, "#b #heads #t #t"] | None = None,
-        *,
-        causal: bool = False,
-    ) -> Float[Array, "b t width"]:
+    def __call__(self, x: Float[Array, "b t width"], *, causal: bool = False) -> Float[Array, "b t width"]:
         """Returns x + attention(norm1(x)), then that plus mlp(norm2(that))."""
-        x = x + self.attention(self.norm1(x), mask, causal=causal)
+        x = x + self.attention(self.norm1(x), causal=causal)
         return x + self.mlp(self.norm2(x))
 
     def value_path(self, x: Float[Array, "b t width"]) -> Float[Array, "b t width"]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from fmda.errors import UserError
 from fmda.models.clip.config import VitConfig
-from fmda.models.clip.transformer import Block
+from fmda.models.clip.transformer import blocks, projection
 from fmda.nn.conv import conv
 from fmda.nn.norm import layer_norm
 from fmda.nn.resize import apply_matrices, interpolation_matrix
@@ -35,25 +35,9 @@ class VisionTransformer(nnx.Module):
         self.class_token = nnx.Param(draw(rngs.params(), (width,), jnp.float32))
         self.position = nnx.Param(draw(rngs.params(), (1 + config.side**2, width), jnp.float32))
         self.norm_pre = layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs) if config.pre_norm else None
-        self.blocks = nnx.List(
-            Block(
-                width,
-                config.heads,
-                config.mlp_width,
-                config.layers,
-                config.activation,
-                eps=config.norm_eps,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            for _ in range(config.layers)
-        )
+        self.blocks = blocks(config, dtype=dtype, rngs=rngs)
         self.norm_post = layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.projection = (
-            nnx.Linear(width, embed_dim, use_bias=False, dtype=dtype, kernel_init=draw, rngs=rngs)
-            if embed_dim is not None
-            else None
-        )
+        self.projection = projection(width, embed_dim, dtype=dtype, rngs=rngs)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (h, w), the patches of an image of that size; a remainder smaller than a patch is dropped."""
