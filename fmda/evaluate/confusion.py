@@ -12,49 +12,46 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fmda.config import from_dict, to_dict
+from fmda.data import IGNORE
 from fmda.errors import UserError
 from fmda.evaluate.protocol import Protocol
-
-IGNORE = 255
 
 
 def confusion_matrix(
     labels: Int[np.ndarray, "..."],
     predictions: Int[np.ndarray, "..."],
     classes: int,
-    ignore: int = IGNORE,
     *,
     void: bool = False,
 ) -> Int[np.ndarray, "K C"]:
     """Returns the pixel counts int64[K, K] of (truth, prediction) for one label map or a stack of them.
 
-    Pixels whose label is `ignore` are dropped. So are pixels predicted as `ignore`, unless `void` is set: then a last
-    column (int64[K, K + 1]) counts labelled pixels that were given no class, which are misses and no false alarms.
+    Pixels whose label is 255 are dropped. So are pixels predicted as 255, unless `void` is set: then a last column
+    (int64[K, K + 1]) counts labelled pixels that were given no class, which are misses and no false alarms.
 
     Args:
-        labels: integers of any shape, each 0..classes-1 or `ignore`.
+        labels: integers of any shape, each 0..classes-1 or 255.
         predictions: the same shape and range.
         classes: K, 1..255.
-        ignore: the value that means "no class"; outside 0..classes-1.
         void: add the column of unassigned predictions.
 
     Raises:
-        UserError: shapes differ, or a value is neither a class nor `ignore`.
+        UserError: shapes differ, or a value is neither a class nor 255.
     """
-    if not 1 <= classes <= 255 or not classes <= ignore <= 255:
-        raise UserError(f"classes: {classes} with ignore value {ignore} do not fit; use 1..255 and ignore >= classes")
+    if not 1 <= classes <= 255:
+        raise UserError(f"classes: {classes}; 8-bit labels hold 1..255")
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape:
         raise UserError(f"labels have shape {labels.shape} but predictions {predictions.shape}; score at label size")
-    truth = _as_uint8(labels, "label", classes, ignore).ravel()
-    guess = _as_uint8(predictions, "prediction", classes, ignore).ravel()
+    truth = _as_uint8(labels, "label", classes).ravel()
+    guess = _as_uint8(predictions, "prediction", classes).ravel()
     # One histogram over all 256 x 256 pairs needs no mask, and stray values show up in it for free.
     counts = np.bincount(truth.astype(np.uint16) * np.uint16(256) + guess, minlength=65536).reshape(256, 256)
-    _check_range(counts.sum(1), "label", classes, ignore)
-    _check_range(counts.sum(0), "prediction", classes, ignore)
+    _check_range(counts.sum(1), "label", classes)
+    _check_range(counts.sum(0), "prediction", classes)
     matrix = counts[:classes, :classes]
     if void:
-        matrix = np.concatenate([matrix, counts[:classes, ignore, None]], axis=1)
+        matrix = np.concatenate([matrix, counts[:classes, IGNORE, None]], axis=1)
     return matrix.astype(np.int64)
 
 
@@ -62,46 +59,45 @@ def batch_confusion(
     labels: Int[Array, "..."],
     predictions: Int[Array, "..."],
     classes: int,
-    ignore: int = IGNORE,
     *,
     void: bool = False,
 ) -> Int[Array, "K C"]:
     """Returns int32[K, K] (or [K, K + 1] with `void`) counts of one batch, inside jit; see `confusion_matrix`.
 
-    Values outside the classes cannot raise on a device: they are dropped like `ignore`. A batch must hold fewer than
+    Values outside the classes cannot raise on a device: they are dropped. A batch must hold fewer than
     2^31 pixels; add batches up on the host in int64.
     """
     truth, guess = labels.astype(jnp.int32).ravel(), predictions.astype(jnp.int32).ravel()
     columns = classes + int(void)
     if void:
-        guess = jnp.where(guess == ignore, classes, guess)
+        guess = jnp.where(guess == IGNORE, classes, guess)
     valid = (truth >= 0) & (truth < classes) & (guess >= 0) & (guess < columns)
     pair = jnp.where(valid, truth * columns + guess, classes * columns)
     counts = jnp.bincount(pair, length=classes * columns + 1)[:-1]
     return counts.astype(jnp.int32).reshape(classes, columns)
 
 
-def _as_uint8(values: np.ndarray, what: str, classes: int, ignore: int) -> np.ndarray:
+def _as_uint8(values: np.ndarray, what: str, classes: int) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
     if values.dtype.kind not in "iub":
-        raise UserError(f"{what}s have type {values.dtype}; give integers 0..{classes - 1} or {ignore}")
+        raise UserError(f"{what}s have type {values.dtype}; give integers 0..{classes - 1} or {IGNORE}")
     if values.size:
         for value in (int(values.min()), int(values.max())):
             if not 0 <= value <= 255:
-                raise UserError(_stray(what, value, classes, ignore))
+                raise UserError(_stray(what, value, classes))
     return values.astype(np.uint8)
 
 
-def _check_range(counts: np.ndarray, what: str, classes: int, ignore: int) -> None:
+def _check_range(counts: np.ndarray, what: str, classes: int) -> None:
     strays = np.flatnonzero(counts[classes:]) + classes
-    strays = strays[strays != ignore]
+    strays = strays[strays != IGNORE]
     if strays.size:
-        raise UserError(_stray(what, int(strays[0]), classes, ignore))
+        raise UserError(_stray(what, int(strays[0]), classes))
 
 
-def _stray(what: str, value: int, classes: int, ignore: int) -> str:
-    return f"{what} value {value} is outside 0..{classes - 1} and not {ignore} (ignored); check the class list or map"
+def _stray(what: str, value: int, classes: int) -> str:
+    return f"{what} value {value} is outside 0..{classes - 1} and not {IGNORE} (ignored); check the class list or map"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,31 +113,27 @@ class Scores:
 
     names: tuple[str, ...]
     confusion: Int[np.ndarray, "K K"]
-    void: Int[np.ndarray, " K"] | None = None
+    void: Int[np.ndarray, " K"]
     protocol: Protocol | None = None
 
     def __post_init__(self) -> None:
-        names, confusion = tuple(self.names), np.asarray(self.confusion, np.int64)
-        if confusion.shape != (len(names), len(names)):
-            raise UserError(f"confusion has shape {confusion.shape} but there are {len(names)} class names")
-        object.__setattr__(self, "names", names)
-        object.__setattr__(self, "confusion", confusion)
-        object.__setattr__(self, "void", np.asarray(self._void, np.int64))
+        if self.confusion.shape != (len(self.names), len(self.names)):
+            raise UserError(f"confusion has shape {self.confusion.shape} but there are {len(self.names)} class names")
 
     @classmethod
     def from_confusion(
         cls, matrix: Int[np.ndarray, "K C"], names: Sequence[str], protocol: Protocol | None = None
     ) -> "Scores":
         """Returns the scores of a [K, K] matrix, or of [K, K + 1] with a last column of unassigned pixels."""
-        matrix, size = np.asarray(matrix), len(names)
+        matrix, size = np.asarray(matrix, np.int64), len(names)
         if matrix.shape == (size, size + 1):
             return cls(tuple(names), matrix[:, :size], matrix[:, size], protocol)
-        return cls(tuple(names), matrix, None, protocol)
+        return cls(tuple(names), matrix, np.zeros(size, np.int64), protocol)
 
     @classmethod
     def empty(cls, names: Sequence[str], protocol: Protocol | None = None) -> "Scores":
         """Returns scores of no pixel at all, the neutral element of `merge`."""
-        return cls(tuple(names), np.zeros((len(names), len(names)), np.int64), None, protocol)
+        return cls.from_confusion(np.zeros((len(names), len(names))), names, protocol)
 
     def merge(self, other: "Scores") -> "Scores":
         """Returns the scores of both pixel sets together; class names and protocols must be equal."""
@@ -149,7 +141,7 @@ class Scores:
             raise UserError("scores of different class lists cannot be merged; map both to one list first")
         if self.protocol != other.protocol:
             raise UserError("scores of different protocols cannot be merged; evaluate both under one protocol")
-        return Scores(self.names, self.confusion + other.confusion, self._void + other._void, self.protocol)
+        return Scores(self.names, self.confusion + other.confusion, self.void + other.void, self.protocol)
 
     __add__ = merge
 
@@ -157,17 +149,13 @@ class Scores:
         """Returns whether names and all counts are equal."""
         if not isinstance(other, Scores):
             return NotImplemented
-        same = np.array_equal(self.confusion, other.confusion) and np.array_equal(self._void, other._void)
+        same = np.array_equal(self.confusion, other.confusion) and np.array_equal(self.void, other.void)
         return self.names == other.names and same
-
-    @property
-    def _void(self) -> Int[np.ndarray, " K"]:
-        return np.zeros(len(self.names), np.int64) if self.void is None else self.void
 
     @property
     def pixels(self) -> Int[np.ndarray, " K"]:
         """Labelled pixels of each class."""
-        return self.confusion.sum(1) + self._void
+        return self.confusion.sum(1) + self.void
 
     @property
     def iou(self) -> Float[np.ndarray, " K"]:
@@ -234,7 +222,7 @@ class Scores:
             "iou": {name: _plain(value) for name, value in zip(self.names, self.iou, strict=True)},
             "names": list(self.names),
             "confusion": self.confusion.tolist(),
-            "void": self._void.tolist(),
+            "void": self.void.tolist(),
             "protocol": to_dict(self.protocol),
         }
 
@@ -243,8 +231,8 @@ class Scores:
         """Returns the scores whose `to_json` is given; raises a UserError naming `where` when counts are missing."""
         try:
             names, protocol = tuple(data["names"]), data.get("protocol")
-            confusion = np.array(data["confusion"], np.int64).reshape(len(names), -1)
-            return cls(names, confusion, data.get("void"), protocol and from_dict(Protocol, protocol, where))
+            confusion, void = (np.array(data[key], np.int64) for key in ("confusion", "void"))
+            return cls(names, confusion, void, protocol and from_dict(Protocol, protocol, where))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where}: holds no confusion counts ({error}); evaluate again") from None
 

@@ -13,6 +13,7 @@ import numpy as np
 from fmda.errors import UserError
 from fmda.evaluate.confusion import Scores
 from fmda.evaluate.sections import Section, read_sections
+from fmda.runs.journal import read_rows
 from fmda.runs.stages import STAGE
 
 SKIPPED = {"checkpoints", "images", "labels", "instances", "cache"}
@@ -137,7 +138,7 @@ def _read_folder(run: Run, place: Path, where: str) -> None:
         run.stages.append(Stage(where, stage.get("seconds"), str(stage.get("fingerprint", "")), stage))
     scores = _json(place / "scores.json")
     if isinstance(scores, dict):
-        run.evaluations.extend(_evaluations(scores, run.name, where, place))
+        run.evaluations.append(_evaluation(scores, run.name, where, place))
     metrics = _metrics(place / "metrics.jsonl")
     if metrics:
         run.metrics[where] = metrics
@@ -149,27 +150,20 @@ def _read_folder(run: Run, place: Path, where: str) -> None:
         run.figures.extend(sorted(p for p in place.glob("*.png") if not p.name.startswith(".")))
 
 
-def _evaluations(data: dict[str, Any], run: str, where: str, place: Path) -> list[Evaluation]:
-    """Reads one evaluation, bare scores, or several of either by name."""
-    path = place / "scores.json"
-    if "confusion" not in data and not isinstance(data.get("scores"), dict):
-        inner = [(k, v) for k, v in data.items() if isinstance(v, dict) and ("confusion" in v or "scores" in v)]
-        return [e for k, v in inner for e in _evaluations({"model": k, **v}, run, where, place)]
-    scores = Scores.from_json(data["scores"] if isinstance(data.get("scores"), dict) else data, str(path))
+def _evaluation(data: dict[str, Any], run: str, where: str, place: Path) -> Evaluation:
+    scores = Scores.from_json(data.get("scores", {}), str(place / "scores.json"))
     examples = [{**e, "figure": place / e["figure"]} for e in data.get("examples", [])]
-    return [
-        Evaluation(
-            run=run,
-            where=where,
-            model=str(data.get("model") or where or run),
-            dataset=str(data.get("dataset", "")),
-            split=str(data.get("split", "")),
-            images=data.get("images"),
-            scores=scores,
-            palette=data.get("palette") or spread_colours(len(scores.names)),
-            examples=[e for e in examples if e["figure"].is_file()],
-        )
-    ]
+    return Evaluation(
+        run=run,
+        where=where,
+        model=str(data.get("model") or where or run),
+        dataset=str(data.get("dataset", "")),
+        split=str(data.get("split", "")),
+        images=data.get("images"),
+        scores=scores,
+        palette=data.get("palette") or spread_colours(len(scores.names)),
+        examples=[e for e in examples if e["figure"].is_file()],
+    )
 
 
 def spread_colours(count: int) -> list[list[int]]:
@@ -182,14 +176,8 @@ def spread_colours(count: int) -> list[list[int]]:
 
 def _metrics(path: Path) -> list[dict[str, float]]:
     """Reads numbers by step; a last line cut off by a kill is left out, and a repeated step keeps its last line."""
-    if not path.is_file():
-        return []
     rows: dict[float, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    for record in read_rows(path):
         if isinstance(record, dict) and isinstance(record.get("step"), int | float):
             time = record.pop("time", None)
             if isinstance(time, dict):

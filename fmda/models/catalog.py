@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fmda.errors import UserError, did_you_mean
 from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.models.clip.config import OPENAI_MEAN, OPENAI_STD
 from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, vit_config
@@ -145,10 +144,3 @@ ENTRIES: tuple[Entry, ...] = (
 )
 
 CATALOG: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
-
-
-def entry(name: str) -> Entry:
-    """Returns the entry of a name in the catalogue. Raises UserError for an unknown name."""
-    if name not in CATALOG:
-        raise UserError(f"model '{name}' is not in the catalogue{did_you_mean(name, CATALOG)}")
-    return CATALOG[name]

@@ -28,8 +28,6 @@ def vit_config(
     heads: int | None = None,
     mlp_width: int | None = None,
     image_size: int = 224,
-    activation: str = "gelu",
-    norm_eps: float = 1e-6,
 ) -> VitConfig:
     """Returns the configuration of a plain vision transformer, by default with heads of size 64 and a four-fold MLP."""
     return VitConfig(
@@ -39,8 +37,8 @@ def vit_config(
         layers=layers,
         heads=heads or width // 64,
         mlp_width=mlp_width or 4 * width,
-        activation=activation,
-        norm_eps=norm_eps,
+        activation="gelu",
+        norm_eps=1e-6,
         pre_norm=False,
         patch_bias=True,
     )

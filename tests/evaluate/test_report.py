@@ -101,15 +101,6 @@ def test_config_alone_is_enough(tmp_path):
     assert "kind: x" in report([tmp_path], tmp_path / "report.html").read_text()
 
 
-def test_several_scores_in_one_file(run, tmp_path):
-    data = json.loads((run / "host" / "scores.json").read_text())
-    (run / "host" / "scores.json").unlink()
-    bare = {"first": data["scores"], "second": {"dataset": "memory", "scores": data["scores"]}}
-    (run / "train" / "scores.json").write_text(json.dumps(bare))
-    page = report([run], tmp_path / "report.html").read_text()
-    assert "mIoU · first" in page and "mIoU · second" in page
-
-
 def test_sections_round_trip_and_are_checked(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
     sections = [Section("A", "t", Table(("a", "b"), ((1, "x"), (None, 2.5))), "x.png"), Section("B")]
@@ -152,7 +143,7 @@ def test_curves_are_equal_for_equal_input():
 def scored(folder, model, correct, dataset="street"):
     """Writes the scores of a model that gets `correct` of 100 pixels right; the second class is always right."""
     confusion = [[correct, 100 - correct], [0, 50]]
-    scores = Scores(("road", "sky"), np.asarray(confusion)).to_json()
+    scores = Scores.from_confusion(np.asarray(confusion), ("road", "sky")).to_json()
     folder.mkdir(parents=True)
     content = {"model": model, "dataset": dataset, "split": "val", "images": 3, "scores": scores}
     (folder / "scores.json").write_text(json.dumps(content))

@@ -2,8 +2,7 @@ import pytest
 from flax import nnx
 
 from fmda import trees
-from fmda.errors import UserError
-from fmda.models.catalog import CATALOG, DiffusionConfig, entry
+from fmda.models.catalog import CATALOG, DiffusionConfig
 from fmda.models.clip import ConvNext, TextTransformer, VisionTransformer
 from fmda.models.module import parameter_count
 from fmda.weights.network import network_graph
@@ -38,30 +37,25 @@ def test_full_size_parameter_count_is_exact(name):
     [("stable-diffusion-v1-4", 859_520_964, 123_060_480), ("stable-diffusion-2", 865_910_724, 340_387_840)],
 )
 def test_each_network_of_stable_diffusion_has_its_published_size(name, unet, text_encoder):
-    counts = {part: trees.count(network_graph(part, config)[1]) for part, config in entry(name).networks.items()}
+    counts = {part: trees.count(network_graph(part, config)[1]) for part, config in CATALOG[name].networks.items()}
     assert counts == {"unet": unet, "vae": 83_653_863, "text_encoder": text_encoder}
-    assert sum(counts.values()) == entry(name).parameters
+    assert sum(counts.values()) == CATALOG[name].parameters
 
 
 def test_trunk_and_towers_have_their_published_sizes():
-    config = entry("laion-convnext-l-320").config
+    config = CATALOG["laion-convnext-l-320"].config
     # Published: 199.77 M for the image tower, 152.0 M for the text tower.
     assert parameter_count(lambda rngs: ConvNext(config.vision, 768, rngs=rngs)) == 199_770_816
     assert parameter_count(lambda rngs: TextTransformer(config.text, 768, rngs=rngs)) == 152_001_792
-    assert 199_770_816 + 152_001_792 + 1 == entry("laion-convnext-l-320").parameters
+    assert 199_770_816 + 152_001_792 + 1 == CATALOG["laion-convnext-l-320"].parameters
 
 
 def test_stage_channels_are_those_that_dense_methods_expect():
-    assert entry("openai-rn50").config.vision.channels == (256, 512, 1024, 2048)
-    assert entry("laion-convnext-l-320").config.vision.channels == (192, 384, 768, 1536)
+    assert CATALOG["openai-rn50"].config.vision.channels == (256, 512, 1024, 2048)
+    assert CATALOG["laion-convnext-l-320"].config.vision.channels == (192, 384, 768, 1536)
 
 
 def test_a_dino_entry_builds_a_plain_vision_transformer():
-    model = nnx.merge(*network_graph("dino", entry("dino-vit-s8").config))
+    model = nnx.merge(*network_graph("dino", CATALOG["dino-vit-s8"].config))
     assert isinstance(model, VisionTransformer)
     assert model.norm_pre is None and model.projection is None
-
-
-def test_an_unknown_name_suggests_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'openai-vit-b16'"):
-        entry("openai-vit-b17")

@@ -25,11 +25,6 @@ def target_kernels(weights: Mapping[Any, Any]) -> dict[str, Any]:
     return {path.removesuffix("/kernel"): kernel for path, kernel in found.items()}
 
 
-def adapter_count(weights: Mapping[Any, Any], rank: int) -> int:
-    """Returns the number of scalars in the adapters of a network."""
-    return sum(rank * sum(kernel.shape) for kernel in target_kernels(weights).values())
-
-
 def init_adapters(key: Key[Array, ""], weights: Mapping[Any, Any], rank: int) -> Tree:
     """Returns fresh adapters: a normal of deviation 1 / rank in `a`, zeros in `b`, so that they change nothing yet."""
     flat: dict[str, Array] = {}

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from fmda.data.transforms import fit_size
 from fmda.evaluate.windows import window_starts
+from fmda.nn.resize import interpolation_matrix
 
 T = TypeVar("T")
 Resolution = Literal["original", "network", "patch"]
@@ -46,15 +47,6 @@ def linear_taps(n_in: int, n_out: int, kept: int | None = None) -> Taps:
     low = np.clip(floor, 0, n_in - 1).astype(np.int32)
     high = np.clip(floor + 1, 0, n_in - 1).astype(np.int32)
     return Taps(low, high, (centre - floor).astype(np.float32))
-
-
-def taps_matrix(taps: Taps, n_in: int) -> Float[np.ndarray, "n_out n_in"]:
-    """Returns the taps as a dense matrix."""
-    matrix = np.zeros((len(taps.low), n_in), np.float32)
-    rows = np.arange(len(taps.low))
-    np.add.at(matrix, (rows, taps.low), 1 - taps.fraction)
-    np.add.at(matrix, (rows, taps.high), taps.fraction)
-    return matrix
 
 
 @dataclass(frozen=True)
@@ -109,13 +101,13 @@ def _chain_matrix(side: Axis, to: Resolution) -> Float[np.ndarray, "n_out n_in"]
     if to == "patch":
         matrix = np.eye(n, dtype=np.float32)
     else:
-        inside = taps_matrix(side.window_taps, side.patches)
+        inside = interpolation_matrix(side.patches, side.covered)[: side.window]
         matrix = np.zeros((side.network, n), np.float32)
         for i, start in enumerate(side.starts):
             matrix[start : start + side.window, i * side.patches : (i + 1) * side.patches] += inside
         matrix /= side.coverage[:, None]
         if to == "original":
-            matrix = taps_matrix(side.resize_taps, side.network) @ matrix
+            matrix = interpolation_matrix(side.network, side.original) @ matrix
     matrix.flags.writeable = False
     return matrix
 
