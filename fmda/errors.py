@@ -16,8 +16,8 @@ class UserError(Exception):
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """Returns the choice most similar to `word`, or None when nothing comes near."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return matches[0] if matches else None
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -56,7 +56,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     are: the first ones. Raises UserError for more devices than there are, and in a run of several processes for any
     number but all.
     """
-    given, devices = devices is not None, jax.devices() if devices is None else devices
+    chosen, devices = devices is not None, jax.devices() if devices is None else devices
     for name, size in (("data", data), ("fsdp", fsdp)):
         if size == 0 or size < -1:
             raise UserError(f"mesh.{name}: {size} is no size; give a positive number, or -1 for the rest")
@@ -71,7 +71,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             )
         rest = len(devices) // known
         data, fsdp = (rest, fsdp) if data == -1 else (data, rest)
-    if data * fsdp < len(devices) and not given and jax.process_count() == 1:
+    if data * fsdp < len(devices) and not chosen and jax.process_count() == 1:
         devices = devices[: data * fsdp]
     if data * fsdp != len(devices):
         raise UserError(

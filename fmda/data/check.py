@@ -135,12 +135,12 @@ def check(dataset: Dataset) -> DataReport:
     counts = np.zeros(256, np.int64)
     labelled = sum(item.label is not None for item in dataset.items)
     reduced = 0
-    for seen in track(_examine(dataset, labelled > 0), f"check {dataset.name}", len(dataset)):
-        faults += seen.faults
-        counts += seen.counts
-        reduced += seen.has_255
-        if seen.size:
-            sizes[seen.size] += 1
+    for examined in track(_examine(dataset, labelled > 0), f"check {dataset.name}", len(dataset)):
+        faults += examined.faults
+        counts += examined.counts
+        reduced += examined.has_255
+        if examined.size:
+            sizes[examined.size] += 1
     for path in dataset.orphans:
         faults.append(Fault("label without image", path, f"{path}: label without image; remove it or add the image"))
     if not len(dataset):
@@ -190,11 +190,11 @@ def check_images(images: Dataset | Sequence[str | Path], skip: bool = False) -> 
     Raises UserError naming the broken files, unless `skip`: then a warning names them and they are left out.
     """
     if isinstance(images, Dataset):
-        faults = [seen.faults for seen in track(_examine(images, True), f"check {images.name}", len(images))]
+        faults = [examined.faults for examined in track(_examine(images, True), f"check {images.name}", len(images))]
     else:
         faults = list(track(_in_threads(_image_faults, images), "check images", len(images)))
-    whole = [i for i, found in enumerate(faults) if not found]
-    messages = [fault.message for found in faults for fault in found]
+    whole = [i for i, image_faults in enumerate(faults) if not image_faults]
+    messages = [fault.message for image_faults in faults for fault in image_faults]
     if messages:
         more = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
         text = "; ".join(messages[:3]) + more

@@ -83,7 +83,8 @@ class ClassList:
         self.prompts: Names = _prompts(prompts, self.names, where)
         spelled = naclip or [None] * len(self.names)
         self.naclip: Names = tuple(
-            tuple(given) if given else _without_blanks(own) for given, own in zip(spelled, self.prompts, strict=True)
+            tuple(spelling) if spelling else _without_blanks(plain)
+            for spelling, plain in zip(spelled, self.prompts, strict=True)
         )
 
     def __len__(self) -> int:
@@ -136,14 +137,14 @@ class ClassList:
         Raises UserError naming `where` and the key.
         """
         _known_keys(values, _LIST_KEYS, where)
-        given = values.get("classes")
-        if isinstance(given, str):
+        listed = values.get("classes")
+        if isinstance(listed, str):
             if len(values) > 1:
-                raise UserError(f"{where}: `classes: {given}` names a known list whole; drop the other keys")
-            return class_list(given)
-        if not isinstance(given, list) or not given:
+                raise UserError(f"{where}: `classes: {listed}` names a known list whole; drop the other keys")
+            return class_list(listed)
+        if not isinstance(listed, list) or not listed:
             raise UserError(f"{where}: needs `classes:`, a list of names or the name of a known list")
-        entries = [_entry(item, f"{where}, class {i}") for i, item in enumerate(given)]
+        entries = [_entry(item, f"{where}, class {i}") for i, item in enumerate(listed)]
         palette = values.get("palette")
         if palette is None:
             palette = default_palette(len(entries)).tolist()
@@ -237,10 +238,10 @@ def prompts(classes: str | ClassList, style: str = "plain") -> Names:
 
     `style` is "plain" (blanks kept, as MaskCLIP and CLIP-DINOiser do) or "naclip" (no blanks, VOC synonyms).
     """
-    found = class_list(classes) if isinstance(classes, str) else classes
+    listed = class_list(classes) if isinstance(classes, str) else classes
     if style not in ("plain", "naclip"):
         raise UserError(f"'{style}': no such prompt style{did_you_mean(style, ('plain', 'naclip'))}")
-    return found.naclip if style == "naclip" else found.prompts
+    return listed.naclip if style == "naclip" else listed.prompts
 
 
 def default_palette(count: int) -> UInt8[np.ndarray, "K 3"]:
@@ -312,13 +313,13 @@ def _known_keys(values: Mapping[str, Any], known: Iterable[str], where: str) -> 
 
 
 def _check_names(names: tuple[str, ...], where: str) -> None:
-    seen: dict[str, int] = {}
+    first: dict[str, int] = {}
     for label, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{where}: class {label} has no name ({name!r}); put it in quotes if it is a word")
-        if name in seen:
-            raise UserError(f"{where}: class '{name}' stands twice (labels {seen[name]} and {label}); rename one")
-        seen[name] = label
+        if name in first:
+            raise UserError(f"{where}: class '{name}' stands twice (labels {first[name]} and {label}); rename one")
+        first[name] = label
     if len(names) > MOST_CLASSES:
         raise UserError(f"{where}: {len(names)} classes; 8-bit labels hold {MOST_CLASSES} at most")
 
@@ -341,13 +342,13 @@ def _palette(colours: Any, count: int, where: str) -> UInt8[np.ndarray, "K 3"]:
     return array.astype(np.uint8)
 
 
-def _prompts(given: Sequence[Sequence[str]], names: tuple[str, ...], where: str) -> Names:
-    if not given:
+def _prompts(words: Sequence[Sequence[str]], names: tuple[str, ...], where: str) -> Names:
+    if not words:
         return tuple((name,) for name in names)
-    for name, options in zip(names, given, strict=True):
+    for name, options in zip(names, words, strict=True):
         if isinstance(options, str) or not options or not all(isinstance(o, str) and o for o in options):
             raise UserError(f"{where}: the prompts of '{name}' must be a list of words")
-    return tuple(tuple(composed(option) for option in options) for options in given)
+    return tuple(tuple(composed(option) for option in options) for options in words)
 
 
 def _entry(item: Any, where: str) -> dict[str, Any]:

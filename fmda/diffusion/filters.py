@@ -231,8 +231,8 @@ class BannedWords(_Declared):
         verdicts = []
         for prompt in prompts:
             text = f" {normalised(prompt.text)} "
-            found = [word for word in self.words if f" {normalised(word)} " in text]
-            verdicts.append(Verdict(why=f"holds '{found[0]}'") if found else Verdict())
+            banned = [word for word in self.words if f" {normalised(word)} " in text]
+            verdicts.append(Verdict(why=f"holds '{banned[0]}'") if banned else Verdict())
         return verdicts
 
 

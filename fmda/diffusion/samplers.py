@@ -73,9 +73,9 @@ def sample(
         remembered = memory[0] * x + memory[1] * prediction
         if config.clip is not None and sampler == "ddim":
             remembered = jnp.clip(remembered, -config.clip, config.clip)
-        seen = jnp.concatenate([remembered[None], past])
-        x = of_noisy * x + of_prediction * prediction + jnp.sum(weights.reshape(deep) * seen, axis=0)
-        return (x, jnp.where(keep > 0, seen[:-1], past)), None
+        recent = jnp.concatenate([remembered[None], past])
+        x = of_noisy * x + of_prediction * prediction + jnp.sum(weights.reshape(deep) * recent, axis=0)
+        return (x, jnp.where(keep > 0, recent[:-1], past)), None
 
     rows = tuple(jnp.asarray(column, jnp.float32) for column in table[:-1])
     x = start.astype(jnp.float32) * np.float32(table.start)

@@ -186,28 +186,30 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of ScheduleConfig that a scheduler_config.json holds; `null` counts as absent."""
     if not isinstance(values, Mapping):
         raise UserError(f"holds a {type(values).__name__}, not the keys of a scheduler; correct the file")
-    given = {key: value for key, value in values.items() if value is not None}
-    name = str(given.get("_class_name", "")).removeprefix("Flax")
-    if name not in CLASSES and not {"beta_start", "beta_end", "beta_schedule"} <= given.keys():
+    present = {key: value for key, value in values.items() if value is not None}
+    name = str(present.get("_class_name", "")).removeprefix("Flax")
+    if name not in CLASSES and not {"beta_start", "beta_end", "beta_schedule"} <= present.keys():
         raise UserError(
             f"_class_name: '{name}' is not supported, and the file holds no beta_start, beta_end and beta_schedule"
             f"{did_you_mean(name, CLASSES)}"
         )
     for key, only in _ONLY.items():
-        if given.get(key, only) != only:
-            raise UserError(f"{key}: {given[key]!r} is not supported; set it to {json.dumps(only)} or remove the line")
-    options = {key: given[key] for key, only in _SAMPLER_ONLY.items() if given.get(key, only) != only}
-    if name == "PNDMScheduler" and given.get("skip_prk_steps") is not True:
+        if present.get(key, only) != only:
+            raise UserError(
+                f"{key}: {present[key]!r} is not supported; set it to {json.dumps(only)} or remove the line"
+            )
+    options = {key: present[key] for key, only in _SAMPLER_ONLY.items() if present.get(key, only) != only}
+    if name == "PNDMScheduler" and present.get("skip_prk_steps") is not True:
         options["skip_prk_steps"] = False
     if name not in CLASSES:
         options["_class_name"] = name
     fields = dict(_ABSENT)
     fields["unsupported"] = tuple((key, json.dumps(value)) for key, value in options.items())
-    fields |= {field: given[key] for field, (key, _) in _KEYS.items() if key in given}
-    clips = given.get("clip_sample", False)
+    fields |= {field: present[key] for field, (key, _) in _KEYS.items() if key in present}
+    clips = present.get("clip_sample", False)
     _check("clip_sample", clips, bool)
     if clips:
-        fields["clip"] = given.get("clip_sample_range", 1.0)
+        fields["clip"] = present.get("clip_sample_range", 1.0)
     return fields | {"sampler": CLASSES.get(name)}
 
 

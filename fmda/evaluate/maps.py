@@ -54,14 +54,14 @@ def common_list(predicted: ClassList, labelled: ClassList, maps: Maps | Sequence
     ours, theirs = predicted, labelled
     on_predictions: list[ClassMap] = []
     on_labels: list[ClassMap] = []
-    for given in [maps] if maps is None or isinstance(maps, ClassMap | str | Path) else maps:
-        if given is None:
+    for entry in [maps] if maps is None or isinstance(maps, ClassMap | str | Path) else maps:
+        if entry is None:
             continue
-        step = given if isinstance(given, ClassMap) else ClassMap.load(given)
+        step = entry if isinstance(entry, ClassMap) else ClassMap.load(entry)
         fits_ours, fits_theirs = same_classes(step.source, ours), same_classes(step.source, theirs)
         if not fits_ours and not fits_theirs:
             raise UserError(
-                f"class map {_name(given)}: starts from {_brief(step.source)}, which is neither the model's list "
+                f"class map {_name(entry)}: starts from {_brief(step.source)}, which is neither the model's list "
                 f"({_brief(ours)}) nor the data set's ({_brief(theirs)}); choose another map"
             )
         if fits_ours:
@@ -92,5 +92,5 @@ def _brief(classes: ClassList) -> str:
     return f"{len(classes.names)} classes {classes.names[0]}..{classes.names[-1]}"
 
 
-def _name(given: ClassMap | str | Path) -> str:
-    return str(given) if isinstance(given, str | Path) else "given"
+def _name(class_map: ClassMap | str | Path) -> str:
+    return str(class_map) if isinstance(class_map, str | Path) else "given"

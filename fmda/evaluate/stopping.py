@@ -130,8 +130,8 @@ def _reason(
     steps: Sequence[int], index: int, best: int, gain: np.ndarray, kept: np.ndarray, admitted: np.ndarray
 ) -> str:
     if index == 0:
-        found = f"best at step {steps[best]}, {100 * gain[best]:.1f} % of the distance" if best else "none at all"
-        text = f"step 0: no gain in alignment beyond chance ({found})"
+        largest = f"best at step {steps[best]}, {100 * gain[best]:.1f} % of the distance" if best else "none at all"
+        text = f"step 0: no gain in alignment beyond chance ({largest})"
     else:
         text = f"step {steps[index]}: {100 * gain[index]:.0f} % nearer to the target, {100 * kept[index]:.0f} % of the "
         text += "diversity kept"

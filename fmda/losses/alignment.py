@@ -31,9 +31,9 @@ def contrastive_loss(
     texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
     cosines = images @ texts.T
     logits = scale * cosines
-    own = jnp.eye(len(images), dtype=bool)
+    diagonal = jnp.eye(len(images), dtype=bool)
     if also_true is not None:
-        logits = jnp.where(also_true & ~own, -jnp.inf, logits)
+        logits = jnp.where(also_true & ~diagonal, -jnp.inf, logits)
     by_image = -jnp.diagonal(jax.nn.log_softmax(logits, axis=1))
     by_text = -jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
     metrics = {

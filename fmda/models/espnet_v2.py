@@ -237,21 +237,21 @@ class EspNetV2(nnx.Module):
                 "crop or resize them"
             )
         image = pixels.astype(self.dtype)
-        found = {"x1": self.stem(image)}
-        found["x2"] = self.down2(found["x1"], image)
-        x = found["x3_0"] = self.down3(found["x2"], image)
+        maps = {"x1": self.stem(image)}
+        maps["x2"] = self.down2(maps["x1"], image)
+        x = maps["x3_0"] = self.down3(maps["x2"], image)
         for block in self.blocks3:
             x = block(x)
-        found["x3"] = x
-        x = found["x4_0"] = self.down4(x, image)
+        maps["x3"] = x
+        x = maps["x4_0"] = self.down4(x, image)
         for block in self.blocks4:
             x = block(x)
-        found["x4"] = x
-        y = found["y1"] = self.pool[0](x)
+        maps["x4"] = x
+        y = maps["y1"] = self.pool[0](x)
         for step, skipped in enumerate(("x3", "x2", "x1")):
-            found[f"m{step + 2}"] = self.skip[step](found[skipped], y)
-            y = found[f"y{step + 2}"] = self.pool[step + 1](found[f"m{step + 2}"])
-        return found
+            maps[f"m{step + 2}"] = self.skip[step](maps[skipped], y)
+            y = maps[f"y{step + 2}"] = self.pool[step + 1](maps[f"m{step + 2}"])
+        return maps
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b H W k"]:
         """Returns logits of every class, float32. `pixels` are RGB normalised by ImageNet's mean and deviation.

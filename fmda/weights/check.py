@@ -117,7 +117,7 @@ def verify_network(checkpoint: Checkpoint) -> CheckReport:
         replay = row.replay
         if replay is not None and (folder / RECORD).is_file():
             network = Loaded(checkpoint.family, config, params)
-            report.deviations = _deviations(folder / RECORD, lambda given: replay(network, given), row.relative)
+            report.deviations = _deviations(folder / RECORD, lambda recorded: replay(network, recorded), row.relative)
     return report
 
 
@@ -166,8 +166,8 @@ def _deviations(
         with np.load(path) as file:
             recorded = {name: file[name] for name in file.files}
         with jax.default_matmul_precision("highest"):
-            found = outputs(recorded)
-        sizes = {name: np.abs(recorded[name]).max() if relative else 1.0 for name in found}
-        return {name: float(np.abs(value - recorded[name]).max() / sizes[name]) for name, value in found.items()}
+            computed = outputs(recorded)
+        sizes = {name: np.abs(recorded[name]).max() if relative else 1.0 for name in computed}
+        return {name: float(np.abs(value - recorded[name]).max() / sizes[name]) for name, value in computed.items()}
     except (OSError, KeyError, ValueError, TypeError, UserError) as error:
         raise UserError(f"{path}: not a usable record ({error}); delete it or record it again") from None

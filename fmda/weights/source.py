@@ -91,9 +91,9 @@ def weight_file(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
     passed over where a complete file lies beside them.
     """
     there = [folder / name for name in _ranked([path.name for path in folder.iterdir()], names, str(folder))]
-    found = [path for path in there if path.is_file()]
-    if found:
-        return next((path for path in found if not is_pointer(path)), found[0])
+    files = [path for path in there if path.is_file()]
+    if files:
+        return next((path for path in files if not is_pointer(path)), files[0])
     if there:
         raise UserError(f"{there[0]}: is a link to a file that is not there; copy or download the checkpoint again")
     if pair := named_pair(folder):

@@ -98,7 +98,7 @@ class Table:
     def match(self, arrays: Arrays, shapes: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], Faults]:
         """Returns ({path: array} for all that fits, the faults)."""
         wanted = trees.flatten(shapes)
-        found: dict[str, np.ndarray] = {}
+        filled: dict[str, np.ndarray] = {}
         claimed: set[str] = set()
         faults = Faults()
         for name, array in arrays.items():
@@ -114,15 +114,15 @@ class Table:
                 faults.surplus.append(name)
                 continue
             claimed.update(targets)
-            if any(target in found for target in targets):
+            if any(target in filled for target in targets):
                 faults.ambiguous.append(name)
                 continue
             if targets:
-                self._take(name, array, row, targets, wanted, found, faults)
+                self._take(name, array, row, targets, wanted, filled, faults)
         # Several leaves may come from one stored array: each missing name is listed once.
         unfilled = [path for path in wanted if path not in claimed]
         faults.missing = list(dict.fromkeys(self._source_name(path) for path in unfilled))
-        return found, faults
+        return filled, faults
 
     def write(self, tree: Mapping[Any, Any]) -> dict[str, np.ndarray]:
         """Returns {stored name: array} of a parameter tree, the inverse of `read`.
@@ -149,7 +149,7 @@ class Table:
         row: Row,
         targets: list[str],
         wanted: Mapping[str, Any],
-        found: dict[str, np.ndarray],
+        filled: dict[str, np.ndarray],
         faults: Faults,
     ) -> None:
         """Puts the parts of one stored array into `found`, or its shape into `faults`."""
@@ -160,7 +160,7 @@ class Table:
         if tuple(array.shape) != expected:
             faults.shapes.append(f"{name} is {list(array.shape)} but should be {list(expected)}")
             return
-        found.update(zip(targets, row.transform.forward(array), strict=True))
+        filled.update(zip(targets, row.transform.forward(array), strict=True))
 
     def _source_name(self, path: str) -> str:
         """Returns the stored name from which the leaf at `path` should have come."""

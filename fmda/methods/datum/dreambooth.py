@@ -126,8 +126,8 @@ def make_objective(
             # captions are the same in all rows, and read once
             context = nnx.merge(graphs.text_encoder, weights(params, frozen, "text_encoder")).hidden(frozen["ids"])
         context = jnp.broadcast_to(context[None], (rows, *context.shape)).reshape(-1, *context.shape[1:])
-        found = nnx.merge(graphs.unet, weights(params, frozen, "unet"))(latents, times, context)
-        errors = ((found - target) ** 2).mean(axis=(1, 2, 3)).reshape(rows, pictures).mean(axis=0)
+        prediction = nnx.merge(graphs.unet, weights(params, frozen, "unet"))(latents, times, context)
+        errors = ((prediction - target) ** 2).mean(axis=(1, 2, 3)).reshape(rows, pictures).mean(axis=0)
         if pictures == 1:
             return Outcome(errors[0], {}, {})
         metrics = {"target_loss": errors[0], "prior_loss": errors[1]}

@@ -21,8 +21,8 @@ TARGETS = tuple(f"*attention/{name}/kernel" for name in ("query", "key", "value"
 
 def target_kernels(weights: Mapping[Any, Any]) -> dict[str, Any]:
     """Returns {path of the layer: kernel} of the kernels that get adapters; leaves need only a shape."""
-    found = trees.flatten(trees.partition(weights, TARGETS)[0])
-    return {path.removesuffix("/kernel"): kernel for path, kernel in found.items()}
+    kernels = trees.flatten(trees.partition(weights, TARGETS)[0])
+    return {path.removesuffix("/kernel"): kernel for path, kernel in kernels.items()}
 
 
 def init_adapters(key: Key[Array, ""], weights: Mapping[Any, Any], rank: int) -> Tree:

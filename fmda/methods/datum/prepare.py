@@ -132,15 +132,15 @@ def _fill_bank(config: Config, folder: Path) -> None:
         return
     vae = load_vae(config.model, config.revision, Policy.named(config.precision).compute)
     claim(folder, {"weights": vae.fingerprint}, record=BANK, remedy=_remedy(config))
-    found: dict[str, np.ndarray] = {}
+    moments: dict[str, np.ndarray] = {}
     for number, (name, pictures) in enumerate(zip(("target", "class"), _pictures(config, folder), strict=False)):
         rng = np.random.default_rng((config.seed, 2, number))
         count = max(config.bank, len(pictures))
         chosen = (pictures[index % len(pictures)] for index in range(count))
         crops = (random_crop(picture, config.crop, rng) for picture in chosen)
-        found[name] = np.stack([_moments(vae, crop) for crop in track(crops, f"encode {name}", count, "crops")])
+        moments[name] = np.stack([_moments(vae, crop) for crop in track(crops, f"encode {name}", count, "crops")])
     with replacing(path) as part, part.open("wb") as stream:
-        np.savez(stream, **found)  # type: ignore[arg-type]
+        np.savez(stream, **moments)  # type: ignore[arg-type]
 
 
 def _moments(vae: Loaded, crop: Picture) -> np.ndarray:

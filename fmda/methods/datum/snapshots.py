@@ -92,10 +92,10 @@ def snapshot_model(config: Config, train: Path, step: int, base: StableDiffusion
     return base.with_params({part: _whole(config, base.params[part], weights) for part, weights in trained.items()})
 
 
-def _whole(config: Config, own: Tree, trained: Tree) -> Tree:
+def _whole(config: Config, initial: Tree, trained: Tree) -> Tree:
     """Returns a network's weights after training, on the host, in the number format of its own.
 
     They are those stored, or its own with adapters merged into them.
     """
-    whole = merged(own, trained, config.lora.alpha / config.lora.rank) if config.trained == "lora" else trained
-    return jax.tree.map(lambda new, old: np.asarray(new).astype(old.dtype, copy=False), whole, own)
+    whole = merged(initial, trained, config.lora.alpha / config.lora.rank) if config.trained == "lora" else trained
+    return jax.tree.map(lambda new, old: np.asarray(new).astype(old.dtype, copy=False), whole, initial)

@@ -132,12 +132,12 @@ def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.nd
     for step in steps:
         manifest = Manifest.read(folder / str(step))
         images = read_images(manifest)
-        found = embed(clip, images)
+        embedded = embed(clip, images)
         covered, covered_error = found_classes(clip, images, [picture.class_name for picture in manifest.pictures])
-        near_error = spread(lambda x: alignment(x, near).mean, found, seed=probe.seed).error
-        wide_error = spread(pairwise_diversity, found, seed=probe.seed).error
-        both = alignment(found, near)
-        wide = pairwise_diversity(found)
+        near_error = spread(lambda x: alignment(x, near).mean, embedded, seed=probe.seed).error
+        wide_error = spread(pairwise_diversity, embedded, seed=probe.seed).error
+        both = alignment(embedded, near)
+        wide = pairwise_diversity(embedded)
         rows.append((both.mean, both.nearest, wide, covered, near_error, wide_error, covered_error))
     values = np.array(rows, np.float64).T.tolist()
     measured = dict(zip(MEASURES, map(tuple, values), strict=True))
@@ -176,40 +176,40 @@ def write_choice(
     """
     clip, picture = load_clip(probe.clip), read_image(target)
     curves = measure(probe, steps, probes, target_crops(picture, crop, probe.crops, probe.seed), clip)
-    found = choose(curves, probe.floor)
-    rows = {"gain": found.gain, "kept": found.kept, "score": found.score, "admitted": found.admitted}
+    choice = choose(curves, probe.floor)
+    rows = {"gain": choice.gain, "kept": choice.kept, "score": choice.score, "admitted": choice.admitted}
     record = {
-        "step": found.step,
-        "reason": found.reason,
+        "step": choice.step,
+        "reason": choice.reason,
         "curves": dataclasses.asdict(curves),
         **{name: np.asarray(values).tolist() for name, values in rows.items()},
     }
-    write_atomic(folder / "curves.png", _chart(curves, found))
-    before, after = (read_images(Manifest.read(probes / str(step)).head(SHOWN)) for step in (0, found.step))
+    write_atomic(folder / "curves.png", _chart(curves, choice))
+    before, after = (read_images(Manifest.read(probes / str(step)).head(SHOWN)) for step in (0, choice.step))
     write_png(folder / "before-after.png", _before_after(picture, before, after))
-    write_sections(folder, _sections(curves, found))
+    write_sections(folder, _sections(curves, choice))
     write_json(folder / "choice.json", record)
-    return {"step": found.step, "reason": found.reason}
+    return {"step": choice.step, "reason": choice.reason}
 
 
-def _sections(curves: Curves, found: Choice) -> list[Section]:
+def _sections(curves: Curves, choice: Choice) -> list[Section]:
     columns = ("step", "distance to the target's crops", "diversity", "classes found", "gain", "diversity kept")
     values = zip(
-        curves.steps, curves.alignment, curves.diversity, curves.coverage, found.gain, found.kept, strict=True
+        curves.steps, curves.alignment, curves.diversity, curves.coverage, choice.gain, choice.kept, strict=True
     )  # fmt: skip
     rows = tuple((step, *(round(float(value), 4) for value in row)) for step, *row in values)
     return [
         Section(
             "Personalised on one picture",
             "On top the target; below it images of the untouched model, and the same prompts and seeds after "
-            f"{found.step} steps.",
+            f"{choice.step} steps.",
             image="before-after.png",
         ),
-        Section("When to stop", found.reason, Table(columns, rows), "curves.png"),
+        Section("When to stop", choice.reason, Table(columns, rows), "curves.png"),
     ]
 
 
-def _chart(curves: Curves, found: Choice) -> bytes:
+def _chart(curves: Curves, choice: Choice) -> bytes:
     """Returns a PNG: distance to the target, diversity and coverage over the steps, the chosen one marked."""
     from matplotlib.figure import Figure
 
@@ -223,7 +223,7 @@ def _chart(curves: Curves, found: Choice) -> bytes:
         # what is measured is never negative, and neither is any end of a bar
         bars = [np.minimum(errors, values), errors]
         axes.errorbar(curves.steps, values, bars, marker=".", linewidth=1.3, color="#2563a8", capsize=2)
-        axes.axvline(found.step, color="#c2541b", linewidth=1, linestyle="--")
+        axes.axvline(choice.step, color="#c2541b", linewidth=1, linestyle="--")
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)

@@ -48,18 +48,18 @@ def expert_probabilities(
     k = jnp.arange(classifiers.shape[1])
 
     def expert(item: tuple[Array, Array, Array]) -> Array:
-        own, classifier, here = item
+        index, classifier, here = item
         (places,) = jnp.nonzero(here, size=-(-len(here) // BLOCK) * BLOCK, fill_value=len(here))
         total = here.sum()
 
-        def some(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def compute_block(carry: tuple[Array, Array]) -> tuple[Array, Array]:
             first, p = carry
             chunk = jax.lax.dynamic_slice(places, (first,), (BLOCK,))
             scores = _cosines(flat[jnp.minimum(chunk, h * w - 1)], classifier)
             return first + BLOCK, p.at[chunk].set(jax.nn.softmax(scale * scores, axis=-1), mode="drop")
 
-        silent = jnp.broadcast_to(jnp.where(k == own, -1.0, 0.0)[None], (h * w, len(k)))
-        return jax.lax.while_loop(lambda carry: carry[0] < total, some, (jnp.int32(0), silent))[1]
+        silent = jnp.broadcast_to(jnp.where(k == index, -1.0, 0.0)[None], (h * w, len(k)))
+        return jax.lax.while_loop(lambda carry: carry[0] < total, compute_block, (jnp.int32(0), silent))[1]
 
     p = jax.lax.map(expert, (k, classifiers[:-1], needed))
     return jnp.concatenate([p, ordinary[None]]).reshape(len(classifiers), h, w, -1)
@@ -75,13 +75,13 @@ def needed_patches(
     """Returns where each expert's scores may be read: at the corners of cells without a witness against it."""
     experts = classifiers.shape[1]
     k = jnp.arange(experts)
-    own = scale * jnp.einsum("kd,pd->kp", classifiers[k, k], features, precision="highest")
+    own_scores = scale * jnp.einsum("kd,pd->kp", classifiers[k, k], features, precision="highest")
     counts = jnp.zeros(experts, jnp.int32).at[likely].add(1)
     frequent, witnesses = jax.lax.top_k(counts, min(WITNESSES, experts))
 
     def against(number: Array, lost: Array) -> Array:
         scores = scale * _cosines(classifiers[:-1, witnesses[number]], features)
-        beaten = scores > own + MARGIN
+        beaten = scores > own_scores + MARGIN
         corners = [beaten[:, patch] for patch in cells.corner_patches]
         return lost | (corners[0] & corners[1] & corners[2] & corners[3])
 

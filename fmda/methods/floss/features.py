@@ -79,7 +79,7 @@ def reads_guide(host: HostConfig) -> bool:
 
 
 def patches_of(
-    host: HostConfig, tower: VisionTransformer, heads: Heads | None, seen: Tokens, grid: tuple[int, int]
+    host: HostConfig, tower: VisionTransformer, heads: Heads | None, before_last: Tokens, grid: tuple[int, int]
 ) -> Patches:
     """Returns features and foreground from the tokens; each host has its own form of the last block.
 
@@ -87,18 +87,18 @@ def patches_of(
         grid: patches down and across.
     """
     last = tower.blocks[-1]
-    everything = jnp.ones((len(seen.last), *grid), bool)
+    everything = jnp.ones((len(before_last.last), *grid), bool)
     if host.features == "naclip":
-        dense = tower.project(_key_attention(last, seen.last, neighbourhood(*grid, host.gaussian_std)))
+        dense = tower.project(_key_attention(last, before_last.last, neighbourhood(*grid, host.gaussian_std)))
         return Patches(unit(_grid(dense, *grid)), everything)
-    values = _grid(tower.project(last.value_path(seen.last)), *grid)
+    values = _grid(tower.project(last.value_path(before_last.last)), *grid)
     if host.features == "maskclip":
         return Patches(unit(values), everything)
     if heads is None:
         raise UserError(f"clip-dinoiser: needs its heads ({HEADS_FILE}); name their folder with heads=")
-    if seen.guide is None:
+    if before_last.guide is None:
         raise UserError(f"clip-dinoiser: reads the third last block, but the image tower has {len(tower.blocks)}")
-    guide = _grid(seen.guide, *grid)
+    guide = _grid(before_last.guide, *grid)
     refined = refine(values, object_features(heads, guide), host.affinity_floor)
     return Patches(unit(refined), saliency(heads, guide) > 0)
 

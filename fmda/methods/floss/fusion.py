@@ -128,25 +128,27 @@ def _by_corners(p: Float[Array, "E P K"], cells: "Cells") -> Int[Array, "K cells
     """
     experts = p.shape[-1]
     k = jnp.arange(experts)
-    own = p[k, :, k]
+    own_scores = p[k, :, k]
     likely = p[experts].argmax(-1)
     lost = jnp.zeros((experts, cells.count), bool)
     for witness in cells.corner_patches:
-        beaten = [p[k[:, None], c[None, :], likely[witness][None, :]] > UP * own[:, c] for c in cells.corner_patches]
+        beaten = [
+            p[k[:, None], c[None, :], likely[witness][None, :]] > UP * own_scores[:, c] for c in cells.corner_patches
+        ]
         lost |= functools.reduce(jnp.logical_and, beaten)
     size = max(1, ELEMENTS // (4 * experts))
     pairs, total = _listed(~lost, size)
 
-    def some(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def compute_block(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         first, verdict = carry
         chunk = jax.lax.dynamic_slice(pairs, (first,), (size,))
         e, c = jnp.minimum(chunk // cells.count, experts - 1), chunk % cells.count
-        found = _verdict(jnp.stack(cells.gathered(p, e, c), 1), e)
-        return first + size, verdict.at[chunk].set(found, mode="drop")
+        verdicts = _verdict(jnp.stack(cells.gathered(p, e, c), 1), e)
+        return first + size, verdict.at[chunk].set(verdicts, mode="drop")
 
     start = (jnp.int32(0), jnp.full(experts * cells.count, OUT, jnp.int32))
-    verdict = jax.lax.while_loop(lambda carry: carry[0] < total, some, start)[1].reshape(experts, -1)
-    at = [own[:, c] for c in cells.corner_patches]
+    verdict = jax.lax.while_loop(lambda carry: carry[0] < total, compute_block, start)[1].reshape(experts, -1)
+    at = [own_scores[:, c] for c in cells.corner_patches]
     lowest, highest = functools.reduce(jnp.minimum, at), functools.reduce(jnp.maximum, at)
     floor = jnp.where(verdict == WHOLE, lowest, -1.0).max(0, keepdims=True)
     return jnp.where(highest >= DOWN * floor, verdict, OUT)
@@ -154,10 +156,10 @@ def _by_corners(p: Float[Array, "E P K"], cells: "Cells") -> Int[Array, "K cells
 
 def _verdict(corners: Float[Array, "S 4 K"], e: Int[Array, " S"]) -> Int[Array, " S"]:
     """Returns what the vectors at a cell's corners say about expert e there."""
-    own = jnp.take_along_axis(corners, e[:, None, None], axis=2)
-    lost = (corners > UP * own).all(1).any(1)
+    own_scores = jnp.take_along_axis(corners, e[:, None, None], axis=2)
+    lost = (corners > UP * own_scores).all(1).any(1)
     rivals = jnp.where(jnp.arange(corners.shape[-1])[None, None] == e[:, None, None], -1.0, corners)
-    whole = (own[..., 0] > UP * rivals.max(2)).all(1)
+    whole = (own_scores[..., 0] > UP * rivals.max(2)).all(1)
     return jnp.where(lost, OUT, jnp.where(whole, WHOLE, OPEN))
 
 
@@ -182,7 +184,7 @@ def _over_pairs(
     order of the pairs: the larger confidence wins, and the lower expert among equal ones.
     """
 
-    def some(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def compute_block(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         first, best, winner = carry
         chunk = jax.lax.dynamic_slice(pairs, (first,), (size,))
         valid = (first + jnp.arange(size) < total)[:, None]
@@ -197,7 +199,7 @@ def _over_pairs(
         winner = winner.at[c].min(jnp.where((value >= 0) & (value == after), e[:, None], nobody))
         return first + size, best, winner
 
-    return jax.lax.while_loop(lambda carry: carry[0] < total, some, (jnp.int32(0), *state))[1:]
+    return jax.lax.while_loop(lambda carry: carry[0] < total, compute_block, (jnp.int32(0), *state))[1:]
 
 
 class _Side:
@@ -241,11 +243,11 @@ class Cells:
 
     def claim(self, p: Float[Array, "E P K"], e: Int[Array, " S"], c: Int[Array, " S"]) -> Float[Array, "S pixels"]:
         """Returns p_e[e] at the pixels of each pair where expert e claims, else -1."""
-        values, own = self._spread(self.gathered(p, e, c), c), self.own(p, e, c)
+        values, own_scores = self._spread(self.gathered(p, e, c), c), self.own(p, e, c)
         k, e = jnp.arange(p.shape[-1])[None, :, None], e[:, None, None]
         earlier = jnp.where(k < e, values, -1.0).max(1)
         later = jnp.where(k > e, values, -1.0).max(1)
-        return jnp.where((own > earlier) & (own >= later), own, -1.0)
+        return jnp.where((own_scores > earlier) & (own_scores >= later), own_scores, -1.0)
 
     def _spread(self, corners: list[Float[Array, "S K"]], c: Int[Array, " S"]) -> Float[Array, "S K pixels"]:
         """Returns corner values interpolated over the pixels of their cell, rows first, as `interpolate` does."""

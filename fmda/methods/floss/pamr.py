@@ -10,13 +10,13 @@ _AROUND = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 def neighbours(x: Float[Array, "H W C"], dilations: tuple[int, ...]) -> Float[Array, "N H W C"]:
     """Returns the 8 neighbours of each pixel at each dilation, edges repeated. N = 8 * len(dilations)."""
     height, width = x.shape[:2]
-    found = []
+    shifted = []
     for step in dilations:
         wide = jnp.pad(x, ((step, step), (step, step), (0, 0)), mode="edge")
         for dy, dx in _AROUND:
             top, left = step * (1 + dy), step * (1 + dx)
-            found.append(wide[top : top + height, left : left + width])
-    return jnp.stack(found)
+            shifted.append(wide[top : top + height, left : left + width])
+    return jnp.stack(shifted)
 
 
 def affinity(image: Float[Array, "H W C"], dilations: tuple[int, ...]) -> Float[Array, "N H W"]:

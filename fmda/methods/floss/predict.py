@@ -50,7 +50,7 @@ MANY = 48
 
 def patch_scores(
     host: HostConfig,
-    seen: Patches,
+    patches: Patches,
     classifier: Float[Array, "*E Q D"],
     *,
     softmax: bool,
@@ -60,13 +60,13 @@ def patch_scores(
 
     `background` is the query that takes patches which look like no object and where no class is likely.
     """
-    scores = cosines(seen.features, classifier)
+    scores = cosines(patches.features, classifier)
     if not softmax:
         return scores
     p = jax.nn.softmax(host.scale * scores, axis=-1)
     if background is None:
         return p
-    plain = seen.foreground.reshape(*seen.foreground.shape, *(1,) * (p.ndim - 3))
+    plain = patches.foreground.reshape(*patches.foreground.shape, *(1,) * (p.ndim - 3))
     nothing = ~plain & (p.max(-1, keepdims=True) < host.background_confidence)
     here = (jnp.arange(p.shape[-1]) == background).reshape(*(1,) * (p.ndim - 1), -1)
     return jnp.where(nothing & here, 1.0, p)
@@ -74,7 +74,7 @@ def patch_scores(
 
 def host_labels(
     host: HostConfig,
-    seen: Patches,
+    patches: Patches,
     classifier: Float[Array | np.ndarray, "Q D"],
     where: Geometry,
     classes: tuple[int, ...],
@@ -97,14 +97,14 @@ def host_labels(
             along = (where.rows.resize_taps, where.columns.resize_taps)
             refined = interpolate(refined, *along)
         return _finish(
-            _refined(host, seen, jnp.asarray(classifier), rows, columns, refined, classes, where.grid), height, width
+            _refined(host, patches, jnp.asarray(classifier), rows, columns, refined, classes, where.grid), height, width
         )
-    return _finish(host_maps(host, seen, classifier, where, classes, background=background), height, width)
+    return _finish(host_maps(host, patches, classifier, where, classes, background=background), height, width)
 
 
 def host_maps(
     host: HostConfig,
-    seen: Patches,
+    patches: Patches,
     classifier: Float[Array | np.ndarray, "Q D"],
     where: Geometry,
     classes: tuple[int, ...],
@@ -114,7 +114,7 @@ def host_maps(
     """Returns what `host_labels` returns, on the device and filled up to a few sizes; without PAMR."""
     return _host(
         host,
-        seen,
+        patches,
         jnp.asarray(classifier),
         zero_padded(where.rows.matrix(), bucket(where.rows.original)),
         zero_padded(where.columns.matrix(), bucket(where.columns.original)),
@@ -126,7 +126,7 @@ def host_maps(
 
 def fused_labels(
     host: HostConfig,
-    seen: Patches,
+    patches: Patches,
     classifiers: Float[Array | np.ndarray, "E Q D"],
     where: Geometry,
     classes: tuple[int, ...],
@@ -141,12 +141,12 @@ def fused_labels(
         fusion: "exact" (`fusion.fuse`), "reference" (the same result by the literal rule, slow) or "patch" (fused at
             the patches and then stretched: faster, not the same).
     """
-    return _finish(fused_maps(host, seen, classifiers, where, classes, fusion, background), *where.original)
+    return _finish(fused_maps(host, patches, classifiers, where, classes, fusion, background), *where.original)
 
 
 def fused_maps(
     host: HostConfig,
-    seen: Patches,
+    patches: Patches,
     classifiers: Float[Array | np.ndarray, "E Q D"],
     where: Geometry,
     classes: tuple[int, ...],
@@ -157,13 +157,13 @@ def fused_maps(
     classifiers = jnp.asarray(classifiers)
     if fusion == "patch":
         rows, columns = (zero_padded(s.matrix(), bucket(s.original)) for s in (where.rows, where.columns))
-        return _fused_patches(host, seen, classifiers, rows, columns, classes, where.grid, background)
+        return _fused_patches(host, patches, classifiers, rows, columns, classes, where.grid, background)
     sides = (where.rows, where.columns)
     shares = tuple(zero_padded(1 / side.coverage, bucket(side.network)) for side in sides)
     taps = tuple(side.resize_taps.padded(bucket(side.original)) for side in sides)
     inside = tuple(_Static(side.window_taps) for side in sides)
     return _fused(
-        host, seen, classifiers, where.corners(), shares, taps, inside, classes, fusion == "exact", background
+        host, patches, classifiers, where.corners(), shares, taps, inside, classes, fusion == "exact", background
     )
 
 
@@ -203,7 +203,7 @@ def _linear(p: Float[Array, "hn wn Q"], rows: Float[Array, "R hn"], columns: Flo
 @partial(jax.jit, static_argnames=("host", "classes", "grid", "background"))
 def _host(
     host: HostConfig,
-    seen: Patches,
+    patches: Patches,
     classifier: Array,
     rows: Array,
     columns: Array,
@@ -211,7 +211,7 @@ def _host(
     grid: tuple[int, int],
     background: int | None,
 ) -> tuple[Array, Array]:
-    p = patch_scores(host, seen, classifier, softmax=host.softmax == "patch", background=background)
+    p = patch_scores(host, patches, classifier, softmax=host.softmax == "patch", background=background)
     p = side_by_side(p, grid)
     return in_bands(lambda band: _decide(host, _linear(p, band, columns), classes), len(rows), ROWS, rows)
 
@@ -219,7 +219,7 @@ def _host(
 @partial(jax.jit, static_argnames=("host", "classes", "grid"))
 def _refined(
     host: HostConfig,
-    seen: Patches,
+    patches: Patches,
     classifier: Array,
     rows: Array,
     columns: Array,
@@ -227,7 +227,7 @@ def _refined(
     classes: tuple[int, ...],
     grid: tuple[int, int],
 ) -> tuple[Array, Array]:
-    p = side_by_side(patch_scores(host, seen, classifier, softmax=host.softmax == "patch"), grid)
+    p = side_by_side(patch_scores(host, patches, classifier, softmax=host.softmax == "patch"), grid)
     scores = pamr(_linear(p, rows, columns), image, host.pamr_steps, host.pamr_dilations)
     return _decide(host, scores, classes)
 
@@ -235,7 +235,7 @@ def _refined(
 @partial(jax.jit, static_argnames=("host", "classes", "grid", "background"))
 def _fused_patches(
     host: HostConfig,
-    seen: Patches,
+    patches: Patches,
     classifiers: Array,
     rows: Array,
     columns: Array,
@@ -246,14 +246,14 @@ def _fused_patches(
     def window(one: Patches) -> Array:
         return fuse_patches(_window_probabilities(host, one, classifiers, background))
 
-    p = side_by_side(jax.lax.map(window, seen), grid)
+    p = side_by_side(jax.lax.map(window, patches), grid)
     return in_bands(lambda band: _decide(host, _linear(p, band, columns), classes), len(rows), ROWS, rows)
 
 
 @partial(jax.jit, static_argnames=("host", "inside", "classes", "exact", "background"))
 def _fused(
     host: HostConfig,
-    seen: Patches,
+    patches: Patches,
     classifiers: Array,
     corners: Array,
     shares: tuple[Array, Array],
@@ -278,7 +278,7 @@ def _fused(
         return jax.lax.dynamic_update_slice(total, old + fused, start), None
 
     empty = jnp.zeros((len(shares[0]), len(shares[1]), queries), jnp.float32)
-    total, _ = jax.lax.scan(window, empty, (seen, corners))
+    total, _ = jax.lax.scan(window, empty, (patches, corners))
     mean = total * shares[0][:, None, None] * shares[1][None, :, None]
 
     def band(low: Array, high: Array, fraction: Array) -> tuple[Array, Array]:

@@ -79,10 +79,10 @@ class Scanner:
         self.table = jax.device_put(zero_padded(np.asarray(table, np.float32), length), sharding)
         self.ordinary = jax.device_put(np.asarray(ordinary, np.float32), replicated(mesh))
 
-    def tally(self, seen: Seen) -> Tally:
+    def tally(self, image: Seen) -> Tally:
         """Returns the sums over one image."""
-        shape, labels = self._size(seen.geometry), self._labels(seen)
-        sums, mirrored, ordinary = (np.asarray(a, np.float64).sum(0) for a in jax.device_get(self.scan(seen)))
+        shape, labels = self._size(image.geometry), self._labels(image)
+        sums, mirrored, ordinary = (np.asarray(a, np.float64).sum(0) for a in jax.device_get(self.scan(image)))
         names = (*MEASURES, *SCORING)
         classes = self.classes[-1] + 1
         truth = np.bincount(labels[labels < classes], minlength=classes)
@@ -95,22 +95,22 @@ class Scanner:
             truth.astype(np.int64),
         )
 
-    def scan(self, seen: Seen) -> tuple[Array, Array, Array]:
+    def scan(self, image: Seen) -> tuple[Array, Array, Array]:
         """Returns the sums of each band: measures [bands, M, K, S], mirrored counts, and the host's own counts."""
-        where, shape = seen.geometry, self._size(seen.geometry)
+        where, shape = image.geometry, self._size(image.geometry)
         rows, columns = where.rows.matrix(self.resolution), where.columns.matrix(self.resolution)
-        labels = self._labels(seen)
+        labels = self._labels(image)
         high, wide = labels.shape
         valid = np.zeros((high, wide), bool)
         valid[: shape[0], : shape[1]] = True
-        if seen.mirrored is None:
-            other, mirrored_columns = seen.patches, columns
+        if image.mirrored is None:
+            other, mirrored_columns = image.patches, columns
         else:
-            other, mirrored_columns = seen.mirrored, columns[::-1]
+            other, mirrored_columns = image.mirrored, columns[::-1]
         return _scan(
             self.table,
             self.ordinary,
-            seen.patches,
+            image.patches,
             other,
             zero_padded(rows, high),
             # the last column is repeated, so that it counts as its own neighbour
@@ -121,19 +121,19 @@ class Scanner:
             host=self.host,
             classes=self.classes,
             grid=where.grid,
-            flip=seen.mirrored is not None,
-            scored=seen.labels is not None,
+            flip=image.mirrored is not None,
+            scored=image.labels is not None,
             chunk=self.chunk,
             mesh=self.mesh,
             background=self.background,
         )
 
-    def _labels(self, seen: Seen) -> UInt8[np.ndarray, "H2 W2"]:
+    def _labels(self, image: Seen) -> UInt8[np.ndarray, "H2 W2"]:
         """Returns the true labels, void where there are none, filled up to a few sizes."""
-        height, width = self._size(seen.geometry)
+        height, width = self._size(image.geometry)
         labels = np.full((bucket(height, ROWS), bucket(width, 16)), 255, np.uint8)
-        if seen.labels is not None and self.resolution == "original":
-            labels[:height, :width] = seen.labels
+        if image.labels is not None and self.resolution == "original":
+            labels[:height, :width] = image.labels
         return labels
 
     def _size(self, where: Geometry) -> tuple[int, int]:
@@ -173,13 +173,13 @@ def measures(
     second = jnp.where(jnp.arange(q.shape[-1])[None, None, None] == labels[..., None], -1.0, q).max(-1)
     right = jnp.concatenate([labels[..., 1:], labels[..., -1:]], axis=-1)
     zero = jnp.zeros_like(best)
-    found = [jnp.ones_like(best), h, best, best - second, labels == right, labels == ordinary[None]]
-    found.append(zero if mirrored is None else labels == mirrored)
+    values = [jnp.ones_like(best), h, best, best - second, labels == right, labels == ordinary[None]]
+    values.append(zero if mirrored is None else labels == mirrored)
     if truth is None:
-        found += [zero, zero]
+        values += [zero, zero]
     else:
-        found += [labels == truth[None], jnp.broadcast_to(truth[None] != 255, labels.shape)]
-    return labels, [a.astype(jnp.float32) for a in found]
+        values += [labels == truth[None], jnp.broadcast_to(truth[None] != 255, labels.shape)]
+    return labels, [a.astype(jnp.float32) for a in values]
 
 
 @partial(
@@ -189,7 +189,7 @@ def measures(
 def _scan(
     table: Array,
     ordinary: Array,
-    seen: Patches,
+    patches: Patches,
     mirrored: Patches,
     rows: Array,
     columns: Array,
@@ -219,16 +219,16 @@ def _scan(
         tall = jnp.einsum("rh,thwq->trwq", band, p, precision="highest")
         return jnp.einsum("xw,trwq->trxq", across, tall, precision="highest")
 
-    def count(found: Array, ok: Array) -> Array:
-        hot = (found[..., None] == jnp.arange(k).reshape((1,) * found.ndim + (k,))) & ok[..., None]
+    def count(predicted: Array, ok: Array) -> Array:
+        hot = (predicted[..., None] == jnp.arange(k).reshape((1,) * predicted.ndim + (k,))) & ok[..., None]
         return hot.astype(jnp.float32)
 
-    whole = maps(seen, ordinary[None])
+    whole = maps(patches, ordinary[None])
 
-    def local(table: Array, whole: Array, seen: Patches, mirrored: Patches, cut: tuple, across: tuple) -> tuple:
-        def templates(some: Array) -> tuple[Array, Array]:
-            p = maps(seen, some)
-            p_mirrored = maps(mirrored, some) if flip else None
+    def local(table: Array, whole: Array, patches: Patches, mirrored: Patches, cut: tuple, across: tuple) -> tuple:
+        def templates(part: Array) -> tuple[Array, Array]:
+            p = maps(patches, part)
+            p_mirrored = maps(mirrored, part) if flip else None
 
             def band(item: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
                 row, ok, truth, ordinary_labels = item
@@ -236,11 +236,11 @@ def _scan(
                 if p_mirrored is not None:
                     turned = stretch(p_mirrored, row, across[1])
                     other = best_of(merge_queries(turned, classes))[0]
-                found, values = measures(
+                predicted, values = measures(
                     host, stretch(p, row, across[0]), classes, ordinary_labels, other, truth if scored else None
                 )
-                ok = jnp.broadcast_to(ok[None], found.shape)
-                sums = jnp.einsum("trxk,trxs->tks", count(found, ok), jnp.stack(values, -1), precision="highest")
+                ok = jnp.broadcast_to(ok[None], predicted.shape)
+                sums = jnp.einsum("trxk,trxs->tks", count(predicted, ok), jnp.stack(values, -1), precision="highest")
                 turned_sums = count(other, ok).sum((1, 2)) if other is not None else jnp.zeros(sums.shape[:2])
                 return sums, turned_sums
 
@@ -253,8 +253,8 @@ def _scan(
     def ordinary_band(item: tuple[Array, Array]) -> tuple[Array, Array]:
         row, ok = item
         scores = stretch(whole, row, columns)
-        found = best_of(merge_queries(scores, classes))[0][0]
-        return found, count(found, ok).sum((0, 1))
+        predicted = best_of(merge_queries(scores, classes))[0][0]
+        return predicted, count(predicted, ok).sum((0, 1))
 
     ordinary_labels, ordinary_counts = jax.lax.map(ordinary_band, cut[:2])
     spread = P(("data", "fsdp"))
@@ -265,7 +265,7 @@ def _scan(
         out_specs=(P(None, ("data", "fsdp")), P(None, ("data", "fsdp"))),
         check_vma=False,
     )
-    sums, turned = share(table, ordinary_labels, seen, mirrored, cut, (columns, mirrored_columns))
+    sums, turned = share(table, ordinary_labels, patches, mirrored, cut, (columns, mirrored_columns))
     return sums, turned, ordinary_counts
 
 
@@ -296,9 +296,9 @@ def rank_images(
     else:
         tally = Tally.empty(scanner.templates, classes)
     groups = [indices[i : i + group] for i in range(tally.images, len(indices), group)]
-    for number, some in enumerate(progress(groups), 1):
-        for seen in see(some):
-            tally.add(scanner.tally(seen))
+    for number, batch in enumerate(progress(groups), 1):
+        for image in see(batch):
+            tally.add(scanner.tally(image))
         if number % save_every == 0:
             tally.save(state)
     tally.save(state)

@@ -83,9 +83,9 @@ class Tally:
         if jax.process_count() == 1:
             return self
         arrays = [np.asarray([self.images, self.pixels]), *self.sums.values(), self.ordinary, self.mirrored, self.truth]
-        own = np.concatenate([np.ascontiguousarray(a).view(np.uint8).ravel() for a in arrays])
+        local = np.concatenate([np.ascontiguousarray(a).view(np.uint8).ravel() for a in arrays])
         # as bytes: jax would round float64
-        everyone = np.asarray(multihost_utils.process_allgather(own))
+        everyone = np.asarray(multihost_utils.process_allgather(local))
         total = Tally.empty(*self.mirrored.shape)
         for row in everyone:
             parts = np.split(row, np.cumsum([a.nbytes for a in arrays])[:-1])

@@ -99,13 +99,13 @@ class Tower:
         """
         keys = [(*self._origin, self.geometry(image), image_digest(image)) for image in images]
         known = [self._cache.get(key) for key in keys]
-        new = [i for i, found in enumerate(known) if found is None]
+        new = [i for i, cached in enumerate(known) if cached is None]
         for i, computed in zip(new, self._tokens([images[i] for i in new]), strict=True):
             known[i] = computed
             self._cache.put(keys[i], computed)
         grids = [(w.rows.patches, w.columns.patches) for w in map(self.geometry, images)]
         return self._pooled(
-            known, grids, lambda seen, grid: _patches(*self._program(), seen, grid, replicated(self.mesh))
+            known, grids, lambda before_last, grid: _patches(*self._program(), before_last, grid, replicated(self.mesh))
         )
 
     def _tokens(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> list[Tokens]:
@@ -139,10 +139,10 @@ class Tower:
         size = devices * min(BATCH, -(-count // devices))
         parts = []
         for first in range(0, count, size):
-            some = _cut(rows, first, size)
-            filled = jax.tree.map(partial(zero_padded, length=bucket(_length(some), devices)), some)
+            batch = _cut(rows, first, size)
+            filled = jax.tree.map(partial(zero_padded, length=bucket(_length(batch), devices)), batch)
             out = function(jax.device_put(filled, batch_sharding(self.mesh)))
-            parts.append(_cut(out, 0, _length(some)))
+            parts.append(_cut(out, 0, _length(batch)))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
@@ -180,9 +180,9 @@ def _patches(
     graphdef: nnx.GraphDef,
     params: dict[str, Any],
     heads: Heads | None,
-    seen: Tokens,
+    before_last: Tokens,
     grid: tuple[int, int],
     whole: jax.sharding.NamedSharding,
 ) -> Patches:
-    out = patches_of(host, nnx.merge(graphdef, params).vision, heads, seen, grid)
+    out = patches_of(host, nnx.merge(graphdef, params).vision, heads, before_last, grid)
     return jax.lax.with_sharding_constraint(out, whole)

@@ -98,12 +98,14 @@ def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> list[Any]:
     if not config.looks:
         return []
     clip = load_clip(config.clip)
-    found: list[Any] = []
+    filters: list[Any] = []
     if config.clip_score is not None:
-        found.append(ClipScore(functools.partial(clip_score, clip), config.clip_score, clip.fingerprint))
+        filters.append(ClipScore(functools.partial(clip_score, clip), config.clip_score, clip.fingerprint))
     if config.class_presence is not None:
         names = tuple(prompt.class_name or "" for prompt in prompts)
-        found.append(ClassPresence(functools.partial(grid_share, clip, names), config.class_presence, clip.fingerprint))
+        filters.append(
+            ClassPresence(functools.partial(grid_share, clip, names), config.class_presence, clip.fingerprint)
+        )
     if config.near_duplicate is not None:
-        found.append(NearDuplicate(functools.partial(embed, clip), config.near_duplicate, clip.fingerprint))
-    return found
+        filters.append(NearDuplicate(functools.partial(embed, clip), config.near_duplicate, clip.fingerprint))
+    return filters

@@ -278,9 +278,9 @@ def zero_shot(
     scenes = Scenes([root])
     crops = Crops(dataclasses.replace(crop, spoiled=0.0), templates("imagenet80"), _no_words, 8, 8)
     rng = np.random.default_rng((seed, 2))
-    found = [crops(scenes[i], rng) for i in track(range(min(most, len(scenes))), f"zero-shot on {root}")]
-    present = np.concatenate([row["present"] for row in found])[:, : len(CLASSES)]
-    raw = np.concatenate([row["pixels"] for row in found]).astype(np.float32) / 255.0
+    cropped = [crops(scenes[i], rng) for i in track(range(min(most, len(scenes))), f"zero-shot on {root}")]
+    present = np.concatenate([row["present"] for row in cropped])[:, : len(CLASSES)]
+    raw = np.concatenate([row["pixels"] for row in cropped]).astype(np.float32) / 255.0
     pixels = (raw - np.asarray(clip.config.image_mean, np.float32)) / np.asarray(clip.config.image_std, np.float32)
     images = np.concatenate([clip.encode_image(part) for part in np.array_split(pixels, max(1, len(pixels) // 64))])
     texts = np.asarray(clip.encode_text(clip.tokenize([f"a photo of a {name}." for name in CLASSES])))

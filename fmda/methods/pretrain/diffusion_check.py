@@ -86,15 +86,15 @@ class Probe:
 
 
 def caption_accuracy(
-    found: Bool[np.ndarray, "n tags"], stated: Bool[np.ndarray, "n tags"], seed: int = 0
+    shown: Bool[np.ndarray, "n tags"], stated: Bool[np.ndarray, "n tags"], seed: int = 0
 ) -> dict[str, float]:
     """Returns {"stated": share of stated tags that are found, "shuffled": the same for other images' captions}."""
     known = np.array([tag != "untold" for tag in TAGS])
     said = stated & known[None]
     other = said[np.random.default_rng(seed).permutation(len(said))]
     return {
-        "stated": round(float((found & said).sum() / max(said.sum(), 1)), 4),
-        "shuffled": round(float((found & other).sum() / max(other.sum(), 1)), 4),
+        "stated": round(float((shown & said).sum() / max(said.sum(), 1)), 4),
+        "shuffled": round(float((shown & other).sum() / max(other.sum(), 1)), 4),
     }
 
 
@@ -104,20 +104,20 @@ def compare(clip: Loaded, train: Windows, held: Windows, drawn: Images) -> dict[
     "cmmd" and "frechet" are between held windows and drawn images; the floors are between held and training windows.
     The probe is fitted to `train`.
     """
-    reals, fakes, seen = (embed(clip, images) for images in (held.images, drawn, train.images))
+    reals, fakes, trained = (embed(clip, images) for images in (held.images, drawn, train.images))
     probe = Probe.fit(described(clip, train.images), train.present)
-    found, real = probe(described(clip, drawn)), probe(described(clip, held.images))
+    drawn_tags, real_tags = probe(described(clip, drawn)), probe(described(clip, held.images))
     return {
         "images": len(drawn),
         "cmmd": round(cmmd(reals, fakes, unbiased=True), 4),
-        "cmmd_floor": round(cmmd(reals, seen, unbiased=True), 4),
+        "cmmd_floor": round(cmmd(reals, trained, unbiased=True), 4),
         "frechet": round(frechet_distance(reals, fakes), 4),
-        "frechet_floor": round(frechet_distance(reals, seen), 4),
+        "frechet_floor": round(frechet_distance(reals, trained), 4),
         "diversity": round(pairwise_diversity(fakes), 4),
         "diversity_real": round(pairwise_diversity(reals), 4),
-        "caption_accuracy": caption_accuracy(found, held.stated),
-        "caption_accuracy_real": caption_accuracy(real, held.stated),
-        "probe_accuracy_real": round(float((real == held.present).mean()), 4),
+        "caption_accuracy": caption_accuracy(drawn_tags, held.stated),
+        "caption_accuracy_real": caption_accuracy(real_tags, held.stated),
+        "probe_accuracy_real": round(float((real_tags == held.present).mean()), 4),
     }
 
 

@@ -61,8 +61,8 @@ def agreement_on(
     pixels, classes = labelled_squares(root, size, patch, seed, most)
     if len(pixels) < 2:
         raise UserError(f"{root}: the check compares pictures and needs at least two; draw more")
-    found = {"raw pixels": raw_patches(pixels, patch), **_seen(pixels, looks)}
-    flat = {name: features.reshape(*classes.shape, -1) for name, features in found.items()}
+    outputs = {"raw pixels": raw_patches(pixels, patch), **_seen(pixels, looks)}
+    flat = {name: features.reshape(*classes.shape, -1) for name, features in outputs.items()}
     return {name: agreement(features, classes, thresholds) for name, features in flat.items()}
 
 
@@ -116,8 +116,8 @@ def object_overlap(
     pixels, classes = labelled_squares(root, size, patch, seed, most)
     known = classes != IGNORE
     truth = np.isin(classes, [CLASSES.index(name) for name in THINGS])[known]
-    found = {name: mask.reshape(classes.shape)[known] for name, mask in _seen(pixels, looks).items()}
-    overlap = {name: float((mask & truth).sum() / max(1, (mask | truth).sum())) for name, mask in found.items()}
+    masks = {name: mask.reshape(classes.shape)[known] for name, mask in _seen(pixels, looks).items()}
+    overlap = {name: float((mask & truth).sum() / max(1, (mask | truth).sum())) for name, mask in masks.items()}
     return {"share": float(truth.mean()), **overlap}
 
 

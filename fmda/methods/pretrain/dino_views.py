@@ -91,17 +91,17 @@ class Views:
     def __call__(self, picture: Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         config = self.config
         square = random_square(picture, (1.0, 1.0), rng)
-        found: dict[str, list[np.ndarray]] = {"globals": [], "locals": [], "masks": []}
+        lists: dict[str, list[np.ndarray]] = {"globals": [], "locals": [], "masks": []}
         for number in range(2):
             view = random_crop(square, config.size, config.global_side, config.aspect, rng)
-            found["globals"].append(self._changed(view, config.blur[number], number == 1, rng))
+            lists["globals"].append(self._changed(view, config.blur[number], number == 1, rng))
             share = rng.uniform(*config.mask) if rng.random() < config.masked else 0.0
-            found["masks"].append(block_mask(self.grid, share, rng).ravel())
+            lists["masks"].append(block_mask(self.grid, share, rng).ravel())
         for _ in range(config.locals):
             view = random_crop(square, config.local_size, config.local_side, config.aspect, rng)
-            found["locals"].append(self._changed(view, config.blur[2], False, rng))
+            lists["locals"].append(self._changed(view, config.blur[2], False, rng))
         shape = (0, config.local_size, config.local_size, 3)
-        views = {name: np.stack(rows) for name, rows in found.items() if rows}
+        views = {name: np.stack(rows) for name, rows in lists.items() if rows}
         return {"locals": np.zeros(shape, np.uint8)} | views
 
     def _changed(self, view: Image, blur: float, second: bool, rng: np.random.Generator) -> Image:

@@ -46,8 +46,8 @@ def same_object(values: Float[Array, "b p n d"], floor: float) -> Bool[Array, "b
 
     Similarities below the floor are set to 0 and the rest counts as 1 (CLIP-DINOiser, 3.3).
     """
-    found = unit(values.reshape(*values.shape[:2], -1))
-    return jnp.einsum("bpd,bqd->bpq", found, found) >= floor
+    directions = unit(values.reshape(*values.shape[:2], -1))
+    return jnp.einsum("bpd,bqd->bpq", directions, directions) >= floor
 
 
 def background(attention: Float[Array, "b n p"], keys: Float[Array, "b p n d"], threshold: float) -> Bool[Array, "b p"]:

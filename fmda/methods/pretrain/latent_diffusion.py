@@ -230,8 +230,8 @@ def make_objective(
         dropped = jax.random.bernoulli(keys[3], drop, mean.shape[:1])
         ids = jnp.where(dropped[:, None], frozen["empty"][None], batch["ids"])
         context = nnx.merge(text, frozen["text"]).hidden(ids)
-        found = nnx.merge(unet, params)(add_noise(schedule, clean, noise, times), times, context)
-        error = ((found - training_target(schedule, clean, noise, times)) ** 2).mean((1, 2, 3))
+        prediction = nnx.merge(unet, params)(add_noise(schedule, clean, noise, times), times, context)
+        error = ((prediction - training_target(schedule, clean, noise, times)) ** 2).mean((1, 2, 3))
         return Outcome((error * jnp.asarray(weights)[times]).mean(), {"error": error.mean()}, {})
 
     return objective

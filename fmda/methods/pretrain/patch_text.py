@@ -72,8 +72,8 @@ def patch_text_loss(
     logits = scale * jnp.einsum("bpd,bkd->bpk", patches, prompts)
     known = labels != IGNORE
     index = jnp.where(known, labels, 0).astype(jnp.int32)
-    own = jax.nn.one_hot(index, prompts.shape[1]) * known[..., None]
-    weight = (own * jax.lax.rsqrt(1.0 + own.sum((0, 1)))[None, None]).sum(-1)
-    losses = -(own * jax.nn.log_softmax(logits, axis=-1)).sum(-1)
+    one_hot = jax.nn.one_hot(index, prompts.shape[1]) * known[..., None]
+    weight = (one_hot * jax.lax.rsqrt(1.0 + one_hot.sum((0, 1)))[None, None]).sum(-1)
+    losses = -(one_hot * jax.nn.log_softmax(logits, axis=-1)).sum(-1)
     right = (jnp.argmax(logits, axis=-1) == index) & known
     return (weight * losses).sum() / (weight.sum() + 1e-6), right.sum() / (known.sum() + 1e-6)

@@ -54,8 +54,8 @@ def _word_counts(texts: Iterable[str], blank: CLIPTokenizer) -> dict[tuple[str, 
 
 def _merges(words: dict[tuple[str, ...], int], limit: int) -> list[tuple[str, str]]:
     """Returns at most `limit` merges, the most frequent pair first, ties in alphabetical order."""
-    found: list[tuple[str, str]] = []
-    while len(found) < limit:
+    merges: list[tuple[str, str]] = []
+    while len(merges) < limit:
         pairs: Counter[tuple[str, str]] = Counter()
         for pieces, count in words.items():
             for pair in zip(pieces, pieces[1:], strict=False):
@@ -63,9 +63,9 @@ def _merges(words: dict[tuple[str, ...], int], limit: int) -> list[tuple[str, st
         if not pairs:
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        found.append(best)
+        merges.append(best)
         words = {_joined(pieces, best): count for pieces, count in words.items()}
-    return found
+    return merges
 
 
 def _joined(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:

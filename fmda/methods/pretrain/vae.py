@@ -184,10 +184,10 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         shown: list[Image] = []
         for i in track(range(min(len(pictures), 50)), f"reconstruct {Path(root).name}"):
             picture = _whole(pictures[i], vae)
-            found = np.asarray(vae.decode(vae.encode(signed(picture)[None])[0]))[0]
-            found = np.clip((found + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-            errors.append(float(np.mean((found.astype(np.float32) - picture) ** 2)))
-            pair = np.concatenate([picture, found], axis=1)
+            decoded = np.asarray(vae.decode(vae.encode(signed(picture)[None])[0]))[0]
+            decoded = np.clip((decoded + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+            errors.append(float(np.mean((decoded.astype(np.float32) - picture) ** 2)))
+            pair = np.concatenate([picture, decoded], axis=1)
             if len(shown) < 4 and pair.shape == (shown or [pair])[0].shape:
                 shown.append(pair)
         result[str(root)] = {"psnr": round(float(np.mean(10 * np.log10(255**2 / np.array(errors)))), 2)}
