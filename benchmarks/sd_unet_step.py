@@ -39,7 +39,6 @@ from fmda.methods.datum.settings import Optimizer
 from fmda.methods.planning import Training
 from fmda.models.sd_unet import Remat
 from fmda.perf import compiled_memory
-from fmda.precision import Policy
 from fmda.train.optim import make_optimizer
 from fmda.train.step import TrainState, create_state, make_step
 from fmda.trees import Tree
@@ -51,7 +50,7 @@ COMPARED = 3
 
 def graphs(options: argparse.Namespace) -> tuple[Graphs, dict[str, Tree]]:
     """Returns the networks and the shapes of what trains."""
-    config, dtype = networks(options), Policy.named(options.dtype).compute
+    config, dtype = networks(options), jnp.dtype(options.dtype)
     unet, shapes = network_graph("unet", config.unet, dtype, remat=options.remat)
     text, text_shapes = network_graph("text_encoder", config.text_encoder, dtype)
     trained = {"unet": shapes} | ({"text_encoder": text_shapes} if options.trained == "unet+text" else {})

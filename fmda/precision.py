@@ -1,39 +1,14 @@
-"""Which number format parameters, computation and outputs have."""
+"""Number formats of parameters and computation.
 
-from dataclasses import dataclass
+Parameters, optimizer moments, averages of weights, losses and running statistics are float32; `precision` settings name
+what matrix products and convolutions are computed in. There is no float16: it would need loss scaling.
+"""
+
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-
-from fmda.errors import UserError, did_you_mean
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Three dtypes: of stored parameters, of matmul and convolution inputs, and of what a network returns.
-
-    Optimizer moments, averages of weights, losses, matching costs and running statistics stay in float32 whatever the
-    policy says. There is no float16: it would need loss scaling.
-    """
-
-    param: DTypeLike = jnp.float32
-    compute: DTypeLike = jnp.float32
-    output: DTypeLike = jnp.float32
-
-    @staticmethod
-    def named(name: str) -> "Policy":
-        """Returns the policy "float32" (all three) or "bfloat16" (computes in bfloat16, stores and returns float32).
-
-        Raises UserError for any other name.
-        """
-        if name not in _POLICIES:
-            raise UserError(f"precision: '{name}' is no policy{did_you_mean(name, _POLICIES)}")
-        return _POLICIES[name]
-
-
-_POLICIES = {"float32": Policy(), "bfloat16": Policy(compute=jnp.bfloat16)}
 
 
 def cast(tree: Any, dtype: DTypeLike) -> Any:

@@ -1,25 +1,9 @@
-"""Precision policies and casting."""
+"""Casts of trees."""
 
 import jax
 import jax.numpy as jnp
-import pytest
 
-from fmda.errors import UserError
-from fmda.precision import Policy, cast
-
-
-def test_bfloat16_policy_stores_and_returns_float32():
-    policy = Policy.named("bfloat16")
-    assert (policy.param, policy.compute, policy.output) == (jnp.float32, jnp.bfloat16, jnp.float32)
-
-
-def test_float32_policy_is_the_default():
-    assert Policy.named("float32") == Policy() == Policy(jnp.float32, jnp.float32, jnp.float32)
-
-
-def test_unknown_policy_names_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'bfloat16'"):
-        Policy.named("bfloat61")
+from fmda.precision import cast
 
 
 def test_cast_leaves_integers_booleans_and_keys_alone():

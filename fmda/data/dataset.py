@@ -103,16 +103,6 @@ class Dataset(Sequence[Example]):
     def __repr__(self) -> str:
         return f"Dataset({self.name} {self.split}: {len(self)} images, {len(self.classes)} classes)"
 
-    @property
-    def image_paths(self) -> tuple[Path, ...]:
-        """The image files, in order."""
-        return tuple(Path(item.image) for item in self.items)
-
-    @property
-    def label_paths(self) -> tuple[Path | None, ...]:
-        """The label files, in order; None where there is none."""
-        return tuple(None if item.label is None else Path(item.label) for item in self.items)
-
     def labels(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
         """Returns one label map, uint8 [H, W] in `classes`, without reading its image; None without labels.
 

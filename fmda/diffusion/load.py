@@ -55,7 +55,9 @@ class StableDiffusion:
 
         Raises UserError for the name of a network that is none.
         """
-        _check_parts(params)
+        for name in params:
+            if name not in PARTS:
+                raise UserError(f"params: '{name}' is none of {', '.join(PARTS)}{did_you_mean(name, PARTS)}")
         changed = {part: replace(getattr(self, part), params=tree, origin=None) for part, tree in params.items()}
         return replace(self, **changed)
 
@@ -201,18 +203,15 @@ def read_tokenizer(folder: Path, text: TextConfig) -> Tokenizer:
 def save_stable_diffusion(
     folder: str | os.PathLike[str],
     model: StableDiffusion,
-    params: Mapping[str, Any] | None = None,
     *,
     dtype: DTypeLike | None = None,
 ) -> Path:
     """Writes a checkpoint that `load_stable_diffusion` and PyTorch's diffusers open. Returns the folder.
 
-    `params` replaces the model's own, whole or by network; arrays are stored in `dtype`, by default in their own.
-    What is written computes as `model.as_saved()`; a warning tells where `model` does not. The folder appears when all
-    is written. Raises UserError where it is there already and not empty, or cannot be written, or where `params` do
-    not fit.
+    Arrays are stored in `dtype`, by default in their own. What is written computes as `model.as_saved()`; a warning
+    tells where `model` does not. The folder appears when all is written. Raises UserError where it is there already and
+    not empty, or cannot be written, or where parameters do not fit.
     """
-    _check_parts(params or {})
     folder = Path(folder)
     saved = model.as_saved()
     if saved is not model:
@@ -221,18 +220,12 @@ def save_stable_diffusion(
             "take model.as_saved() to compute the same here",
             stacklevel=2,
         )
-    model, params = saved, {**model.params, **(params or {})}
+    model = saved
     with files.new_folder(folder) as new:
         for part in PARTS:
-            save(part, new / part, getattr(model, part).config, params[part], dtype=dtype)
+            save(part, new / part, getattr(model, part).config, getattr(model, part).params, dtype=dtype)
         write_rest(new, model.tokenizer, model.text_encoder.config.context, model.schedule)
     return folder
-
-
-def _check_parts(params: Mapping[str, Any]) -> None:
-    for name in params:
-        if name not in PARTS:
-            raise UserError(f"params: '{name}' is none of {', '.join(PARTS)}{did_you_mean(name, PARTS)}")
 
 
 def write_rest(folder: Path, tokenizer: Tokenizer, context: int, schedule: ScheduleConfig) -> None:

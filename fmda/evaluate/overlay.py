@@ -1,12 +1,12 @@
 """Label maps made visible: colours, overlays, legends and comparison rows. Plain uint8 arrays in and out."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from fmda.data import ClassList
 from fmda.errors import UserError
 
 WHITE = 255
@@ -15,24 +15,12 @@ WRONG = (214, 40, 57)
 VOID = (255, 255, 255)
 
 
-class Palette(Protocol):
-    """What a class list must offer to be drawn."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """K class names."""
-
-    @property
-    def palette(self) -> UInt8[np.ndarray, "K 3"]:
-        """RGB colour of each class."""
-
-
-def colours(labels: Int[np.ndarray, "H W"], classes: Palette) -> UInt8[np.ndarray, "H W 3"]:
+def colours(labels: Int[np.ndarray, "H W"], classes: ClassList) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the label map in the palette's colours; values that are no class are black."""
     return colour_table(classes)[np.asarray(labels, np.uint8)]
 
 
-def colour_table(classes: Palette) -> UInt8[np.ndarray, "256 3"]:
+def colour_table(classes: ClassList) -> UInt8[np.ndarray, "256 3"]:
     """Returns the palette filled up with black to 256 rows."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(classes.names)] = np.asarray(classes.palette, np.uint8)
@@ -40,7 +28,7 @@ def colour_table(classes: Palette) -> UInt8[np.ndarray, "256 3"]:
 
 
 def overlay(
-    image: UInt8[np.ndarray, "H W 3"], labels: Int[np.ndarray, "H W"], classes: Palette, alpha: float = 0.55
+    image: UInt8[np.ndarray, "H W 3"], labels: Int[np.ndarray, "H W"], classes: ClassList, alpha: float = 0.55
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the image with class colours laid over it and thin dark lines between regions.
 
@@ -61,7 +49,7 @@ def overlay(
 
 
 def legend(
-    classes: Palette, width: int, present: Sequence[int] | None = None, *, size: int = 14
+    classes: ClassList, width: int, present: Sequence[int] | None = None, *, size: int = 14
 ) -> UInt8[np.ndarray, "h W 3"]:
     """Returns a white strip `width` pixels wide with a colour swatch and the name of each class, in rows.
 
@@ -92,7 +80,7 @@ def legend(
 
 
 def error_map(
-    labels: Int[np.ndarray, "H W"], predictions: Int[np.ndarray, "H W"], classes: Palette
+    labels: Int[np.ndarray, "H W"], predictions: Int[np.ndarray, "H W"], classes: ClassList
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Returns grey where right, red where wrong, white where the truth has no class."""
     result = np.empty((*np.shape(labels), 3), np.uint8)
@@ -106,7 +94,7 @@ def comparison(
     image: UInt8[np.ndarray, "H W 3"],
     labels: Int[np.ndarray, "H W"] | None,
     predictions: Sequence[Int[np.ndarray, "H W"]],
-    classes: Palette,
+    classes: ClassList,
     *,
     titles: Sequence[str] = (),
     width: int = 320,

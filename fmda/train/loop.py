@@ -5,13 +5,14 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 import fmda
+from fmda.data.loader import Batches
 from fmda.data.streams import Stream, batches, joined
 from fmda.errors import UserError, did_you_mean
 from fmda.mesh import batch_sharding, make_mesh, place, replicate, replicated, shard_batch
@@ -25,25 +26,6 @@ from fmda.train.stop import Stopped, StopSignals, Watch
 from fmda.train.task import Task, TrainerConfig, on_devices, whole_source
 
 MIB = 2**20
-
-
-class Batches(Protocol):
-    """An endless iterator of host batches whose position can be saved and restored.
-
-    A batch is a tree of NumPy arrays [B, ...] of constant shapes; each of several processes draws its own part.
-    """
-
-    def __next__(self) -> Any:
-        """Returns the next batch."""
-        ...
-
-    def get_state(self) -> Any:
-        """Returns the position after the last batch as JSON values, a function of the number of batches alone."""
-        ...
-
-    def set_state(self, state: Any) -> None:
-        """Goes to a position that `get_state` returned."""
-        ...
 
 
 def run_task(task: Task, settings: TrainerConfig, folder: str | Path) -> TrainState:

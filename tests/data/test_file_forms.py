@@ -110,7 +110,7 @@ def test_check_images_decodes_each_once(street) -> None:
     with pytest.warns(UserWarning, match=r"1 of 3 images are left out: .*1\.png"):
         whole = check_images(dataset, skip=True)
     assert [item.name for item in whole.items] == ["0", "2"] and whole[1].labels is not None
-    paths = list(dataset.image_paths)
+    paths = [Path(item.image) for item in dataset.items]
     with pytest.warns(UserWarning, match="left out"):
         assert check_images(paths, skip=True) == [paths[0], paths[2]]
     with pytest.raises(UserError, match="1 of 1 images cannot be used"):

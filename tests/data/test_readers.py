@@ -319,7 +319,8 @@ def test_mapped_and_sliced(street, tmp_path) -> None:
 def test_a_data_set_is_a_light_picklable_sequence(street) -> None:
     found = pickle.loads(pickle.dumps(open_dataset("folder", street)))
     assert found[2].image[0, 0, 0] == 20 and len(list(found)) == 3
-    assert [p.name for p in found.image_paths] == [p.name for p in found.label_paths] == ["0.png", "1.png", "2.png"]
+    files = [(Path(item.image).name, Path(item.label).name) for item in found.items]
+    assert files == [(name, name) for name in ("0.png", "1.png", "2.png")]
 
 
 def test_data_root_is_the_environments_alone(monkeypatch, tmp_path) -> None:

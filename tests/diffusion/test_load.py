@@ -51,7 +51,9 @@ def test_saved_again_nothing_changes(model, tmp_path):
 
 def test_parameters_may_be_replaced_by_network_and_stored_in_half_precision(model, tmp_path):
     moved = jax.tree.map(lambda x: x + 1, model.vae.params)
-    loaded = load_stable_diffusion(save_stable_diffusion(tmp_path / "sd", model, {"vae": moved}, dtype=np.float16))
+    loaded = load_stable_diffusion(
+        save_stable_diffusion(tmp_path / "sd", model.with_params({"vae": moved}), dtype=np.float16)
+    )
     half = jax.tree.map(lambda x: np.float32(np.float16(x)), {**model.params, "vae": moved})
     assert same(loaded.params, half)
     stored = load_file(tmp_path / "sd" / "text_encoder" / "model.safetensors")
@@ -236,7 +238,7 @@ def test_the_known_models_are_listed(capsys):
 def test_a_network_that_is_none_is_refused(tmp_path):
     model = stable_diffusion(tmp_path / "model")
     with pytest.raises(UserError, match="params: 'unett' is none of unet, vae, text_encoder; did you mean 'unet'"):
-        save_stable_diffusion(tmp_path / "new", model, {"unett": {}})
+        model.with_params({"unett": {}})
     with pytest.raises(UserError, match="params: 'unett' is none of"):
         model.with_params({"unett": {}})
     assert not (tmp_path / "new").exists()

@@ -165,7 +165,7 @@ def test_what_was_lost_comes_back_as_it_was(place, lost):
 def test_images_of_another_checkpoint_are_refused(place, capsys):
     model = load_stable_diffusion("model")
     before = model.fingerprint
-    save_stable_diffusion("other", model, {"unet": small_diffusion.unet(UNET, seed=7).params})
+    save_stable_diffusion("other", model.with_params({"unet": small_diffusion.unet(UNET, seed=7).params}))
     shutil.rmtree("model")
     with pytest.raises(UserError, match="model/tokenizer: its tokenizer files are gone"):
         save_stable_diffusion("third", model)

@@ -36,7 +36,6 @@ from fmda.methods.generate.checks import check_drawing, check_weights
 from fmda.methods.generate.settings import make_prompts
 from fmda.models.sd_vae import signed
 from fmda.png import write_png
-from fmda.precision import Policy
 from fmda.progress import track
 from fmda.runs.identity import RECORD, claim, compare
 from fmda.runs.stages import pending
@@ -130,7 +129,7 @@ def _fill_bank(config: Config, folder: Path) -> None:
     path = folder / "bank.npz"
     if path.is_file():
         return
-    vae = load_vae(config.model, config.revision, Policy.named(config.precision).compute)
+    vae = load_vae(config.model, config.revision, jnp.dtype(config.precision))
     claim(folder, {"weights": vae.fingerprint}, record=BANK, remedy=_remedy(config))
     moments: dict[str, np.ndarray] = {}
     for number, (name, pictures) in enumerate(zip(("target", "class"), _pictures(config, folder), strict=False)):

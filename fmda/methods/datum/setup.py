@@ -14,7 +14,7 @@ from fmda.methods.datum.dreambooth import Graphs, make_objective
 from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.settings import Config
 from fmda.models.catalog import DiffusionConfig
-from fmda.precision import Policy, cast
+from fmda.precision import cast
 from fmda.train.task import Task
 from fmda.trees import Tree
 from fmda.weights.network import network_graph
@@ -33,7 +33,7 @@ def training_task(
     Frozen networks are stored in the number format of the computation. All weights of a network start from the
     model's, adapters from random numbers. `captions` holds "ids" or "context", see `make_objective`.
     """
-    dtype = Policy.named(config.precision).compute
+    dtype = jnp.dtype(config.precision)
     graphs = Graphs(
         network_graph("unet", networks.unet, dtype, remat=config.remat)[0],
         network_graph("text_encoder", networks.text_encoder, dtype)[0],

@@ -9,11 +9,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file, save_file
 
@@ -22,26 +20,9 @@ from fmda.data.prompting import SLOT
 from fmda.environment import cache_folder
 from fmda.errors import UserError
 from fmda.progress import track
+from fmda.weights.network import Loaded
 
 BATCH = 256
-
-
-class TextEncoder(Protocol):
-    """What is needed of a loaded CLIP."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with any parameter."""
-
-    @property
-    def dtype(self) -> DTypeLike:
-        """What the network computes in."""
-
-    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B T"]:
-        """Returns token ids, right padded, the context cut to the longest text."""
-
-    def encode_text(self, ids: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B D"]:
-        """Returns projected embeddings."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +49,7 @@ def template_hash(templates: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(templates).encode()).hexdigest()
 
 
-def prompt_ids(clip: TextEncoder, queries: Queries, templates: Sequence[str]) -> Int[np.ndarray, "M Q T"]:
+def prompt_ids(clip: Loaded, queries: Queries, templates: Sequence[str]) -> Int[np.ndarray, "M Q T"]:
     """Returns the token ids of every name in every template.
 
     Raises UserError for a template without exactly one slot or a repeated one.
@@ -78,7 +59,7 @@ def prompt_ids(clip: TextEncoder, queries: Queries, templates: Sequence[str]) ->
     return np.asarray(clip.tokenize(prompts), np.int32).reshape(len(templates), len(queries.names), -1)
 
 
-def text_fingerprint(clip: TextEncoder, ids: Int[np.ndarray, "M Q T"]) -> str:
+def text_fingerprint(clip: Loaded, ids: Int[np.ndarray, "M Q T"]) -> str:
     """Returns 24 hex digits that change with the weights, a template, a name, or how the tokenizer reads them."""
     digest = hashlib.sha256(f"{clip.fingerprint} {jnp.dtype(clip.dtype).name} {ids.shape}\n".encode())
     digest.update(np.ascontiguousarray(ids).data)
@@ -86,7 +67,7 @@ def text_fingerprint(clip: TextEncoder, ids: Int[np.ndarray, "M Q T"]) -> str:
 
 
 def text_embeddings(
-    clip: TextEncoder, ids: Int[np.ndarray, "M Q T"], *, cache: Path | None = None
+    clip: Loaded, ids: Int[np.ndarray, "M Q T"], *, cache: Path | None = None
 ) -> Float[np.ndarray, "M Q D"]:
     """Returns the unit-length embedding of each name in each template, float32.
 
@@ -108,7 +89,7 @@ def text_embeddings(
     return table
 
 
-def _encode(clip: TextEncoder, ids: Int[np.ndarray, "N T"]) -> Float[np.ndarray, "N D"]:
+def _encode(clip: Loaded, ids: Int[np.ndarray, "N T"]) -> Float[np.ndarray, "N D"]:
     # whole batches only, so that the text tower compiles once
     size = min(BATCH, len(ids))
     filled = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % size, axis=0)])
