@@ -239,9 +239,6 @@ def test_a_network_that_is_none_is_refused(tmp_path):
     model = stable_diffusion(tmp_path / "model")
     with pytest.raises(UserError, match="params: 'unett' is none of unet, vae, text_encoder; did you mean 'unet'"):
         model.with_params({"unett": {}})
-    with pytest.raises(UserError, match="params: 'unett' is none of"):
-        model.with_params({"unett": {}})
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
