@@ -56,8 +56,8 @@ def _print_outcome(work_dir: Path, last: Path) -> None:
 
 
 def _load_jax() -> None:
-    """Loads jax, which takes seconds: says so first, and lets it keep compiled programs."""
-    if "jax" not in sys.modules:
+    """Loads jax, which takes seconds: says so first at a terminal, and lets it keep compiled programs."""
+    if "jax" not in sys.modules and sys.stderr.isatty():
         _log("loading jax ...")
     keep_compiled_programs()
 

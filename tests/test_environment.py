@@ -1,6 +1,7 @@
 """Caches and devices as the environment names them; the command line's reaction to them."""
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -122,12 +123,16 @@ def test_paths_of_the_command_line_know_the_home_folder(monkeypatch, tmp_path):
     assert calls == [((tmp_path / "run", Path("other")), tmp_path / "page.html")]
 
 
-def test_a_start_says_at_once_that_it_loads(tmp_path):
+def test_a_start_says_at_once_that_it_loads_at_a_terminal_alone(tmp_path):
     (tmp_path / "run.yaml").write_text("kind: nothing\n")
     command = [sys.executable, "-m", "fmda", "plan", str(tmp_path / "run.yaml")]
-    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FMDA_CACHE": str(tmp_path)})
-    first, last = found.stderr.splitlines()
-    assert first == "loading jax ..." and "kind 'nothing' is unknown" in last
+    environment = os.environ | {"FMDA_CACHE": str(tmp_path)}
+    piped = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "kind 'nothing' is unknown" in piped.stderr and piped.stderr.count("\n") == 1
+    ours, terminal = pty.openpty()
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=terminal, env=environment)
+    os.close(terminal)
+    assert os.read(ours, 4096).startswith(b"loading jax ...")
 
 
 @pytest.mark.parametrize(("name", "starts_jax"), [("load_clip", True), ("Segmenter", True), ("UserError", False)])

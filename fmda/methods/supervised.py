@@ -73,8 +73,8 @@ class Config(TrainerConfig):
     val: DataConfig
     encoder: FolderOrName = "street-clip"
     hidden: NonNegativeInt = 0
-    resize: tuple[int, int] | None = None
-    scale: tuple[float, float] = (0.5, 2.0)
+    resize: tuple[PositiveInt, PositiveInt] | None = None
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     crop: PositiveInt = 512
     stride: PositiveInt = 341
     max_class_ratio: PositiveFloat = 0.75

@@ -186,6 +186,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     home = folder.absolute()
     part = home.with_name(f".{home.name}.part")
     try:
+        if home.is_dir():
+            # an empty folder is replaced, unless its owner closed it
+            atomic.check_writable(home / part.name)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
