@@ -77,27 +77,34 @@ def _listed(folder: str, train: int, val: int) -> dict[str, Split]:
     }
 
 
+def _by_ids(images: str, labels: str) -> Layout:
+    """Returns a layout in Cityscapes' manner: labels in train ids, or in Cityscapes' own ids."""
+    return Layout(images, (Labels(f"{labels}TrainIds.png"), Labels(f"{labels}Ids.png", _IDS)))
+
+
+def _by_map(images: str, labels: str, class_map: str, red16: bool = False) -> Layout:
+    """Returns a layout of labels in train ids, as converters name them, or as they are published."""
+    return Layout(images, (Labels(f"{labels}_labelTrainIds.png"), Labels(f"{labels}.png", class_map, red16)))
+
+
 def _acdc(condition: str) -> Entry:
     """Returns ACDC, or one of its conditions; `condition` may be the placeholder for all of them."""
     all_of_them = condition == "{condition}"
     count = 1 if not all_of_them else len(_CONDITIONS)
-    images = f"rgb_anon/{condition}/{{split}}/{{key}}_rgb_anon.png"
-    ids = f"gt/{condition}/{{split}}/{{key}}_gt_label"
-    flat = Layout(
-        "rgb_anon/{split}/{key}_rgb_anon.png",
-        (Labels("gt/{split}/{key}_gt_labelTrainIds.png"), Labels("gt/{split}/{key}_gt_labelIds.png", _IDS)),
-    )
-    layout = Layout(images, (Labels(f"{ids}TrainIds.png"), Labels(f"{ids}Ids.png", _IDS)))
+    images, ids = f"rgb_anon/{condition}/{{split}}/{{key}}_rgb_anon.png", f"gt/{condition}/{{split}}/{{key}}_gt_label"
+    layout = _by_ids(images, ids)
     val = 406 if all_of_them else 106 if condition == "night" else 100
     return Entry(
         title="ACDC, adverse conditions" + ("" if all_of_them else f": {condition}"),
         classes="cityscapes",
         places=("acdc", "ACDC"),
-        layouts=(layout, flat) if all_of_them else (layout,),
+        layouts=(layout, _ANONYMOUS) if all_of_them else (layout,),
         splits=_folders(train=400 * count, val=val) | {"test": Split(("test",), 500 * count, labelled=False)},
         home="https://acdc.vision.ee.ethz.ch",
     )
 
+
+_ANONYMOUS = _by_ids("rgb_anon/{split}/{key}_rgb_anon.png", "gt/{split}/{key}_gt_label")
 
 _VOC = Entry(
     title="PASCAL VOC 2012, 20 classes without background",
@@ -107,16 +114,12 @@ _VOC = Entry(
     splits=_listed("Segmentation", 1464, 1449),
     home="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
 )
+_CONTEXT_FILES = "SegmentationClassContext/{key}.png"
 _CONTEXT = Entry(
     title="PASCAL-Context, 59 classes without background",
     classes="context59",
     places=("VOCdevkit/VOC2010", "VOC2010", "context"),
-    layouts=(
-        Layout(
-            "JPEGImages/{key}.{ext}",
-            (Labels("SegmentationClassContext/{key}.png", "context60-to-context59"),),
-        ),
-    ),
+    layouts=(Layout("JPEGImages/{key}.{ext}", (Labels(_CONTEXT_FILES, "context60-to-context59"),)),),
     splits=_listed("SegmentationContext", 4998, 5105),
     home="https://cs.stanford.edu/~roozbeh/pascal-context/",
     note="label PNGs are made from trainval_merged.json with the Detail API",
@@ -152,15 +155,7 @@ CATALOG: dict[str, Entry] = {
         title="Cityscapes",
         classes="cityscapes",
         places=("cityscapes", "samples/cityscapes"),
-        layouts=(
-            Layout(
-                "leftImg8bit/{split}/{key}_leftImg8bit.png",
-                (
-                    Labels("gtFine/{split}/{key}_gtFine_labelTrainIds.png"),
-                    Labels("gtFine/{split}/{key}_gtFine_labelIds.png", _IDS),
-                ),
-            ),
-        ),
+        layouts=(_by_ids("leftImg8bit/{split}/{key}_leftImg8bit.png", "gtFine/{split}/{key}_gtFine_label"),),
         splits=_folders(train=2975, val=500) | {"test": Split(("test",), 1525, labelled=False)},
         home="https://www.cityscapes-dataset.com",
     ),
@@ -168,15 +163,7 @@ CATALOG: dict[str, Entry] = {
         title="GTA5, Playing for Data",
         classes="cityscapes",
         places=("gta5", "gta", "GTA5"),
-        layouts=(
-            Layout(
-                "images/{key}.png",
-                (
-                    Labels("labels/{key}_labelTrainIds.png"),
-                    Labels("labels/{key}.png", "gta5-ids-to-cityscapes"),
-                ),
-            ),
-        ),
+        layouts=(_by_map("images/{key}.png", "labels/{key}", "gta5-ids-to-cityscapes"),),
         splits={"train": Split(size=24966)},
         home="https://download.visinf.tu-darmstadt.de/data/from_games/",
     ),
@@ -184,15 +171,7 @@ CATALOG: dict[str, Entry] = {
         title="SYNTHIA-RAND-CITYSCAPES",
         classes="cityscapes",
         places=("synthia", "RAND_CITYSCAPES", "SYNTHIA_RAND_CITYSCAPES"),
-        layouts=(
-            Layout(
-                "RGB/{key}.png",
-                (
-                    Labels("GT/LABELS/{key}_labelTrainIds.png"),
-                    Labels("GT/LABELS/{key}.png", "synthia-ids-to-cityscapes", red16=True),
-                ),
-            ),
-        ),
+        layouts=(_by_map("RGB/{key}.png", "GT/LABELS/{key}", "synthia-ids-to-cityscapes", red16=True),),
         splits={"train": Split(size=9400)},
         home="http://synthia-dataset.net",
         note="terrain, truck and train do not occur; score on synthia16 or synthia13",
@@ -213,15 +192,7 @@ CATALOG: dict[str, Entry] = {
         title="Dark Zurich; train is by night",
         classes="cityscapes",
         places=("dark_zurich", "dark-zurich", "Dark_Zurich"),
-        layouts=(
-            Layout(
-                "rgb_anon/{split}/{key}_rgb_anon.png",
-                (
-                    Labels("gt/{split}/{key}_gt_labelTrainIds.png"),
-                    Labels("gt/{split}/{key}_gt_labelIds.png", _IDS),
-                ),
-            ),
-        ),
+        layouts=(_ANONYMOUS,),
         splits={
             "train": Split(("train/night",), 2416, labelled=False),
             "train-twilight": Split(("train/twilight",), labelled=False),
@@ -243,7 +214,7 @@ CATALOG: dict[str, Entry] = {
         _CONTEXT,
         title="PASCAL-Context with background",
         classes="context60",
-        layouts=(Layout("JPEGImages/{key}.{ext}", (Labels("SegmentationClassContext/{key}.png"),)),),
+        layouts=(Layout("JPEGImages/{key}.{ext}", (Labels(_CONTEXT_FILES),)),),
     ),
     "ade20k": Entry(
         title="ADE20K scene parsing, 150 classes",

@@ -6,7 +6,7 @@ size scores exist one class and one band of rows at a time. Resizes are bilinear
 antialiasing (`fmda.nn.resize`). b = images, N = windows, K = classes, h and w = sides of a window's scores.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -47,6 +47,19 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
     return [max(min(i * stride + crop, length) - crop, 0) for i in range(count)]
 
 
+def joined_windows(
+    inside: Float[np.ndarray, "window samples"], starts: Sequence[int], length: int
+) -> Float[np.ndarray, "length windows*samples"]:
+    """Returns the matrix from the samples of all windows to pixels: `inside` for each, averaged where they overlap."""
+    window, samples = inside.shape
+    matrix = np.zeros((length, len(starts) * samples), np.float32)
+    coverage = np.zeros((length, 1), np.float32)
+    for i, start in enumerate(starts):
+        matrix[start : start + window, i * samples : (i + 1) * samples] += inside
+        coverage[start : start + window] += 1
+    return matrix / np.maximum(coverage, 1)
+
+
 class Resampling(NamedTuple):
     """A sparse matrix in blocks of output rows: block i of the product is weights[i] @ x[sources[i]]."""
 
@@ -78,13 +91,7 @@ class Side:
             samples: number of score samples along a window.
             rows: outputs in a block. Outputs beyond `length`, up to a multiple of `SIDE`, are zero.
         """
-        inside = interpolation_matrix(samples, self.window)
-        matrix = np.zeros((self.network, len(self.starts) * samples), np.float32)
-        coverage = np.zeros((self.network, 1), np.float32)
-        for i, start in enumerate(self.starts):
-            matrix[start : start + self.window, i * samples : (i + 1) * samples] += inside
-            coverage[start : start + self.window] += 1
-        matrix /= np.maximum(coverage, 1)
+        matrix = joined_windows(interpolation_matrix(samples, self.window), self.starts, self.network)
         if self.length != self.network:
             matrix = interpolation_matrix(self.network, self.length) @ matrix
         matrix = np.pad(matrix, ((0, padded(self.length) - self.length), (0, 0)))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fmda.data.transforms import fit_size
-from fmda.evaluate.windows import window_starts
+from fmda.evaluate.windows import joined_windows, window_starts
 from fmda.nn.resize import interpolation_matrix
 
 T = TypeVar("T")
@@ -97,15 +97,11 @@ class Axis:
 
 @lru_cache(maxsize=128)
 def _chain_matrix(side: Axis, to: Resolution) -> Float[np.ndarray, "n_out n_in"]:
-    n = len(side.starts) * side.patches
     if to == "patch":
-        matrix = np.eye(n, dtype=np.float32)
+        matrix = np.eye(len(side.starts) * side.patches, dtype=np.float32)
     else:
         inside = interpolation_matrix(side.patches, side.covered)[: side.window]
-        matrix = np.zeros((side.network, n), np.float32)
-        for i, start in enumerate(side.starts):
-            matrix[start : start + side.window, i * side.patches : (i + 1) * side.patches] += inside
-        matrix /= side.coverage[:, None]
+        matrix = joined_windows(inside, side.starts, side.network)
         if to == "original":
             matrix = interpolation_matrix(side.network, side.original) @ matrix
     matrix.flags.writeable = False

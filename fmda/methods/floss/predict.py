@@ -14,7 +14,7 @@ a time, so memory does not grow with classes times pixels.
 """
 
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +96,8 @@ def host_labels(
         if small != where.original:
             along = (where.rows.resize_taps, where.columns.resize_taps)
             refined = interpolate(refined, *along)
-        return _finish(
-            _refined(host, patches, jnp.asarray(classifier), rows, columns, refined, classes, where.grid), height, width
-        )
+        chain = _Chain(host, classes, where.grid)
+        return _finish(_refined(chain, patches, jnp.asarray(classifier), rows, columns, refined), height, width)
     return _finish(host_maps(host, patches, classifier, where, classes, background=background), height, width)
 
 
@@ -112,16 +111,8 @@ def host_maps(
     background: int | None = None,
 ) -> tuple[Int[Array, "H2 W2"], Float[Array, "H2 W2"]]:
     """Returns what `host_labels` returns, on the device and filled up to a few sizes; without PAMR."""
-    return _host(
-        host,
-        patches,
-        jnp.asarray(classifier),
-        zero_padded(where.rows.matrix(), bucket(where.rows.original)),
-        zero_padded(where.columns.matrix(), bucket(where.columns.original)),
-        classes,
-        where.grid,
-        background,
-    )
+    chain = _Chain(host, classes, where.grid, background)
+    return _host(chain, patches, jnp.asarray(classifier), *_padded_matrices(where))
 
 
 def fused_labels(
@@ -154,17 +145,29 @@ def fused_maps(
     background: int | None = None,
 ) -> tuple[Int[Array, "H2 W2"], Float[Array, "H2 W2"]]:
     """Returns what `fused_labels` returns, on the device and filled up to a few sizes."""
-    classifiers = jnp.asarray(classifiers)
+    classifiers, chain = jnp.asarray(classifiers), _Chain(host, classes, where.grid, background)
     if fusion == "patch":
-        rows, columns = (zero_padded(s.matrix(), bucket(s.original)) for s in (where.rows, where.columns))
-        return _fused_patches(host, patches, classifiers, rows, columns, classes, where.grid, background)
+        return _fused_patches(chain, patches, classifiers, *_padded_matrices(where))
     sides = (where.rows, where.columns)
     shares = tuple(zero_padded(1 / side.coverage, bucket(side.network)) for side in sides)
     taps = tuple(side.resize_taps.padded(bucket(side.original)) for side in sides)
     inside = tuple(_Static(side.window_taps) for side in sides)
-    return _fused(
-        host, patches, classifiers, where.corners(), shares, taps, inside, classes, fusion == "exact", background
-    )
+    return _fused(chain, patches, classifiers, where.corners(), shares, taps, inside, fusion == "exact")
+
+
+class _Chain(NamedTuple):
+    """What is fixed when a chain is compiled; see `patch_scores`."""
+
+    host: HostConfig
+    classes: tuple[int, ...]
+    grid: tuple[int, int]
+    background: int | None = None
+
+
+def _padded_matrices(where: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the matrices of both sides, filled up so that images of similar size share one program."""
+    rows, columns = (zero_padded(side.matrix(), bucket(side.original)) for side in (where.rows, where.columns))
+    return rows, columns
 
 
 class _Static:
@@ -186,13 +189,11 @@ def _finish(out: tuple[Array, Array], height: int, width: int) -> tuple[np.ndarr
     return labels[:height, :width].astype(np.uint8), confidence[:height, :width]
 
 
-def _decide(
-    host: HostConfig, scores: Float[Array, "R W Q"], classes: tuple[int, ...]
-) -> tuple[Int[Array, "R W"], Float[Array, "R W"]]:
+def _decide(chain: _Chain, scores: Float[Array, "R W Q"]) -> tuple[Int[Array, "R W"], Float[Array, "R W"]]:
     """Returns (labels, confidence) from the chain's last map."""
-    if host.softmax == "image":
-        scores = jax.nn.softmax(host.scale * scores, axis=-1)
-    return best_of(merge_queries(scores, classes))
+    if chain.host.softmax == "image":
+        scores = jax.nn.softmax(chain.host.scale * scores, axis=-1)
+    return best_of(merge_queries(scores, chain.classes))
 
 
 def _linear(p: Float[Array, "hn wn Q"], rows: Float[Array, "R hn"], columns: Float[Array, "W wn"]) -> Array:
@@ -200,78 +201,59 @@ def _linear(p: Float[Array, "hn wn Q"], rows: Float[Array, "R hn"], columns: Flo
     return jnp.einsum("xw,rwq->rxq", columns, tall, precision="highest")
 
 
-@partial(jax.jit, static_argnames=("host", "classes", "grid", "background"))
-def _host(
-    host: HostConfig,
-    patches: Patches,
-    classifier: Array,
-    rows: Array,
-    columns: Array,
-    classes: tuple[int, ...],
-    grid: tuple[int, int],
-    background: int | None,
-) -> tuple[Array, Array]:
-    p = patch_scores(host, patches, classifier, softmax=host.softmax == "patch", background=background)
-    p = side_by_side(p, grid)
-    return in_bands(lambda band: _decide(host, _linear(p, band, columns), classes), len(rows), ROWS, rows)
+def _in_bands(chain: _Chain, p: Float[Array, "hn wn Q"], rows: Array, columns: Array) -> tuple[Array, Array]:
+    return in_bands(lambda band: _decide(chain, _linear(p, band, columns)), len(rows), ROWS, rows)
 
 
-@partial(jax.jit, static_argnames=("host", "classes", "grid"))
+def _host_scores(chain: _Chain, patches: Patches, classifier: Array) -> Float[Array, "hn wn Q"]:
+    host = chain.host
+    p = patch_scores(host, patches, classifier, softmax=host.softmax == "patch", background=chain.background)
+    return side_by_side(p, chain.grid)
+
+
+@partial(jax.jit, static_argnames="chain")
+def _host(chain: _Chain, patches: Patches, classifier: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
+    return _in_bands(chain, _host_scores(chain, patches, classifier), rows, columns)
+
+
+@partial(jax.jit, static_argnames="chain")
 def _refined(
-    host: HostConfig,
-    patches: Patches,
-    classifier: Array,
-    rows: Array,
-    columns: Array,
-    image: Array,
-    classes: tuple[int, ...],
-    grid: tuple[int, int],
+    chain: _Chain, patches: Patches, classifier: Array, rows: Array, columns: Array, image: Array
 ) -> tuple[Array, Array]:
-    p = side_by_side(patch_scores(host, patches, classifier, softmax=host.softmax == "patch"), grid)
-    scores = pamr(_linear(p, rows, columns), image, host.pamr_steps, host.pamr_dilations)
-    return _decide(host, scores, classes)
+    scores = _linear(_host_scores(chain, patches, classifier), rows, columns)
+    return _decide(chain, pamr(scores, image, chain.host.pamr_steps, chain.host.pamr_dilations))
 
 
-@partial(jax.jit, static_argnames=("host", "classes", "grid", "background"))
+@partial(jax.jit, static_argnames="chain")
 def _fused_patches(
-    host: HostConfig,
-    patches: Patches,
-    classifiers: Array,
-    rows: Array,
-    columns: Array,
-    classes: tuple[int, ...],
-    grid: tuple[int, int],
-    background: int | None,
+    chain: _Chain, patches: Patches, classifiers: Array, rows: Array, columns: Array
 ) -> tuple[Array, Array]:
     def window(one: Patches) -> Array:
-        return fuse_patches(_window_probabilities(host, one, classifiers, background))
+        return fuse_patches(_window_probabilities(chain, one, classifiers))
 
-    p = side_by_side(jax.lax.map(window, patches), grid)
-    return in_bands(lambda band: _decide(host, _linear(p, band, columns), classes), len(rows), ROWS, rows)
+    return _in_bands(chain, side_by_side(jax.lax.map(window, patches), chain.grid), rows, columns)
 
 
-@partial(jax.jit, static_argnames=("host", "inside", "classes", "exact", "background"))
+@partial(jax.jit, static_argnames=("chain", "inside", "exact"))
 def _fused(
-    host: HostConfig,
+    chain: _Chain,
     patches: Patches,
     classifiers: Array,
     corners: Array,
     shares: tuple[Array, Array],
     taps: tuple[Taps, Taps],
     inside: tuple[_Static, _Static],
-    classes: tuple[int, ...],
     exact: bool,
-    background: int | None,
 ) -> tuple[Array, Array]:
     combine = fuse if exact else fuse_reference
     queries = classifiers.shape[-2]
 
     def window(total: Array, item: tuple[Patches, Array]) -> tuple[Array, None]:
         one, corner = item
-        if exact and background is None and queries >= MANY:
-            p = expert_probabilities(one.features, classifiers, host.scale, inside[0].taps, inside[1].taps)
+        if exact and chain.background is None and queries >= MANY:
+            p = expert_probabilities(one.features, classifiers, chain.host.scale, inside[0].taps, inside[1].taps)
         else:
-            p = _window_probabilities(host, one, classifiers, background)
+            p = _window_probabilities(chain, one, classifiers)
         fused = combine(p, inside[0].taps, inside[1].taps)
         start = (corner[0], corner[1], jnp.zeros((), corner.dtype))
         old = jax.lax.dynamic_slice(total, start, fused.shape)
@@ -282,17 +264,19 @@ def _fused(
     mean = total * shares[0][:, None, None] * shares[1][None, :, None]
 
     def band(low: Array, high: Array, fraction: Array) -> tuple[Array, Array]:
-        return _decide(host, interpolate(mean, Taps(low, high, fraction), taps[1]), classes)
+        return _decide(chain, interpolate(mean, Taps(low, high, fraction), taps[1]))
 
     return in_bands(band, len(taps[0].low), ROWS, *taps[0])
 
 
-def _window_probabilities(
-    host: HostConfig, one: Patches, classifiers: Array, background: int | None
-) -> Float[Array, "E h w Q"]:
+def _window_probabilities(chain: _Chain, one: Patches, classifiers: Array) -> Float[Array, "E h w Q"]:
     """Returns the probabilities of one window; expert by expert, so that each one's scores stay in the cache."""
     batch = Patches(*(a[None] for a in one))
-    return jax.lax.map(lambda w: patch_scores(host, batch, w, softmax=True, background=background)[0], classifiers)
+
+    def one_expert(classifier: Array) -> Array:
+        return patch_scores(chain.host, batch, classifier, softmax=True, background=chain.background)[0]
+
+    return jax.lax.map(one_expert, classifiers)
 
 
 def agreement(first: Int[np.ndarray, "H W"], second: Int[np.ndarray, "H W"], classes: int) -> Int[np.ndarray, "K 3"]:
