@@ -39,13 +39,16 @@ def test_killed_at_any_batch_the_snapshots_are_the_same_bits(place, unbroken):
 
 @pytest.mark.slow
 def test_a_run_goes_on_only_with_the_weights_it_began_with(place, unbroken, tmp_path, monkeypatch, capsys):
-    for name in ("target.png", "run.yaml"):
-        shutil.copy(place / name, tmp_path)
-    shutil.copytree(unbroken, tmp_path / "unbroken")
-    shutil.copytree(unbroken / "export/3", tmp_path / "model")
-    (tmp_path / "unbroken/train/stage.json").unlink()
-    monkeypatch.chdir(tmp_path)
-    line = refused(capsys, "run.yaml", "work_dir=unbroken")
+    work, model = shutil.copytree(unbroken, tmp_path / "unbroken"), place / "model"
+    (work / "train/stage.json").unlink()
+    monkeypatch.chdir(place)
+    model.rename(tmp_path / "model")
+    try:
+        shutil.copytree(unbroken / "export/3", model)
+        line = refused(capsys, "run.yaml", f"work_dir={work}")
+    finally:
+        shutil.rmtree(model)
+        (tmp_path / "model").rename(model)
     assert "holds work of another configuration (weights: " in line
 
 
