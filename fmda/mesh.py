@@ -173,6 +173,16 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def distribute(tree: Any, shardings: Any) -> Any:
+    """Returns a tree of host arrays, which every process holds whole, with each leaf under its sharding."""
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """Returns this process's array, or its part, as one over all processes."""
     if jax.process_count() == 1:

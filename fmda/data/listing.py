@@ -19,6 +19,13 @@ def images_in(folder: str | Path) -> tuple[list[Path], list[Path]]:
     return images, [p for p in files if p.suffix.lower() not in IMAGE_SUFFIXES]
 
 
+def folder_images(folder: str | Path) -> list[Path]:
+    """Returns the images in a folder, or in `images/` below it, sorted; none where the folder is missing."""
+    inside = Path(folder) / "images"
+    inside = inside if inside.is_dir() else Path(folder)
+    return images_in(inside)[0] if inside.is_dir() else []
+
+
 def walk(start: str | Path) -> Iterator[tuple[str, list[str]]]:
     """Yields (folder, file names) for `start` and all folders below it, hidden names left out.
 

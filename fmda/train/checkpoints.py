@@ -21,13 +21,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
 from fmda import trees
 from fmda.errors import UserError, did_you_mean
+from fmda.mesh import distribute
 from fmda.runs.journal import read_rows
 from fmda.train.step import TrainState
 from fmda.trees import Tree
@@ -290,7 +290,10 @@ def starting_state(
     if weights is None:
         return state, {}, "starting from random parameters"
     _check_weights(weights, target.params)
-    state = jax.jit(_with_weights, out_shardings=shardings, donate_argnums=0)(state, _placed(weights, target.params))
+    leaves = trees.flatten(target.params)
+    where = trees.unflatten({path: leaves[path].sharding for path in trees.flatten(weights)})
+    fill = jax.jit(_with_weights, out_shardings=shardings, donate_argnums=0)
+    state = fill(state, distribute(weights, where))
     return state, {}, f"starting from given weights ({trees.count(weights):,} of {trees.count(state.params):,})"
 
 
@@ -305,17 +308,6 @@ def _with_weights(state: TrainState, weights: Tree) -> TrainState:
         )
 
     return state._replace(params=filled(state.params), teacher=filled(state.teacher))
-
-
-def _placed(weights: Tree, params: Tree) -> Tree:
-    """Returns the weights sharded like the parameters."""
-    target = trees.flatten(params)
-
-    def put(path: str, leaf: Any) -> jax.Array:
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, target[path].sharding, lambda index: host[index])
-
-    return trees.unflatten({path: put(path, leaf) for path, leaf in trees.flatten(weights).items()})
 
 
 def _check_weights(weights: Tree, params: Tree) -> None:

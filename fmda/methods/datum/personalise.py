@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from fmda import trees
 from fmda.data.streams import Stream
 from fmda.diffusion.load import StableDiffusion, save_stable_diffusion
-from fmda.mesh import FSDP_RULES, make_mesh, place
+from fmda.mesh import FSDP_RULES, distribute, make_mesh, place
 from fmda.methods.datum.cost import check_memory, plan
 from fmda.methods.datum.prepare import check, check_prepared, examples, prepare
 from fmda.methods.datum.settings import Config
@@ -74,7 +72,7 @@ def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
     task = personalisation(config, model, Stream(source, transform, config.batch))
     task = dataclasses.replace(
         task,
-        frozen=_placed(task.frozen, make_mesh(*config.mesh)),
+        frozen=distribute(task.frozen, place(task.frozen, FSDP_RULES, make_mesh(*config.mesh))),
         facts={"target": digest(prepared / "target.png"), "weights": model.fingerprint},
         snapshots=Snapshot(config.snapshot_steps, functools.partial(write_snapshot, config, folder)),
     )
@@ -95,16 +93,6 @@ def personalisation(config: Config, model: StableDiffusion, rows: Stream) -> Tas
         # encoded once: the text encoder takes no part in the steps
         captions = {"context": np.asarray(model.text_encoder(ids))}
     return training_task(config, model.networks, model.schedule, model.params, captions, rows)
-
-
-def _placed(tree: Tree, mesh: Mesh) -> Tree:
-    """Returns the tree on the mesh, large leaves cut over its `fsdp` axis; every process holds the whole beforehand."""
-
-    def put(leaf: Any, where: Any) -> jax.Array:
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-
-    return jax.tree.map(put, tree, place(tree, FSDP_RULES, mesh))
 
 
 def _probe(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

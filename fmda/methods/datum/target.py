@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from fmda.data.files import read_image
-from fmda.data.listing import images_in
+from fmda.data.listing import folder_images
 from fmda.errors import UserError
 from fmda.png import grid
 
@@ -69,11 +69,9 @@ class ClassPictures(Sequence[Picture]):
 
     def __init__(self, folder: str | Path, crop: int) -> None:
         """Raises UserError for a folder without pictures, and for a picture whose head tells that it holds no crop."""
-        folder = Path(folder)
-        inside = folder / "images" if (folder / "images").is_dir() else folder
-        self.paths = images_in(inside)[0] if inside.is_dir() else []
+        self.paths = folder_images(folder)
         if not self.paths:
-            raise UserError(f"prior.images: {folder} holds no pictures; mend the path, or leave it out to draw some")
+            raise UserError(f"prior.images: {folder} holds no images; fix the path, or leave it out to generate some")
         for path in self.paths:
             if _least_side(path) < crop:
                 raise UserError(f"{path}: smaller than a crop of {crop} pixels; give larger pictures")

@@ -13,7 +13,7 @@ from fmda.config import Bounds, NonNegativeInt, PositiveInt, Share, Side
 from fmda.data.check import check_images
 from fmda.data.dataset import Example
 from fmda.data.files import read_image
-from fmda.data.listing import images_in
+from fmda.data.listing import folder_images
 from fmda.data.transforms import ColourJitter
 from fmda.errors import UserError
 
@@ -29,9 +29,8 @@ class Pictures(Sequence[Image]):
     def __init__(self, roots: Sequence[str | Path]) -> None:
         """Decodes each image once. Raises UserError for a folder without images and for broken ones, naming them."""
         self.paths: list[Path] = []
-        for root in map(Path, roots):
-            folder = root / "images" if (root / "images").is_dir() else root
-            images = images_in(folder)[0] if folder.is_dir() else []
+        for root in roots:
+            images = folder_images(root)
             if not images:
                 raise UserError(f"{root}: no pictures there; draw some with `fmda data render` or mend the path")
             self.paths += images

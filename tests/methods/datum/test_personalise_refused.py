@@ -85,7 +85,7 @@ def test_a_model_with_a_missing_part_leaves_no_run(place, tmp_path, monkeypatch,
         ("crop=18", "crop: 18x18 are no multiples of 4 pixels; 16x16 would be"),
         ("device_memory=0.001", "batch: 8 needs about"),
         ("trained=all", "trained: 'all' is none of the choices"),
-        ("prior={images: nothing}", "nothing holds no pictures"),
+        ("prior={images: nothing}", "nothing holds no images"),
     ],
 )
 def test_a_value_that_cannot_be_is_one_line(place, tmp_path, monkeypatch, capsys, override, message):

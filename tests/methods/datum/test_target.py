@@ -100,7 +100,7 @@ def test_class_pictures_are_those_of_a_folder(tmp_path):
     np.testing.assert_array_equal(found[1], two)
     with pytest.raises(UserError, match=r"b\.png: smaller than a crop of 19 pixels; give larger"):
         ClassPictures(tmp_path, 19)
-    with pytest.raises(UserError, match=r"prior\.images: .*nothing holds no pictures"):
+    with pytest.raises(UserError, match=r"prior\.images: .*nothing holds no images"):
         ClassPictures(tmp_path / "nothing", 16)
 
 
