@@ -109,6 +109,10 @@ class Line:
             self._live = None
 
 
+BURST = 0.1
+"""Seconds within which the items of one batch arrive; they say nothing of the rate."""
+
+
 def track(
     items: Iterable[Item],
     what: str,
@@ -135,7 +139,7 @@ def track(
             now = clock()
             if done == 1:
                 first = now
-            rate = (done - 1) / (now - first) if now > first else 0.0
+            rate = (done - 1) / (now - first) if now - first >= BURST else 0.0
             line.update(_status(what, done, total, unit, rate, now - start))
 
 
