@@ -5,6 +5,7 @@ import os
 import cv2
 import numpy as np
 import pytest
+from small_place import draw_scenes
 
 from fmda.errors import UserError
 from fmda.methods import generate, report
@@ -12,23 +13,12 @@ from fmda.methods.generate.checks import check_weights
 from fmda.methods.generate.settings import FilterConfig
 from fmda.methods.kinds import open_run
 from fmda.methods.pretrain import clip, dino, dinoiser, latent_diffusion, vae
-from fmda.methods.render import RenderConfig, write_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    write_world(RenderConfig(domains={"photo": 2}, height=64, width=128, batch=2), folder)
-    return folder
 
 
 @pytest.fixture
-def photo(world, tmp_path):
-    """A rendered folder of two images that the test may damage."""
-    for path in (world / "photo").rglob("*.*"):
-        copied = tmp_path / "photo" / path.relative_to(world / "photo")
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        copied.write_bytes(path.read_bytes())
+def photo(tmp_path):
+    """A rendered folder of two images."""
+    draw_scenes(tmp_path / "photo", 2)
     return tmp_path / "photo"
 
 
@@ -59,7 +49,7 @@ def test_missing_folders_are_named_and_those_of_earlier_runs_left_out(tmp_path, 
 
 
 def test_a_training_that_is_refused_leaves_no_folder(photo, tmp_path):
-    cv2.imwrite(str(photo / "labels/000000.png"), np.full((64, 128), 77, np.uint8))
+    cv2.imwrite(str(photo / "labels/000000.png"), np.full((32, 64), 77, np.uint8))
     (tmp_path / "run.yaml").write_text(f"kind: pretrain-clip\ndata: [{photo}]\n")
     with pytest.raises(UserError, match=r"labels/000000\.png: label value 77"):
         open_run(tmp_path / "run.yaml", [f"work_dir={tmp_path / 'work'}"]).execute(lambda _: None)

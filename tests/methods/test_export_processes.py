@@ -32,7 +32,8 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "vae")) for kind in CONFIGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_two_processes_export_once(kind, tmp_path):
     small_place.draw_scenes(tmp_path / "scenes", 4)
     (tmp_path / "run.yaml").write_text(CONFIGS[kind])

@@ -192,6 +192,7 @@ def test_prior_preservation_draws_its_class_pictures_first(place):
         assert row["loss"] == pytest.approx(row["target_loss"] + 0.5 * row["prior_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_the_average_where_one_is_kept(place):
     work = finish(place, "averaged", "ema=0.5", "steps=2", "snapshots=[2]", "export=[2]")
     kept = read_snapshot(work / "train", 2)
@@ -199,6 +200,7 @@ def test_a_snapshot_is_the_average_where_one_is_kept(place):
     assert not small.same(kept, read_params(work / "train", "params"))
 
 
+@pytest.mark.slow
 def test_probes_choose_the_step_that_is_exported(place):
     prompts = "prompts: {form: '{token} {class}', classes: [car, bus]}"
     probe = f"probe={{count: 4, batch: 2, crops: 4, clip: street-clip, {prompts}, sample: {{steps: 2}}}}"
