@@ -89,7 +89,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
         key = loader.construct_object(node_key)
         if key in keys:
             mark = node_key.start_mark
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", mark)
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' occurs twice", mark)
         keys.append(key)
     return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value, strict=True)}
 

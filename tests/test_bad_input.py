@@ -152,7 +152,7 @@ CASES = {
         "evaluate done folder --root data --out ranking.json"]),
     "empty set": (empty("data/val/images"), ["data: no images of 'folder', split 'val'"], [RUN, EVALUATE, CHECK]),
     "empty folder of pictures": (empty("data/val/images"), ["data/val/images: holds no image"], [PREDICT]),
-    "empty scenes": (write("scenes/captions.jsonl", ""), ["scenes: no pictures"], [CLIP]),
+    "empty scenes": (write("scenes/captions.jsonl", ""), ["scenes: no images"], [CLIP]),
     "truncated PNG": (cut("data/val/images/1.png"), ["data/val/images/1.png: truncated or damaged"], [
         SCORE, EVALUATE, PREDICT]),
     "truncated PNG to rank": (cut("data/train/images/1.png"), ["data/train/images/1.png: truncated"], [RUN]),
@@ -168,7 +168,7 @@ CASES = {
     "scene without label": (remove(SCENE_LABEL), [f"{SCENE_LABEL}: missing"], [CLIP]),
     "damaged captions": (write("scenes/captions.jsonl", '{"name"'), ["scenes/captions.jsonl, line 1: "], [CLIP]),
     "class list with a duplicate": (write("data/classes.yaml", "classes: [road, car, road]"),
-        ["data/classes.yaml: class 'road' stands twice"], [*SCORERS, f"{PLAN} classes=data/classes.yaml"]),
+        ["data/classes.yaml: class 'road' occurs twice"], [*SCORERS, f"{PLAN} classes=data/classes.yaml"]),
     "template without a slot": (write("t.txt", "a photo of a {}.\na photo of a road.\n"),
         ["t.txt: template 1 'a photo of a road.' needs exactly one slot {}"], [
         f"{RUN} templates=t.txt", f"{PLAN} templates=t.txt"]),

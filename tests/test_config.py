@@ -76,7 +76,7 @@ def test_base_is_merged_one_level_deep(tmp_path):
         ("steps: many", "steps: expected a whole number, got 'many'"),
         ("steps: true", "steps: expected a whole number"),
         ("steps: 1\ninner: {kind: adam}", "'adam' is none of the choices; did you mean 'adamw'"),
-        ("steps: 1\nsteps: 2", "line 2: not valid YAML: key 'steps' stands twice"),
+        ("steps: 1\nsteps: 2", "line 2: not valid YAML: key 'steps' occurs twice"),
         ("steps: [1", "not valid YAML"),
         ("- 1\n- 2", "holds a list"),
         ("steps: 1\npair: [1]", "expected a list of 2 values"),

@@ -55,6 +55,6 @@ def test_a_missing_text_is_named(tmp_path) -> None:
 def test_two_unicode_forms_of_a_class_name_are_one(tmp_path) -> None:
     one, two = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     assert ClassList([one]).names == ClassList([two]).names and ClassList([one]).index(two) == 0
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match="occurs twice"):
         ClassList([one, two])
     assert ClassMap(ClassList([one]), ClassList(["bar"]), {two: "bar"}).table[0] == 0

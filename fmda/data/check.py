@@ -69,7 +69,7 @@ class DataReport:
         """One line: fit for a run, fit as unlabelled images alone, or not fit."""
         if self.faults:
             return f"not fit for a run: {len(self.faults)} faults"
-        return "fit for a run" if self.labelled else "fit only as unlabelled images: no label was found"
+        return "fit for a run" if self.labelled else "fit only as unlabelled images: no label found"
 
     def table(self) -> str:
         """Returns the classes with their pixels and shares, as aligned text."""

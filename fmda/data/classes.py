@@ -318,7 +318,7 @@ def _check_names(names: tuple[str, ...], where: str) -> None:
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{where}: class {label} has no name ({name!r}); put it in quotes if it is a word")
         if name in first:
-            raise UserError(f"{where}: class '{name}' stands twice (labels {first[name]} and {label}); rename one")
+            raise UserError(f"{where}: class '{name}' occurs twice (labels {first[name]} and {label}); rename one")
         first[name] = label
     if len(names) > MOST_CLASSES:
         raise UserError(f"{where}: {len(names)} classes; 8-bit labels hold {MOST_CLASSES} at most")

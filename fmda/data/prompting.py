@@ -44,7 +44,7 @@ def check_templates(lines: tuple[str, ...], where: str = "templates") -> None:
             )
         if composed(template) in first:
             earlier = first[composed(template)]
-            raise UserError(f"{where}: template {i} '{template}' stands twice (also {earlier}); remove one")
+            raise UserError(f"{where}: template {i} '{template}' occurs twice (also {earlier}); remove one")
         first[composed(template)] = i
 
 

@@ -81,7 +81,7 @@ class ResizeKeepRatio:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Cuts a window of (height, width) at a uniform place; smaller pictures are padded first (0, labels 255).
+    """Cuts a window of (height, width) at a uniform place; smaller images are padded first (0, labels 255).
 
     With `max_class_ratio` below 1 the place is drawn again, up to `tries` times, until at least two classes occur and
     none covers more than that share of the labelled pixels (0.75 in DACS and DAFormer); the last draw is kept.

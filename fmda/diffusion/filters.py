@@ -6,7 +6,7 @@ otherwise are never mixed) and `judge`. There are three kinds:
 * `PromptFilter` sees all prompts before anything is drawn; a refused prompt leaves the cycle,
 * `ImageFilter` judges each image by itself,
 * `ComparingFilter` judges an image by the kept images of lower index alone, so that the outcome depends neither on
-  batches nor on processes, and the first images of a set are the same however many follow. It is asked last.
+  batches nor on processes, and the first images of a set are the same however many follow. It runs last.
 
 Networks are injected: a filter gets a function, and `model` names what is behind it. Scores are rounded to four
 decimals before they meet the threshold, so that what is logged explains the decision; a score that is no number is
@@ -89,7 +89,7 @@ class ConstantImage(_Declared):
     """Refuses black and near-constant images: those whose levels spread too little in every channel.
 
     The score is the standard deviation over the pixels, in levels of 0..255, of the channel where it is largest.
-    `generate` always asks this filter, with these values unless it is given one with others.
+    `generate` always applies this filter, with these values unless it is given one with others.
     """
 
     least: float = 2.0

@@ -45,7 +45,7 @@ class Picture:
     Attributes:
         index: position in the set, from 0.
         file: path in the folder.
-        prompt, class_index, class_name: what was asked for.
+        prompt, class_index, class_name: the request.
         prompt_index: position among all prompts, from 0.
         seed: a function of the seed of the set, `index` and `attempt`.
         attempt: number of images of this index that were refused before.
@@ -123,7 +123,7 @@ class Ledger:
     """The images and refusals of a folder so far, in memory and on disk; each process writes one journal.
 
     Attributes:
-        pictures: the current image of each index: its file is whole, and no filter refused it.
+        images: the current image of each index: its file is whole, and no filter refused it.
         merged: images of `manifest.jsonl`, which passed every filter.
         refused: refusals of each index, by attempt.
     """

@@ -1,6 +1,6 @@
-"""From noise to a picture: DDIM, PLMS, Euler and DPM-Solver++ (2M) as one scan over a table of numbers.
+"""From noise to an image: DDIM, PLMS, Euler and DPM-Solver++ (2M) as one scan over a table of numbers.
 
-Every sampler here is a linear multistep method. With the noisy picture x and the network's prediction p, a step
+Every sampler here is a linear multistep method. With the noisy image x and the network's prediction p, a step
 remembers one quantity, r = a x + b p, and goes to x' = c x + d p + sum of weights x (r, and those of the steps
 before). The numbers depend on the schedule alone, so they are worked out beforehand, on the host, in float64.
 """
@@ -130,27 +130,27 @@ def make_table(config: ScheduleConfig, sampler: str, steps: int) -> Table:
     if not all(np.isfinite(column).all() for column in table):
         raise UserError(
             f"{sampler}: '{config.prediction}' prediction tells nothing at timestep {times[0]:g}, where the schedule "
-            "leaves nothing of the picture; take euler or dpm++2m, or 'leading' spacing"
+            "leaves nothing of the image; take euler or dpm++2m, or 'leading' spacing"
         )
     return table
 
 
 class _Level(NamedTuple):
-    """Noise levels: amplitudes of the picture and of the noise."""
+    """Noise levels: amplitudes of the image and of the noise."""
 
     picture: np.ndarray
     rest: np.ndarray
 
 
 def _at(config: ScheduleConfig, times: np.ndarray, to_one: bool = False) -> _Level:
-    """Returns the levels of timesteps; below 0 lies the picture itself (`to_one`), or the level of timestep 0."""
+    """Returns the levels of timesteps; below 0 lies the image itself (`to_one`), or the level of timestep 0."""
     left = alphas_cumprod(config).astype(np.float64)
     left = np.where(times < 0, 1.0 if to_one else left[0], left[np.maximum(times, 0)])
     return _Level(np.sqrt(left), np.sqrt(1 - left))
 
 
 def _transfer(config: ScheduleConfig, source: _Level, target: _Level) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (c, d): c x + d p mixes the estimates of picture and noise, made at one level, as at another."""
+    """Returns (c, d): c x + d p mixes the estimates of image and noise, made at one level, as at another."""
     (i, j), (k, m) = estimates(config.prediction, *source)
     return target.picture * i + target.rest * k, target.picture * j + target.rest * m
 
@@ -193,7 +193,7 @@ def _plms(config: ScheduleConfig, times: np.ndarray, stride: int) -> Table:
 
 
 def _sigmas(config: ScheduleConfig, times: np.ndarray) -> np.ndarray:
-    """Returns noise over picture at the timesteps, interpolated between whole ones, and at the end; [n + 1]."""
+    """Returns noise over image at the timesteps, interpolated between whole ones, and at the end; [n + 1]."""
     left = alphas_cumprod(config).astype(np.float64)
     if config.zero_terminal_snr:
         left[-1] = 2.0**-24  # as in diffusers: a sigma of 4096 where it would be infinite
@@ -224,7 +224,7 @@ def _dpm(config: ScheduleConfig, times: np.ndarray, stride: int) -> Table:
     levels = _Level(picture, sigmas * picture)
     clean, _ = estimates(config.prediction, levels.picture[:-1], levels.rest[:-1])
     towards = picture[1:] * (1 - sigmas[1:] / sigmas[:-1])
-    size = np.log(sigmas[:-1]) - np.log(sigmas[1:])  # steps of the logarithm of picture over noise
+    size = np.log(sigmas[:-1]) - np.log(sigmas[1:])  # steps of the logarithm of image over noise
     ahead = np.zeros(n)
     ahead[1:] = size[1:] / size[:-1] / 2
     if n < 15 or sigmas[-1] == 0 or config.euler_at_final:

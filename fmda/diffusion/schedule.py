@@ -1,8 +1,8 @@
-"""The noise schedule of a diffusion model: how much of a picture is left at each timestep, and what is predicted.
+"""The noise schedule of a diffusion model: how much of an image is left at each timestep, and what is predicted.
 
-Everything follows from alpha-bar, the share of the picture's variance that is left at timestep t:
+Everything follows from alpha-bar, the share of the image's variance that is left at timestep t:
 noisy = sqrt(alpha-bar) clean + sqrt(1 - alpha-bar) noise. A network predicts the noise ("epsilon"), the velocity
-("v_prediction", Salimans & Ho 2022) or the clean picture ("sample").
+("v_prediction", Salimans & Ho 2022) or the clean image ("sample").
 """
 
 import functools
@@ -86,13 +86,13 @@ class ScheduleConfig:
         beta_start, beta_end: first and last share of variance that one step replaces by noise, in (0, 1).
         beta_schedule: "linear" between them, "scaled_linear" (linear in the root), or "squaredcos_cap_v2", which
             needs neither (Nichol & Dhariwal 2021).
-        prediction: what the network predicts: "epsilon", "v_prediction" or "sample" (the clean picture).
+        prediction: what the network predicts: "epsilon", "v_prediction" or "sample" (the clean image).
         steps_offset: added to the timesteps of "leading" spacing.
         set_alpha_to_one: whether the last step of ddim and plms ends without noise, else with that of timestep 0.
             None: ddim does, plms does not.
         spacing: places of the sampling steps, "leading", "linspace" or "trailing" (Lin et al. 2024, table 2).
             None: "leading" for ddim and plms, "linspace" for euler and dpm++2m.
-        zero_terminal_snr: whether the schedule is stretched so that nothing of the picture is left at the last
+        zero_terminal_snr: whether the schedule is stretched so that nothing of the image is left at the last
             timestep (Lin et al. 2024, algorithm 1).
         final_sigma: whether euler and dpm++2m end without noise, "zero", or with that of timestep 0, "sigma_min".
         euler_at_final: whether the last step of dpm++2m is of first order whatever it ends with.
@@ -251,7 +251,7 @@ def _ramp(first: float, last: float, n: int) -> Float[np.ndarray, " t"]:
 def _shares(
     config: ScheduleConfig, timesteps: Int[Array, " b"], like: Float[Array, "b ..."]
 ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
-    """Returns the amplitudes (of the picture, of the noise) per example, float32, shaped to multiply `like`."""
+    """Returns the amplitudes (of the image, of the noise) per example, float32, shaped to multiply `like`."""
     left = jnp.asarray(alphas_cumprod(config))[timesteps].reshape(-1, *[1] * (like.ndim - 1))
     return jnp.sqrt(left), jnp.sqrt(1 - left)
 
@@ -259,7 +259,7 @@ def _shares(
 def add_noise(
     config: ScheduleConfig, clean: Float[Array, "b ..."], noise: Float[Array, "b ..."], timesteps: Int[Array, " b"]
 ) -> Float[Array, "b ..."]:
-    """Returns the noisy picture of each timestep in [0, train_steps), float32 (Ho et al. 2020, eq. 4).
+    """Returns the noisy image of each timestep in [0, train_steps), float32 (Ho et al. 2020, eq. 4).
 
     `noise` is standard normal, of the shape of `clean`.
     """
@@ -278,7 +278,7 @@ def velocity(
 def training_target(
     config: ScheduleConfig, clean: Float[Array, "b ..."], noise: Float[Array, "b ..."], timesteps: Int[Array, " b"]
 ) -> Float[Array, "b ..."]:
-    """Returns what the network should predict from the noisy picture, by `config.prediction`."""
+    """Returns what the network should predict from the noisy image, by `config.prediction`."""
     if config.prediction == "epsilon":
         return noise
     return velocity(config, clean, noise, timesteps) if config.prediction == "v_prediction" else clean

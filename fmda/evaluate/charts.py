@@ -53,7 +53,7 @@ def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], title:
 def heat_map(confusion: Int[np.ndarray, "K C"], names: Sequence[str]) -> str:
     """Returns an inline SVG of a confusion matrix, each row as shares of the truth's pixels.
 
-    A pointer held over a cell shows its numbers. Above 40 classes only the classes with the most pixels are drawn.
+    Hovering over a cell shows its numbers. Above 40 classes only the classes with the most pixels are drawn.
     """
     order = list(range(len(names)))
     if len(names) > HEAT_CLASSES:
@@ -70,7 +70,7 @@ def heat_map(confusion: Int[np.ndarray, "K C"], names: Sequence[str]) -> str:
         parts.append(f'<text transform="translate({x:.0f},{top - 5:.0f}) rotate(-50)">{escape(names[truth])}</text>')
         for column, guess in enumerate(order):
             value = float(share[truth, guess])
-            label = f"{names[truth]} seen as {names[guess]}: {100 * value:.1f} %"
+            label = f"{names[truth]} predicted as {names[guess]}: {100 * value:.1f} %"
             parts.append(
                 f'<rect x="{left + column * cell:.0f}" y="{y:.0f}" width="{cell - 1}" height="{cell - 1}" '
                 f'fill="{_heat(value, truth == guess)}"><title>{escape(label)}</title></rect>'

@@ -1,7 +1,7 @@
 """Confusion matrices as mergeable sums, and the scores read off them.
 
 A matrix counts pixels: row = truth, column = prediction. Matrices of images, batches, processes and runs are added;
-scores are computed once, from the sum. A mean of per-image scores is a different number and is never used for a set.
+scores are computed once, from the sum. A mean of per-image scores is a different number and is never used.
 """
 
 from collections.abc import Sequence
@@ -164,7 +164,7 @@ class Scores:
 
     @property
     def class_accuracy(self) -> Float[np.ndarray, " K"]:
-        """Share of each class's labelled pixels that were found (recall), 0..1; nan for an unlabelled class."""
+        """Recall: correctly predicted share of each class's labelled pixels, 0..1; nan for an unlabelled class."""
         return _ratio(np.diagonal(self.confusion), self.pixels)
 
     @property

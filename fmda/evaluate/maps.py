@@ -37,14 +37,14 @@ class Common:
 
 
 def common_list(predicted: ClassList, labelled: ClassList, maps: Maps | Sequence[Maps] = None) -> Common:
-    """Returns how predictions and labels meet in one class list.
+    """Returns the maps that bring predictions and labels to one class list.
 
     Each map goes to the side whose list it starts from: a map from the model's list merges predictions, one from the
-    data set's list merges labels, and one from a list that both share merges both. Maps are many to one.
+    dataset's list merges labels, and one from a list that both share merges both. Maps are many to one.
 
     Args:
         predicted: the model's classes.
-        labelled: the data set's classes.
+        labelled: the dataset's classes.
         maps: one map, several in order of use, or None when the lists are equal; a map may be given by its known name
             or YAML file.
 
@@ -62,7 +62,7 @@ def common_list(predicted: ClassList, labelled: ClassList, maps: Maps | Sequence
         if not fits_ours and not fits_theirs:
             raise UserError(
                 f"class map {_name(entry)}: starts from {_brief(step.source)}, which is neither the model's list "
-                f"({_brief(ours)}) nor the data set's ({_brief(theirs)}); choose another map"
+                f"({_brief(ours)}) nor the dataset's ({_brief(theirs)}); choose another map"
             )
         if fits_ours:
             on_predictions.append(step)

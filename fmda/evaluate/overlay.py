@@ -1,4 +1,4 @@
-"""Label maps made visible: colours, overlays, legends and comparison rows. Plain uint8 arrays in and out."""
+"""Visualisation of label maps: colours, overlays, legends and comparison rows. Plain uint8 arrays in and out."""
 
 from collections.abc import Sequence
 
@@ -144,7 +144,7 @@ def stack(rows: Sequence[UInt8[np.ndarray, "h w 3"]], gap: int = 6) -> UInt8[np.
 
 
 def shrink(image: UInt8[np.ndarray, "H W 3"], width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the picture at most `width` pixels wide, ratio kept, averaged over areas."""
+    """Returns the image at most `width` pixels wide, ratio kept, averaged over areas."""
     if image.shape[1] <= width:
         return image
     height = max(1, round(image.shape[0] * width / image.shape[1]))

@@ -1,4 +1,4 @@
-"""Quality of generated image sets without labels: how near to a target, and how diverse.
+"""Quality of generated image sets without labels: distance to a target, and diversity.
 
 All measures read features, one row an image, of any encoder, and are computed on the host in float64: the kernel
 values of `cmmd` lie so close to 1 that float32 would leave it four digits. No measure holds more than a block of rows
@@ -33,7 +33,7 @@ def cmmd(
     equal sizes, or ask for the unbiased form, which averages over different rows and may fall below 0.
 
     With a sigma this wide the kernel is nearly linear and the value close to scale / sigma^2 times the squared
-    distance between the mean embeddings: it tells a shift of the whole set, and hardly any loss of diversity.
+    distance between the mean embeddings: it detects a shift of the whole set, but hardly any loss of diversity.
     Source: Jayasumana et al. 2024 ("Rethinking FID"), eq. 4, with its constants; Gretton et al. 2012, eq. 3 and 5.
     """
     a, b = _pair(a, b, least=2 if unbiased else 1)
@@ -94,7 +94,7 @@ def alignment(generated: Float[np.ndarray, "n d"], target_crops: Float[np.ndarra
 
 
 class Spread(NamedTuple):
-    """A measure of a sample and how far chance carries it.
+    """A measure of a sample and its sampling error.
 
     Attributes:
         value: of the whole sample.

@@ -1,4 +1,4 @@
-"""What a run folder holds, read for the report; everything in it may be missing."""
+"""Reads the contents of a run folder for the report; any part may be missing."""
 
 import hashlib
 import json

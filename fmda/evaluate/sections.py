@@ -1,4 +1,4 @@
-"""Tables and pictures that a method adds to the report of its run, through `sections.json` in a folder of the run."""
+"""Tables and images that a method adds to the report of its run, through `sections.json` in a folder of the run."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What came out of runs, in a few lines: scores beside what they are compared with, chosen values, files."""
+"""Summary of runs in a few lines: scores beside their references, chosen values, files."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Losses by which a network teaches itself: a student's view of a picture should be told like a teacher's of another.
+"""Self-distillation losses: the student's prediction for one view should match the teacher's for another view.
 
 "Told" means a distribution over K prototypes. Teacher and student may differ in the view, in what is masked and in
 temperature; the teacher is an average of students. Sources: Caron et al. 2021 (DINO), Zhou et al. 2022 (iBOT), and
@@ -32,7 +32,7 @@ def updated_centre(centre: Float[Array, " k"], logits: Float[Array, "... k"], mo
 
 
 def view_loss(targets: Float[Array, "b t k"], logits: Float[Array, "b s k"], temperature: float) -> Float[Array, ""]:
-    """Returns the cross-entropy (nats) of the student's views against the teacher's views of the same picture.
+    """Returns the cross-entropy (nats) of the student's views against the teacher's views of the same image.
 
     Args:
         targets: the teacher's distributions for t views.
@@ -41,10 +41,10 @@ def view_loss(targets: Float[Array, "b t k"], logits: Float[Array, "b s k"], tem
         temperature: of the student's softmax.
 
     Returns:
-        The mean over pictures and pairs of different views (DINO, eq. 3).
+        The mean over images and pairs of different views (DINO, eq. 3).
     """
-    told = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
-    pairs = -jnp.einsum("btk,bsk->ts", targets, told) / len(targets)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+    pairs = -jnp.einsum("btk,bsk->ts", targets, log_probs) / len(targets)
     other = 1.0 - jnp.eye(pairs.shape[0], pairs.shape[1])
     return (pairs * other).sum() / other.sum()
 
@@ -57,8 +57,8 @@ def masked_patch_loss(
     The mean over the masked patches of a view, then over the views in which anything is masked; 0 where nothing is.
     Every view weighs the same, however much of it is hidden (iBOT, eq. 2).
     """
-    told = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
-    each = -(targets * told).sum(-1)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+    each = -(targets * log_probs).sum(-1)
     count = masked.sum(-1)
     view = (each * masked).sum(-1) / jnp.maximum(count, 1)
     return view.sum() / jnp.maximum((count > 0).sum(), 1)
@@ -80,7 +80,7 @@ def koleo_loss(x: Float[Array, "b d"], eps: float = 1e-8) -> Float[Array, ""]:
 def perplexity(distribution: Float[Array, "... k"]) -> Float[Array, ""]:
     """Returns how many prototypes are in use: exp of the entropy of the mean distribution, between 1 and k.
 
-    1 means that everything is told alike, one of the two ways in which self-distillation can collapse.
+    1 means equal predictions for everything, one of the two ways in which self-distillation can collapse.
     """
     mean = distribution.reshape(-1, distribution.shape[-1]).mean(0)
     return jnp.exp(jax.scipy.special.entr(mean).sum())

@@ -1,4 +1,4 @@
-"""Rendered data sets: the street world written to folders that the readers, the trainers and people can use."""
+"""Rendered datasets: the street world written to folders that the readers, the trainers and people can use."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +32,10 @@ class RenderConfig:
     """What to draw.
 
     Attributes:
-        domains: pictures per domain, by domain name.
-        height, width: of the pictures, pixels.
-        seed: picture i of a domain follows from (seed, domain, i) alone.
-        batch: pictures per call of the renderer.
+        domains: images per domain, by domain name.
+        height, width: of the images, pixels.
+        seed: image i of a domain follows from (seed, domain, i) alone.
+        batch: images per call of the renderer.
         supersample: rays per pixel along each side; 2 smooths edges at four times the cost.
     """
 
@@ -51,7 +51,7 @@ class RenderConfig:
             if name not in DOMAINS:
                 raise UserError(f"domains: '{name}' is no domain of the street world{did_you_mean(name, DOMAINS)}")
         if not self.domains:
-            raise UserError("domains: none named; give pictures per domain, such as {photo: 100}")
+            raise UserError("domains: none named; give images per domain, such as {photo: 100}")
 
 
 Config = RenderConfig
@@ -61,8 +61,8 @@ def write_world(config: RenderConfig, folder: str | Path) -> list[Path]:
     """Writes one data-set folder per domain and a contact sheet of them; returns the folders.
 
     Each holds images/, labels/ (uint8 train ids, 255 void), instances/ (uint16), captions.jsonl, identity.json
-    and classes.yaml. Pictures that exist are kept, so a broken-off call continues; more pictures of the same
-    configuration are added to those there. Raises UserError when the folder holds pictures of another configuration.
+    and classes.yaml. Images that exist are kept, so a broken-off call continues; more images of the same
+    configuration are added to those there. Raises UserError when the folder holds images of another configuration.
     """
     folder = Path(folder)
     roots = [folder / name for name in config.domains]
@@ -92,13 +92,13 @@ def stages(config: RenderConfig) -> list[Stage]:
 def plan(config: RenderConfig) -> Plan:
     """Returns what would be drawn."""
     notes = tuple(
-        f"{name}: {count} pictures of {config.height} x {config.width}" for name, count in config.domains.items()
+        f"{name}: {count} images of {config.height} x {config.width}" for name, count in config.domains.items()
     )
-    return Plan(stages=(("render", "draw data sets of the street world"),), notes=notes)
+    return Plan(stages=(("render", "draw datasets of the street world"),), notes=notes)
 
 
 def picture_keys(seed: int, domain: str, indices: list[int]) -> Any:
-    """Returns the random keys of pictures: the seed, folded with domain and index."""
+    """Returns the random keys of images: the seed, folded with domain and index."""
     import jax
 
     root = jax.random.fold_in(jax.random.key(seed), DOMAINS.index(domain))
@@ -138,7 +138,7 @@ def _complete(root: Path, name: str) -> bool:
 
 
 def pictures(config: RenderConfig, domain: str, indices: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields name and arrays, facts, caption of each picture; the next batch is drawn while one is handed out."""
+    """Yields name and arrays, facts, caption of each image; the next batch is drawn while one is handed out."""
     from fmda.world.renderer import render_batch
 
     if not indices:
@@ -182,7 +182,7 @@ def pictures(config: RenderConfig, domain: str, indices: Sequence[int]) -> Itera
 
 
 def contact_sheet(roots: list[Path], columns: int = SHEET_COLUMNS) -> np.ndarray:
-    """Returns an overview, RGB uint8: one row of the first pictures per folder, the last one beside its labels."""
+    """Returns an overview, RGB uint8: one row of the first images per folder, the last one beside its labels."""
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(PALETTE)] = PALETTE
     rows = []

@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
 
 
 def signed(pixels: UInt8[Array | np.ndarray, "*b H W 3"]) -> Float[Array, "*b H W 3"]:
-    """Returns pictures as the autoencoder wants them, float32 in [-1, 1]."""
+    """Returns images as the autoencoder wants them, float32 in [-1, 1]."""
     return jnp.asarray(pixels).astype(jnp.float32) / 127.5 - 1.0
 
 

@@ -21,7 +21,7 @@ def attention(
     """Returns softmax(scale * q k^T + bias) v per head, in the dtype of `query`.
 
     `mask` is true where attention is allowed; `scale` defaults to d ** -0.5. The softmax is taken in float32.
-    The XLA form is asked for by name: it serves every device, dtype and head size (cuDNN's fused kernel takes neither
+    The XLA form is requested by name: it serves every device, dtype and head size (cuDNN's fused kernel takes neither
     float32 nor head sizes above 256, on GPUs before Hopper above 128), and its FLOPs are counted, which a fused
     kernel's are not.
     Source: Vaswani et al. 2017, eq. 1.
@@ -93,7 +93,7 @@ def fused_attention(
 
     Raises an exception of jax's, here or while compiling, on devices and shapes that cuDNN does not serve. Batches and
     heads may be split over devices, places and channels of a head may not. Its gradients can differ in the last bits
-    from run to run unless XLA is asked for determinism (XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+    from run to run unless XLA is set to deterministic operations (XLA_FLAGS=--xla_gpu_deterministic_ops=true).
     Source: Dao 2023.
     """
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")

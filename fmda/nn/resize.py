@@ -69,7 +69,7 @@ def apply_matrices(
 ) -> Float[Array, "b h2 w2 c"]:
     """Returns x with `rows` applied to its height and `columns` to its width, in x's dtype.
 
-    Full precision is asked for because accelerators would otherwise round the weights to 8 or 10 bits.
+    Full precision is requested because accelerators would otherwise round the weights to 8 or 10 bits.
     """
     y = x.astype(jnp.float32)
     y = jnp.einsum("Hh,bhwc->bHwc", rows, y, precision=lax.Precision.HIGHEST)

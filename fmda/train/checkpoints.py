@@ -294,7 +294,7 @@ def starting_state(
     where = trees.unflatten({path: leaves[path].sharding for path in trees.flatten(weights)})
     fill = jax.jit(_with_weights, out_shardings=shardings, donate_argnums=0)
     state = fill(state, distribute(weights, where))
-    return state, {}, f"starting from given weights ({trees.count(weights):,} of {trees.count(state.params):,})"
+    return state, {}, f"starting from configured weights ({trees.count(weights):,} of {trees.count(state.params):,})"
 
 
 def _with_weights(state: TrainState, weights: Tree) -> TrainState:

@@ -157,7 +157,7 @@ def _download(name: str, revision: str | None, layout: Layout) -> Path:
         except UserError:
             raise
         except GatedRepoError:
-            raise UserError(f"{at}: access must be asked for on the hub; do so, then run 'hf auth login'") from None
+            raise UserError(f"{at}: the model is gated; request access on the hub, then run 'hf auth login'") from None
         except RepositoryNotFoundError:
             raise UserError(f"{at}: no such folder, and no such repository on the hub; check the name") from None
         except RevisionNotFoundError:

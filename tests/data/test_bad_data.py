@@ -166,7 +166,7 @@ def test_missing_class_list(street: Path) -> None:
 
 def test_class_list_with_a_duplicate(street: Path) -> None:
     (street / "classes.yaml").write_text("classes: [road, car, road]")
-    with pytest.raises(UserError, match="class 'road' stands twice"):
+    with pytest.raises(UserError, match="class 'road' occurs twice"):
         open_dataset("folder", street)
 
 

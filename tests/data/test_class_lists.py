@@ -116,7 +116,7 @@ def test_users_list_with_colours_prompts_and_void(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("classes: [road, car, road]", "class 'road' stands twice"),
+        ("classes: [road, car, road]", "class 'road' occurs twice"),
         ("classes: [road, 7]", "class 1 has no name"),
         ("classes: []", "needs `classes:`"),
         ("clases: [road]", "unknown key 'clases'; did you mean 'classes'"),

@@ -31,8 +31,8 @@ def test_users_templates_from_a_text_file(tmp_path) -> None:
         ("a {:>9}", "exactly one slot"),
         ("a {{}}", "exactly one slot"),
         ("a {} and {", "exactly one slot"),
-        ("a caf\u00e9 {}\na cafe\u0301 {}", "stands twice"),
-        ("a {}\na {}", "stands twice"),
+        ("a caf\u00e9 {}\na cafe\u0301 {}", "occurs twice"),
+        ("a {}\na {}", "occurs twice"),
         ("\n", "holds no template"),
     ],
 )

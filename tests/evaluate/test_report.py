@@ -129,7 +129,7 @@ def test_numbers_as_text():
 
 def test_heat_map_rows_are_shares_of_the_truth():
     svg = heat_map(np.array([[3, 1, 0], [0, 0, 0]]), ("road", "sky & more"))
-    assert "road seen as sky &amp; more: 25.0 %" in svg
+    assert "road predicted as sky &amp; more: 25.0 %" in svg
     assert svg.count("<rect") == 4
     assert heat_map(np.eye(60, dtype=int), [str(k) for k in range(60)]).count("<rect") == 1600
 

@@ -127,7 +127,7 @@ def test_a_run_ends_in_a_checkpoint_that_loads_and_resumes_to_the_same_bytes(tmp
 def test_faults_are_one_line(tmp_path):
     with pytest.raises(UserError, match="captions.jsonl: not found"):
         Scenes([tmp_path])
-    with pytest.raises(UserError, match="is trained on too"):
+    with pytest.raises(UserError, match="is also in data"):
         stages(small(tmp_path, held=(str(tmp_path),)))
     with pytest.raises(UserError, match="no multiple of crops"):
         stages(small(tmp_path, batch=15))

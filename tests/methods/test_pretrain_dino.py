@@ -294,7 +294,7 @@ def test_things_by_hand(tmp_path):
 
 
 def test_faults_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no pictures there"):
+    with pytest.raises(UserError, match="nowhere: no images there"):
         run_stages(stages(small(tmp_path / "nowhere")), tmp_path / "work", {}, lambda _: None)
     with pytest.raises(UserError, match="local_size: 12 is no multiple"):
         small(tmp_path, views=ViewConfig(size=16, local_size=12))

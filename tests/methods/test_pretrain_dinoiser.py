@@ -229,6 +229,6 @@ def test_faults_are_one_line(place, tmp_path):
 
     assert "no such folder" in fault(teacher=str(tmp_path / "gone"))
     assert "no such folder" in fault(clip=str(tmp_path / "gone"))
-    assert "gone: no pictures there" in fault(data=(str(tmp_path / "gone"),))
+    assert "gone: no images there" in fault(data=(str(tmp_path / "gone"),))
     assert "has 2 blocks" in fault(clip=str(small_clip(tmp_path / "shallow", layers=2)))
     assert "size: 8 gives no two patches" in fault(size=8)

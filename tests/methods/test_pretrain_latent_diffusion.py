@@ -175,7 +175,7 @@ def test_a_part_that_is_lost_comes_back_as_it_was(place, networks, tmp_path, mon
     (tmp_path / "bank").mkdir()
     with pytest.raises(UserError, match="size: 15 of a .* is no window .*; choose a multiple of 2"):
         write(size=15)
-    with pytest.raises(UserError, match="windows.size: 34 of a 32x64 picture is no window of whole latents"):
+    with pytest.raises(UserError, match="windows.size: 34 of a 32x64 image is no window of whole latents"):
         write(size=34)
     assert list((tmp_path / "bank").iterdir()) == []
     write()
@@ -373,7 +373,7 @@ def test_values_that_cannot_be_are_named(place, tmp_path):
         ModelConfig((8, 16), 1, (True,), (2, 2), 4)
     with pytest.raises(UserError, match="model: heads and groups must divide the channels"):
         ModelConfig((8,), 1, (True,), (3,), 4)
-    with pytest.raises(UserError, match="scenes is trained on too; hold other folders"):
+    with pytest.raises(UserError, match="scenes is also in data; name other folders"):
         small(place, held=(str(place / "scenes"),))
     shutil.copytree(place / "clip", tmp_path / "clip")
     for path in (tmp_path / "clip").iterdir():

@@ -83,7 +83,7 @@ def test_a_picture_that_the_crop_just_fits_is_taken_whole():
     picture = RNG.integers(0, 255, (16, 16, 3), dtype=np.uint8)
     crop = Crop(16)(picture, np.random.default_rng(1))["pixels"]
     assert np.array_equal(crop, picture) or np.array_equal(crop, picture[:, ::-1])
-    with pytest.raises(UserError, match="crop: 17 pixels, but a picture is 16x16; choose a smaller crop"):
+    with pytest.raises(UserError, match="crop: 17 pixels, but an image is 16x16; choose a smaller crop"):
         Crop(17)(picture, np.random.default_rng(1))
 
 
@@ -211,7 +211,7 @@ def test_the_plan_holds_parameters_and_flops(place):
     [
         ({"crop": 15}, "crop: 15 is no multiple of 2, the pixels of a latent's side"),
         ({"crop": 0}, "crop: 0 is no multiple of 2"),
-        ({"held": ("anywhere/photo",)}, "held: anywhere/photo is trained on too; hold other folders"),
+        ({"held": ("anywhere/photo",)}, "held: anywhere/photo is also in data; name other folders"),
     ],
 )
 def test_values_that_cannot_be_are_named(tmp_path, changes, message):
@@ -220,6 +220,6 @@ def test_values_that_cannot_be_are_named(tmp_path, changes, message):
 
 
 def test_missing_pictures_are_one_line_and_leave_nothing(tmp_path):
-    with pytest.raises(UserError, match="photo: no pictures there"):
+    with pytest.raises(UserError, match="photo: no images there"):
         run_stages(stages(small(tmp_path, held=())), tmp_path / "work", {}, lambda _: None)
     assert not (tmp_path / "work").exists()

@@ -1,6 +1,6 @@
-"""DATUM (Benigmim et al., CVPRW 2023): one-shot domain adaptation with a diffusion model personalised on one picture.
+"""DATUM (Benigmim et al., CVPRW 2023): one-shot domain adaptation with a diffusion model personalised on one image.
 
-Read in the order of the paper's first stage: `settings` (what a run may say), `target` (the picture and its crops),
+Read in the order of the paper's first stage: `settings` (the configuration), `target` (the image and its crops),
 `prepare` (what is checked and encoded before training), `dreambooth` (the loss of a step), `lora` (adapters in place of
 all weights), `snapshots` (the model at chosen steps), `stop` (which of them to take, without labels), `cost` (what it
 takes), `personalise` (the stages of a run).

@@ -98,7 +98,7 @@ def plan(config: Config) -> Plan:
 def _preparation(config: Config) -> str:
     words = [f"{config.image}, crops of {config.crop}"]
     if config.prior is not None and config.prior.images is None:
-        words.append(f"{config.prior.count} class pictures")
+        words.append(f"{config.prior.count} class images")
     if config.bank:
         words.append(f"{config.bank} crops encoded")
     return ", ".join(words)

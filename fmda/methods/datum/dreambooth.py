@@ -40,13 +40,13 @@ class Graphs:
 class NoiseConfig:
     """Which noise latents get, at which times; the defaults are DreamBooth's.
 
-    Plain noise almost never changes the mean of a picture, so a model may read the brightness off the noise that it
+    Plain noise almost never changes the mean of an image, so a model may read the brightness off the noise that it
     starts from: what the words say of night or fog then comes too late. Both values teach the words instead.
 
     Attributes:
         offset: standard deviation of a constant that is added to the noise of each channel (Guttenberg 2023).
         earliest: share of the schedule, from its clean end, whose times are not drawn; the late ones decide the look of
-            the whole picture, the early ones its texture.
+            the whole image, the early ones its texture.
     """
 
     offset: NonNegativeFloat = 0.0
@@ -54,7 +54,7 @@ class NoiseConfig:
 
 
 class Noised(NamedTuple):
-    """What the UNet is asked, and what it should answer.
+    """Inputs and targets of the UNet.
 
     Attributes:
         latents: noisy, at `times` in [0, train_steps).
@@ -98,11 +98,11 @@ def make_objective(
 
     `params` and `frozen` hold the parameters of "unet", "text_encoder" and "vae" by these names. A network that stands
     in both has its weights in `frozen` and adapters, to be multiplied by `lora_scale`, in `params`. `frozen` also holds
-    "ids" [k, T], the captions of the k pictures of a row (the target's crop, then a class picture), or, where the text
+    "ids" [k, T], the captions of the k images of a row (the target's crop, then a class image), or, where the text
     encoder does not train, its states of them, "context" [k, T, width].
 
     `batch` holds "pixels" uint8 [B, k, S, S, 3] or "moments" [B, k, h, w, 2c] (mean and log-variance), and "seed"
-    uint32 [B, k]; state and key are not used. With class pictures the loss is that of the target plus `prior_weight`
+    uint32 [B, k]; state and key are not used. With class images the loss is that of the target plus `prior_weight`
     times theirs, and the metrics hold both as "target_loss" and "prior_loss".
     """
 

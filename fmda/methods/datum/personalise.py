@@ -1,6 +1,6 @@
-"""Personalisation of a latent diffusion model on one picture, as DATUM does it. Kind `personalise` in a configuration.
+"""Personalisation of a latent diffusion model on one image, as DATUM does it. Kind `personalise` in a configuration.
 
-The networks learn that a rare word stands for the target: DreamBooth on random crops of one picture, with one caption
+The networks learn that a rare word stands for the target: DreamBooth on random crops of one image, with one caption
 (Benigmim et al. 2023, 3.2; Ruiz et al. 2023).
 """
 
@@ -40,12 +40,12 @@ __all__ = ["Config", "check", "export_steps", "personalisation", "plan", "prepar
 def stages(config: Config) -> list[Stage]:
     """Returns prepare, train, probe and choose where probes are asked for, and export.
 
-    prepare: `target.png` (the picture as it is cropped), `crops.png`, and, if asked for, class pictures and encoded
+    prepare: `target.png` (the image as it is cropped), `crops.png`, and, if configured, class images and encoded
     crops. train: `snapshots/`, which `snapshot_model` opens. probe: images of each step. choose: `choice.json` and what
     the report shows. export: folders in diffusers' layout, `chosen` or named by the step.
     """
     chain = [
-        # always: it is cheap when done, and tells a folder of another picture
+        # always: it is cheap when done, and refuses a folder of another image
         Stage("prepare", lambda folder, done: prepare(config, folder), config, always=True),
         Stage("train", lambda folder, done: train(config, folder, done["prepare"]), config, ("prepare",)),
     ]
@@ -63,7 +63,7 @@ def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
     """Trains from the untouched model, or resumes at the last checkpoint in the folder. Returns plain values.
 
     The state is sharded by `FSDP_RULES` over the mesh, and so are the frozen networks. Raises UserError as
-    `fmda.train.run_task`, and where the folder's run began with another picture or other weights.
+    `fmda.train.run_task`, and where the folder's run began with another image or other weights.
     """
     model = untouched(config)
     check_memory(config, model.networks)

@@ -1,4 +1,4 @@
-"""What a personalisation reads: the checked target, class pictures, encoded crops; and the rows of its batches."""
+"""What a personalisation reads: the checked target, class images, encoded crops; and the rows of its batches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,7 +125,7 @@ def _draw_class_pictures(config: Config, folder: Path) -> None:
 
 
 def _fill_bank(config: Config, folder: Path) -> None:
-    """Writes `bank.npz`: moments float32 [n, h, w, 2c] of crops of the target and, with a prior, of class pictures."""
+    """Writes `bank.npz`: moments float32 [n, h, w, 2c] of crops of the target and, with a prior, of class images."""
     path = folder / "bank.npz"
     if path.is_file():
         return
@@ -162,7 +162,7 @@ def _remedy(config: Config) -> str:
 
 
 def examples(config: Config, prepared: Path) -> tuple[Sequence[Any], Transform]:
-    """Returns (source, transform) of the loader: crops of the target and of class pictures, or their moments."""
+    """Returns (source, transform) of the loader: crops of the target and of class images, or their moments."""
     if config.bank:
         with np.load(prepared / "bank.npz") as file:
             columns = tuple(file[name] for name in ("target", "class") if name in file.files)

@@ -50,14 +50,14 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Prior preservation (Ruiz et al. 2023, eq. 2): the model keeps drawing pictures of the class as it did before.
+    """Prior preservation (Ruiz et al. 2023, eq. 2): the model keeps drawing images of the class as it did before.
 
     Attributes:
-        weight: of the loss on class pictures.
-        prompt: of the class pictures, without the token.
-        images: folder of class pictures; None: the untouched model draws them before training.
-        count: class pictures to draw.
-        batch: class pictures drawn at once.
+        weight: of the loss on class images.
+        prompt: of the class images, without the token.
+        images: folder of class images; None: the untouched model draws them before training.
+        count: class images to draw.
+        batch: class images drawn at once.
         sampler: how they are drawn.
     """
 
@@ -71,10 +71,10 @@ class PriorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainerConfig):
-    """One target picture, one latent diffusion model, and how the one is learned by the other.
+    """One target image, one latent diffusion model, and how the one is learned by the other.
 
     Attributes:
-        image: the target picture.
+        image: the target image.
         model, revision: the diffusion model: a folder in diffusers' layout, a model of the package, or a hub id.
         token: the rare word that comes to stand for the target.
         prompt: the caption of every crop; holds the token.
@@ -82,7 +82,7 @@ class Config(TrainerConfig):
         lora: the adapters, where they are what is trained.
         prior: prior preservation; None for none.
         noise: what is added to the latents, and when.
-        resize: what the picture's shorter side is brought to, pixels; None leaves the picture as it is.
+        resize: what the image's shorter side is brought to, pixels; None leaves the image as it is.
         crop: side of the crops, pixels.
         bank: crops that are drawn and encoded once, before training; 0 draws and encodes new ones at each step.
         accumulate: parts that a batch is taken in.
@@ -139,7 +139,7 @@ class Config(TrainerConfig):
         steps = self.snapshot_steps
         if not steps or list(steps) != sorted(set(steps)) or not all(1 <= step <= self.steps for step in steps):
             raise UserError(
-                f"snapshots: {list(steps)} must name steps, rising from 1 or later to {self.steps} at most; mend them"
+                f"snapshots: {list(steps)} must name steps, rising from 1 or later to {self.steps} at most; fix them"
             )
         for step in self.export or ():
             if step not in (0, *steps):
@@ -165,5 +165,5 @@ class Config(TrainerConfig):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The caption of the target's crops and, with prior preservation, that of class pictures."""
+        """The caption of the target's crops and, with prior preservation, that of class images."""
         return (self.prompt,) if self.prior is None else (self.prompt, self.prior.prompt)

@@ -1,7 +1,7 @@
 """When to stop a personalisation: probe images of every snapshot, label-free curves, and the step they speak for.
 
-The published 200 steps were found with labels of the target. Here each snapshot draws the same prompts with the same
-seeds; how near the images come to crops of the one target picture, how diverse they stay, and how many of the prompted
+The published 200 steps were tuned with labels of the target. Here each snapshot draws the same prompts with the same
+seeds; how near the images come to crops of the one target image, how diverse they stay, and how many of the prompted
 classes a CLIP still finds in them, decide (`fmda.evaluate.stopping.choose_step`).
 """
 
@@ -89,9 +89,9 @@ def read_images(manifest: Manifest) -> np.ndarray:
 
 
 def target_crops(picture: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
-    """Returns `count` random crops uint8 [count, size, size, 3] of a picture [H, W, 3], at its own scale.
+    """Returns `count` random crops uint8 [count, size, size, 3] of an image [H, W, 3], at its own scale.
 
-    Raises ValueError for a picture smaller than a crop.
+    Raises ValueError for an image smaller than a crop.
     """
     rng = np.random.default_rng((seed, 6))
     return np.stack([random_crop(picture, size, rng) for _ in range(count)])
@@ -106,9 +106,9 @@ class Curves:
         alignment: mean cosine distance of a step's images to all crops of the target, 0..2.
         nearest: the same to the nearest crop of each image; near 0 where crops are repeated.
         diversity: mean cosine distance of pairs of a step's images, 0..2.
-        coverage: share of images in which the class that was asked for is found, mean over the classes, 0..1.
+        coverage: share of images in which the prompted class is detected, mean over the classes, 0..1.
         alignment_error, diversity_error, coverage_error: standard errors.
-        repeated: `diversity` of the target's crops: what is left of it when the one picture is repeated.
+        repeated: `diversity` of the target's crops: what is left of it when the one image is repeated.
     """
 
     steps: tuple[int, ...]
@@ -145,10 +145,10 @@ def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.nd
 
 
 def found_classes(clip: Loaded, images: np.ndarray, asked: Sequence[str | None]) -> tuple[float, float]:
-    """Returns the share of images in which the class that was asked for is found, and its standard error.
+    """Returns the share of images in which the prompted class is detected, and its standard error.
 
-    The share is the mean over the classes; 1 where none was asked for. The error of a class with no image, or all,
-    among few is told as if one more of each kind had been drawn (Laplace's rule).
+    The share is the mean over the classes; 1 where none was prompted. The error of a class with no image, or all,
+    among few is computed as if one more of each kind had been drawn (Laplace's rule).
     """
     names = sorted({name for name in asked if name})
     if not names:
@@ -172,7 +172,7 @@ def write_choice(
 ) -> dict[str, Any]:
     """Writes `choice.json`, `curves.png`, `before-after.png` and the report's sections; returns {"step", "reason"}.
 
-    `target` is the file of the picture, `crop` the side of its crops in pixels.
+    `target` is the file of the image, `crop` the side of its crops in pixels.
     """
     clip, picture = load_clip(probe.clip), read_image(target)
     curves = measure(probe, steps, probes, target_crops(picture, crop, probe.crops, probe.seed), clip)
@@ -200,7 +200,7 @@ def _sections(curves: Curves, choice: Choice) -> list[Section]:
     rows = tuple((step, *(round(float(value), 4) for value in row)) for step, *row in values)
     return [
         Section(
-            "Personalised on one picture",
+            "Personalised on one image",
             "On top the target; below it images of the untouched model, and the same prompts and seeds after "
             f"{choice.step} steps.",
             image="before-after.png",

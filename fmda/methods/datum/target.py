@@ -1,4 +1,4 @@
-"""The target picture, and what a step sees of it: crops, drawn anew each time or encoded once into a bank."""
+"""The target image, and what a step sees of it: crops, drawn anew each time or encoded once into a bank."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ MOST_PIXELS = 2**28
 """Of a target after resizing: three quarters of a GiB."""
 
 _REFUSED = {
-    "grey": "a grey picture, of which the model would learn that the target has no colours; give it in colour, or "
+    "grey": "a grey image, of which the model would learn that the target has no colours; give it in colour, or "
     "convert it to RGB if that is meant",
-    "alpha": "a picture with an alpha channel: transparent places have no colour to learn; lay it on a background and "
+    "alpha": "an image with an alpha channel: transparent places have no colour to learn; lay it on a background and "
     "save it as RGB",
-    "other": "a picture of mode {mode}; convert it to RGB",
+    "other": "an image of mode {mode}; convert it to RGB",
 }
 
 
 def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
-    """Returns the target picture, RGB, its shorter side brought to `resize` pixels (None: as it is).
+    """Returns the target image, RGB, its shorter side brought to `resize` pixels (None: as it is).
 
     Resized as the original does it: Pillow's bilinear filter, which averages where it shrinks, and the longer side
     rounded down. A rotation noted by the camera is applied. Raises UserError for a file that is missing, truncated,
-    grey, with an alpha channel, or smaller than a crop (a small picture is enlarged, but not from below one crop), and
+    grey, with an alpha channel, or smaller than a crop (a small image is enlarged, but not from below one crop), and
     where `resize` would make more than `MOST_PIXELS`.
     """
     path = Path(path)
@@ -46,7 +46,7 @@ def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
     width, height = picture.size
     if min(width, height) < crop:
         raise UserError(
-            f"{path}: {width}x{height} pixels hold no crop of {crop}; give a larger picture, or a model that is "
+            f"{path}: {width}x{height} pixels hold no crop of {crop}; give a larger image, or a model that is "
             "trained on smaller ones with crop= to match"
         )
     if resize is not None and min(width, height) != resize:
@@ -65,16 +65,16 @@ def digest(path: str | Path) -> str:
 
 
 class ClassPictures(Sequence[Picture]):
-    """The pictures of a folder, RGB, read when they are asked for; each must hold a crop."""
+    """The images of a folder, RGB, read on access; each must hold a crop."""
 
     def __init__(self, folder: str | Path, crop: int) -> None:
-        """Raises UserError for a folder without pictures, and for a picture whose head tells that it holds no crop."""
+        """Raises UserError for a folder without images, and for an image whose header gives a size below one crop."""
         self.paths = folder_images(folder)
         if not self.paths:
             raise UserError(f"prior.images: {folder} holds no images; fix the path, or leave it out to generate some")
         for path in self.paths:
             if _least_side(path) < crop:
-                raise UserError(f"{path}: smaller than a crop of {crop} pixels; give larger pictures")
+                raise UserError(f"{path}: smaller than a crop of {crop} pixels; give larger images")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -84,7 +84,7 @@ class ClassPictures(Sequence[Picture]):
 
 
 def _least_side(path: Path) -> int:
-    """Returns the shorter side of a picture in pixels, from its head alone. Raises UserError for a damaged one."""
+    """Returns the shorter side of an image in pixels, from its header alone. Raises UserError for a damaged one."""
     try:
         with Image.open(path) as file:
             return min(file.size)
@@ -106,7 +106,7 @@ class Examples(Sequence[tuple[np.ndarray, ...]]):
 
 
 def random_crop(picture: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
-    """Returns a square of the picture at its own scale, every place as likely as any other."""
+    """Returns a square of the image at its own scale, every place as likely as any other."""
     height, width = picture.shape[:2]
     top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
     return picture[top : top + size, left : left + size]
@@ -114,7 +114,7 @@ def random_crop(picture: Picture, size: int, rng: np.random.Generator) -> UInt8[
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """The transform (pictures, generator) -> {"pixels": uint8 [k, S, S, 3], "seed": uint32 [k]}: a crop of each."""
+    """The transform (images, generator) -> {"pixels": uint8 [k, S, S, 3], "seed": uint32 [k]}: a crop of each."""
 
     size: int
 

@@ -110,14 +110,14 @@ def _chain_matrix(side: Axis, to: Resolution) -> Float[np.ndarray, "n_out n_in"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Both sides of one image; all that a chain needs to know of it."""
+    """Both sides of one image; all that a chain depends on."""
 
     rows: Axis
     columns: Axis
 
     @property
     def network(self) -> tuple[int, int]:
-        """(height, width) the host sees."""
+        """(height, width) of the host's input."""
         return self.rows.network, self.columns.network
 
     @property

@@ -1,4 +1,4 @@
-"""What is certain to fail later in a run, found before its first stage starts; no weights are read."""
+"""Checks before the first stage of a run for faults that would fail it later; no weights are read."""
 
 from pathlib import Path
 

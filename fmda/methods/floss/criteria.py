@@ -58,10 +58,10 @@ def consensus(tally: Tally) -> Risk:
 def flip(tally: Tally) -> Risk:
     """Returns one minus the IoU between the class's regions in an image and in its mirror image, turned back.
 
-    Raises UserError where the pass did not look at mirrored images.
+    Raises UserError where the pass processed no mirrored images.
     """
     if not tally.mirrored.any():
-        raise UserError("criterion 'flip': the ranking saw no mirrored images; set ranking.flip=true")
+        raise UserError("criterion 'flip': the ranking processed no mirrored images; set ranking.flip=true")
     both = tally.sums["flip"]
     union = tally.sums["count"] + tally.mirrored - both
     return 1 - np.divide(both, union, out=np.zeros_like(both), where=union > 0)
@@ -107,7 +107,7 @@ def shrunk(risks: Risk, share: Float[np.ndarray, "M K"], prior: float = PRIOR_SH
 def true_iou(tally: Tally) -> Float[np.ndarray, "M K"]:
     """Returns the IoU of each template's single classifier for each class, NaN where class and template are absent.
 
-    For scoring alone. Raises UserError where the pass saw no labels.
+    For scoring alone. Raises UserError where the pass read no labels.
     """
     if not tally.truth.any():
         raise UserError("criteria: the images have no labels; compare criteria on a labelled split")

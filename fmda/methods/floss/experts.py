@@ -1,10 +1,10 @@
 """Patch probabilities of all experts, computed only where an expert may claim a pixel.
 
 K experts of K classes are K^2 scores a patch: for 171 classes a sixth of the image tower's work. Most are never read,
-because fusion asks an expert only where its own class may win. The softmax is monotone, so raw scores decide: if some
+because fusion reads an expert only where its own class may win. The softmax is monotone, so raw scores decide: if some
 class (a *witness*) beats e by a margin at all four corners of a cell, expert e claims nothing there, and its other
 scores at a patch are needed only where a cell beside that patch stays open. Witnesses are the classes that the
-ordinary classifier finds most often.
+ordinary classifier predicts most often.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Dense features: what each host makes of CLIP's image tower, which was trained for one vector an image.
+"""Dense features: how each host reads CLIP's image tower, which was trained for one vector an image.
 
 All three change the last block only, and share the tower before it. D = width of the joint space, h and w = patches
 down and across.
@@ -21,11 +21,11 @@ from fmda.nn.norm import unit
 
 
 class Patches(NamedTuple):
-    """What a host sees in a batch of windows.
+    """Dense features of a batch of windows.
 
     Attributes:
         features: unit length, float32.
-        foreground: whether the patch looks like part of an object; all true for hosts that do not know.
+        foreground: whether the patch looks like part of an object; all true for hosts without an object detector.
     """
 
     features: Float[Array, "B h w D"]

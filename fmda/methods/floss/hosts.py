@@ -106,11 +106,11 @@ _LONG_MAX = {"cityscapes": 896, "bdd10k": 1280, "mapillary": 1920, "acdc": 796}
 
 
 def host_for(choice: str | Mapping[str, Any], dataset: str = "", where: str = "host") -> HostConfig:
-    """Returns a known host with its settings for a data set, and then one's own.
+    """Returns a known host with its settings for a dataset, overridden by `choice`.
 
     Args:
         choice: a known name, or a mapping with `name` and any field of `HostConfig`.
-        dataset: the data set whose published resize limits (and, for NACLIP on VOC20, whole images) apply.
+        dataset: the dataset whose published resize limits (and, for NACLIP on VOC20, whole images) apply.
 
     Raises UserError for an unknown host, key or value.
     """

@@ -23,7 +23,7 @@ def segmenter(model: Floss, chosen: Chosen | None) -> Segmenter:
 
 
 class LabelMaps:
-    """Host and FLOSS as two segmenters that share the tower: whoever meets an image first labels it for both.
+    """Host and FLOSS as two segmenters that share the tower: the first to predict an image labels it for both.
 
     Label maps are kept compressed in memory, some 20 KiB for each megapixel.
     """

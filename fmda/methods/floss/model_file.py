@@ -48,7 +48,7 @@ def read_model(folder: Path, model: Floss | None = None) -> tuple[Floss, Chosen]
         templates, weights = tuple(content["templates"]), dict(content["weights"])
         chosen = tuple(tuple(int(i) for i in ids) for ids in content["chosen"])
     except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise UserError(f"{path}: not a description of a FLOSS model ({fault}); run the method again") from None
+        raise UserError(f"{path}: not a FLOSS model description ({fault}); run the method again") from None
     if model is None or (model.weights, model.templates, model.classes) != (weights, templates, classes):
         model = Floss.load(config, classes, templates=templates)
     changed = differences(weights, model.weights)

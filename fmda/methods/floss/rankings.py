@@ -1,4 +1,4 @@
-"""Ranking files: the published JSON form, and one key more that says what the ranking was made from.
+"""Ranking files: the published JSON form, and one more key that records the provenance of the ranking.
 
     {"model": "maskclip", "dataset": "cityscapes", "split": "train",
      "classes": {"road": {"entropy_ranking": [
@@ -109,7 +109,7 @@ def read_ranking(path: str | Path, templates: Sequence[str] | None = None) -> Ra
     except (UnicodeDecodeError, json.JSONDecodeError) as fault:
         raise UserError(f"{path}: not JSON ({fault}); take the file as it was published or written") from None
     except KeyError as fault:
-        raise UserError(f"{path}: class {fault} stands twice; keep one of them") from None
+        raise UserError(f"{path}: class {fault} occurs twice; keep one of them") from None
     try:
         classes = content["classes"]
         host, dataset, split = (str(content[key]) for key in ("model", "dataset", "split"))

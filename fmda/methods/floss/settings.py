@@ -85,7 +85,7 @@ class Config:
         n: templates an expert, or "auto": chosen without labels among `n_candidates` on `n_images` unlabelled images.
         guards: conditions on templates besides their risk.
         fusion: "exact", "reference" (equal and slow) or "patch" (fast, not equal).
-        background: class that takes what looks like no object (CLIP-DINOiser only).
+        background: class of patches without an object (CLIP-DINOiser only).
         compare_criteria: also score all label-free criteria, on the scored images.
     """
 
@@ -108,7 +108,7 @@ class Config:
     compare_criteria: bool = False
 
     def __post_init__(self) -> None:
-        """Raises UserError for what cannot work, before anything is loaded."""
+        """Raises UserError for invalid combinations, before anything is loaded."""
         if self.data is None and self.unlabelled.name is None:
             raise UserError("data: missing; name labelled images under data, or only unlabelled ones under unlabelled")
         host = self.host_config()

@@ -75,23 +75,23 @@ def plan(config: Config) -> Plan:
         sides = (side.covered if host.remainder == "pad" else side.window for side in covered)
         return kernels, _floats(number, *sides, 3)
 
-    seen = jax.eval_shape(tower, *windows(count))
+    patch_maps = jax.eval_shape(tower, *windows(count))
     scanner = Scanner(
         host, np.zeros((templates, queries, dim), np.float32), np.zeros((queries, dim), np.float32), names,
         make_mesh(1, 1), resolution=config.ranking.resolution, chunk=config.ranking.chunk,
     )  # fmt: skip
 
     def experts(fusion: Fusion) -> Program:
-        def fused(seen: Patches, classifiers: Array) -> Any:
-            return fused_maps(host, seen, classifiers, where, names, fusion)
+        def fused(p: Patches, classifiers: Array) -> Any:
+            return fused_maps(host, p, classifiers, where, names, fusion)
 
-        return _traced(fused, seen, _floats(len(classes) + 1, queries, dim))
+        return _traced(fused, patch_maps, _floats(len(classes) + 1, queries, dim))
 
     look = Program(tower, windows)
     maps = {
-        "host's maps": _traced(lambda seen, one: host_maps(host, seen, one, where, names), seen, _floats(queries, dim)),
+        "host's maps": _traced(lambda p, one: host_maps(host, p, one, where, names), patch_maps, _floats(queries, dim)),
         "experts' maps": experts(config.fusion),
-        "ranking, all templates": _traced(lambda seen: scanner.scan(Seen(seen, None, where)), seen),
+        "ranking, all templates": _traced(lambda p: scanner.scan(Seen(p, None, where)), patch_maps),
     }  # fmt: skip
     prompt = count_flops(
         lambda text, ids: nnx.merge(graph, shapes | {"text": text}).text(ids), shapes["text"],

@@ -1,7 +1,7 @@
 """What one pass over unlabelled images leaves behind: sums per (template, class), and the file they survive in.
 
 Sums are over the pixels that a template's classifier gives to a class. They are kept on the host in float64 and int64
-(a data set has some 10^10 pixels), and saved as a whole after every few images, so that a pass killed at any moment
+(a dataset has about 10^10 pixels), and saved as a whole after every few images, so that a pass killed at any moment
 continues to the same last bit.
 """
 
@@ -29,7 +29,7 @@ SCORING = ("hits", "labelled")
 
 @dataclass
 class Tally:
-    """Sums over the images seen so far.
+    """Sums over the images processed so far.
 
     Attributes:
         images, pixels: how many.
@@ -97,7 +97,7 @@ class Tally:
         return total
 
     def save(self, path: Path) -> None:
-        """Writes the tally so that a reader finds the old or the new one, also after a crash of the machine."""
+        """Writes the tally so that a reader finds the old or the new one, also after a system crash."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {f"sum_{m}": a for m, a in self.sums.items()}
         arrays |= {"ordinary": self.ordinary, "mirrored": self.mirrored, "truth": self.truth}

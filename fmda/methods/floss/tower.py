@@ -26,9 +26,9 @@ BATCH = 8
 
 
 class TokenCache:
-    """Tokens of the images seen last, up to a number of bytes in host memory.
+    """Tokens of the most recent images, up to a number of bytes in host memory.
 
-    Whoever comes back to an image (another host with the same windows, the choice of n, a score of ranked images)
+    A later pass over an image (another host with the same windows, the choice of n, a score of ranked images)
     computes the last block alone.
     """
 

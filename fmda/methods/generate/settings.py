@@ -108,7 +108,7 @@ class Config:
 def make_prompts(config: PromptConfig) -> list[Prompt]:
     """Returns the prompts in order. Raises UserError for an unknown class, slot, or empty file."""
     if config.texts and config.file is not None:
-        raise UserError(f"prompts: both texts and a file ({config.file}) are given; leave one of them out")
+        raise UserError(f"prompts: both texts and a file ({config.file}) are set; remove one of them")
     if config.texts:
         return [Prompt(text) for text in config.texts]
     if config.file is not None:
@@ -128,7 +128,7 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
         slots = {config.form}
     if not slots <= {"token", "class", "classes"}:
         raise UserError(
-            f"prompts.form: '{config.form}' has another slot than {{token}}, {{class}}, {{classes}}; mend it"
+            f"prompts.form: '{config.form}' has another slot than {{token}}, {{class}}, {{classes}}; fix it"
         )
     prompts = []
     for index, name in enumerate(config.classes):

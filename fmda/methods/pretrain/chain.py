@@ -33,4 +33,4 @@ def trainer_stages(
 def check_held(data: Sequence[Any], held: Sequence[Any]) -> None:
     """Raises UserError for sources that are both trained on and held out."""
     if overlap := set(data) & set(held):
-        raise UserError(f"held: {', '.join(sorted(map(str, overlap)))} is trained on too; hold other folders")
+        raise UserError(f"held: {', '.join(sorted(map(str, overlap)))} is also in data; name other folders")

@@ -1,8 +1,8 @@
 """A small CLIP from street scenes and their captions: tokenizer, training, export, zero-shot check.
 
 The trainer is an ordinary contrastive one (Radford et al. 2021) with two additions. Captions come with tags of what
-they state, and pictures with tags of what is true of them, so that a caption that happens to be true of another
-picture of the batch is no negative there. And prompt templates are said only of pictures they are true of.
+they state, and images with tags of what is true of them, so that a caption that happens to be true of another
+image of the batch is no negative there. Prompt templates are used only for images that match them.
 Beside whole crops, patches are matched with class names (`patch_text`).
 """
 
@@ -57,7 +57,7 @@ class Config(TrainerConfig):
         crop: how crops are cut and described.
         vocabulary: most entries of the tokenizer.
         batch: crops per step, over all devices and processes.
-        crops: crops cut from one picture.
+        crops: crops cut from one image.
         patch_weight: weight of the patch-text loss beside the contrastive one; 0 leaves it out.
         patch_templates: templates drawn per step for the patch-text loss.
         ema: share that the weight average keeps at each step.
@@ -90,7 +90,7 @@ def check(config: Config) -> None:
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns tokenizer, train, export (Hugging Face layout) and, with held pictures, check."""
+    """Returns tokenizer, train, export (Hugging Face layout) and, with held-out images, check."""
     check_held(config.data, config.held)
     if config.batch % config.crops:
         raise UserError(f"batch: {config.batch} is no multiple of crops={config.crops}; choose one")
@@ -187,7 +187,7 @@ def _grid(model: ClipConfig) -> int:
 
 
 def make_objective(graphdef: nnx.GraphDef, model: ClipConfig, patch_weight: float, patch_templates: int) -> Objective:
-    """Returns the objective for batches with axes [pictures, crops, ...].
+    """Returns the objective for batches with axes [images, crops, ...].
 
     `frozen` holds "prompts", ids of every template with every class [m, k, t], and "needs", see `template_needs`.
     """
@@ -217,7 +217,7 @@ def make_objective(graphdef: nnx.GraphDef, model: ClipConfig, patch_weight: floa
 
 
 def also_true(present: Bool[Array, "b tags"], stated: Bool[Array, "b tags"]) -> Bool[Array, "b b"]:
-    """Returns at [i, j] whether everything that caption j states is true of picture i."""
+    """Returns at [i, j] whether everything that caption j states is true of image i."""
     missing = (~present).astype(jnp.float32) @ stated.astype(jnp.float32).T
     return missing < 0.5
 
@@ -269,7 +269,7 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
 def zero_shot(
     model: str | Path, root: Path | Drawn, crop: CropConfig, seed: int = 0, most: int = 100
 ) -> dict[str, float]:
-    """Returns how well "a photo of a {class}." tells the contents of crops of held pictures.
+    """Returns how well "a photo of a {class}." tells the contents of crops of held-out images.
 
     {"top1": share of crops whose best class is present with at least `crop.least` of the crop, "chance": the same for
     the class that is present most often, "crops": their number}.

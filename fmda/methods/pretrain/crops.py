@@ -31,8 +31,8 @@ class CropConfig:
 
     Attributes:
         size: side of a crop after resizing, pixels.
-        side: smallest and largest side in the picture, as a share of its height; drawn log-uniformly.
-        centred: probability that a crop is centred on a pixel of a random class of the picture, so that rare classes
+        side: smallest and largest side in the image, as a share of its height; drawn log-uniformly.
+        centred: probability that a crop is centred on a pixel of a random class of the image, so that rare classes
             are seen.
         spoiled: probability that the crop is blurred, pixelated, darkened, ..., and called so.
         prompted: probability of a caption made from a prompt template; else a free sentence.
@@ -92,13 +92,13 @@ class Scenes(Sequence[dict[str, Any]]):
         for root in (Path(source) for source in sources if not isinstance(source, Drawn)):
             index = root / "captions.jsonl"
             if not index.is_file():
-                raise UserError(f"{index}: not found; draw the folder with `fmda data render` or mend the path")
+                raise UserError(f"{index}: not found; draw the folder with `fmda data render` or fix the path")
             try:
                 self.rows += [(root, {"name": str(row["name"]), "facts": row["facts"]}) for row in read_rows(index)]
             except (KeyError, TypeError):
                 raise UserError(f"{index}: damaged; delete the folder and draw it again") from None
         if not self.rows:
-            raise UserError(f"{', '.join(map(str, sources))}: no pictures; draw some with `fmda data render`")
+            raise UserError(f"{', '.join(map(str, sources))}: no images; draw some with `fmda data render`")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,7 +120,7 @@ class Scenes(Sequence[dict[str, Any]]):
 def _labels(path: Path) -> np.ndarray:
     labels = read_png(path)
     if labels.ndim != 2 or labels.dtype != np.uint8:
-        what = "a colour picture" if labels.ndim != 2 else f"a {8 * labels.itemsize}-bit label map"
+        what = "a colour image" if labels.ndim != 2 else f"a {8 * labels.itemsize}-bit label map"
         raise UserError(f"{path}: {what}, not 8-bit class ids; delete it and draw the folder again")
     stray = labels[(labels >= len(CLASSES)) & (labels != VOID)]
     if stray.size:
@@ -210,7 +210,7 @@ class Crops:
 
 
 def _box(labels: UInt8[np.ndarray, "h w"], rng: np.random.Generator, config: CropConfig) -> tuple[int, int, int]:
-    """Returns top, left and side of a square inside the picture."""
+    """Returns top, left and side of a square inside the image."""
     height, width = labels.shape
     low, high = np.log(config.side)
     side = min(int(round(height * np.exp(rng.uniform(low, high)))), height, width)

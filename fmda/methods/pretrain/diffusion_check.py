@@ -23,7 +23,7 @@ Images = UInt8[np.ndarray, "n H W 3"]
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of rendered pictures with what is known of them."""
+    """Windows of rendered images with what is known of them."""
 
     images: Images
     captions: tuple[str, ...]
@@ -32,7 +32,7 @@ class Windows:
 
 
 def cut_windows(config: WindowConfig, captions: Crops, roots: Sequence[Path | Drawn], count: int, seed: int) -> Windows:
-    """Returns `count` windows, taken from all pictures in turn, with captions that are true of them."""
+    """Returns `count` windows, taken from all images in turn, with captions that are true of them."""
     scenes, rng = Scenes(roots), np.random.default_rng((seed, 5))
     order = rng.permutation(len(scenes))
     images, texts, present, stated = [], [], [], []
@@ -101,7 +101,8 @@ def caption_accuracy(
 def compare(clip: Loaded, train: Windows, held: Windows, drawn: Images) -> dict[str, Any]:
     """Returns distances and caption accuracy of images drawn from the captions of `held`, beside those of real ones.
 
-    "cmmd" and "frechet" are between held windows and drawn images; the floors are between held and training windows.
+    "cmmd" and "frechet" are between held-out windows and drawn images; the floors between held-out and training
+    windows.
     The probe is fitted to `train`.
     """
     reals, fakes, trained = (embed(clip, images) for images in (held.images, drawn, train.images))

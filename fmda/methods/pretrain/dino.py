@@ -1,8 +1,9 @@
-"""A self-supervised teacher from pictures alone: training, export, and a check of its patches against labels.
+"""A self-supervised teacher from images alone: training, export, and a check of its patches against labels.
 
-The network distils itself (Caron et al. 2021, DINO): views of a picture are told by a student as an average of earlier
-students tells other views of it. A small net learns little about places that way, so masked patches are told as the
-teacher tells them unmasked (Zhou et al. 2022, iBOT). No label is read before the check.
+The network distils itself (Caron et al. 2021, DINO): from one view of an image, a student predicts what an average of
+earlier students predicts from other views. A small net learns little about local structure that way, so predictions at
+masked patches also match the teacher's at the unmasked ones (Zhou et al. 2022, iBOT).
+No label is read before the check.
 """
 
 import functools
@@ -60,12 +61,12 @@ class Config(TrainerConfig):
     """Data, network and schedule of a self-distillation run.
 
     Attributes:
-        data: folders of pictures to train on; labels in them are not read.
+        data: folders of images to train on; labels in them are not read.
         held: rendered folders whose labels the check reads. They may be trained on, since training sees no labels.
         model, head: the network; `views.size` is what its position table is for.
         views: how views are cut, changed and masked.
         distill: losses, temperatures, momenta.
-        batch: pictures per step, over all devices and processes.
+        batch: images per step, over all devices and processes.
         check_size: side of the squares that the check looks at, pixels.
         check_thresholds: cosines above which two patches count as alike in the check.
     """
@@ -108,7 +109,7 @@ def check(config: Config) -> None:
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns train, export (Hugging Face layout) and, with held pictures, check."""
+    """Returns train, export (Hugging Face layout) and, with held-out images, check."""
     checked = [config.held, config.check_size, config.check_thresholds]
     return trainer_stages(config, _train, _export, _check, exported=config.model, checked=checked)
 

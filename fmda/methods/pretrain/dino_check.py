@@ -35,13 +35,13 @@ def raw_patches(pixels: UInt8[np.ndarray, "n s s 3"], patch: int) -> Float[np.nd
 def labelled_squares(
     root: Path, size: int, patch: int, seed: int, most: int
 ) -> tuple[UInt8[np.ndarray, "n s s 3"], UInt8[np.ndarray, "n p"]]:
-    """Returns squares of a rendered folder's pictures, and the class that fills most of each patch (255 = none)."""
+    """Returns squares of a rendered folder's images, and the class that fills most of each patch (255 = none)."""
     scenes = Scenes([root])
     chosen = np.random.default_rng((seed, 3)).permutation(len(scenes))[:most]
     pixels, classes = [], []
     for number in track([int(i) for i in chosen], f"patches of {root}"):
         scene = scenes[number]
-        # the same generator twice: picture and labels are cut at the same place
+        # the same generator twice: image and labels are cut at the same place
         cut = [random_square(scene[k], (1.0, 1.0), np.random.default_rng((seed, number))) for k in ("image", "labels")]
         pixels.append(resized_window(cut[0], size))
         classes.append(patch_classes(cut[1], size // patch))
@@ -60,7 +60,7 @@ def agreement_on(
     """Returns `agreement` of each network in `looks`, and of "raw pixels", on squares of a rendered folder."""
     pixels, classes = labelled_squares(root, size, patch, seed, most)
     if len(pixels) < 2:
-        raise UserError(f"{root}: the check compares pictures and needs at least two; draw more")
+        raise UserError(f"{root}: the check compares images and needs at least two; draw more")
     outputs = {"raw pixels": raw_patches(pixels, patch), **_seen(pixels, looks)}
     flat = {name: features.reshape(*classes.shape, -1) for name, features in outputs.items()}
     return {name: agreement(features, classes, thresholds) for name, features in flat.items()}
@@ -74,13 +74,13 @@ def agreement(
 ) -> dict[str, float]:
     """Returns how far likeness of patches tells sameness of class; all values are shares between 0 and 1.
 
-    Pairs of different patches of one picture, both of a known class:
+    Pairs of different patches of one image, both of a known class:
         "same": pairs of one class, which is what chance would reach.
         "alike>t": pairs with a cosine above the threshold t, "agree>t": pairs of one class among those.
         "agree_top": the same among the most similar `share` of all pairs: no threshold, so that networks whose
             cosines spread differently can be compared.
-    Across pictures:
-        "nearest": patches of the second half of the pictures whose most similar patch of the first half has their
+    Across images:
+        "nearest": patches of the second half of the images whose most similar patch of the first half has their
             class.
     """
     unit = features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
@@ -122,7 +122,7 @@ def object_overlap(
 
 
 def _seen(pixels: UInt8[np.ndarray, "n s s 3"], looks: Mapping[str, Look]) -> dict[str, np.ndarray]:
-    """Returns what each network says of the pictures, a few at a time."""
+    """Returns the outputs of each network for the images, a few at a time."""
     parts = np.array_split(pixels, max(1, len(pixels) // 16))
     return {name: np.concatenate([look(part) for part in parts]) for name, look in looks.items()}
 

@@ -112,7 +112,7 @@ class Logits(NamedTuple):
 
 
 def normalised(pixels: Array) -> Float[Array, "n H W 3"]:
-    """Returns uint8 pictures as the backbone wants them."""
+    """Returns uint8 images as the backbone wants them."""
     mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels.astype(jnp.float32) / 255.0 - mean) / std
 

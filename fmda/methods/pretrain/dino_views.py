@@ -1,4 +1,4 @@
-"""Several views of a picture for self-distillation, and masks over their patches. NumPy alone, for worker processes."""
+"""Several views of an image for self-distillation, and masks over their patches. NumPy alone, for worker processes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Image = UInt8[np.ndarray, "h w 3"]
 
 
 class Pictures(Sequence[Image]):
-    """The pictures of several folders as a random-access source of RGB arrays; labels beside them are not read.
+    """The images of several folders as a random-access source of RGB arrays; labels beside them are not read.
 
     A folder holds images itself or in `images/`, as rendered datasets do.
     """
@@ -32,10 +32,10 @@ class Pictures(Sequence[Image]):
         for root in roots:
             images = folder_images(root)
             if not images:
-                raise UserError(f"{root}: no pictures there; draw some with `fmda data render` or mend the path")
+                raise UserError(f"{root}: no images there; draw some with `fmda data render` or fix the path")
             self.paths += images
         if not self.paths:
-            raise UserError("data: names no folder; give at least one that holds pictures")
+            raise UserError("data: names no folder; give at least one that holds images")
         check_images(self.paths)
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class ViewConfig:
         size: side of the two global views, pixels.
         local_size: side of the local views.
         locals: number of local views.
-        global_side, local_side: smallest and largest side of a view, as a share of the picture's shorter side; drawn
+        global_side, local_side: smallest and largest side of a view, as a share of the image's shorter side; drawn
             log-uniformly.
         aspect: largest ratio of height to width, and its inverse.
         jitter, grey, solarise: probabilities of changed colours, of none, and (second global view) of inverted lights.
@@ -78,10 +78,10 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class Views:
-    """The transform (picture, generator) -> views.
+    """The transform (image, generator) -> views.
 
     The result holds "globals" uint8 [2, size, size, 3], "locals" uint8 [locals, local_size, local_size, 3] and "masks"
-    bool [2, grid * grid]. All views come from one square of the picture, so that they show the same things.
+    bool [2, grid * grid]. All views come from one square of the image, so that they show the same things.
     """
 
     config: ViewConfig

@@ -1,4 +1,4 @@
-"""CLIP-DINOiser's two heads for a CLIP of one's own, from pictures alone, with a self-supervised teacher.
+"""CLIP-DINOiser's two heads for a given CLIP, from images alone, with a self-supervised teacher.
 
 CLIP stays as it is. `obj_proj` learns which patches the teacher's values hold together, `bkg_decoder` which patches are
 not background by the teacher's attention and keys (Wysoczanska et al. 2024; Simeoni et al. 2023).
@@ -48,11 +48,11 @@ class Config(TrainerConfig):
     """Networks, data and schedule of the heads. The defaults are the published recipe for ViT-B/16.
 
     Attributes:
-        data: folders of pictures to train on; labels in them are not read.
+        data: folders of images to train on; labels in them are not read.
         held: rendered folders whose labels the check reads.
         clip, teacher: where CLIP and the self-supervised teacher are: folder, name of a model of the package, hub id.
         size: side of the crops, pixels; what makes no whole patch is cut off.
-        side: smallest and largest side of a crop, as a share of the picture's shorter side; drawn log-uniformly.
+        side: smallest and largest side of a crop, as a share of the image's shorter side; drawn log-uniformly.
         jitter: probability of changed colours.
         channels: width of the object features.
         floor: cosine of two patches' values from which the teacher holds them together.
@@ -108,7 +108,7 @@ def check(config: Config) -> None:
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns train, export (`dinoiser.safetensors`) and, with held pictures, check."""
+    """Returns train, export (`dinoiser.safetensors`) and, with held-out images, check."""
     return trainer_stages(config, _train, _export, _check, exported=None, checked=config.held)
 
 
@@ -139,7 +139,7 @@ def load_networks(config: Config) -> Networks:
 
 @dataclass(frozen=True)
 class Crop:
-    """The transform (picture, generator) -> {"pixels": uint8 [size, size, 3]}: a square, mirrored and recoloured."""
+    """The transform (image, generator) -> {"pixels": uint8 [size, size, 3]}: a square, mirrored and recoloured."""
 
     size: int
     side: tuple[float, float]

@@ -1,4 +1,4 @@
-"""What a self-supervised teacher says of a picture's patches: which belong together, and which are background."""
+"""Targets from a self-supervised teacher: which patches belong together, and which are background."""
 
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ def background(attention: Float[Array, "b n p"], keys: Float[Array, "b p n d"], 
 
     The seed is the patch that receives the least attention; background is what has keys like it, with a cosine above
     `threshold`. Heads count by how sparse they are: with s the share of patches to which a head gives more than the
-    picture's mean over all heads, its attention and its part of the keys weigh log(sum of all s / s).
+    image's mean over all heads, its attention and its part of the keys weigh log(sum of all s / s).
     """
     mean = attention.mean((1, 2), keepdims=True)
     share = (attention > mean).astype(jnp.float32).mean(-1) + TINY

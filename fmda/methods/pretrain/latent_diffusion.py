@@ -60,7 +60,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Raises UserError where the lists are of different lengths, or heads and groups do not divide widths."""
         if not len(self.channels) == len(self.attention) == len(self.heads):
-            raise UserError("model: channels, attention and heads name different numbers of levels; mend the lists")
+            raise UserError("model: channels, attention and heads name different numbers of levels; fix the lists")
         if any(w % h or w % self.groups for w, h in zip(self.channels, self.heads, strict=True)):
             raise UserError("model: heads and groups must divide the channels of their level; choose divisors")
 
@@ -75,12 +75,12 @@ class Config(TrainerConfig):
         vae: folder of the autoencoder, or of a checkpoint that holds one.
         clip: the CLIP whose text tower reads the captions.
         model: the UNet.
-        windows: what of the pictures is learned, and how it is described.
+        windows: what of the images is learned, and how it is described.
         prediction: what the UNet predicts.
         drop: share of the examples whose caption is left empty.
         min_snr: signal-to-noise ratio above which a noise level counts less and less; None: all count alike.
         ema: share that the weight average keeps at each step, once it has risen to it.
-        check_images: images that the check draws from captions of held windows.
+        check_images: images that the check draws from captions of held-out windows.
         check_sample: how it samples them.
     """
 
@@ -175,7 +175,7 @@ def check(config: Config) -> None:
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns latents, train, export (diffusers' layout) and, with held pictures, check."""
+    """Returns latents, train, export (diffusers' layout) and, with held-out images, check."""
     bank = [config.data, config.vae, config.clip, config.windows, config.seed]
     latents = Stage("latents", functools.partial(_latents, config), bank, alone=True)
     checked = [config.held, config.check_images, config.check_sample]
@@ -287,7 +287,7 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    """Draws images from captions of held windows, and measures them beside the windows themselves."""
+    """Draws images from captions of held-out windows, and measures them beside the windows themselves."""
     networks = load_networks(config)
     model = load_stable_diffusion(done["export"] / "model")
     captions = caption_maker(config.windows, networks.padded)

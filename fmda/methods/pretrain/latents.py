@@ -1,4 +1,4 @@
-"""Captioned windows of rendered pictures as latents on disk: encoded once, read by every epoch."""
+"""Captioned windows of rendered images as latents on disk: encoded once, read by every epoch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from fmda.weights.network import Loaded
 from fmda.world.captions import crop_facts
 
 PART = 100
-"""Pictures between two files: what an interruption costs."""
+"""Images between two files: what an interruption costs."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class WindowConfig:
     """How windows are cut and described.
 
     Attributes:
-        size: side of a window, pixels of the picture; a multiple of the autoencoder's factor.
-        count: windows of a picture, and as many of its mirror image.
+        size: side of a window, pixels of the image; a multiple of the autoencoder's factor.
+        count: windows of an image, and as many of its mirror image.
         prompted: probability of a caption made from a prompt template; else a free sentence.
         least: share of the window below which a class is not part of it.
     """
@@ -52,7 +52,7 @@ def write_latents(
 ) -> int:
     """Returns the number of windows in the folder: files of moments float16 [n, h, w, 2c] and ids int32 [n, T].
 
-    A picture is encoded whole, and windows are cut from its latents, at whole latents. Files that are there already
+    An image is encoded whole, and windows are cut from its latents, at whole latents. Files that are there already
     stay: an interrupted call goes on where it stopped. Raises UserError where `digest`, of the networks, is another.
     """
     scenes = Scenes(roots)
@@ -88,8 +88,8 @@ def _windows(
     height, width = maps[1].shape
     if config.size > min(height, width) or config.size % factor or height % factor or width % factor:
         raise UserError(
-            f"windows.size: {config.size} of a {height}x{width} picture is no window of whole latents; choose a "
-            f"multiple of {factor} that fits, and pictures whose sides are multiples too"
+            f"windows.size: {config.size} of a {height}x{width} image is no window of whole latents; choose a "
+            f"multiple of {factor} that fits, and images whose sides are multiples too"
         )
     mirrored = [np.ascontiguousarray(x[:, ::-1]) for x in maps]
     mean, logvar = vae.encode(signed(np.stack([maps[0], mirrored[0]])))

@@ -1,8 +1,9 @@
 """Patches against class names: what teaches a small CLIP where things are.
 
-A large CLIP learns this from hundreds of millions of pictures. A small one that sees some hundred thousand crops is
-told: the scene knows which class fills each patch, so each patch is matched with the names of all classes, put into a
-template that is true of its crop. Patches are read in the two ways in which training-free segmenters read them.
+A large CLIP learns this from hundreds of millions of images. A small one, trained on some hundred thousand
+crops, is supervised: the class of each patch is known from the scene, so each patch is matched with the names of all
+classes, put into a template that is true of its crop.
+Patches are read in the two ways in which training-free segmenters read them.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""Which prompt templates are true of a picture, so that each template means something to the model.
+"""Which prompt templates are true of an image, so that each template means something to the model.
 
-"a dark photo of a {}." is said of night scenes and darkened crops, "a painting of a {}." of painted ones, "a photo of
-many {}." where several stand in the crop. Captions found on the web are as loosely true; a few templates at random are
+"a dark photo of a {}." is used for night scenes and darkened crops, "a painting of a {}." of painted ones, "a photo of
+many {}." where several stand in the crop. Captions from the web are as loosely true; a few templates at random are
 therefore mixed in by the caller.
 """
 
@@ -87,11 +87,11 @@ LOOKS: tuple[str, ...] = tuple(
         | {"day", "dusk", "clear", "cloudy", "overcast"}
     )
 )
-"""Every look a picture can have."""
+"""Every look an image can have."""
 
 
 def looks_of(style: str, weather: str, time: str, extra: Iterable[str] = ()) -> Looks:
-    """Returns the looks of a picture from its facts and from what was done to it afterwards (`extra`)."""
+    """Returns the looks of an image from its facts and from what was done to it afterwards (`extra`)."""
     looks = {*_OF_STYLE[style], weather, time, *extra}
     if time == "night":
         looks.add("dark")
@@ -107,5 +107,5 @@ def needs(template: str) -> Looks:
 
 
 def fitting(templates: Iterable[str], looks: Looks) -> list[int]:
-    """Returns the positions of the templates that are true of a picture with these looks."""
+    """Returns the positions of the templates that are true of an image with these looks."""
     return [index for index, text in enumerate(templates) if not (need := needs(text)) or need & looks]

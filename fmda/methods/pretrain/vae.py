@@ -1,4 +1,4 @@
-"""An autoencoder of Stable Diffusion's shape from pictures alone: training, export in diffusers' layout, check.
+"""An autoencoder of Stable Diffusion's shape from images alone: training, export in diffusers' layout, check.
 
 The loss is the mean absolute error of pixels and of their differences to neighbours, and a small Kullback-Leibler term
 that keeps latents near a normal distribution (Rombach et al. 2022, 3.1, without their discriminator). The number that
@@ -44,10 +44,10 @@ class Config(TrainerConfig):
     """Data, network and schedule of an autoencoder.
 
     Attributes:
-        data: folders of pictures to train on.
-        held: folders of pictures for the check; none of them may be in `data`.
+        data: folders of images to train on.
+        held: folders of images for the check; none of them may be in `data`.
         model: the network. `model.scale` is measured, not read.
-        crop: side of the training crops, pixels, at the pictures' own scale.
+        crop: side of the training crops, pixels, at the images' own scale.
         edges: weight of the error of differences between neighbouring pixels.
         kl: weight of the mean Kullback-Leibler divergence per latent, in nats.
         ema: share that the weight average keeps at each step.
@@ -67,7 +67,7 @@ class Config(TrainerConfig):
     ema: Decay = 0.998
 
     def __post_init__(self) -> None:
-        """Raises UserError for crops that the network cannot halve, or pictures that are trained on and held."""
+        """Raises UserError for crops that the network cannot halve, or images that are trained on and held."""
         if self.crop < self.model.factor or self.crop % self.model.factor:
             raise UserError(f"crop: {self.crop} is no multiple of {self.model.factor}, the pixels of a latent's side")
         check_held(self.data, self.held)
@@ -75,7 +75,7 @@ class Config(TrainerConfig):
 
 @dataclass(frozen=True)
 class Crop:
-    """The transform (picture, generator) -> {"pixels": uint8 [size, size, 3]}: a square at its own scale, mirrored."""
+    """The transform (image, generator) -> {"pixels": uint8 [size, size, 3]}: a square at its own scale, mirrored."""
 
     size: int
 
@@ -83,7 +83,7 @@ class Crop:
         """Returns the crop."""
         height, width = picture.shape[:2]
         if min(height, width) < self.size:
-            raise UserError(f"crop: {self.size} pixels, but a picture is {height}x{width}; choose a smaller crop")
+            raise UserError(f"crop: {self.size} pixels, but an image is {height}x{width}; choose a smaller crop")
         top, left = rng.integers(height - self.size + 1), rng.integers(width - self.size + 1)
         square = picture[top : top + self.size, left : left + self.size]
         return {"pixels": np.ascontiguousarray(square[:, ::-1] if rng.random() < 0.5 else square)}
@@ -113,7 +113,7 @@ def check(config: Config) -> None:
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns train, export (diffusers' layout) and, with held pictures, check."""
+    """Returns train, export (diffusers' layout) and, with held-out images, check."""
     return trainer_stages(config, _train, _export, _check, exported=config.model, checked=config.held)
 
 
@@ -162,20 +162,20 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
 
 
 def measured_scale(vae: Loaded, pictures: Pictures, seed: int, count: int = 100) -> float:
-    """Returns 1 / deviation of the latents of some pictures (Rombach et al. 2022, appendix G)."""
+    """Returns 1 / deviation of the latents of some images (Rombach et al. 2022, appendix G)."""
     rows = np.random.default_rng((seed, 3)).permutation(len(pictures))[:count]
     means = [np.asarray(vae.encode(signed(_whole(pictures[int(i)], vae))[None])[0]) for i in track(rows, "latents")]
     return round(1.0 / float(np.std(np.concatenate([m.ravel() for m in means]))), 4)
 
 
 def _whole(picture: Image, vae: Loaded) -> Image:
-    """Returns the picture without what fills no whole latent."""
+    """Returns the image without what fills no whole latent."""
     height, width = (side - side % vae.config.factor for side in picture.shape[:2])
     return picture[:height, :width]
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    """Measures the error of held pictures that went through both halves, and draws some beside what came out."""
+    """Measures the error of held-out images that went through both halves, and draws some beside the result."""
     vae = load_vae(done["export"])
     result = {}
     for number, root in enumerate(config.held):

@@ -151,7 +151,7 @@ def test_missing_file_no_json_and_duplicate_class(tmp_path):
     with pytest.raises(UserError, match="not JSON"):
         read_ranking(tmp_path / "a.json")
     (tmp_path / "b.json").write_text('{"classes": {"road": 1, "road": 2}}')
-    with pytest.raises(UserError, match="'road' stands twice"):
+    with pytest.raises(UserError, match="'road' occurs twice"):
         read_ranking(tmp_path / "b.json")
 
 

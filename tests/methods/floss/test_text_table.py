@@ -66,7 +66,7 @@ def test_damaged_or_unwritable_cache_is_no_error(tmp_path):
 def test_templates_without_a_slot_or_twice_are_refused():
     with pytest.raises(UserError, match="exactly one slot"):
         text.prompt_ids(Letters(), text.Queries(("a",), (0,)), ("a photo",))
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match="occurs twice"):
         text.prompt_ids(Letters(), text.Queries(("a",), (0,)), ("a {}", "a {}"))
 
 
