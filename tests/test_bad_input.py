@@ -156,7 +156,7 @@ CASES = {
     "truncated PNG": (cut("data/val/images/1.png"), ["data/val/images/1.png: truncated or damaged"], [
         SCORE, EVALUATE, PREDICT]),
     "truncated PNG to rank": (cut("data/train/images/1.png"), ["data/train/images/1.png: truncated"], [RUN]),
-    "truncated scene": (cut("scenes/images/000002.png"), ["scenes/images/000002.png: missing or trunc"], [CLIP]),
+    "truncated scene": (cut("scenes/images/000002.png"), ["scenes/images/000002.png: missing, trunc"], [CLIP]),
     "16-bit label": (png(LABEL, np.zeros((32, 48), np.uint16)), [f"{LABEL}: a 16-bit label map"], SCORERS[:2]),
     "RGB label": (png(LABEL, np.zeros((32, 48, 3), np.uint8)), [f"{LABEL}: a colour image (RGB)"], SCORERS[:2]),
     "label value 37": (png(LABEL, np.full((32, 48), 37, np.uint8)), [f"{LABEL}: label value 37 is"], SCORERS[:2]),

@@ -9,7 +9,7 @@ import numpy as np
 
 from fmda import trees
 from fmda.errors import UserError
-from fmda.models.catalog import DiffusionConfig, entry
+from fmda.models.catalog import CATALOG, DiffusionConfig
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
@@ -32,7 +32,7 @@ TINY = DiffusionConfig(
 
 def networks(options: argparse.Namespace) -> DiffusionConfig:
     """Returns the shapes of the networks."""
-    config = entry("stable-diffusion-v1-4").config
+    config = CATALOG["stable-diffusion-v1-4"].config
     assert isinstance(config, DiffusionConfig)
     return TINY if options.tiny else config
 

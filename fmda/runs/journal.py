@@ -55,12 +55,15 @@ class Journal:
         self.close()
 
 
-def read_rows(path: str | Path) -> list[Any]:
+def read_rows(path: str | Path, *, finished: bool = False) -> list[Any]:
     """Returns the whole lines of a journal, none for a file that is not there; leaves the file as it is.
 
-    Raises UserError for a whole line that is not JSON.
+    Raises UserError for a whole line that is not JSON, and for a torn last line where the journal has to be `finished`.
     """
-    return _read(Path(path))[0]
+    rows, torn = _read(Path(path))
+    if finished and torn:
+        raise UserError(f"{path}, line {len(rows) + 1}: cut off; finish what was interrupted, or make the folder again")
+    return rows
 
 
 def write_rows(path: str | Path, rows: Iterable[Any]) -> None:

@@ -94,7 +94,9 @@ class Scenes(Sequence[dict[str, Any]]):
             if not index.is_file():
                 raise UserError(f"{index}: not found; draw the folder with `fmda data render` or fix the path")
             try:
-                self.rows += [(root, {"name": str(row["name"]), "facts": row["facts"]}) for row in read_rows(index)]
+                self.rows += [
+                    (root, {"name": str(row["name"]), "facts": row["facts"]}) for row in read_rows(index, finished=True)
+                ]
             except (KeyError, TypeError):
                 raise UserError(f"{index}: damaged; delete the folder and draw it again") from None
         if not self.rows:
