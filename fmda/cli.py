@@ -202,7 +202,7 @@ def data_list(as_json: Json = False) -> None:
 def data_check(dataset: Positional[str], root: File | None = None, split: str = "val", as_json: Json = False) -> None:
     """Examine a dataset before a run: pairs, files, sizes, label values; counts pixels by class.
 
-    Exit code 2 when anything is wrong. Images without any label are fit for what needs none; the last line says so.
+    Exit code 2 on any fault. Images without labels remain usable as unlabelled images, which the last line reports.
 
     Args:
         dataset: a known dataset, or `folder`.
@@ -403,7 +403,7 @@ def _refuse(fault: Exception, line: str | None = None) -> NoReturn:
     if os.environ.get("FMDA_TRACEBACK", "0") != "0":
         cause: BaseException | None = fault
         while cause is not None:
-            # `from None` hides causes from users; whoever asks for a traceback needs them
+            # `from None` hides causes from users; a requested traceback needs them
             cause.__suppress_context__ = False
             cause = cause.__cause__ or cause.__context__
         traceback.print_exception(fault)

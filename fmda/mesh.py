@@ -187,7 +187,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """Returns this process's array, or its part, as one over all processes."""
     if jax.process_count() == 1:
         return jax.device_put(leaf, sharding)
-    # jax counts this as an implicit transfer; here it is asked for.
+    # jax counts this as an implicit transfer; here it is explicit.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 

@@ -53,7 +53,7 @@ def _encoding(data: bytes) -> str:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return encoding
-    # without a mark, the zero byte of the first character tells UTF-16 and its byte order
+    # without a mark, the zero byte of the first character identifies UTF-16 and its byte order
     if data[1:2] == b"\0":
         return "utf-16-le"
     return "utf-16-be" if data[:1] == b"\0" else "utf-8"

@@ -103,7 +103,7 @@ class ConstantImage(_Declared):
 
 @dataclass(frozen=True)
 class ClipScore(_Declared):
-    """Refuses images that do not show what their prompt says.
+    """Refuses images that do not match their prompt.
 
     Attributes:
         score: (images uint8 [n, H, W, 3], texts) -> float [n], such as the cosine of image and text.
@@ -193,7 +193,7 @@ class NearDuplicate(_Declared):
 
 @dataclass(frozen=True)
 class DuplicatePrompt(_Declared):
-    """Refuses a prompt that an earlier one of the same class says already, but for case, punctuation and spaces."""
+    """Refuses a prompt equal to an earlier one of its class up to case, punctuation and spaces."""
 
     name: str = "duplicate_prompt"
 

@@ -181,7 +181,7 @@ def check_fit(folder: Path, parts: Mapping[str, Checkpoint]) -> None:
 def read_schedule(folder: Path) -> ScheduleConfig:
     """Returns the schedule that a checkpoint's folder is run with. Raises UserError for one that does not exist here.
 
-    Where the file says otherwise than `ScheduleConfig.in_stable_diffusion`, a warning tells.
+    A warning is issued where the file differs from `ScheduleConfig.in_stable_diffusion`.
     """
     path = folder / SCHEDULER_FILE
     named = ScheduleConfig.from_json(files.read_json(path), str(path))

@@ -191,7 +191,7 @@ class Ledger:
         self.merged = {picture.index: picture for picture in final}
 
     def clear(self) -> None:
-        """Removes the journals, but for images beyond those that were asked for, and half-written files of a kill."""
+        """Removes the journals, except for images beyond the requested count, and half-written files of a kill."""
         for path in [*self.folder.glob(".*.part*"), *(self.folder / IMAGES).glob(".*.part*")]:
             path.unlink()
         beyond = [picture.to_json() for j, picture in sorted(self.pictures.items()) if j not in self.merged]

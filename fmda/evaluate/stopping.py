@@ -71,7 +71,7 @@ def choose_step(
     is chosen; one that reads content more than style rewards repeated layouts; a step 0 that spans many domains loses
     diversity by the adaptation itself, which pulls the choice forward; images that repeat the target's layout under
     new textures may count as diverse (look at `Alignment.nearest`); and the best step may lie between two checkpoints
-    or after the last, which the reason then says.
+    or after the last, which the reason then states.
 
     Args:
         steps: S of them, ascending, the first 0 (the model untouched).

@@ -15,7 +15,7 @@ class Group:
     Attributes:
         title: dataset, split and number of images.
         names: classes.
-        members: the evaluations; `labels` tells them apart.
+        members: the evaluations; `labels` distinguishes them.
         references: for each member the index of the one it is compared with: "host + method" with "host" of the same
             run, every other with the first; the first and hosts that come first are compared with themselves.
     """
@@ -66,7 +66,7 @@ def _parent(evaluation: Evaluation) -> Path:
 
 
 def _labels(members: Sequence[Evaluation]) -> tuple[str, ...]:
-    """Returns what tells the members apart: the model, else run and model, else run and folder."""
+    """Returns labels that distinguish the members: the model, else run and model, else run and folder."""
     for parts in (
         [e.model for e in members],
         [f"{e.run}: {e.model}" for e in members],

@@ -20,7 +20,7 @@ def contrastive_loss(
         images: embeddings, any length; normalised here.
         texts: embeddings of the texts, row i belongs to image i.
         scale: multiplies the cosines (the inverse temperature).
-        also_true: entry [i, j] tells that text j is true of image i as well. Such pairs are no negatives and leave
+        also_true: entry [i, j] is true where text j also describes image i. Such pairs are no negatives and leave
             the sums; the diagonal always stays.
 
     Returns:

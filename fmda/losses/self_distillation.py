@@ -52,7 +52,7 @@ def view_loss(targets: Float[Array, "b t k"], logits: Float[Array, "b s k"], tem
 def masked_patch_loss(
     targets: Float[Array, "n p k"], logits: Float[Array, "n p k"], masked: Bool[Array, "n p"], temperature: float
 ) -> Float[Array, ""]:
-    """Returns the cross-entropy (nats) of the student's masked patches against the teacher, who saw them.
+    """Returns the cross-entropy (nats) of the student's masked patches against the teacher, which sees them.
 
     The mean over the masked patches of a view, then over the views in which anything is masked; 0 where nothing is.
     Every view weighs the same, however much of it is hidden (iBOT, eq. 2).

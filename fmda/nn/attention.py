@@ -40,7 +40,7 @@ def memory_efficient_attention(
 ) -> Float[Array, "b t h d"]:
     """Returns what `attention` returns, without ever holding all t x s weights of a long sequence.
 
-    Where `fusible` says so, this is `fused_attention`; else, and with FMDA_FUSED_ATTENTION=0, `attention_in_parts`. The
+    Where `fusible` holds, this is `fused_attention`; else, and with FMDA_FUSED_ATTENTION=0, `attention_in_parts`. The
     choice is made while tracing, from jax's default device. `benchmarks/attention.py` checks on a GPU that both agree.
     """
     device = _default_device()

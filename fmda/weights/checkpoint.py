@@ -1,4 +1,4 @@
-"""An opened checkpoint: family, configuration and layout are known, arrays are read when they are asked for."""
+"""An opened checkpoint: family, configuration and layout are known, arrays are read on access."""
 
 import functools
 import hashlib

@@ -122,7 +122,7 @@ def restore(checkpoint: Checkpoint, dtype: DTypeLike = jnp.float32, *, on_host: 
     """Returns the network of an opened checkpoint.
 
     Parameters are kept, and the network computes, in `dtype`; scalars (CLIP's temperature) and running statistics stay
-    in float32. With `on_host` they are NumPy arrays, for whoever places them on a mesh; `options` are the builder's.
+    in float32. With `on_host` they are NumPy arrays, for callers that shard them; `options` are the builder's.
     Raises UserError for arrays that are missing, surplus or misshapen, and for float16 on a device without it.
     """
     _check_dtype(dtype)
@@ -172,7 +172,7 @@ def save(
     """Writes a network under the names of PyTorch's libraries, so that they and the loaders here open it.
 
     Returns the folder. Arrays are stored in `dtype`, by default in their own; scalars and running statistics stay as
-    they are. `tokenizer_files` are copied under their names; `layout` as the family knows it. Raises UserError where
+    they are. `tokenizer_files` are copied under their names; `layout` as the family defines it. Raises UserError where
     `params` does not fit `config`, holds values beyond `dtype`, or the folder cannot be written; nothing is written
     then.
     """

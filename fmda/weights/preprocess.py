@@ -1,4 +1,4 @@
-"""The images that a CLIP was trained on: resized, cropped and normalised as its checkpoint's image processor says."""
+"""The images that a CLIP was trained on: resized, cropped and normalised by its checkpoint's image processor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

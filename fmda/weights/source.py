@@ -61,7 +61,7 @@ def asset_names() -> tuple[str, ...]:
 def resolve(source: str | os.PathLike[str], revision: str | None = None, layout: Layout = "single") -> Path:
     """Returns the folder that holds the checkpoint, downloaded first if it has to be.
 
-    `layout` says what to download of a repository: "single" one model, "diffusers" the parts of a Stable Diffusion or
+    `layout` selects the files of a repository: "single" one model, "diffusers" the parts of a Stable Diffusion or
     its one network, "any" what the repository holds.
 
     `source` is an existing folder, else the name of a model that comes with the package, else a hub id "owner/name" at
@@ -100,7 +100,7 @@ def weight_file(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
         return pair
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        return pickles[0]  # reading it raises the error that says how to convert it
+        return pickles[0]  # reading it raises the error that explains how to convert it
     raise UserError(f"{folder}: holds no weights; one of {', '.join(names)} is needed")
 
 

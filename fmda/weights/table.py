@@ -37,7 +37,7 @@ def row(source: str, targets: str | tuple[str, ...], transform: Transform = COPY
 
 
 def drop(source: str) -> Row:
-    """Returns a row that knows a stored name and discards it."""
+    """Returns a row that accepts a stored name and discards its array."""
     return Row(source, ())
 
 
@@ -74,7 +74,7 @@ class Faults:
 
 
 class Table:
-    """Rows compiled for use in both directions; `layout` says whose names they are."""
+    """Rows compiled for use in both directions; `layout` names their origin."""
 
     def __init__(self, rows: Iterable[Row], layout: str = "") -> None:
         self.rows, self.layout = tuple(rows), layout

@@ -38,7 +38,7 @@ __all__ = ["Config", "check", "export_steps", "personalisation", "plan", "prepar
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns prepare, train, probe and choose where probes are asked for, and export.
+    """Returns prepare, train, probe and choose where probes are configured, and export.
 
     prepare: `target.png` (the image as it is cropped), `crops.png`, and, if configured, class images and encoded
     crops. train: `snapshots/`, which `snapshot_model` opens. probe: images of each step. choose: `choice.json` and what

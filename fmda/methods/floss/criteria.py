@@ -1,4 +1,4 @@
-"""Label-free criteria for templates: what a tally says about how well a template segments a class.
+"""Label-free criteria for templates: estimates from a tally of how well a template segments a class.
 
 Each criterion is a risk [M, K]: the lower, the more trusted. All read the same sums (`tally.Tally`), gathered in one
 pass, so adding one costs no further pass. How well they order templates is measured against true labels by rank

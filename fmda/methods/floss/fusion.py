@@ -2,7 +2,7 @@
 
 At each pixel expert e claims it if e is the class that expert e itself finds most likely there (lowest index first on
 ties). The claiming expert with the largest p_e[e] gives the pixel its whole probability vector, the lowest index on
-exact ties; where nobody claims, the ordinary classifier does.
+exact ties; where none claims, the ordinary classifier does.
 
 `fuse_reference` does this literally: all K+1 maps at pixel resolution. `fuse` gives the same vectors without them. It
 rests on two facts. Only the winner's vector is needed, so the first pass finds the winners and the second fetches
@@ -38,7 +38,7 @@ ELEMENTS = 1 << 20
 
 
 def winner_of(vectors: Float[Array, "E *n K"]) -> Int[Array, "*n"]:
-    """Returns the index of the classifier that gives each pixel its vector: an expert, or K where nobody claims.
+    """Returns the index of the classifier that gives each pixel its vector: an expert, or K where no expert claims.
 
     `vectors` holds the K experts' probabilities and the ordinary classifier's last.
     """
@@ -95,7 +95,7 @@ def fetch(p: Float[Array, "E h w K"], winner: Int[Array, "H W"], rows: Taps, col
 
 
 def winners(p: Float[Array, "E h w K"], rows: Taps, columns: Taps, *, prune: bool = True) -> Int[Array, "H W"]:
-    """Returns the winning classifier of each pixel, K where nobody claims it (first pass)."""
+    """Returns the winning classifier of each pixel, K where no expert claims it (first pass)."""
     cells = Cells(rows, columns, (p.shape[1], p.shape[2]))
     experts = p.shape[-1]
     flat = p.reshape(len(p), -1, experts)

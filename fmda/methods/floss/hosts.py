@@ -39,7 +39,7 @@ class HostConfig:
         position_offset: added to the side when the position table is resampled (0.1 in DINO's and NACLIP's code).
         gaussian_std: NACLIP's neighbourhood, in patches.
         affinity_floor: CLIP-DINOiser ignores patch similarities below it.
-        background_confidence: CLIP-DINOiser calls a patch background, where that is asked for, if it looks like no
+        background_confidence: CLIP-DINOiser labels a patch background, where configured, if it looks like no
             object and no class is more likely than this.
         pamr_steps, pamr_dilations: refinement of the scores along image edges; 0 steps = none.
     """

@@ -33,7 +33,7 @@ def stages(config: Config) -> list[Stage]:
 
     rank: `ranking.json`, `experts.json`, `model.json`, which `Segmenter.load` opens, and `tally.npz`, the resumable
     sums. score, where labelled data are named: `scores.json` and figures of the host in `host`, of FLOSS in `floss`,
-    and, if asked for, the label-free criteria against true IoU in `criteria`. page: `report.html` in the run folder.
+    and, if configured, the label-free criteria against true IoU in `criteria`. page: `report.html` in the run folder.
     """
 
     @functools.cache
