@@ -226,7 +226,7 @@ def test_prompts_come_from_a_file_or_as_they_are(tmp_path):
         ("prompts.file=model", "model: cannot be read"),
         ("count=0", "count: expected a whole number >= 1, got '0'"),
         ("sample.size=[33,32]", "size: 33x32 are no multiples of 2 pixels; 32x32 would be"),
-        ("prompts.file=empty.txt 'prompts.texts=[a]'", "empty.txt) are given; leave one of them out"),
+        ("prompts.file=empty.txt 'prompts.texts=[a]'", "empty.txt) are set; remove one of them"),
         ("filters.class_presence=0.5 'prompts.texts=[a road]'", "filters.class_presence: the prompts name no class"),
         ("device_memory=-1", "device_memory: expected a number > 0, got '-1'"),
         ("sample.sampler=ddin", "sampler: 'ddin' does not exist; did you mean 'ddim'?"),
@@ -404,6 +404,7 @@ def test_published_configurations_open(name, count):
         assert [count for _, count in run.plan().parameters] == [859_520_964, 83_653_863, 123_060_480]
 
 
+@pytest.mark.slow
 def test_stable_diffusion_2_is_planned_at_full_size_with_its_file_of_prompts(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     run = open_run("configs/datum/generate-sd2.yaml")

@@ -54,6 +54,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in names}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(place):
     codes, messages = run(place, "one", 1)
     assert codes == [0], messages

@@ -118,4 +118,4 @@ def test_bad_values_are_named(values, message):
 def test_plan_and_stages_name_the_work():
     config = RenderConfig(domains={"fog": 2})
     assert [stage.name for stage in stages(config)] == ["render"]
-    assert "fog: 2 pictures of 128 x 256" in plan(config).text()
+    assert "fog: 2 images of 128 x 256" in plan(config).text()

@@ -71,6 +71,7 @@ def test_sides_may_differ_and_half_as_many_heads_change_no_shape():
     assert UNET.factor == 2 and UNetConfig().factor == 8
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_give_the_same_values_and_gradients():
     given = inputs(ONE_LEVEL)
     found = []

@@ -117,6 +117,7 @@ def test_flops_are_those_of_the_traced_step(changes):
     assert training(given, SHAPES).flops(given.batch) == traced(given, len(given.prompts))
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_what_is_computed_again():
     plain, again = (training(config(remat=remat), SHAPES) for remat in ("none", "blocks"))
     assert plain.flops(4) == again.flops(4)
@@ -142,6 +143,7 @@ def test_text_states_that_are_read_once_need_no_text_encoder():
     assert set(frozen) == {"vae", "context"} and trees.size_bytes(frozen["vae"]) == 4 * 83_653_863
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_too_large_is_refused_by_how_much():
     need, seven = (training(config(batch=64), SHAPES).need(rows) / GIB for rows in (8, 7))
     with pytest.raises(UserError) as caught:

@@ -30,8 +30,8 @@ def shrink(path):
         (Path.unlink, "target.png: no such"),
         (cut, "target.png: "),
         (shrink, "target.png: 12x30 pixels hold no crop of 16"),
-        (save_grey, "target.png: a grey picture"),
-        (save_clear, "target.png: a picture with an alpha channel"),
+        (save_grey, "target.png: a grey image"),
+        (save_clear, "target.png: an image with an alpha channel"),
     ],
 )
 def test_a_picture_that_cannot_be_used_leaves_no_run(place, tmp_path, monkeypatch, capsys, damage, message):

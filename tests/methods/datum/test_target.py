@@ -137,14 +137,14 @@ def cut(path):
 
 
 FAULTS = {
-    grey: "a grey picture, of which the model would learn that the target has no colours",
-    clear: "a picture with an alpha channel",
-    clear_grey: "a picture with an alpha channel",
-    one_colour_clear: "a picture with an alpha channel",
-    palette: "a picture of mode P; convert it to RGB",
+    grey: "a grey image, of which the model would learn that the target has no colours",
+    clear: "an image with an alpha channel",
+    clear_grey: "an image with an alpha channel",
+    one_colour_clear: "an image with an alpha channel",
+    palette: "an image of mode P; convert it to RGB",
     deep: "more than 8 bits a channel",
     cut: "truncated",
-    lambda path: saved(path, picture(15, 90)): "90x15 pixels hold no crop of 16; give a larger picture",
+    lambda path: saved(path, picture(15, 90)): "90x15 pixels hold no crop of 16; give a larger image",
     lambda path: path: "no such",
 }
 
