@@ -132,6 +132,8 @@ class Config(TrainerConfig):
             raise UserError(
                 f"accumulate: a batch of {self.batch} is not taken in {self.accumulate} parts; give a divisor"
             )
+        if self.minutes is not None:
+            raise UserError("minutes: a personalisation ends at its snapshots, not by the clock; set steps instead")
         if self.probe is not None and self.probe.prompts.token not in (PromptConfig.token, self.token):
             raise UserError(
                 f"probe.prompts.token: '{self.probe.prompts.token}', but the model learns '{self.token}'; leave it out"
