@@ -221,7 +221,7 @@ def test_probes_choose_the_step_that_is_exported(place):
     # another export needs no other training
     assert (work / "export/0").is_dir() and (work / "train/stage.json").read_bytes() == trained
     page = report([work], work / "report.html").read_text()
-    assert "Personalised on one picture" in page and "When to stop" in page and page.count("data:image/") >= 2
+    assert "Personalised on one image" in page and "When to stop" in page and page.count("data:image/") >= 2
 
 
 def test_defaults_are_the_paper_s():
