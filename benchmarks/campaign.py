@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fmda.atomic import write_json
+
 HERE = Path(__file__).parent
 MARGIN = 5.0
 """Seconds kept for writing results at the end of the campaign."""
@@ -179,9 +181,7 @@ def run(items: Iterable[Item], seconds: float, folder: Path, tiny: bool) -> list
         for row in outcome["results"]:
             shown = [form.format(row[key]) for key, form in LINE if row.get(key) is not None]
             print(f"  {row['what']}: {', '.join(shown)}", flush=True)
-        scratch = folder / ".campaign.json"
-        scratch.write_text(json.dumps({"seconds": seconds, "tiny": tiny, "items": outcomes}, indent=1) + "\n")
-        scratch.replace(folder / "campaign.json")
+        write_json(folder / "campaign.json", {"seconds": seconds, "tiny": tiny, "items": outcomes})
     return outcomes
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from fmda.errors import UserError
 from fmda.models.clip import ClipConfig, VitConfig
@@ -75,8 +76,7 @@ def test_the_centre_is_kept() -> None:
     ],
 )
 def test_equals_clip_image_processor(tmp_path, shape, values: dict) -> None:
-    transformers = pytest.importorskip("transformers")
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    processor = transformers.CLIPImageProcessor(**values, image_mean=MEAN, image_std=STD)
+    processor = CLIPImageProcessor(**values, image_mean=MEAN, image_std=STD)
     expected = np.asarray(processor(Image.fromarray(image))["pixel_values"][0]).transpose(1, 2, 0)
     np.testing.assert_allclose(named(tmp_path, values)(image[None])[0], expected, atol=1e-6)
