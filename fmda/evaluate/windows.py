@@ -2,7 +2,7 @@
 
 Window scores are stretched to the window, averaged where windows overlap, and resized to the size of the labels. All of
 this is linear and acts on rows and columns apart, so each side of an image has one sparse matrix (`Resampling`). Full
-size scores exist one class and one band of rows at a time. Resizes are bilinear with half-pixel centres and without
+size scores exist one block of rows and columns at a time. Resizes are bilinear with half-pixel centres and without
 antialiasing (`fmda.nn.resize`). b = images, N = windows, K = classes, h and w = sides of a window's scores.
 """
 
@@ -31,8 +31,8 @@ WINDOWS = 8
 SIDE = 64
 """Image and label sides are padded to multiples of this, so that images of similar size share one program."""
 
-COLUMNS = 64
-"""Pixel columns that are resampled together."""
+ROWS, COLUMNS = 32, 64
+"""Rows and columns of the label map that are resampled together on a CPU; accelerators take all rows."""
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
@@ -168,9 +168,9 @@ class Geometry(NamedTuple):
 
 def geometry(grid: WindowGrid, samples: tuple[int, int]) -> Geometry:
     """Returns the placement of windows whose scores have `samples` (rows, columns)."""
-    # bands that fit a CPU's cache, or that fill an accelerator
-    band = 32 if jax.default_backend() == "cpu" else SIDE
-    rows, columns = grid.rows.resampling(samples[0], band), grid.columns.resampling(samples[1], COLUMNS)
+    # scores of a block fit a CPU's cache, or fill an accelerator
+    block = ROWS if jax.default_backend() == "cpu" else padded(grid.rows.length)
+    rows, columns = grid.rows.resampling(samples[0], block), grid.columns.resampling(samples[1], COLUMNS)
     return Geometry(grid.corners(), rows, columns)
 
 
@@ -209,11 +209,8 @@ def label_maps(
         flip: see `Protocol`.
     """
 
-    def one(scores: Float[Array, "N h w K"], rows: Resampling, columns: Resampling) -> tuple[Array, Array]:
-        return _arg_max(_columns(_tiles(scores, shape), columns), rows)
-
     scores = _window_scores(forward, params, images, jnp.asarray(place.corners), window, flip)
-    return lax.map(lambda each: one(*each), (scores, place.rows, place.columns))
+    return lax.map(lambda each: _arg_max(_tiles(each[0], shape), *each[1:]), (scores, place.rows, place.columns))
 
 
 def _window_scores(
@@ -243,41 +240,34 @@ def _window_scores(
     return scores.reshape(b, n, *scores.shape[1:])
 
 
-def _tiles(scores: Float[Array, "N h w K"], shape: tuple[int, int]) -> Float[Array, "K R C"]:
-    """Returns the score maps of all windows side by side, classes first."""
+def _tiles(scores: Float[Array, "N h w K"], shape: tuple[int, int]) -> Float[Array, "C R K"]:
+    """Returns the score maps of all windows side by side, columns first."""
     (down, across), (_, h, w, k) = shape, scores.shape
-    return scores.reshape(down, across, h, w, k).transpose(4, 0, 2, 1, 3).reshape(k, down * h, across * w)
+    return scores.reshape(down, across, h, w, k).transpose(1, 3, 0, 2, 4).reshape(across * w, down * h, k)
 
 
-def _columns(scores: Float[Array, "K R C"], columns: Resampling) -> Float[Array, "K R W"]:
-    """Returns scores resampled along their columns."""
+def _arg_max(
+    scores: Float[Array, "C R K"], rows: Resampling, columns: Resampling
+) -> tuple[UInt8[Array, "H W"], Float[Array, "H W"]]:
+    """Returns (class, value) of the largest score after resampling, one block of columns and rows at a time."""
 
-    def block(part: tuple[Array, Array]) -> Float[Array, "K R n"]:
-        return jnp.einsum("krm,nm->krn", scores[:, :, part[0]], part[1], precision="highest")
+    def column_block(columns: Resampling) -> tuple[Array, Array]:
+        # axes in the order in which both products read and write contiguous memory
+        stretched = jnp.einsum("mrk,nm->rkn", scores[columns.sources], columns.weights, precision="highest")
 
-    blocks = lax.map(block, tuple(columns))
-    return blocks.transpose(1, 2, 0, 3).reshape(*scores.shape[:2], -1)
+        def row_block(rows: Resampling) -> tuple[Array, Array]:
+            block = jnp.einsum("mkn,rm->rkn", stretched[rows.sources], rows.weights, precision="highest")
+            # unrolled: XLA compiles it to one vectorised loop, and its own argmax to a scalar one
+            best, label = block[:, 0], jnp.zeros(block[:, 0].shape, jnp.uint8)
+            for k in range(1, block.shape[1]):
+                larger = block[:, k] > best
+                best, label = jnp.where(larger, block[:, k], best), jnp.where(larger, jnp.uint8(k), label)
+            return label, best
 
+        return jax.tree.map(lambda blocks: blocks.reshape(-1, blocks.shape[-1]), lax.map(row_block, rows))
 
-def _arg_max(scores: Float[Array, "K R W"], rows: Resampling) -> tuple[UInt8[Array, "H W"], Float[Array, "H W"]]:
-    """Returns (class, value) of the largest score after resampling along the rows, one class and band at a time."""
-    classes = jnp.arange(len(scores), dtype=jnp.uint8)
-
-    def band(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        sources, weights = part
-
-        def compare(best: tuple[Array, Array], one: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-            k, samples = one
-            score = jnp.matmul(weights, samples, precision="highest")
-            larger = score > best[1]
-            return (jnp.where(larger, k, best[0]), jnp.where(larger, score, best[1])), None
-
-        shape = (weights.shape[0], scores.shape[2])
-        start = (jnp.zeros(shape, jnp.uint8), jnp.full(shape, -jnp.inf, jnp.float32))
-        return lax.scan(compare, start, (classes, scores[:, sources]), unroll=4)[0]
-
-    labels, best = lax.map(band, tuple(rows))
-    return labels.reshape(-1, scores.shape[2]), best.reshape(-1, scores.shape[2])
+    blocks = lax.map(column_block, columns)
+    return jax.tree.map(lambda x: x.transpose(1, 0, 2).reshape(x.shape[1], -1), blocks)
 
 
 _predict = partial(jax.jit, static_argnames=("forward", "window", "shape", "flip"))(label_maps)
