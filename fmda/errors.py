@@ -1,7 +1,10 @@
-"""The one error a user should ever see, and the search for the name they meant."""
+"""Faults that a user can fix, in one line each."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -14,16 +17,24 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """Returns the choice most similar to `word`, or None when nothing comes near."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return matches[0] if matches else None
-
-
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Returns "; did you mean 'x'?" for the nearest choice, else the list of what exists."""
+    """Returns "; did you mean 'x'?" for the most similar choice, else the list of all choices."""
     choices = list(choices)
-    guess = nearest(word, choices)
-    if guess is not None:
-        return f"; did you mean '{guess}'?"
-    return "; known: " + (", ".join(choices) if choices else "none")
+    if nearest := difflib.get_close_matches(word, choices, n=1, cutoff=0.5):
+        return f"; did you mean '{nearest[0]}'?"
+    return "; known: " + (", ".join(choices) or "none")
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns the error of a full, read-only or missing disk into a UserError that names the file, or else `path`."""
+    try:
+        yield
+    except Exception as fault:
+        # the array store of checkpoints reports the system's error number in its own message
+        code = re.search(r"os_error_code='(\d+)'", str(fault))
+        if not isinstance(fault, OSError) and code is None:
+            raise
+        reason = os.strerror(int(code[1])) if code else getattr(fault, "strerror", None) or fault
+        where = getattr(fault, "filename", None) or os.fspath(path)
+        raise UserError(f"{where}: {reason}; make room or fix the path, then run again to resume") from fault

@@ -34,7 +34,7 @@ from fmda.diffusion.manifest import (
     Row,
     image_file,
 )
-from fmda.errors import UserError
+from fmda.errors import UserError, disk_errors
 from fmda.png import captioned, grid, is_whole, read_png, write_png
 from fmda.progress import Line, track
 from fmda.runs.identity import RECORD, claim
@@ -122,7 +122,7 @@ def generate(
         "prompt_filters": {one.name: dict(one.settings) for one in prompt_filters},
         "filters": {one.name: dict(one.settings) for one in filters},
     }
-    try:
+    with disk_errors(folder):
         if process_index == 0 or (folder / RECORD).is_file():
             # a folder of other facts ends all processes, so that none waits for another
             claim(folder, identity, remedy="choose another folder", exclusive=True)
@@ -141,12 +141,6 @@ def generate(
                 run.finish(count, refused_prompts)
         wait("merged")
         return Manifest.read(folder).head(count)
-    except OSError as fault:
-        # a full disk does not name the file
-        raise UserError(
-            f"{fault.filename or folder}: cannot write ({fault.strerror or fault}); free space or fix the path, and "
-            "generate again to continue"
-        ) from fault
 
 
 def check_numbers(**numbers: int) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from fmda.atomic import replacing, write_json
 from fmda.config import fingerprint
 from fmda.data import ClassList, ClassMap, Dataset, Example
-from fmda.errors import UserError
+from fmda.errors import UserError, disk_errors
 from fmda.evaluate.confusion import Scores, confusion_matrix
 from fmda.evaluate.maps import Common, Maps, common_list
 from fmda.evaluate.overlay import comparison
@@ -73,14 +73,8 @@ def evaluate_dataset(
         raise UserError(f"{dataset.name}: split '{dataset.split}' holds no image; check root and split")
     protocol = replace(segmenter.protocol, class_map=map_names(class_map))
     run = _Evaluation(segmenter, dataset, common, protocol, count, keep, _example_names(examples_of))
-    try:
+    with disk_errors(out or dataset.root):
         return run.in_memory() if out is None else run.in_folder(Path(out))
-    except OSError as fault:
-        # a full disk does not name the file
-        where = fault.filename or out or dataset.name
-        raise UserError(
-            f"{where}: {fault.strerror or fault}; free some space or correct the path, and evaluate again to resume"
-        ) from fault
 
 
 def map_names(class_map: Maps | Sequence[Maps]) -> tuple[str, ...]:

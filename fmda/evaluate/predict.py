@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fmda.data.digest import file_evidence
-from fmda.errors import UserError
+from fmda.errors import UserError, disk_errors
 from fmda.evaluate.images import image_files
 from fmda.evaluate.segmenter import Segmentation, Segmenter, overlay_path
 from fmda.progress import track
@@ -91,12 +91,10 @@ def _refuse_others(target: Path, file: Path, row: dict[str, Any] | None, model: 
 
 
 def _write(result: Segmentation, row: dict[str, Any], target: Path, journal: Journal) -> None:
-    try:
+    with disk_errors(journal.path):
         for path in _outputs(target):
             path.unlink(missing_ok=True)
         journal.append(row)
-    except OSError as fault:
-        raise UserError(f"{journal.path}: cannot be written ({fault.strerror}); choose another place") from None
     result.save(target)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from fmda.atomic import write_atomic
-from fmda.errors import UserError
+from fmda.errors import UserError, disk_errors
 from fmda.evaluate.charts import curves, heat_map, picture_address, svg_address
 from fmda.evaluate.runs import Evaluation, Run, read_run
 from fmda.evaluate.sections import Cell, Section, Table
@@ -51,11 +51,9 @@ def report(
     opened = [read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)]
     page = _page(opened, title, command)
     out = Path(out)
-    try:
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, page)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another place with --out") from None
     return out
 
 

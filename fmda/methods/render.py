@@ -12,7 +12,7 @@ import numpy as np
 from fmda.atomic import replacing
 from fmda.config import Bounds, NonNegativeInt, PositiveInt
 from fmda.data import class_list
-from fmda.errors import UserError, did_you_mean
+from fmda.errors import UserError, did_you_mean, disk_errors
 from fmda.png import read_png, write_png
 from fmda.progress import track
 from fmda.runs.identity import claim
@@ -66,16 +66,12 @@ def write_world(config: RenderConfig, folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     roots = [folder / name for name in config.domains]
-    try:
+    with disk_errors(folder):
         for root in roots:
             _claim(root, config)
         for root, (domain, count) in zip(roots, config.domains.items(), strict=True):
             _write_domain(root, config, domain, count)
         write_png(folder / "contact-sheet.png", contact_sheet(roots))
-    except OSError as fault:
-        raise UserError(
-            f"{fault.filename or folder}: cannot write ({fault.strerror}); free or choose another place"
-        ) from fault
     return roots
 
 

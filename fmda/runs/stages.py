@@ -22,7 +22,7 @@ from typing import Any
 
 from fmda.atomic import write_atomic, write_json
 from fmda.config import fingerprint, to_dict, to_yaml
-from fmda.errors import UserError
+from fmda.errors import UserError, disk_errors
 from fmda.runs.identity import RECORD, changes, claim, filled, listed, recorded
 
 RunStage = Callable[[Path, dict[str, Path]], dict[str, Any] | None]
@@ -129,7 +129,8 @@ def _run_all(
             if _first():
                 say(title)
             if _first() or not stage.alone:
-                _execute(stage, folder, dict(done), facts[stage.name])
+                with disk_errors(folder):
+                    _execute(stage, folder, dict(done), facts[stage.name])
         _wait_for_all(stage.name)
         done[stage.name] = folder
     return done
@@ -159,13 +160,12 @@ class _Taken(UserError):
 
 def _claim(work: Path, config: Mapping[str, Any]) -> None:
     """Makes the run folder and records the configuration, or checks that the folder belongs to it."""
-    try:
-        if not claim(work, config, exclusive=True):
-            _write(work / CONFIG, to_yaml(config))
-    except OSError as fault:
-        raise UserError(f"{work}: cannot be written ({fault.strerror}); choose another work_dir=") from None
-    except UserError as fault:
-        raise _Taken(str(fault)) from None
+    with disk_errors(work):
+        try:
+            if not claim(work, config, exclusive=True):
+                _write(work / CONFIG, to_yaml(config))
+        except UserError as fault:
+            raise _Taken(str(fault)) from None
 
 
 @contextlib.contextmanager
@@ -246,10 +246,6 @@ def _execute(stage: Stage, folder: Path, done: dict[str, Path], facts: Mapping[s
             "command": " ".join(["fmda", *sys.argv[1:]]),
         }
         write_json(folder / STAGE, _plain(record))
-    except OSError as fault:
-        # a full or read-only disk: what is on disk stays, and the same command continues from it
-        where = fault.filename or folder
-        raise UserError(f"{where}: {fault.strerror or fault}; free space or fix the path, then run again") from fault
     except RuntimeError as fault:
         if "RESOURCE_EXHAUSTED" not in str(fault):
             raise

@@ -10,7 +10,6 @@ import gc
 import logging
 import math
 import os
-import re
 import sys
 import threading
 import traceback
@@ -26,7 +25,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
 from fmda import trees
-from fmda.errors import UserError, did_you_mean
+from fmda.errors import UserError, did_you_mean, disk_errors
 from fmda.mesh import distribute
 from fmda.runs.journal import read_rows
 from fmda.train.step import TrainState
@@ -37,25 +36,6 @@ METRICS = "metrics.jsonl"
 
 _PACKAGE = f"{os.sep}orbax{os.sep}"
 _FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata", "data/metadata")
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns what a full, read-only or missing disk raises inside the context into a UserError that names the folder."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as fault:
-        # The array store reports the system's error number in its own message.
-        code = re.search(r"os_error_code='(\d+)'", str(fault))
-        if not isinstance(fault, OSError) and code is None:
-            raise
-        reason = os.strerror(int(code.group(1))) if code else getattr(fault, "strerror", None) or str(fault)
-        raise UserError(
-            f"{folder}: cannot be written ({reason}); make room or fix its permissions, or choose another work_dir=; "
-            "the same command resumes at the last checkpoint"
-        ) from fault
 
 
 @contextlib.contextmanager

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 import fmda
 from fmda.data.loader import Batches
 from fmda.data.streams import Stream, batches, joined
-from fmda.errors import UserError, did_you_mean
+from fmda.errors import UserError, did_you_mean, disk_errors
 from fmda.mesh import batch_sharding, make_mesh, place, replicate, replicated, shard_batch
 from fmda.perf.peaks import peak_flops
 from fmda.progress import Line
 from fmda.runs import identity
-from fmda.train.checkpoints import Checkpoints, disk_errors, starting_state
+from fmda.train.checkpoints import Checkpoints, starting_state
 from fmda.train.metrics import Meter, MetricLog, status
 from fmda.train.step import Step, TrainState, step_flops
 from fmda.train.stop import Stopped, StopSignals, Watch

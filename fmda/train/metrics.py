@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from fmda.errors import UserError
+from fmda.errors import UserError, disk_errors
 from fmda.progress import duration
 from fmda.runs.journal import Journal, read_rows
-from fmda.train.checkpoints import METRICS, disk_errors
+from fmda.train.checkpoints import METRICS
 
 WARMUP_STEPS = 2
 

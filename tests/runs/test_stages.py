@@ -143,7 +143,7 @@ def test_a_stage_may_read_earlier_ones_only(tmp_path):
 
 
 def test_an_unwritable_folder_is_one_line():
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="/proc/fmda-run: .*; make room or fix the path"):
         run_stages(stages([]), Path("/proc/fmda-run"), {}, lambda _: None)
     assert not Path("/proc/fmda-run").exists()
 

@@ -91,7 +91,7 @@ def test_full_disk_is_one_line_and_costs_only_the_steps_since_the_last_save(tmp_
     code, _, err = finish(launch(tmp_path, "--disk-full-at", "8", "--log-every", "1000"))
     assert code == 2
     assert "Traceback" not in err
-    assert "checkpoints: cannot be written (File too large); make room" in err.splitlines()[-1]
+    assert "checkpoints: File too large; make room" in err.splitlines()[-1]
     code, out, err = finish(launch(tmp_path))
     assert code == 0 and "resuming at step 5" in err
     assert out[-1] == unbroken[0]
@@ -101,7 +101,7 @@ def test_full_disk_under_the_metrics_is_one_line(tmp_path):
     code, _, err = finish(launch(tmp_path, "--disk-full-at", "6", "--save-steps", "1000"))
     assert code == 2
     assert "Traceback" not in err
-    assert "cannot be written (File too large); make room" in err.splitlines()[-1]
+    assert "File too large; make room" in err.splitlines()[-1]
 
 
 @pytest.fixture
@@ -120,5 +120,5 @@ def test_read_only_folder_is_one_line(read_only):
     code, _, err = finish(launch(read_only, *options))
     assert code == 2
     assert "Traceback" not in err
-    assert f"{read_only}: cannot be written (Permission denied)" in err.splitlines()[-1]
+    assert str(read_only) in err.splitlines()[-1] and "Permission denied; make room or fix" in err.splitlines()[-1]
     assert list(read_only.iterdir()) == []
