@@ -69,7 +69,7 @@ def judged(folder: Path, held: np.ndarray, clip: Loaded, probe: Probe) -> dict[s
     """Returns CMMD of a folder's images to held pictures and the coverage of their classes, prompted and not."""
     images = read_images(Manifest.read(folder))
     there, elsewhere = coverage(clip, probe, folder, images)
-    distance = cmmd(held, embed(clip, images), unbiased=True)
+    distance = cmmd(held, embed(clip, images))
     return {"cmmd": round(distance, 4), "coverage": round(there, 4), "coverage_unprompted": round(elsewhere, 4)}
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     rows, told = [], {}
     for domain, target, root in zip(options.domains, targets, held, strict=True):
         real = embed(clip, windows(clip, [root], side, options.held).images)
-        floor = cmmd(real, embed(clip, windows(clip, [known[every.index(domain)]], side, 100).images), unbiased=True)
+        floor = cmmd(real, embed(clip, windows(clip, [known[every.index(domain)]], side, 100).images))
         for number, picture in enumerate(sorted((target / "images").iterdir())):
             config = from_dict(Config, values | {"image": str(picture)})
             row = {"domain": domain, "target": number, "cmmd_floor": round(floor, 4)}

@@ -1,7 +1,7 @@
-"""Confusion matrices as mergeable sums, and the scores read off them.
+"""Confusion matrices and the scores derived from them.
 
-A matrix counts pixels: row = truth, column = prediction. Matrices of images, batches, processes and runs are added;
-scores are computed once, from the sum. A mean of per-image scores is a different number and is never used.
+A matrix counts pixels: row = truth, column = prediction. Matrices of images, batches and processes are added, and
+scores are computed from the sum. A mean of per-image scores is a different number.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,12 @@ from fmda.evaluate.protocol import Protocol
 
 
 def confusion_matrix(
-    labels: Int[np.ndarray, "..."],
-    predictions: Int[np.ndarray, "..."],
-    classes: int,
-    *,
-    void: bool = False,
+    labels: Int[np.ndarray, "..."], predictions: Int[np.ndarray, "..."], classes: int, *, void: bool = False
 ) -> Int[np.ndarray, "K C"]:
-    """Returns the pixel counts int64[K, K] of (truth, prediction) for one label map or a stack of them.
+    """Returns the pixel counts int64[K, K] of (truth, prediction).
 
-    Pixels whose label is 255 are dropped. So are pixels predicted as 255, unless `void` is set: then a last column
-    (int64[K, K + 1]) counts labelled pixels that were given no class, which are misses and no false alarms.
+    Pixels labelled 255 are dropped. So are pixels predicted as 255, unless `void` is set: then a last column
+    (int64[K, K + 1]) counts labelled pixels without a predicted class, which are misses and no false alarms.
 
     Args:
         labels: integers of any shape, each 0..classes-1 or 255.
@@ -38,34 +34,28 @@ def confusion_matrix(
     Raises:
         UserError: shapes differ, or a value is neither a class nor 255.
     """
-    if not 1 <= classes <= 255:
-        raise UserError(f"classes: {classes}; 8-bit labels hold 1..255")
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
-    if labels.shape != predictions.shape:
-        raise UserError(f"labels have shape {labels.shape} but predictions {predictions.shape}; score at label size")
-    truth = _as_uint8(labels, "label", classes).ravel()
-    guess = _as_uint8(predictions, "prediction", classes).ravel()
-    # One histogram over all 256 x 256 pairs needs no mask, and stray values show up in it for free.
+    if np.shape(labels) != np.shape(predictions):
+        raise UserError(
+            f"labels have shape {np.shape(labels)} but predictions {np.shape(predictions)}; score at label size"
+        )
+    truth, guess = _as_uint8(labels, "label", classes), _as_uint8(predictions, "prediction", classes)
+    # one histogram over all 256 x 256 pairs needs no mask and also shows values out of range
     counts = np.bincount(truth.astype(np.uint16) * np.uint16(256) + guess, minlength=65536).reshape(256, 256)
-    _check_range(counts.sum(1), "label", classes)
-    _check_range(counts.sum(0), "prediction", classes)
-    matrix = counts[:classes, :classes]
-    if void:
-        matrix = np.concatenate([matrix, counts[:classes, IGNORE, None]], axis=1)
-    return matrix.astype(np.int64)
+    for what, axis in (("label", 1), ("prediction", 0)):
+        outside = np.flatnonzero(counts.sum(axis)[classes:IGNORE]) + classes
+        if outside.size:
+            raise UserError(_out_of_range(what, int(outside[0]), classes))
+    columns = [*range(classes), IGNORE] if void else range(classes)
+    return counts[:classes, columns].astype(np.int64)
 
 
 def batch_confusion(
-    labels: Int[Array, "..."],
-    predictions: Int[Array, "..."],
-    classes: int,
-    *,
-    void: bool = False,
+    labels: Int[Array, "..."], predictions: Int[Array, "..."], classes: int, *, void: bool = False
 ) -> Int[Array, "K C"]:
-    """Returns int32[K, K] (or [K, K + 1] with `void`) counts of one batch, inside jit; see `confusion_matrix`.
+    """Returns int32[K, K] (or [K, K + 1] with `void`) counts of fewer than 2^31 pixels, inside jit.
 
-    Values outside the classes cannot raise on a device: they are dropped. A batch must hold fewer than
-    2^31 pixels; add batches up on the host in int64.
+    As `confusion_matrix`, but values out of range are dropped, since a device cannot raise. Sum batches on the host
+    in int64.
     """
     truth, guess = labels.astype(jnp.int32).ravel(), predictions.astype(jnp.int32).ravel()
     columns = classes + int(void)
@@ -78,37 +68,29 @@ def batch_confusion(
 
 
 def _as_uint8(values: np.ndarray, what: str, classes: int) -> np.ndarray:
-    if values.dtype == np.uint8:
-        return values
+    values = np.asarray(values)
     if values.dtype.kind not in "iub":
         raise UserError(f"{what}s have type {values.dtype}; give integers 0..{classes - 1} or {IGNORE}")
-    if values.size:
+    if values.dtype != np.uint8 and values.size:
         for value in (int(values.min()), int(values.max())):
             if not 0 <= value <= 255:
-                raise UserError(_stray(what, value, classes))
-    return values.astype(np.uint8)
+                raise UserError(_out_of_range(what, value, classes))
+    return values.astype(np.uint8, copy=False).ravel()
 
 
-def _check_range(counts: np.ndarray, what: str, classes: int) -> None:
-    strays = np.flatnonzero(counts[classes:]) + classes
-    strays = strays[strays != IGNORE]
-    if strays.size:
-        raise UserError(_stray(what, int(strays[0]), classes))
-
-
-def _stray(what: str, value: int, classes: int) -> str:
+def _out_of_range(what: str, value: int, classes: int) -> str:
     return f"{what} value {value} is outside 0..{classes - 1} and not {IGNORE} (ignored); check the class list or map"
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Scores of one set of pixels, all derived from counts that can be added.
+    """Scores of a set of pixels, all derived from counts that can be added.
 
     Attributes:
         names: K class names.
         confusion: int64[K, K], row = truth, column = prediction.
-        void: int64[K], labelled pixels that were given no class (misses).
-        protocol: how the counts came about, where recorded.
+        void: int64[K], labelled pixels without a predicted class (misses).
+        protocol: of the predictions, where recorded.
     """
 
     names: tuple[str, ...]
@@ -130,20 +112,13 @@ class Scores:
             return cls(tuple(names), matrix[:, :size], matrix[:, size], protocol)
         return cls(tuple(names), matrix, np.zeros(size, np.int64), protocol)
 
-    @classmethod
-    def empty(cls, names: Sequence[str], protocol: Protocol | None = None) -> "Scores":
-        """Returns scores of no pixel at all, the neutral element of `merge`."""
-        return cls.from_confusion(np.zeros((len(names), len(names))), names, protocol)
-
-    def merge(self, other: "Scores") -> "Scores":
+    def __add__(self, other: "Scores") -> "Scores":
         """Returns the scores of both pixel sets together; class names and protocols must be equal."""
         if self.names != other.names:
-            raise UserError("scores of different class lists cannot be merged; map both to one list first")
+            raise UserError("scores of different class lists cannot be added; map both to one list first")
         if self.protocol != other.protocol:
-            raise UserError("scores of different protocols cannot be merged; evaluate both under one protocol")
+            raise UserError("scores of different protocols cannot be added; evaluate both under one protocol")
         return Scores(self.names, self.confusion + other.confusion, self.void + other.void, self.protocol)
-
-    __add__ = merge
 
     def __eq__(self, other: object) -> bool:
         """Returns whether names and all counts are equal."""
@@ -193,32 +168,33 @@ class Scores:
         total = self.pixels.sum()
         return float(np.nansum(self.iou * (self.pixels / total))) if total else float("nan")
 
-    def table(self) -> str:
-        """Returns a plain text table in percent: one line a class, then the four summary scores."""
-        width = max([len(name) for name in self.names] + [len("frequency weighted IoU")])
-        total = max(int(self.pixels.sum()), 1)
-        lines = [f"{'class':<{width}}  {'IoU':>6}  {'recall':>6}  {'precision':>9}  {'% pixels':>8}"]
-        rows = zip(self.names, self.iou, self.class_accuracy, self.precision, self.pixels / total, strict=True)
-        for name, iou, recall, precision, share in rows:
-            cells = f"{_percent(iou):>6}  {_percent(recall):>6}  {_percent(precision):>9}  {_percent(share):>8}"
-            lines.append(f"{name:<{width}}  {cells}")
-        lines.append("-" * len(lines[0]))
-        summary = {
+    @property
+    def summary(self) -> dict[str, float]:
+        """The four scores over all classes by their names in tables."""
+        return {
             "mIoU": self.miou,
             "pixel accuracy": self.accuracy,
             "mean class accuracy": self.mean_accuracy,
             "frequency weighted IoU": self.frequency_weighted_iou,
         }
-        lines += [f"{name:<{width}}  {_percent(value):>6}" for name, value in summary.items()]
-        return "\n".join(lines)
+
+    def table(self) -> str:
+        """Returns a plain text table in percent: one line per class, then `summary`."""
+        width = max(map(len, (*self.names, *self.summary)))
+        lines = [f"{'class':<{width}}  {'IoU':>6}  {'recall':>6}  {'precision':>9}  {'% pixels':>8}"]
+        shares = self.pixels / max(int(self.pixels.sum()), 1)
+        rows = zip(self.names, self.iou, self.class_accuracy, self.precision, shares, strict=True)
+        for name, iou, recall, precision, share in rows:
+            cells = f"{_percent(iou):>6}  {_percent(recall):>6}  {_percent(precision):>9}  {_percent(share):>8}"
+            lines.append(f"{name:<{width}}  {cells}")
+        lines.append("-" * len(lines[0]))
+        return "\n".join(lines + [f"{name:<{width}}  {_percent(value):>6}" for name, value in self.summary.items()])
 
     def to_json(self) -> dict:
         """Returns plain data: the summary scores for readers, names and counts to restore from. nan becomes None."""
+        summary = ("miou", "accuracy", "mean_accuracy", "frequency_weighted_iou")
         return {
-            "miou": _plain(self.miou),
-            "accuracy": _plain(self.accuracy),
-            "mean_accuracy": _plain(self.mean_accuracy),
-            "frequency_weighted_iou": _plain(self.frequency_weighted_iou),
+            **{name: _plain(getattr(self, name)) for name in summary},
             "iou": {name: _plain(value) for name, value in zip(self.names, self.iou, strict=True)},
             "names": list(self.names),
             "confusion": self.confusion.tolist(),
@@ -228,9 +204,9 @@ class Scores:
 
     @classmethod
     def from_json(cls, data: dict, where: str = "scores") -> "Scores":
-        """Returns the scores whose `to_json` is given; raises a UserError naming `where` when counts are missing."""
+        """Returns the scores of `to_json`. Raises UserError, with `where`, for missing or malformed counts."""
         try:
-            names, protocol = tuple(data["names"]), data.get("protocol")
+            names, protocol = tuple(data["names"]), data["protocol"]
             confusion, void = (np.array(data[key], np.int64) for key in ("confusion", "void"))
             return cls(names, confusion, void, protocol and from_dict(Protocol, protocol, where))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -8,6 +8,12 @@ from jaxtyping import Bool, Float
 
 from fmda.errors import UserError
 
+LEAST_GAIN = 0.02
+"""Share of the distance at step 0 that counts as learned."""
+
+TOLERANCE = 0.05
+"""Share of the best score that an earlier step may lack."""
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -15,16 +21,14 @@ class Choice:
 
     Attributes:
         step: the chosen one.
-        index: its place among the steps.
         score: float64[S], gain times kept diversity, in units of the alignment distance.
         gain: float64[S], share of the distance at step 0 that is gone; negative where it has grown.
         kept: float64[S], share of the diversity at step 0 that is left, 0..1.
-        admitted: bool[S], steps that keep enough of the coverage, or lack no more of it than chance explains.
+        admitted: bool[S], steps whose coverage is above the floor, up to one standard error.
         reason: one line for a report.
     """
 
     step: int
-    index: int
     score: Float[np.ndarray, " S"]
     gain: Float[np.ndarray, " S"]
     kept: Float[np.ndarray, " S"]
@@ -43,60 +47,49 @@ def choose_step(
     coverage_error: Sequence[float] | None = None,
     repeated: float = 0.0,
     coverage_floor: float = 0.8,
-    least_gain: float = 0.02,
-    tolerance: float = 0.05,
 ) -> Choice:
-    """Returns the step of a personalisation at which more likeness to the target no longer pays for lost diversity.
+    """Returns the step after which more alignment to the target no longer pays for lost diversity; reads no label.
 
-    No label and no target score is read. The score of step t is
+    The score of step t is
 
         (alignment[0] - alignment[t]) * kept[t],   kept = (diversity[t] - r) / (diversity[0] - r) within 0..1,
 
-    and its maximum lies where one percent more gain begins to cost more than one percent of the diversity. A product
-    needs no weight between the two: a factor on either curve leaves the choice as it is, so any encoder will do, and
-    so does a longer run, which can only add candidates. `kept` does not rise above 1: a model that falls apart makes
-    diverse images too. r is the diversity left when the model only repeats its one image; that of the target's crops
-    is a fair value. It counts up to half of the diversity at step 0, so that a busy target cannot forbid every step.
+    and its maximum lies where one percent more gain begins to cost more than one percent of the diversity. A factor on
+    either curve leaves the choice unchanged, so the product needs no weight, and a longer run can only add candidates.
+    `kept` does not rise above 1: a model that falls apart makes diverse images too. r is the diversity of a model that
+    only repeats the target, such as that of the target's crops; it counts up to half of the diversity at step 0.
 
-    Three rules stand around the maximum:
+    Three rules complete it:
 
     * a step that covers less than `coverage_floor` of what step 0 covers, by more than one standard error, is not
       admitted;
-    * the best gain must be `least_gain` of the distance at step 0, otherwise nothing was learned: step 0;
-    * of the steps within one standard error of the best score (or within `tolerance` of it, whichever is wider) the
-      earliest is taken: it is cheaper, and errs on the side of diversity (the one-standard-error rule of Breiman et
-      al. 1984). A gain no larger than its error thus leads back to step 0.
+    * a best gain below `LEAST_GAIN` of the distance at step 0 chooses step 0;
+    * of the steps within one standard error or `TOLERANCE` of the best score, whichever is wider, the earliest is
+      chosen (the one-standard-error rule of Breiman et al. 1984). A gain no larger than its error chooses step 0.
 
-    Where it fails: an encoder that does not see the difference between the domains leaves alignment flat, and step 0
-    is chosen; one that reads content more than style rewards repeated layouts; a step 0 that spans many domains loses
-    diversity by the adaptation itself, which pulls the choice forward; images that repeat the target's layout under
-    new textures may count as diverse (look at `Alignment.nearest`); and the best step may lie between two checkpoints
-    or after the last, which the reason then states.
+    Limits: with an encoder that does not separate the domains, alignment is flat and step 0 is chosen; one that encodes
+    content more than style rewards repeated layouts; if step 0 spans many domains, adaptation itself costs diversity
+    and moves the choice forward; images that repeat the target's layout under new textures may count as diverse (see
+    `Alignment.nearest`); the best step may lie between two checkpoints or after the last.
 
     Args:
-        steps: S of them, ascending, the first 0 (the model untouched).
-        alignment: distance of the generated images to the target, smaller is nearer; any measure with a zero.
+        steps: S of them, ascending, the first 0 (the untouched model).
+        alignment: distance of the generated images to the target; any measure with a zero.
         diversity: larger is more diverse; any measure with a zero.
         coverage: larger is more complete; None admits all steps.
-        alignment_error, diversity_error, coverage_error: standard errors (`quality.spread`); None counts as 0.
+        alignment_error, diversity_error, coverage_error: standard errors (`quality.standard_error`); None counts as 0.
         repeated: r, in units of `diversity`.
-        coverage_floor, least_gain, tolerance: shares, 0..1.
+        coverage_floor: a share, 0..1.
 
     Raises:
         UserError: lengths differ, steps do not ascend from 0, or step 0 has no distance or no diversity.
     """
     count = len(steps)
-    far = _curve(alignment, "alignment", count)
-    wide = _curve(diversity, "diversity", count)
-    far_error, wide_error, covered_error = (
-        np.zeros(count) if values is None else _curve(values, what, count)
-        for what, values in (
-            ("alignment_error", alignment_error),
-            ("diversity_error", diversity_error),
-            ("coverage_error", coverage_error),
-        )
-    )
-    covered = _curve(coverage, "coverage", count) if coverage is not None else np.ones(count)
+    far, wide = _curve(alignment, "alignment", count), _curve(diversity, "diversity", count)
+    covered = _curve(coverage, "coverage", count, default=1.0)
+    far_error = _curve(alignment_error, "alignment_error", count)
+    wide_error = _curve(diversity_error, "diversity_error", count)
+    covered_error = _curve(coverage_error, "coverage_error", count)
     if count == 0 or steps[0] != 0 or any(b <= a for a, b in zip(steps[:-1], steps[1:], strict=True)):
         raise UserError(f"steps: {list(steps)} must ascend from 0, the model before personalisation; measure it too")
     if far[0] <= 0 or wide[0] <= 0:
@@ -116,14 +109,12 @@ def choose_step(
     gain = drop / far[0]
 
     best = int(np.argmax(np.where(admitted, score, -np.inf)))
-    if gain[best] < least_gain:
-        index = 0
-    else:
-        bar = score[best] - max(error[best], tolerance * score[best])
+    index = 0
+    if gain[best] >= LEAST_GAIN:
+        bar = score[best] - max(error[best], TOLERANCE * score[best])
         index = int(np.flatnonzero(admitted & (score >= bar))[0])
-    return Choice(
-        int(steps[index]), index, score, gain, kept, admitted, _reason(steps, index, best, gain, kept, admitted)
-    )
+    reason = _reason(steps, index, best, gain, kept, admitted)
+    return Choice(int(steps[index]), score, gain, kept, admitted, reason)
 
 
 def _reason(
@@ -141,8 +132,8 @@ def _reason(
     return text + (f"; too few classes at step {', '.join(refused)}" if refused else "")
 
 
-def _curve(values: Sequence[float], what: str, count: int) -> Float[np.ndarray, " S"]:
-    curve = np.asarray(values, np.float64)
+def _curve(values: Sequence[float] | None, what: str, count: int, default: float = 0.0) -> Float[np.ndarray, " S"]:
+    curve = np.full(count, default) if values is None else np.asarray(values, np.float64)
     if curve.shape != (count,) or not np.isfinite(curve).all():
-        raise UserError(f"{what}: {curve.shape} values for {count} steps; give one finite number a step")
+        raise UserError(f"{what}: {curve.shape} values for {count} steps; give one finite number per step")
     return curve

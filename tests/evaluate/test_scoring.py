@@ -64,7 +64,7 @@ def test_two_parts_merged_equal_the_whole(streets, mesh):
     assert parts[0] + parts[1] == whole
     assert parts[0] == score_on_mesh(forward, PARAMS, streets, mesh, PROTOCOL, limit=4)
     with pytest.raises(UserError, match="scores of different protocols"):
-        whole.merge(Scores.empty(whole.names))
+        whole + Scores.from_confusion(whole.confusion, whole.names)
 
 
 def test_class_maps_merge_predictions_and_labels(streets, mesh, tmp_path):

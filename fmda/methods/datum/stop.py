@@ -21,7 +21,7 @@ from fmda.data.files import read_image
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import StableDiffusion
 from fmda.diffusion.manifest import Manifest
-from fmda.evaluate.quality import alignment, pairwise_diversity, spread
+from fmda.evaluate.quality import alignment, pairwise_diversity, standard_error
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.evaluate.stopping import Choice, choose_step
 from fmda.methods.datum.target import random_crop
@@ -134,8 +134,8 @@ def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.nd
         images = read_images(manifest)
         embedded = embed(clip, images)
         covered, covered_error = found_classes(clip, images, [picture.class_name for picture in manifest.pictures])
-        near_error = spread(lambda x: alignment(x, near).mean, embedded, seed=probe.seed).error
-        wide_error = spread(pairwise_diversity, embedded, seed=probe.seed).error
+        near_error = standard_error(lambda x: alignment(x, near).mean, embedded, seed=probe.seed)
+        wide_error = standard_error(pairwise_diversity, embedded, seed=probe.seed)
         both = alignment(embedded, near)
         wide = pairwise_diversity(embedded)
         rows.append((both.mean, both.nearest, wide, covered, near_error, wide_error, covered_error))

@@ -110,8 +110,8 @@ def compare(clip: Loaded, train: Windows, held: Windows, drawn: Images) -> dict[
     drawn_tags, real_tags = probe(described(clip, drawn)), probe(described(clip, held.images))
     return {
         "images": len(drawn),
-        "cmmd": round(cmmd(reals, fakes, unbiased=True), 4),
-        "cmmd_floor": round(cmmd(reals, trained, unbiased=True), 4),
+        "cmmd": round(cmmd(reals, fakes), 4),
+        "cmmd_floor": round(cmmd(reals, trained), 4),
         "frechet": round(frechet_distance(reals, fakes), 4),
         "frechet_floor": round(frechet_distance(reals, trained), 4),
         "diversity": round(pairwise_diversity(fakes), 4),
