@@ -92,55 +92,22 @@ def error_map(
 
 def comparison(
     image: UInt8[np.ndarray, "H W 3"],
-    labels: Int[np.ndarray, "H W"] | None,
-    predictions: Sequence[Int[np.ndarray, "H W"]],
+    labels: Int[np.ndarray, "H W"],
+    prediction: Int[np.ndarray, "H W"],
     classes: ClassList,
     *,
-    titles: Sequence[str] = (),
     width: int = 320,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns one row: image | truth | each prediction and its errors, every tile `width` pixels wide.
-
-    Args:
-        image: the photograph.
-        labels: truth, or None when there is none (then no error tiles either).
-        predictions: one or several label maps of the same size.
-        classes: names and palette.
-        titles: a heading for each prediction.
-        width: of a tile, in pixels.
-    """
-    tiles = [("image", image)]
-    if labels is not None:
-        tiles.append(("truth", colours(labels, classes)))
-    for index, prediction in enumerate(predictions):
-        title = titles[index] if index < len(titles) else "prediction"
-        tiles.append((title, colours(prediction, classes)))
-        if labels is not None:
-            tiles.append(
-                (
-                    f"errors of {title}" if len(predictions) > 1 else "errors",
-                    error_map(labels, prediction, classes),
-                )
-            )
-    return beside([_titled(shrink(tile, width), title) for title, tile in tiles])
-
-
-def beside(tiles: Sequence[UInt8[np.ndarray, "h w 3"]], gap: int = 4) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the tiles in one row on white, aligned at the top."""
-    height = max(tile.shape[0] for tile in tiles)
-    width = sum(tile.shape[1] for tile in tiles) + gap * (len(tiles) - 1)
-    row = np.full((height, width, 3), WHITE, np.uint8)
-    x = 0
-    for tile in tiles:
-        row[: tile.shape[0], x : x + tile.shape[1]] = tile
-        x += tile.shape[1] + gap
-    return row
-
-
-def stack(rows: Sequence[UInt8[np.ndarray, "h w 3"]], gap: int = 6) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the rows below each other on white, aligned at the left."""
-    turned = beside([row.swapaxes(0, 1) for row in rows], gap)
-    return np.ascontiguousarray(turned.swapaxes(0, 1))
+    """Returns image, truth, prediction and errors in one row of tiles, each at most `width` pixels wide."""
+    tiles = {
+        "image": image,
+        "truth": colours(labels, classes),
+        "prediction": colours(prediction, classes),
+        "errors": error_map(labels, prediction, classes),
+    }
+    titled = [_titled(shrink(tile, width), title) for title, tile in tiles.items()]
+    gap = np.full((len(titled[0]), 4, 3), WHITE, np.uint8)
+    return np.concatenate([part for tile in titled for part in (tile, gap)][:-1], axis=1)
 
 
 def shrink(image: UInt8[np.ndarray, "H W 3"], width: int) -> UInt8[np.ndarray, "h w 3"]:

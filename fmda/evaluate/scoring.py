@@ -70,9 +70,8 @@ def score_on_mesh(
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if count == 0:
         raise UserError(f"{dataset.name}: split '{dataset.split}' holds no image; check root and split")
-    every = np.arange(256, dtype=np.uint8)
-    table = jnp.asarray(common.map_predictions(every)) if common.predictions else None
-
+    unmapped = np.array_equal(common.predictions, np.arange(256))
+    table = None if unmapped else jnp.asarray(common.predictions)
     local = mesh.local_mesh
     params = _local_copy(params, mesh)
 
@@ -82,7 +81,7 @@ def score_on_mesh(
             raise UserError(f"{dataset.name}: image '{example.name}' has no label map; score a labelled split")
         grid = WindowGrid.of(example.image.shape[:2], protocol)
         place = geometry(grid, score_samples(forward, params, grid.window))
-        labels = pad(common.map_labels(example.labels), IGNORE)
+        labels = pad(common.labels[example.labels], IGNORE)
         return _Prepared(grid.window, grid.shape, grid.prepare(example.image), labels, place)
 
     total = np.zeros((len(names), len(names) + 1), np.int64)

@@ -15,7 +15,7 @@ from fmda.atomic import replacing
 from fmda.data import ClassList, read_image
 from fmda.errors import UserError
 from fmda.evaluate.images import as_rgb, image_files
-from fmda.evaluate.overlay import colour_table, colours, legend, overlay, stack
+from fmda.evaluate.overlay import colour_table, colours, legend, overlay
 from fmda.evaluate.protocol import WHOLE_IMAGE, Protocol
 
 Labels = UInt8[np.ndarray, "H W"]
@@ -63,7 +63,7 @@ class Segmentation:
             # both or neither: a label map without overlay would be in the way of the next try
             with replacing(path) as part, replacing(beside) as other:
                 write_labels(self.labels, part, self.classes)
-                Image.fromarray(stack([picture, strip], 0)).save(other, quality=92)
+                Image.fromarray(np.concatenate([picture, strip])).save(other, quality=92)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
         return path, beside

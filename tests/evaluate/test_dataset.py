@@ -185,7 +185,7 @@ def test_one_shared_list_is_merged_on_both_sides(classes):
     to_coarse = ClassMap(classes, COARSE, {"road": "ground"})
     common = common_list(classes, classes, to_coarse)
     values = np.arange(3, dtype=np.uint8)
-    assert common.map_predictions(values).tolist() == common.map_labels(values).tolist() == [0, 255, 255]
+    assert common.predictions[values].tolist() == common.labels[values].tolist() == [0, 255, 255]
     assert common.classes.names == COARSE.names
 
 
@@ -194,8 +194,8 @@ def test_two_maps_to_a_third_list(classes):
     ours = ClassMap(mine, COARSE, {"street": "ground", "vehicle": "thing"})
     theirs = ClassMap(classes, COARSE, {"road": "ground", "car": "thing"})
     common = common_list(mine, classes, [ours, theirs])
-    assert common.map_predictions(np.array([1], np.uint8)).tolist() == [1]
-    assert common.map_labels(np.array([2, 1], np.uint8)).tolist() == [1, 255]
+    assert common.predictions[np.array([1], np.uint8)].tolist() == [1]
+    assert common.labels[np.array([2, 1], np.uint8)].tolist() == [1, 255]
 
 
 def test_lists_that_do_not_meet_are_refused(classes):
@@ -209,7 +209,7 @@ def test_known_map_scores_nineteen_classes_on_eleven():
     from fmda.data import class_list
 
     common = common_list(class_list("cityscapes"), class_list("camvid"), "cityscapes-to-camvid")
-    mapped = common.map_predictions(np.array([0, 8, 12, 18, 17, 9, 255], np.uint8))
+    mapped = common.predictions[np.array([0, 8, 12, 18, 17, 9, 255], np.uint8)]
     names = [*common.classes.names, "void"]
     assert [names[min(v, 11)] for v in mapped[[0, 1, 5, 6]]] == ["road", "tree", "void", "void"]
     assert mapped[2] == mapped[3] == mapped[4]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fmda.errors import UserError
-from fmda.evaluate.overlay import comparison, error_map, legend, overlay, shrink, stack
+from fmda.evaluate.overlay import comparison, error_map, legend, overlay, shrink
 
 LABELS = np.array([[0, 0, 255], [2, 2, 255]], np.uint8)
 GREY = np.full((2, 3, 3), 100, np.uint8)
@@ -38,20 +38,12 @@ def test_errors_are_red_truth_void_white(classes):
 def test_comparison_has_a_tile_for_each_part(classes):
     image = np.zeros((20, 30, 3), np.uint8)
     labels = np.zeros((20, 30), np.uint8)
-    full = comparison(image, labels, [labels, labels], classes, titles=["host", "ours"], width=30)
-    bare = comparison(image, None, [labels], classes, width=30)
-    assert full.shape[1] == 6 * 30 + 5 * 4
-    assert bare.shape[1] == 2 * 30 + 4
-    np.testing.assert_array_equal(full[-1, 34 + 15], classes.palette[0])
+    row = comparison(image, labels, labels, classes, width=30)
+    assert row.shape[1] == 4 * 30 + 3 * 4
+    np.testing.assert_array_equal(row[-1, 34 + 15], classes.palette[0])
 
 
 def test_shrink_averages_and_never_enlarges():
     image = np.array([[[0] * 3, [200] * 3]], np.uint8).repeat(2, 0)
     assert shrink(image, 1).tolist() == [[[100, 100, 100]]]
     assert shrink(image, 5) is image
-
-
-def test_stack_pads_on_white():
-    joined = stack([np.zeros((2, 3, 3), np.uint8), np.zeros((1, 5, 3), np.uint8)], gap=1)
-    assert joined.shape == (4, 5, 3)
-    assert (joined[0, 3:] == 255).all() and (joined[2] == 255).all() and (joined[3] == 0).all()
