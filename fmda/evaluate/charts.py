@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
+from fmda.evaluate.overlay import shrink
+
 INK, PALE = "#1f2933", "#d9dee4"
 LINES = ("#2563a8", "#c2541b", "#2e7d4f", "#8a3ffc", "#a8871f", "#0e7c86")
 WIDEST = 1600
@@ -92,21 +94,20 @@ def _heat(value: float, right: bool) -> str:
     return "#" + "".join(f"{round(float(v)):02x}" for v in colour)
 
 
-def picture_address(path: Path, widest: int = WIDEST) -> str:
+def image_address(path: Path) -> str:
     """Returns an image file as a data address: SVG as it is, others as the smaller of PNG and JPEG."""
     data = path.read_bytes()
     if path.suffix.lower() == ".svg":
         return svg_address(data.decode())
-    with Image.open(io.BytesIO(data)) as picture:
-        kept = picture.format in ("PNG", "JPEG") and picture.width <= widest
-        kind = "image/jpeg" if picture.format == "JPEG" else "image/png"
-        flat = picture.convert("RGB")
-    if flat.width > widest:
-        flat = flat.resize((widest, round(flat.height * widest / flat.width)), Image.Resampling.LANCZOS)
+    with Image.open(io.BytesIO(data)) as image:
+        original = image.format in ("PNG", "JPEG") and image.width <= WIDEST
+        kind = str(image.get_format_mimetype()) if original else "image/jpeg"
+        flat = shrink(np.asarray(image.convert("RGB")), WIDEST)
     file = io.BytesIO()
-    flat.save(file, "JPEG", quality=86, subsampling=0)
-    small = file.getvalue()
-    return _address(kind, data) if kept and len(data) <= len(small) else _address("image/jpeg", small)
+    Image.fromarray(flat).save(file, "JPEG", quality=86, subsampling=0)
+    if not original or len(data) > file.tell():
+        kind, data = "image/jpeg", file.getvalue()
+    return _address(kind, data)
 
 
 def svg_address(svg: str) -> str:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from fmda.atomic import write_atomic
 from fmda.errors import UserError, disk_errors
-from fmda.evaluate.charts import curves, heat_map, picture_address, svg_address
+from fmda.evaluate.charts import curves, heat_map, image_address, svg_address
 from fmda.evaluate.runs import Evaluation, Run, read_run
 from fmda.evaluate.sections import Cell, Section, Table
 from fmda.evaluate.summary import Group, groups_of, reported
@@ -72,7 +72,12 @@ def _page(runs: list[Run], title: str, command: str | None) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"percent": percent, "points": points, "cell": cell, "hexcolour": hexcolour}
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "cell": cell,
+        "hexcolour": "#{0[0]:02x}{0[1]:02x}{0[2]:02x}".format,
+    }
     groups = groups_of([e for run in runs for e in run.evaluations])
     several = len(runs) > 1
     return environment.get_template(TEMPLATE).render(
@@ -94,25 +99,14 @@ def _page(runs: list[Run], title: str, command: str | None) -> str:
 
 
 def _score_table(group: Group) -> dict[str, Any]:
-    first = group.members[0].scores
-    pixels = first.pixels / max(int(first.pixels.sum()), 1)
-    ious = np.stack([e.scores.iou for e in group.members])
+    first = group.members[0]
+    shares = first.scores.pixels / max(int(first.scores.pixels.sum()), 1)
+    ious = np.stack([e.scores.iou for e in group.members], axis=1)
     rows = [
-        {
-            "name": name,
-            "colour": group.members[0].palette[k],
-            "pixels": float(pixels[k]),
-            "ious": [float(v) for v in ious[:, k]],
-            "best": _single_best(ious[:, k]),
-        }
-        for k, name in enumerate(group.names)
+        {"name": name, "colour": colour, "pixels": float(share), "ious": iou.tolist(), "best": _single_best(iou)}
+        for name, colour, share, iou in zip(group.names, first.palette, shares, ious, strict=True)
     ]
-    summary = {
-        "mIoU": [e.scores.miou for e in group.members],
-        "pixel accuracy": [e.scores.accuracy for e in group.members],
-        "mean class accuracy": [e.scores.mean_accuracy for e in group.members],
-        "frequency weighted IoU": [e.scores.frequency_weighted_iou for e in group.members],
-    }
+    summary = {name: [e.scores.summary[name] for e in group.members] for name in first.scores.summary}
     return {"rows": rows, "summary": summary}
 
 
@@ -126,22 +120,17 @@ def _single_best(ious: np.ndarray) -> int:
 
 
 def _confusion(evaluation: Evaluation) -> dict[str, Any]:
+    """Returns the heat map, and the pairs of classes confused most: names, share of all pixels, of the truth's."""
     scores = evaluation.scores
-    full = np.concatenate([scores.confusion, scores.pixels[:, None] - scores.confusion.sum(1, keepdims=True)], 1)
+    full = np.concatenate([scores.confusion, scores.void[:, None]], 1)
     wrong = full.copy()
     np.fill_diagonal(wrong, 0)
     share = wrong / np.maximum(full.sum(1, keepdims=True), 1)
-    largest = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
     names = (*scores.names, "no class")
+    largest = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
     pairs = [divmod(int(flat), len(names)) for flat in largest]
-    return {
-        "svg": Markup(heat_map(full, scores.names)),
-        "pairs": [
-            (names[t], names[g], float(wrong[t, g] / max(full.sum(), 1)), float(share[t, g]))
-            for t, g in pairs
-            if wrong[t, g]
-        ],
-    }
+    rows = [(names[t], names[g], float(wrong[t, g] / full.sum()), float(share[t, g])) for t, g in pairs if wrong[t, g]]
+    return {"svg": Markup(heat_map(full, scores.names)), "pairs": rows}
 
 
 def _examples(group: Group) -> list[dict[str, Any]]:
@@ -149,9 +138,8 @@ def _examples(group: Group) -> list[dict[str, Any]]:
     images: dict[str, dict[str, Any]] = {}
     for label, member in zip(group.labels, group.members, strict=True):
         for e in member.examples:
-            name = str(e.get("name", ""))
-            image = images.setdefault(name, {"kind": str(e.get("kind", "example")), "name": name, "figures": []})
-            image["figures"].append((label, e.get("miou"), picture_address(e["figure"])))
+            image = images.setdefault(e["name"], {"kind": e["kind"], "name": e["name"], "figures": []})
+            image["figures"].append((label, e["miou"], image_address(e["figure"])))
     return list(images.values())
 
 
@@ -162,10 +150,11 @@ def _charts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         for where, rows in run.metrics.items():
             label = "/".join(part for part in (run.name if len(runs) > 1 else "", where) if part) or run.name
             for key in dict.fromkeys(k for row in rows for k in row):
-                points = [(row["step"], row[key]) for row in rows if key in row and np.isfinite(row[key])]
-                if key != "step" and len(points) > 1 and not key.startswith("time/"):
-                    lines.setdefault(key, []).append((label, [p[0] for p in points], [p[1] for p in points]))
-    order = sorted(lines, key=lambda key: (0 if "loss" in key else 1, 0 if key == "loss" else 1))
+                curve = [(row["step"], row[key]) for row in rows if key in row and np.isfinite(row[key])]
+                if key != "step" and len(curve) > 1 and not key.startswith("time/"):
+                    steps, values = map(list, zip(*curve, strict=True))
+                    lines.setdefault(key, []).append((label, steps, values))
+    order = sorted(lines, key=lambda key: ("loss" not in key, key != "loss"))
     return [(key, svg_address(curves(lines[key], key))) for key in order[:MOST_CHARTS]]
 
 
@@ -175,13 +164,13 @@ def _shown(run: Run, place: Path, section: Section, several: bool) -> dict[str, 
         "run": run.name if several else "",
         "paragraphs": [p.strip() for p in section.text.split("\n\n") if p.strip()],
         "table": section.table,
-        "address": picture_address(place / section.image) if section.image else None,
+        "address": image_address(place / section.image) if section.image else None,
     }
 
 
 def _figure(run: Run, path: Path) -> dict[str, str]:
     where = path.relative_to(run.folder).with_suffix("").as_posix().replace("figures/", "")
-    return {"name": f"{run.name}: {where}", "address": picture_address(path)}
+    return {"name": f"{run.name}: {where}", "address": image_address(path)}
 
 
 def _throughput(runs: Sequence[Run]) -> Table | None:
@@ -192,10 +181,8 @@ def _throughput(runs: Sequence[Run]) -> Table | None:
                 values = [row[key] for row in metrics if key in row]
                 if values:
                     rows.append((run.name, where or "-", what, float(np.median(values))))
-        for where, timing in run.timings:
-            if "images_per_second" in timing:
-                rows.append((run.name, where or "-", "images/s", timing["images_per_second"]))
-        rows += [(run.name, s.where or "-", "seconds", s.seconds) for s in run.stages if s.seconds is not None]
+        rows += [(run.name, where or "-", "images/s", timing["images_per_second"]) for where, timing in run.timings]
+        rows += [(run.name, where or "-", "seconds", r["seconds"]) for where, r in run.stages if "seconds" in r]
     return Table(("run", "stage", "what", "value"), tuple(rows)) if rows else None
 
 
@@ -219,8 +206,3 @@ def cell(value: Cell) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}".replace(",", "\u2009")
     return f"{value:.4g}"
-
-
-def hexcolour(colour: Sequence[int]) -> str:
-    """Returns "#rrggbb"."""
-    return "#" + "".join(f"{int(v):02x}" for v in colour)

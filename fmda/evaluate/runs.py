@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fmda.errors import UserError
 from fmda.evaluate.confusion import Scores
 from fmda.evaluate.sections import Section, read_sections
@@ -22,11 +20,14 @@ DEPTH = 4
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scored prediction of one dataset.
+    """The scores of one model on one dataset.
 
     Attributes:
-        run: name of its run. where: folder below the run.
-        model, dataset, split: what was scored. images: how many.
+        run: name of its run.
+        where: folder below the run.
+        model, dataset, split: what was scored.
+        images: number of images.
+        scores: over all images.
         palette: RGB of each class.
         examples: figures with {"kind", "name", "miou", "figure"}; paths are absolute.
     """
@@ -36,75 +37,62 @@ class Evaluation:
     model: str
     dataset: str
     split: str
-    images: int | None
+    images: int
     scores: Scores
     palette: list[list[int]]
-    examples: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A finished stage: folder below the run, seconds, fingerprint, and what it recorded."""
-
-    where: str
-    seconds: float | None
-    fingerprint: str
-    record: dict[str, Any]
+    examples: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that a report shows of one run folder."""
+    """The contents of a run folder that a report shows.
+
+    Attributes:
+        name, folder, config: its name, its folder, and the text of `config.yaml`.
+        stages: (folder below the run, record) of each finished stage.
+        evaluations: in the order of their folders.
+        metrics: rows of each training log by folder below the run.
+        sections: (folder, section) of what methods add.
+        figures: PNG files that no example or section shows.
+        timings: (folder below the run, `timing.json`) of each evaluation.
+    """
 
     name: str
     folder: Path
     config: str
-    fingerprint: str
-    stages: list[Stage]
-    evaluations: list[Evaluation]
-    metrics: dict[str, list[dict[str, float]]]
-    sections: list[tuple[Path, Section]]
-    figures: list[Path]
-    timings: list[tuple[str, dict[str, Any]]]
+    stages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    metrics: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    sections: list[tuple[Path, Section]] = field(default_factory=list)
+    figures: list[Path] = field(default_factory=list)
+    timings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
-    def versions(self) -> dict[str, str]:
-        """Package versions of the last stage that recorded any."""
-        versions = [s.record["versions"] for s in self.stages if s.record.get("versions")]
-        return versions[-1] if versions else {}
+    def fingerprint(self) -> str:
+        """Twelve digits that change with the configuration; "" without one."""
+        return hashlib.sha256(self.config.encode()).hexdigest()[:12] if self.config else ""
 
-    def recorded(self, key: str) -> list[str]:
-        """Returns the different values that stages recorded under a key such as `device` or `command`."""
-        return list(dict.fromkeys(str(s.record[key]) for s in self.stages if s.record.get(key)))
+    def recorded(self, key: str) -> list[Any]:
+        """Returns the different values that stages recorded under a key such as "device" or "command"."""
+        values = [record[key] for _, record in self.stages if record.get(key)]
+        return [value for k, value in enumerate(values) if value not in values[:k]]
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """Returns what a run folder and the folders below it hold.
+    """Returns the contents of a run folder and the folders below it.
 
     Raises:
         UserError: no such folder, nothing in it to show, or a damaged file.
     """
     folder = Path(folder)
-    name = name or folder.resolve().name
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder; give the work_dir of a run")
     config = folder / "config.yaml"
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    run = Run(
-        name=name,
-        folder=folder,
-        config=text,
-        fingerprint=hashlib.sha256(text.encode()).hexdigest()[:12] if text else "",
-        stages=[],
-        evaluations=[],
-        metrics={},
-        sections=[],
-        figures=[],
-        timings=[],
-    )
+    run = Run(name or folder.resolve().name, folder, text)
     for place in _folders(folder):
         _read_folder(run, place, "" if place == folder else place.relative_to(folder).as_posix())
-    shown = {Path(e["figure"]) for v in run.evaluations for e in v.examples}
+    shown = {e["figure"] for v in run.evaluations for e in v.examples}
     shown |= {place / s.image for place, s in run.sections if s.image}
     run.figures[:] = [path for path in run.figures if path not in shown]
     if not (run.stages or run.evaluations or run.metrics or run.sections or run.figures or text):
@@ -133,63 +121,40 @@ def _age(folder: Path) -> tuple[int, str]:
 
 
 def _read_folder(run: Run, place: Path, where: str) -> None:
-    stage = _json(place / STAGE)
-    if isinstance(stage, dict):
-        run.stages.append(Stage(where, stage.get("seconds"), str(stage.get("fingerprint", "")), stage))
-    scores = _json(place / "scores.json")
-    if isinstance(scores, dict):
-        run.evaluations.append(_evaluation(scores, run.name, where, place))
-    metrics = _metrics(place / "metrics.jsonl")
-    if metrics:
+    if (place / STAGE).is_file():
+        run.stages.append((where, _json(place / STAGE)))
+    if (place / "scores.json").is_file():
+        run.evaluations.append(_evaluation(run.name, where, place))
+    if metrics := _metrics(place / "metrics.jsonl"):
         run.metrics[where] = metrics
-    timing = _json(place / "timing.json")
-    if isinstance(timing, dict):
-        run.timings.append((where, timing))
+    if (place / "timing.json").is_file():
+        run.timings.append((where, _json(place / "timing.json")))
     run.sections.extend((place, section) for section in read_sections(place))
     if place.name == "figures":
         run.figures.extend(sorted(p for p in place.glob("*.png") if not p.name.startswith(".")))
 
 
-def _evaluation(data: dict[str, Any], run: str, where: str, place: Path) -> Evaluation:
+def _evaluation(run: str, where: str, place: Path) -> Evaluation:
+    data = _json(place / "scores.json")
     scores = Scores.from_json(data.get("scores", {}), str(place / "scores.json"))
-    examples = [{**e, "figure": place / e["figure"]} for e in data.get("examples", [])]
+    examples = [{**e, "figure": place / e["figure"]} for e in data["examples"]]
     return Evaluation(
-        run=run,
-        where=where,
-        model=str(data.get("model") or where or run),
-        dataset=str(data.get("dataset", "")),
-        split=str(data.get("split", "")),
-        images=data.get("images"),
-        scores=scores,
-        palette=data.get("palette") or spread_colours(len(scores.names)),
-        examples=[e for e in examples if e["figure"].is_file()],
-    )
-
-
-def spread_colours(count: int) -> list[list[int]]:
-    """Returns `count` distinct RGB colours, for class lists without a palette (golden-angle hues)."""
-    hue = (np.arange(count) * 0.618034) % 1
-    value = 0.55 + 0.35 * (np.arange(count) % 3) / 2
-    channel = np.abs(((hue[:, None] * 6 + np.array([0, 4, 2])) % 6) - 3) - 1
-    return np.rint(255 * value[:, None] * (0.25 + 0.75 * np.clip(channel, 0, 1))).astype(int).tolist()
+        run, where, data["model"], data["dataset"], data["split"], data["images"], scores, data["palette"],
+        [e for e in examples if e["figure"].is_file()],
+    )  # fmt: skip
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
-    """Reads numbers by step; a last line cut off by a kill is left out, and a repeated step keeps its last line."""
-    rows: dict[float, dict[str, float]] = {}
+    """Returns the numbers of a training log, one row per step."""
+    rows: dict[int, dict[str, float]] = {}
     for record in read_rows(path):
-        if isinstance(record, dict) and isinstance(record.get("step"), int | float):
-            time = record.pop("time", None)
-            if isinstance(time, dict):
-                record |= {f"time/{name}": value for name, value in time.items()}
-            numbers = {k: float(v) for k, v in record.items() if type(v) in (int, float)}
-            rows.setdefault(record["step"], {}).update(numbers)
+        values = record | {f"time/{name}": value for name, value in record.pop("time", {}).items()}
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        rows.setdefault(record["step"], {}).update(numbers)
     return [rows[step] for step in sorted(rows)]
 
 
 def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

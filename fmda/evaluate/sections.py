@@ -38,27 +38,23 @@ class Section:
     image: str | None = None
 
 
-def write_sections(folder: str | Path, sections: Sequence[Section]) -> Path:
-    """Writes `sections.json` into a folder of the run, replacing an earlier one; returns its path.
+def write_sections(folder: Path, sections: Sequence[Section]) -> None:
+    """Writes `sections.json` into a folder of the run, replacing an earlier one.
 
     Raises:
         UserError: a row is longer or shorter than the headings, or an image is not there.
     """
-    folder = Path(folder)
     for section in sections:
         _check(section, folder, f"section '{section.title}'")
-    path = folder / FILE
-    write_json(path, [asdict(s) for s in sections])
-    return path
+    write_json(folder / FILE, [asdict(s) for s in sections])
 
 
-def read_sections(folder: str | Path) -> list[Section]:
+def read_sections(folder: Path) -> list[Section]:
     """Returns the sections of a folder, none when it has no `sections.json`.
 
     Raises:
         UserError: the file is damaged.
     """
-    folder = Path(folder)
     path = folder / FILE
     if not path.is_file():
         return []
@@ -72,17 +68,17 @@ def read_sections(folder: str | Path) -> list[Section]:
 
 
 def _section(item: dict[str, Any]) -> Section:
-    table = item.get("table")
+    table = item["table"]
     if table is not None:
-        table = Table(tuple(map(str, table["columns"])), tuple(tuple(row) for row in table["rows"]))
-    return Section(str(item["title"]), str(item.get("text") or ""), table, item.get("image"))
+        table = Table(tuple(table["columns"]), tuple(map(tuple, table["rows"])))
+    return Section(item["title"], item["text"], table, item["image"])
 
 
 def _check(section: Section, folder: Path, where: str) -> None:
     if section.table is not None:
+        columns = len(section.table.columns)
         for row in section.table.rows:
-            if len(row) != len(section.table.columns):
-                columns = len(section.table.columns)
+            if len(row) != columns:
                 raise UserError(f"{where}: a row has {len(row)} cells for {columns} columns; make them equal")
     if section.image is not None and not (folder / section.image).is_file():
         raise UserError(f"{where}: image {section.image} is not in {folder}; write it first")

@@ -41,13 +41,12 @@ def groups_of(evaluations: Iterable[Evaluation]) -> list[Group]:
         gathered.setdefault((e.dataset, e.split, e.images, e.scores.names), []).append(e)
     groups = []
     for (dataset, split, images, names), members in gathered.items():
-        count = f"{images} image{'s' * (images != 1)}" if images is not None else ""
-        heading = ", ".join(part for part in (f"{dataset} {split}".strip(), count) if part)
+        heading = f"{dataset} {split}, {images} image{'s' * (images != 1)}"
         # a host stands before the methods that were built on it
         folders = [(e.run, _parent(e)) for e in members]
         members = sorted(members, key=lambda e: (folders.index((e.run, _parent(e))), " + " in e.model))
         references = tuple(_reference(members, k) for k in range(len(members)))
-        groups.append(Group(heading or "scores", names, tuple(members), _labels(members), references))
+        groups.append(Group(heading, names, tuple(members), _labels(members), references))
     return groups
 
 
@@ -82,8 +81,8 @@ def outcome(folder: str | Path) -> list[str]:
     run = read_run(folder)
     lines = [line for group in groups_of(run.evaluations) for line in _score_lines(group)]
     lines += reported(run)
-    pages = [str(s.record["outputs"]["page"]) for s in run.stages if _outputs(s.record).get("page")]
-    return [*lines, *(f"report: {page}" for page in dict.fromkeys(pages))]
+    pages = dict.fromkeys(page for _, record in run.stages if (page := _outputs(record).get("page")))
+    return [*lines, *(f"report: {page}" for page in pages)]
 
 
 def _score_lines(group: Group) -> list[str]:
@@ -99,8 +98,8 @@ def _score_lines(group: Group) -> list[str]:
 def reported(run: Run, prefix: str = "") -> list[str]:
     """Returns a line for each stage that reported numbers, a choice with its reason, or models."""
     lines = []
-    for stage in run.stages:
-        name, outputs = prefix + (stage.where or run.name), _outputs(stage.record)
+    for where, record in run.stages:
+        name, outputs = prefix + (where or run.name), _outputs(record)
         if "reason" in outputs:
             choice = ", ".join(f"{k} {v}" for k, v in outputs.items() if k != "reason")
             lines.append(f"{name}: chosen {choice} ({outputs['reason']})")
@@ -117,8 +116,7 @@ def reported(run: Run, prefix: str = "") -> list[str]:
 
 
 def _outputs(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    outputs = record.get("outputs")
-    return outputs if isinstance(outputs, Mapping) else {}
+    return record.get("outputs") or {}
 
 
 def _numbers(values: Mapping[str, Any]) -> list[str]:

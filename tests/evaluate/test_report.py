@@ -146,6 +146,7 @@ def scored(folder, model, correct, dataset="street"):
     scores = Scores.from_confusion(np.asarray(confusion), ("road", "sky")).to_json()
     folder.mkdir(parents=True)
     content = {"model": model, "dataset": dataset, "split": "val", "images": 3, "scores": scores}
+    content |= {"palette": [[128, 64, 128], [70, 130, 180]], "examples": []}
     (folder / "scores.json").write_text(json.dumps(content))
 
 
@@ -156,7 +157,7 @@ def hosts(tmp_path):
     for name, host, floss in (("a", 90, 80), ("b", 50, 60)):
         scored(folder / name / "host", f"host-{name}", host)
         scored(folder / name / "floss", f"host-{name} + FLOSS", floss)
-    record = {"outputs": {"step": 300, "reason": "most diverse"}}
+    record = {"fingerprint": "ab12", "outputs": {"step": 300, "reason": "most diverse"}}
     (folder / "stop").mkdir()
     (folder / "stop/stage.json").write_text(json.dumps(record))
     return folder
@@ -174,7 +175,8 @@ def test_a_method_is_compared_with_its_own_host(hosts, tmp_path):
 
 
 def test_the_end_of_a_run_says_what_came_out(hosts):
-    (hosts / "stage.json").write_text(json.dumps({"outputs": {"page": "report.html", "images": 7}}))
+    record = {"fingerprint": "ab12", "outputs": {"page": "report.html", "images": 7}}
+    (hosts / "stage.json").write_text(json.dumps(record))
     title, *scores, images, chosen, page = outcome(hosts)
     assert title.split() == ["street", "val,", "3", "images", "mIoU"]
     assert [line.split("  ")[1] for line in scores] == ["host-a", "host-a + FLOSS", "host-b", "host-b + FLOSS"]
