@@ -1,50 +1,28 @@
 """A folder of images generated from prompts: seeds by index, resumable, filtered, by one process or several."""
 
-import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from fmda.config import to_dict
-from fmda.diffusion.compare import Walk
-from fmda.diffusion.filters import (
-    ComparingFilter,
-    ConstantImage,
-    Filter,
-    ImageFilter,
-    PromptFilter,
-    Verdict,
-    choose_prompts,
-    refusal_row,
-)
-from fmda.diffusion.manifest import (
-    IMAGES,
-    Ledger,
-    Manifest,
-    Picture,
-    Prompt,
-    Row,
-    image_file,
-)
+from fmda.diffusion.filters import CONSTANT, ImageFilter, NearDuplicate, PromptFilter, choose_prompts
+from fmda.diffusion.manifest import IMAGES, REFUSED, GeneratedImage, Manifest, Progress, Prompt, Verdict, image_file
 from fmda.errors import UserError, disk_errors
-from fmda.png import captioned, grid, is_whole, read_png, write_png
+from fmda.png import read_png, write_png
 from fmda.progress import Line, track
 from fmda.runs.identity import RECORD, claim
 
 Draw = Callable[[Sequence[str], Sequence[int]], UInt8[np.ndarray, "n H W 3"]]
 """(prompts, seeds) -> images. The seed alone decides the noise: not the batch, the place in it, or the device."""
-
-SHEET = "contact-sheet.png"
-SHEET_WIDTH = 1800
-SHEET_CELLS = 100
 
 
 def generate(
@@ -56,7 +34,8 @@ def generate(
     batch: int,
     seed: int,
     facts: Any,
-    filters: Sequence[ImageFilter | ComparingFilter] = (),
+    filters: Sequence[ImageFilter] = (),
+    duplicates: NearDuplicate | None = None,
     prompt_filters: Sequence[PromptFilter] = (),
     tries: int = 4,
     process_index: int = 0,
@@ -73,13 +52,11 @@ def generate(
     provided that `draw` and the filters treat each image of a batch as they would alone.
 
     A second call with the same arguments resumes, and restores files that were deleted or cut off. A larger `count`
-    adds images; a smaller one leaves those beyond it. Near-constant images are always generated again
-    (`ConstantImage`). Refusals are logged in `refused.jsonl` and counted in `summary.json`; `contact-sheet.png` shows
-    the first image of each prompt.
+    adds images; a smaller one leaves those beyond it. Near-constant images are always generated again.
 
-    When `tries` images of one index are refused, the others are still generated, and an error names it at the end. It
-    ends at once where more indices are lost than kept, or where a filter compares images. The next call continues from
-    there, with more tries.
+    When `tries` images of one index are refused, the others are still generated, and an error names it at the end. The
+    error comes at once where more indices are lost than kept, or with `duplicates`. The next call continues from there,
+    with more tries.
 
     With several processes, each generates the indices that are `process_index` modulo `process_count`, on its own
     devices, into the same folder on a shared disk; the first one then compares and merges. Their number may change
@@ -88,14 +65,15 @@ def generate(
     Args:
         draw: makes the images; always called with `batch` prompts and seeds, the last ones repeated where fewer are
             needed, so that it is compiled once.
-        prompts: see `fmda.diffusion.manifest.Prompt`.
+        prompts: at least one.
         folder: new, empty, or filled by an earlier call.
         count: images in the end.
         batch: images per call of `draw`, per process.
         seed: of the set, any integer.
         facts: what else determines the images, as dataclass or plain values by name: sampler, steps, guidance, size,
             fingerprint of the checkpoint. They are written to every line, and a folder with others is refused.
-        filters: applied in this order, those that compare images last.
+        filters: applied to each image, in this order.
+        duplicates: applied last, in the order of the indices.
         prompt_filters: applied in this order before anything is generated.
         tries: images of one index at most.
         process_index, process_count: which of how many processes this is.
@@ -103,51 +81,43 @@ def generate(
         task: name of the work in the progress line.
 
     Raises:
-        UserError: count, batch or tries below 1; two filters of one name; the folder holds images of other facts,
-            prompts, seed or filters, or other files; it cannot be written; no prompt is left; all tries of an image
-            were refused.
+        UserError: the folder holds images of other facts, prompts, seed or filters, or other files; no prompt is left;
+            all tries of an image were refused; the folder cannot be written.
         ValueError: `draw` returns something else than its images.
     """
-    check_numbers(count=count, batch=batch, tries=tries)
-    prompts, folder = tuple(prompts), Path(folder)
-    filters = filters if any(isinstance(one, ConstantImage) for one in filters) else (ConstantImage(), *filters)
-    repeated = [name for name, times in Counter(one.name for one in [*filters, *prompt_filters]).items() if times > 1]
-    if repeated:
-        raise UserError(f"filters: two are called '{repeated[0]}'; give them different names")
+    folder = Path(folder)
     cycle, refused_prompts = choose_prompts(prompts, prompt_filters)
+    filters = (CONSTANT, *filters)
+    settings = {one.name: one.settings for one in (*filters, duplicates) if one is not None}
     identity = {
         "seed": seed,
         "facts": facts,
         "prompts": {str(k): [prompt.text, prompt.class_index, prompt.class_name] for k, prompt in enumerate(prompts)},
-        "prompt_filters": {one.name: dict(one.settings) for one in prompt_filters},
-        "filters": {one.name: dict(one.settings) for one in filters},
+        "prompt_filters": {one.name: one.settings for one in prompt_filters},
+        "filters": settings,
     }
+    plain = {name: value for name, value in to_dict(facts).items() if value is not None}
+
+    def fill(progress: Progress, indices: range, compare: NearDuplicate | None) -> None:
+        at_once = duplicates is not None
+        _Work(draw, cycle, progress, indices, filters, compare, batch, seed, plain, tries, at_once).fill(task)
+
     with disk_errors(folder):
         if process_index == 0 or (folder / RECORD).is_file():
             # a folder of other facts ends all processes, so that none waits for another
             claim(folder, identity, remedy="choose another folder", exclusive=True)
             (folder / IMAGES).mkdir(exist_ok=True)
         wait("claim")
-        plain = {name: value for name, value in to_dict(facts).items() if value is not None}
-        with contextlib.ExitStack() as journals:
-            ledger = journals.enter_context(contextlib.closing(Ledger(folder, process_index)))
-            run = _Drawing(draw, cycle, ledger, tuple(filters), batch, seed, plain, tries, task)
-            run.fill(range(process_index, count, process_count), compare=process_count == 1)
-            wait("drawn")
-            if process_index == 0:
-                if process_count > 1:
-                    run = replace(run, ledger=journals.enter_context(contextlib.closing(Ledger(folder))))
-                    run.fill(range(count), compare=True)
-                run.finish(count, refused_prompts)
+        with closing(Progress(folder, process_index)) as progress:
+            fill(progress, range(process_index, count, process_count), duplicates if process_count == 1 else None)
+        wait("drawn")
+        if process_index == 0:
+            with closing(Progress(folder)) as progress:
+                fill(progress, range(count), duplicates)
+                if progress.finish(count, refused_prompts, list(settings)):
+                    _report(progress, len(refused_prompts))
         wait("merged")
         return Manifest.read(folder).head(count)
-
-
-def check_numbers(**numbers: int) -> None:
-    """Raises UserError that names the first number below 1."""
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{name}: {value}; give at least 1")
 
 
 def image_seed(seed: int, index: int, attempt: int) -> int:
@@ -155,150 +125,165 @@ def image_seed(seed: int, index: int, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{attempt}".encode()).digest()[:4], "big")
 
 
-def contact_sheet(folder: str | Path, columns: int = 10) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns an overview of a generated folder, RGB: the first image of each prompt over its class or text.
-
-    Of many prompts `SHEET_CELLS` are shown, spaced evenly.
-    Raises UserError for a folder without a manifest or with a damaged image.
-    """
-    check_numbers(columns=columns)
-    manifest = Manifest.read(folder)
-    first = {picture.prompt_index: picture for picture in reversed(manifest.pictures)}
-    order, count = sorted(first), min(len(first), SHEET_CELLS)
-    shown = [first[order[k * len(order) // count]] for k in range(count)]
-    columns = min(columns, len(shown))
-    return grid([_cell(read_png(manifest.folder / p.file), p, SHEET_WIDTH // columns) for p in shown], columns)
-
-
-def _cell(image: UInt8[np.ndarray, "H W 3"], picture: Picture, widest: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns an image, at most `widest` pixels wide, over its caption."""
-    width = min(max(image.shape[1], 160), widest)
-    height = max(1, round(image.shape[0] * width / image.shape[1]))
-    kind = cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_LINEAR
-    resized = np.asarray(cv2.resize(image, (width, height), interpolation=kind))
-    return captioned(resized, picture.class_name or picture.prompt)
-
-
 @dataclass
-class _Drawing:
-    """The work of one process. `lost` are the indices whose tries are used up."""
+class _Work:
+    """The generation of some indices by one process.
+
+    Attributes:
+        pending: indices without an image, a heap.
+        lost: indices whose tries are used up.
+        position: the first index that is not compared yet.
+        kept: embeddings of the images below `position`.
+        ahead: embeddings of images from `position` on.
+    """
 
     draw: Draw
-    cycle: list[tuple[int, Prompt]]
-    ledger: Ledger
-    filters: tuple[ImageFilter | ComparingFilter, ...]
+    cycle: Sequence[tuple[int, Prompt]]
+    progress: Progress
+    indices: range
+    filters: Sequence[ImageFilter]
+    duplicates: NearDuplicate | None
     batch: int
     seed: int
     facts: dict[str, Any]
     tries: int
-    task: str
-    lost: set[int] = field(default_factory=set)
+    end_at_once: bool
+    pending: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    position: int = 0
+    kept: Float[np.ndarray, "n d"] = field(default_factory=lambda: np.empty((0, 0)))
+    ahead: dict[int, Float[np.ndarray, " d"]] = field(default_factory=dict)
 
-    def fill(self, indices: range, *, compare: bool) -> None:
-        """Generates the missing images of the indices; with `compare`, which needs all of them, also compares them.
+    def fill(self, task: str) -> None:
+        """Generates the missing images; with `duplicates`, which needs all indices, compares each with those before it.
 
         Raises UserError when all tries of an index are refused.
         """
-        comparing = [one for one in self.filters if isinstance(one, ComparingFilter)]
-        walk = None
-        if compare and comparing:
-            walk = Walk(self.ledger, comparing, len(indices), self.batch, self.refusal)
-        total = sum(j not in self.ledger.pictures or walk is not None and not self.ledger.passed(j) for j in indices)
-        if total:
-            for _ in track(self._finished(indices, walk, at_once=bool(comparing)), self.task, total):
+        self.pending = [j for j in self.indices if j not in self.progress.images]
+        unfinished = len(self.pending)
+        if self.duplicates is not None:
+            images = (self.progress.images.get(j) for j in self.indices)
+            unfinished += sum(image is not None and self.duplicates.name not in image.scores for image in images)
+        if unfinished:
+            for _ in track(self._finished(), task, unfinished):
                 pass
         if self.lost:
             raise self._error()
 
-    def _finished(self, indices: range, walk: Walk | None, at_once: bool) -> Iterator[int]:
+    def _finished(self) -> Iterator[int]:
         """Yields each index once its image is final for this process."""
-        pending = [j for j in indices if j not in self.ledger.pictures]
         while True:
-            if walk is not None:
-                yield from walk.advance()
-                if walk.refused is not None:
-                    # lower than all that is pending, since the pass goes in order
-                    pending.insert(0, walk.refused)
-            lost = {j for j in pending if self.ledger.attempt(j) >= self.tries}
-            self.lost |= lost
-            if self.lost and (at_once or len(self.lost) > len(self.ledger.pictures)):
-                raise self._error()
-            for j in sorted(lost):
-                prompt = self.cycle[j % len(self.cycle)][1]
-                _say(f"generate: image {j} ('{prompt.text}'): all {self.tries} tries refused; continuing")
-            pending = [j for j in pending if j not in lost]
-            if not pending:
+            if self.duplicates is not None:
+                yield from self._compare(self.duplicates)
+            group: list[int] = []
+            while self.pending and len(group) < self.batch:
+                index = heappop(self.pending)
+                if self.progress.attempts(index) < self.tries:
+                    group.append(index)
+                else:
+                    self._lose(index)
+            if not group:
                 return
-            group, pending = pending[: self.batch], pending[self.batch :]
             kept = self._draw_group(group)
-            if walk is None:
+            if self.duplicates is None:
                 yield from kept
-            pending = [j for j in group if j not in kept] + pending
 
     def _draw_group(self, group: list[int]) -> list[int]:
-        """Generates one batch, writes what the filters keep and logs the rest; returns the indices kept."""
-        pictures = [self.picture(j) for j in group]
-        filled = pictures + pictures[-1:] * (self.batch - len(group))
-        images = np.asarray(self.draw([p.prompt for p in filled], [p.seed for p in filled]))
+        """Generates one batch, writes the images that the filters keep and logs the rest; returns the kept indices."""
+        rows = [self._image(j) for j in group]
+        filled = rows + rows[-1:] * (self.batch - len(group))
+        images = np.asarray(self.draw([row.prompt for row in filled], [row.seed for row in filled]))
         if images.dtype != np.uint8 or images.ndim != 4 or (len(images), images.shape[-1]) != (self.batch, 3):
             raise ValueError(f"draw returned {images.dtype} {images.shape}, expected uint8 ({self.batch}, H, W, 3)")
-        prompts = [Prompt(p.prompt, p.class_index, p.class_name) for p in filled]
-        scores: list[dict[str, float | None]] = [{} for _ in group]
-        refused: dict[int, Row] = {}
+        prompts = [Prompt(row.prompt, row.class_index, row.class_name) for row in filled]
+        refused: dict[int, tuple[str, Verdict]] = {}
         for one in self.filters:
-            if isinstance(one, ImageFilter) and len(refused) < len(group):
-                for j, row, verdict in zip(group, scores, one.judge(images, prompts), strict=False):
-                    row[one.name] = verdict.score
-                    if verdict.why is not None and j not in refused:
-                        refused[j] = self.refusal(j, one, verdict)
-        kept = [k for k, j in enumerate(group) if j not in refused]
+            if len(refused) < len(group):
+                for k, (row, verdict) in enumerate(zip(rows, one.judge(images, prompts), strict=False)):
+                    row.scores[one.name] = verdict.score
+                    if verdict.why is not None:
+                        refused.setdefault(k, (one.name, verdict))
+        kept = [k for k in range(len(group)) if k not in refused]
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda k: write_png(self.ledger.folder / pictures[k].file, images[k]), kept))
-        self.ledger.keep([replace(pictures[k], scores=scores[k]) for k in kept])
-        self.ledger.refuse(list(refused.values()))
+            list(pool.map(lambda k: write_png(self.progress.folder / rows[k].file, images[k]), kept))
+        self.progress.keep(*(rows[k] for k in kept))
+        for k, reason in refused.items():
+            self._refuse(rows[k], *reason)
         return [group[k] for k in kept]
 
-    def picture(self, index: int) -> Picture:
+    def _compare(self, duplicates: NearDuplicate) -> Iterator[int]:
+        """Compares the images in order up to the first that is missing; yields the indices that pass.
+
+        Decisions depend on the images of lower index alone, so a second pass after a kill decides the same.
+        """
+        images = self.progress.images
+        while self.position < len(self.indices) and self.position in images:
+            index = self.position
+            if index not in self.ahead:
+                self._embed(duplicates)
+            image, embedding = images[index], self.ahead.pop(index)
+            if index == 0:
+                self.kept = np.empty((len(self.indices), len(embedding)), embedding.dtype)
+            if duplicates.name not in image.scores:
+                verdict = duplicates.compare(embedding, self.kept[:index])
+                if verdict.why is not None:
+                    self._refuse(image, duplicates.name, verdict)
+                    return
+                self.progress.keep(replace(image, scores={**image.scores, duplicates.name: verdict.score}))
+                yield index
+            self.kept[index] = embedding
+            self.position += 1
+
+    def _embed(self, duplicates: NearDuplicate) -> None:
+        """Reads the next images, a batch at most, and embeds them."""
+        images = self.progress.images
+        last = min(self.position + self.batch, len(self.indices))
+        ahead = [j for j in range(self.position, last) if j in images and j not in self.ahead]
+        pixels = [read_png(self.progress.folder / images[j].file) for j in ahead]
+        # filled up, so that networks are compiled once
+        embedded = duplicates.embeddings(np.stack(pixels + pixels[-1:] * (self.batch - len(pixels))))
+        self.ahead.update(zip(ahead, embedded, strict=False))
+
+    def _refuse(self, image: GeneratedImage, by: str, verdict: Verdict) -> None:
+        self.progress.refuse(image, by, verdict)
+        heappush(self.pending, image.index)
+
+    def _image(self, index: int) -> GeneratedImage:
         """Returns the manifest line of the next attempt at an image, without scores."""
         number, prompt = self.cycle[index % len(self.cycle)]
-        attempt = self.ledger.attempt(index)
-        return Picture(
+        attempt = self.progress.attempts(index)
+        return GeneratedImage(
             index, image_file(index, number), prompt.text, number, prompt.class_index, prompt.class_name,
             image_seed(self.seed, index, attempt), attempt, facts=self.facts,
         )  # fmt: skip
 
-    def refusal(self, index: int, by: Filter, verdict: Verdict) -> Row:
-        """Returns the log line of a refusal of the current attempt."""
-        picture = self.picture(index)
-        number, prompt = self.cycle[index % len(self.cycle)]
-        return refusal_row(number, prompt, by, verdict, index=index, attempt=picture.attempt, seed=picture.seed)
+    def _lose(self, index: int) -> None:
+        self.lost.append(index)
+        if self.end_at_once or len(self.lost) > len(self.progress.images):
+            raise self._error()
+        prompt = self.cycle[index % len(self.cycle)][1]
+        _say(f"generate: image {index} ('{prompt.text}'): all {self.tries} tries refused; continuing")
 
     def _error(self) -> UserError:
         first = min(self.lost)
-        rows = [row for _, row in sorted(self.ledger.refused[first].items())]
-        counts = ", ".join(f"{name} {n}" for name, n in Counter(row["filter"] for row in rows).items())
+        rows = [row for _, row in sorted(self.progress.refused[first].items())]
+        counts = ", ".join(f"{name} {n}" for name, n in Counter(row.filter for row in rows).items())
         more = f", and so of {len(self.lost) - 1} more" if len(self.lost) > 1 else ""
         return UserError(
-            f"{self.ledger.folder}: image {first} ('{rows[-1]['prompt']}'): all {len(rows)} tries refused ({counts}; "
-            f"last: {rows[-1]['why']}){more}; generate again with more tries to continue from what is there, or with "
+            f"{self.progress.folder}: image {first} ('{rows[-1].prompt}'): all {len(rows)} tries refused ({counts}; "
+            f"last: {rows[-1].why}){more}; generate again with more tries to continue from what is there, or with "
             "other prompts or looser filters into another folder"
         )
 
-    def finish(self, count: int, refused_prompts: Sequence[Row]) -> None:
-        """Writes the final files when all images exist."""
-        ledger = self.ledger
-        if ledger.complete(count) and is_whole(ledger.folder / SHEET):
-            return
-        ledger.merge(count, refused_prompts, [one.name for one in self.filters])
-        write_png(ledger.folder / SHEET, contact_sheet(ledger.folder))
-        refused = Counter(row["filter"] for rows in ledger.refused.values() for row in rows.values())
-        if refused or refused_prompts:
-            by = ", ".join(f"{name} {n}" for name, n in sorted(refused.items())) or "none"
-            _say(
-                f"generate: images refused and generated again: {by}; prompts refused: {len(refused_prompts)}; "
-                f"see {ledger.folder / 'refused.jsonl'}"
-            )
-        ledger.clear()
+
+def _report(progress: Progress, refused_prompts: int) -> None:
+    refused = Counter(row.filter for rows in progress.refused.values() for row in rows.values())
+    if refused or refused_prompts:
+        by = ", ".join(f"{name} {n}" for name, n in sorted(refused.items())) or "none"
+        _say(
+            f"generate: images refused and generated again: {by}; prompts refused: {refused_prompts}; "
+            f"see {progress.folder / REFUSED}"
+        )
 
 
 def _say(text: str) -> None:

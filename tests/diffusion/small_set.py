@@ -8,14 +8,14 @@ import zlib
 
 import numpy as np
 
-from fmda.diffusion.filters import ClipScore, NearDuplicate
+from fmda.diffusion.filters import ImageFilter, NearDuplicate
 from fmda.diffusion.generate import generate
 from fmda.diffusion.manifest import Prompt
 
 FACTS = {"sampler": "plms", "steps": 50, "guidance": 7.5, "checkpoint": "0123456789ab", "size": [8, 12]}
 PROMPTS = (Prompt("a photo of cars", 0, "car"), Prompt("a photo of buses", 1, "bus"), Prompt("a wet street"))
 EMBED = NearDuplicate(lambda images: images.reshape(len(images), -1) - 127.5, most=0.8, model="pixels")
-BRIGHT = ClipScore(lambda images, texts: images.mean((1, 2, 3)) / 255, least=0.48, model="brightness")
+BRIGHT = ImageFilter("bright", "brightness", lambda images, prompts: images.mean((1, 2, 3)) / 255, least=0.48)
 
 
 def one_image(text, seed):
@@ -34,8 +34,9 @@ def draw(texts, seeds):
 def make(folder, **changes):
     """Generates with both kinds of filters, unless told otherwise."""
     options = dict(
-        draw=draw, prompts=PROMPTS, count=20, batch=4, seed=3, facts=FACTS, filters=(BRIGHT, EMBED), tries=50
-    )
+        draw=draw, prompts=PROMPTS, count=20, batch=4, seed=3, facts=FACTS, filters=(BRIGHT,), duplicates=EMBED,
+        tries=50,
+    )  # fmt: skip
     return generate(folder=folder, **{**options, **changes})
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from small_set import BRIGHT, EMBED, FACTS, PROMPTS, content, draw, images, lines, make, one_image
 
-from fmda.diffusion.filters import BannedWords, ClassPresence, ClipScore, ConstantImage, DuplicatePrompt, NearDuplicate
-from fmda.diffusion.generate import contact_sheet, image_seed
-from fmda.diffusion.manifest import Manifest, Prompt
+from fmda.diffusion.filters import ImageFilter, NearDuplicate, banned_words, duplicate_prompt
+from fmda.diffusion.generate import image_seed
+from fmda.diffusion.manifest import Manifest, Prompt, contact_sheet
 from fmda.errors import UserError
 from fmda.png import read_png
 
@@ -25,7 +25,7 @@ def test_the_manifest_says_all_about_each_image(whole):
         "class_index": 1, "class_name": "bus", "seed": image_seed(3, 4, rows[4]["attempt"]),
         "attempt": rows[4]["attempt"], "scores": None, **FACTS,
     }  # fmt: skip
-    assert list(rows[4]["scores"]) == ["constant", "clip_score", "near_duplicate"]
+    assert list(rows[4]["scores"]) == ["constant", "bright", "near_duplicate"]
     assert {path.name for path in whole.iterdir()} == {
         "identity.json", "images", "manifest.jsonl", "refused.jsonl", "summary.json", "contact-sheet.png"
     }  # fmt: skip
@@ -52,9 +52,9 @@ def test_refusals_are_logged_with_their_reason_and_counted(whole):
     for row in rows:
         image = one_image(row["prompt"], row["seed"])
         assert row["seed"] == image_seed(3, row["index"], row["attempt"])
-        by = "constant" if not image.any() else "clip_score" if image.mean() / 255 < 0.47995 else "near_duplicate"
+        by = "constant" if not image.any() else "bright" if image.mean() / 255 < 0.47995 else "near_duplicate"
         assert row["filter"] == by and f"{row['score']}" in row["why"] and f"{row['threshold']}" in row["why"]
-    counts = {name: sum(row["filter"] == name for row in rows) for name in ("constant", "clip_score", "near_duplicate")}
+    counts = {name: sum(row["filter"] == name for row in rows) for name in ("constant", "bright", "near_duplicate")}
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["refused"] == counts == kept.refused and min(counts.values()) > 0
     assert summary["images"] == 20 and summary["drawn"] == 20 + len(rows)
@@ -63,7 +63,7 @@ def test_refusals_are_logged_with_their_reason_and_counted(whole):
 
 
 def test_kept_images_differ_and_the_first_of_a_kind_is_kept(whole):
-    pixels = EMBED.features(np.stack([read_png(path) for path in Manifest.read(whole).paths]))
+    pixels = EMBED.embeddings(np.stack([read_png(path) for path in Manifest.read(whole).paths]))
     assert (pixels @ pixels.T - 2 * np.eye(20)).max() < 0.8
     (first,) = [picture.index for picture in Manifest.read(whole) if picture.seed % 3 == 0]
     later = [row for row in lines(whole / "refused.jsonl") if row["filter"] == "near_duplicate"]
@@ -82,13 +82,13 @@ def test_the_batch_changes_nothing(whole, tmp_path, batch):
     assert content(tmp_path) == content(whole) and sizes == {batch}
 
 
-@pytest.mark.parametrize("filters", [(), (BRIGHT,), (BRIGHT, EMBED)])
+@pytest.mark.parametrize("filters", [{"filters": (), "duplicates": None}, {"duplicates": None}, {}])
 def test_a_smaller_set_is_a_beginning_of_a_larger_one(tmp_path, filters):
-    make(tmp_path / "grown", count=7, filters=filters)
+    make(tmp_path / "grown", count=7, **filters)
     few = content(tmp_path / "grown")
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "grown/images").iterdir()}
-    make(tmp_path / "grown", filters=filters)
-    make(tmp_path / "large", filters=filters)
+    make(tmp_path / "grown", **filters)
+    make(tmp_path / "large", **filters)
     assert content(tmp_path / "grown") == content(tmp_path / "large")
     assert few.items() & images(tmp_path / "large").items() == images(tmp_path / "large").items() & few.items()
     assert len([name for name in few if name.parent.name == "images"]) == 7
@@ -106,35 +106,33 @@ def test_a_second_call_draws_and_writes_nothing(whole):
         raise AssertionError("called")
 
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    still = make(whole, draw=never, filters=(ClipScore(never, 0.48, "brightness"), NearDuplicate(never, 0.8, "pixels")))
+    bright, embed = dataclasses.replace(BRIGHT, score=never), dataclasses.replace(EMBED, embed=never)
+    still = make(whole, draw=never, filters=(bright,), duplicates=embed)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     assert still == Manifest.read(whole)
 
 
 def test_black_images_are_always_made_again(tmp_path):
-    made = make(tmp_path, filters=())
+    made = make(tmp_path, filters=(), duplicates=None)
     black = [p.index for p in made if p.attempt]
     assert black == [j for j in range(20) if image_seed(3, j, 0) % 5 == 0] and len(black) > 1
     assert all(read_png(path).any() for path in made.paths)
     assert made.refused == {"constant": len(lines(tmp_path / "refused.jsonl"))}
 
 
-def test_a_threshold_of_ones_own_replaces_the_one_for_constant_images(tmp_path):
-    made = make(tmp_path, filters=(ConstantImage(least=-1.0),))
-    assert not made.refused and any(not read_png(path).any() for path in made.paths)
-
-
 def test_what_was_refused_is_reported(tmp_path, capsys):
-    made = make(tmp_path, filters=(), prompts=(*PROMPTS, Prompt("A wet street!")), prompt_filters=(DuplicatePrompt(),))
+    prompts = (*PROMPTS, Prompt("A wet street!"))
+    made = make(tmp_path, filters=(), duplicates=None, prompts=prompts, prompt_filters=(duplicate_prompt(),))
     err = capsys.readouterr().err
     assert f"refused and generated again: constant {made.refused['constant']}; prompts refused: 1; see" in err
-    assert made.refused_prompts == {"duplicate_prompt": 1} and "generate: 20/20 images" in err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["refused_prompts"] == {"duplicate_prompt": 1} and "generate: 20/20 images" in err
     row = lines(tmp_path / "refused.jsonl")[0]
-    assert (row["index"], row["prompt_index"], row["why"]) == (None, 3, "says the same as 'a wet street'")
+    assert (row["index"], row["prompt_index"], row["why"]) == (None, 3, "duplicate of 'a wet street'")
 
 
 def test_a_refused_prompt_leaves_the_cycle_and_the_others_keep_their_numbers(tmp_path):
-    made = make(tmp_path, count=4, filters=(), prompt_filters=(BannedWords(("buses",)),))
+    made = make(tmp_path, count=4, filters=(), duplicates=None, prompt_filters=(banned_words(("buses",)),))
     assert [p.file[-6:] for p in made] == ["p0.png", "p2.png", "p0.png", "p2.png"]
 
 
@@ -145,7 +143,7 @@ def hopeless(texts, seeds):
 
 def test_used_up_tries_end_in_one_line_after_the_others_are_drawn(tmp_path, capsys):
     with pytest.raises(UserError) as fault:
-        make(tmp_path, draw=hopeless, filters=(BRIGHT,), tries=30, count=9)
+        make(tmp_path, draw=hopeless, duplicates=None, tries=30, count=9)
     line = str(fault.value)
     assert "image 1 ('a photo of buses'): all 30 tries refused (constant 30; last: spread of levels is 0.0" in line
     assert "and so of 2 more; generate again with more tries to continue" in line
@@ -153,10 +151,10 @@ def test_used_up_tries_end_in_one_line_after_the_others_are_drawn(tmp_path, caps
     assert len(images(tmp_path)) == 6 and not (tmp_path / "manifest.jsonl").exists()
     before = content(tmp_path)
     with pytest.raises(UserError, match="all 30 tries refused"):
-        make(tmp_path, draw=None, filters=(BRIGHT,), tries=30, count=9)
+        make(tmp_path, draw=None, duplicates=None, tries=30, count=9)
     assert content(tmp_path) == before
     # more tries, and luck
-    made = make(tmp_path, filters=(BRIGHT,), tries=60, count=9)
+    made = make(tmp_path, duplicates=None, tries=60, count=9)
     assert len(made) == 9 and all(p.attempt >= 30 for p in made if p.class_name == "bus")
 
 
@@ -174,7 +172,7 @@ def test_where_nothing_can_be_kept_it_ends_at_once(tmp_path):
 
 def test_a_collapsed_model_is_noticed_at_its_second_image(tmp_path):
     with pytest.raises(UserError, match="image 1 .*near_duplicate 3; last: cosine 1.0 to image 0 is above 0.8"):
-        make(tmp_path, draw=lambda texts, seeds: np.stack([one_image("x", 1)] * len(texts)), tries=3, filters=(EMBED,))
+        make(tmp_path, draw=lambda texts, seeds: np.stack([one_image("x", 1)] * len(texts)), tries=3, filters=())
     assert "im_000001_p1.png" not in {path.name for path in (tmp_path / "images").iterdir()}
 
 
@@ -187,14 +185,14 @@ def test_more_tries_go_on_to_what_they_would_have_made_at_once(whole, tmp_path):
 
 
 def test_a_class_that_is_not_there_is_drawn_again(tmp_path):
-    def present(found):
-        return np.stack([found[..., 0].mean((1, 2)), found[..., 1].mean((1, 2))], 1) / 255
+    def share(images, prompts):
+        pairs = zip(images, prompts, strict=True)
+        return [None if p.class_index is None else image[..., p.class_index].mean() / 255 for image, p in pairs]
 
-    made = make(tmp_path, filters=(ClassPresence(present, 0.5, "channels"),))
-    for picture in made:
-        share = None if picture.class_index is None else read_png(tmp_path / picture.file)[..., picture.class_index]
-        assert share is None or share.mean() / 255 >= 0.49995
-    assert made.refused["class_presence"] > 0
+    made = make(tmp_path, filters=(ImageFilter("presence", "share", share, 0.5),), duplicates=None)
+    images = np.stack([read_png(path) for path in made.paths])
+    assert all(value is None or value >= 0.49995 for value in share(images, made))
+    assert made.refused["presence"] > 0
 
 
 CHANGES = {
@@ -202,9 +200,9 @@ CHANGES = {
     r"seed: 3 -> 4; facts.steps: 50 -> 25": {"facts": {**FACTS, "steps": 25}, "seed": 4},
     r"facts.personalisation: '\(none\)' -> 200": {"facts": {**FACTS, "personalisation": 200}},
     r"prompts.2: \['a wet street', None, None\] -> '\(none\)'": {"prompts": PROMPTS[:2]},
-    r"filters.near_duplicate: .* -> '\(none\)'": {"filters": (BRIGHT,)},
-    r"filters.near_duplicate.most: 0.8 -> 0.9": {"filters": (BRIGHT, NearDuplicate(EMBED.embed, 0.9, "pixels"))},
-    r"prompt_filters.duplicate_prompt: '\(none\)' -> {}": {"prompt_filters": (DuplicatePrompt(),)},
+    r"filters.near_duplicate: .* -> '\(none\)'": {"duplicates": None},
+    r"filters.near_duplicate.most: 0.8 -> 0.9": {"duplicates": NearDuplicate(EMBED.embed, 0.9, "pixels")},
+    r"prompt_filters.duplicate_prompt: '\(none\)' -> {}": {"prompt_filters": (duplicate_prompt(),)},
 }
 
 
@@ -232,7 +230,7 @@ class Facts:
 def test_facts_that_gain_a_field_with_a_default_leave_earlier_folders_usable(tmp_path):
     made = make(tmp_path, facts=Facts(), count=2)
     grown = dataclasses.make_dataclass("Facts", [("eta", float, 0.0)], bases=(Facts,), frozen=True)
-    assert make(tmp_path, facts=grown(), count=2, draw=None).pictures == made.pictures
+    assert make(tmp_path, facts=grown(), count=2, draw=None).images == made.images
     with pytest.raises(UserError, match=r"facts.eta: 0.0 -> 0.5"):
         make(tmp_path, facts=grown(eta=0.5), count=2, draw=None)
 
@@ -240,37 +238,12 @@ def test_facts_that_gain_a_field_with_a_default_leave_earlier_folders_usable(tmp
 def test_lines_are_known_again_by_their_json(tmp_path):
     facts = {**FACTS, "size": (8, 12)}
     made = make(tmp_path, facts=facts, count=2)
-    assert make(tmp_path, facts=dict(reversed(facts.items())), count=2, draw=None).pictures == made.pictures
+    assert make(tmp_path, facts=dict(reversed(facts.items())), count=2, draw=None).images == made.images
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"count": 0}, "count: 0; give at least 1"),
-        ({"batch": 0}, "batch: 0; give at least 1"),
-        ({"tries": 0}, "tries: 0; give at least 1"),
-        ({"prompts": ()}, "prompts: none given; give at least one"),
-        ({"filters": (EMBED, EMBED)}, "two are called 'near_duplicate'; give them different names"),
-    ],
-)
-def test_bad_values_are_named_before_anything_is_written(tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        make(tmp_path / "new", **changes)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"draw": lambda texts, seeds: np.zeros((4, 8, 8, 3))},
-            r"draw returned float64 \(4, 8, 8, 3\), expected uint8",
-        ),
-    ],
-)
-def test_faults_of_the_caller_are_no_user_errors(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        make(tmp_path / "new", **changes)
+def test_a_draw_that_returns_something_else_is_no_user_error(tmp_path):
+    with pytest.raises(ValueError, match=r"draw returned float64 \(4, 8, 8, 3\), expected uint8"):
+        make(tmp_path, draw=lambda texts, seeds: np.zeros((4, 8, 8, 3)))
 
 
 def test_the_overview_shows_the_first_image_of_each_prompt(whole):
@@ -285,8 +258,6 @@ def test_the_overview_shows_the_first_image_of_each_prompt(whole):
         assert np.ptp(sheet[k // 2 * height + 107 :, k % 2 * width :][:18, :160]) > 100
     assert (sheet[height:, width:] == 255).all()
     np.testing.assert_array_equal(read_png(whole / "contact-sheet.png"), contact_sheet(whole))
-    with pytest.raises(UserError, match="columns: 0"):
-        contact_sheet(whole, 0)
 
 
 def test_a_folder_without_a_manifest_is_named(tmp_path):

@@ -133,7 +133,7 @@ def test_the_report_shows_the_overview(pristine):
 def test_any_image_is_made_again_alone_from_its_line(pristine):
     # the type as a configuration names it: the program is then that of the run
     model = load_stable_diffusion(pristine / "model", dtype=np.dtype("float32"))
-    picture = Manifest.read(pristine / "done/images").pictures[7]
+    picture = Manifest.read(pristine / "done/images").images[7]
     facts = picture.facts
     config = SamplerConfig(facts["sampler"], facts["steps"], facts["guidance"], facts["negative"])
     image = make_draw(model, config, make_mesh())([picture.prompt], [picture.seed])[0]
@@ -236,7 +236,7 @@ def test_prompts_come_from_a_file_or_as_they_are(tmp_path):
         ("sample.guidance=1", "negative: 'a road' has no use with a guidance of 1; leave it out"),
         ("filters.clip_score=.nan", "filters.clip_score: expected a finite number, got '.nan'"),
         ("filters.clip_score=0.1 filters.clip=street-clp", "street-clp: no such folder, and no model of the package"),
-        ("filters.banned=[a]", "prompts: the filters refuse all 2, such as 'a car' (banned_words: holds 'a')"),
+        ("filters.banned=[a]", "prompts: the filters refuse all 2, such as 'a car' (banned_words: contains 'a')"),
         ("model=nowhere", "nowhere: no such folder"),
         ("mesh=[3,1]", "mesh: data=3 times fsdp=1 is 3, but there are 8 devices"),
         ("device_memory=0.0001", "batch: 8 needs about 0.00 GiB on each of 8 devices, "),

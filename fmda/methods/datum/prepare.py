@@ -152,7 +152,7 @@ def check_prepared(config: Config, prepared: Path, model: StableDiffusion) -> No
     if config.bank:
         compare(prepared / BANK, {"weights": model.vae.fingerprint}, remedy=_remedy(config))
     if config.prior is not None and config.prior.images is None:
-        made = Manifest.read(prepared / "class").pictures[0].facts["checkpoint"]
+        made = Manifest.read(prepared / "class").images[0].facts["checkpoint"]
         if made != model.fingerprint:
             raise UserError(f"{prepared / 'class'}: holds images of other weights; {_remedy(config)}")
 

@@ -133,7 +133,7 @@ def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.nd
         manifest = Manifest.read(folder / str(step))
         images = read_images(manifest)
         embedded = embed(clip, images)
-        covered, covered_error = found_classes(clip, images, [picture.class_name for picture in manifest.pictures])
+        covered, covered_error = found_classes(clip, images, [image.class_name for image in manifest])
         near_error = standard_error(lambda x: alignment(x, near).mean, embedded, seed=probe.seed)
         wide_error = standard_error(pairwise_diversity, embedded, seed=probe.seed)
         both = alignment(embedded, near)

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from fmda.diffusion.draw import image_size
-from fmda.diffusion.filters import BannedWords, DuplicatePrompt, PromptFilter, choose_prompts
+from fmda.diffusion.filters import PromptFilter, banned_words, choose_prompts, duplicate_prompt
 from fmda.diffusion.load import Checked, check_stable_diffusion
 from fmda.diffusion.manifest import Prompt
 from fmda.diffusion.samplers import make_table
@@ -29,7 +29,7 @@ def check(config: Config) -> Checked | None:
         prompts = make_prompts(config.prompts)
         choose_prompts(prompts, text_filters(config.filters))
         check_filters(config.filters, prompts)
-    if config.filters.looks:
+    if config.filters.judge_images:
         check_weights(config.filters.clip)
     if pending(config.model):
         return None
@@ -68,7 +68,7 @@ def check_weights(source: str) -> None:
 
 def text_filters(config: FilterConfig) -> list[PromptFilter]:
     """Returns the filters of prompts that need no tokenizer."""
-    return [DuplicatePrompt(), *([BannedWords(config.banned)] if config.banned else [])]
+    return [duplicate_prompt(), *([banned_words(config.banned)] if config.banned else [])]
 
 
 def local_mesh(config: Config) -> Mesh:

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
 from fmda.diffusion.draw import SamplerConfig, image_size, make_draw
-from fmda.diffusion.filters import ClassPresence, ClipScore, LongPrompt, NearDuplicate
-from fmda.diffusion.generate import SHEET, generate
+from fmda.diffusion.filters import ImageFilter, NearDuplicate, long_prompt
+from fmda.diffusion.generate import generate
 from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
-from fmda.diffusion.manifest import Prompt
+from fmda.diffusion.manifest import SHEET, Prompt
 from fmda.evaluate.sections import Section, write_sections
 from fmda.methods.generate.checks import check, check_filters, local_mesh, text_filters
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
@@ -68,10 +69,11 @@ def draw_images(
     )
     prompt_filters = text_filters(config.filters)
     if config.filters.long_prompt:
-        prompt_filters.append(LongPrompt(model.tokenizer.length, model.text_encoder.config.context))
+        prompt_filters.append(long_prompt(model.tokenizer.length, model.text_encoder.config.context))
+    filters, duplicates = image_filters(config.filters, prompts)
     manifest = generate(
         draw, prompts, folder, count=config.count, batch=config.batch, seed=config.seed, facts=facts,
-        filters=image_filters(config.filters, prompts), prompt_filters=prompt_filters, tries=config.tries,
+        filters=filters, duplicates=duplicates, prompt_filters=prompt_filters, tries=config.tries,
         process_index=jax.process_index(), process_count=jax.process_count(),
         wait=multihost_utils.sync_global_devices if jax.process_count() > 1 else lambda what: None,
         task=task,
@@ -92,20 +94,28 @@ def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     return counts
 
 
-def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> list[Any]:
-    """Returns the filters that a configuration asks for, all with one CLIP. Raises UserError as `check_filters`."""
+def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> tuple[list[ImageFilter], NearDuplicate | None]:
+    """Returns the configured filters of images, all with one CLIP. Raises UserError as `check_filters`."""
     check_filters(config, prompts)
-    if not config.looks:
-        return []
+    filters: list[ImageFilter] = []
+    if not config.judge_images:
+        return filters, None
     clip = load_clip(config.clip)
-    filters: list[Any] = []
-    if config.clip_score is not None:
-        filters.append(ClipScore(functools.partial(clip_score, clip), config.clip_score, clip.fingerprint))
-    if config.class_presence is not None:
-        names = tuple(prompt.class_name or "" for prompt in prompts)
-        filters.append(
-            ClassPresence(functools.partial(grid_share, clip, names), config.class_presence, clip.fingerprint)
-        )
-    if config.near_duplicate is not None:
-        filters.append(NearDuplicate(functools.partial(embed, clip), config.near_duplicate, clip.fingerprint))
-    return filters
+    names = list(dict.fromkeys(prompt.class_name for prompt in prompts if prompt.class_name))
+
+    def cosines(images: np.ndarray, prompts: Sequence[Prompt]) -> list[float]:
+        return clip_score(clip, images, [prompt.text for prompt in prompts]).tolist()
+
+    def shares(images: np.ndarray, prompts: Sequence[Prompt]) -> list[float | None]:
+        rows = grid_share(clip, names, images).tolist()
+        return [row[names.index(p.class_name)] if p.class_name else None for row, p in zip(rows, prompts, strict=True)]
+
+    for name, what, score, least in (
+        ("clip_score", "cosine of image and prompt", cosines, config.clip_score),
+        ("class_presence", "share of the prompt's class", shares, config.class_presence),
+    ):
+        if least is not None:
+            filters.append(ImageFilter(name, what, score, least, clip.fingerprint))
+    if config.near_duplicate is None:
+        return filters, None
+    return filters, NearDuplicate(functools.partial(embed, clip), config.near_duplicate, clip.fingerprint)

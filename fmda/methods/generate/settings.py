@@ -67,9 +67,9 @@ class FilterConfig:
     long_prompt: bool = False
 
     @property
-    def looks(self) -> bool:
-        """Whether any filter looks at images, by a CLIP."""
-        return not (self.clip_score is None and self.near_duplicate is None and self.class_presence is None)
+    def judge_images(self) -> bool:
+        """Whether any filter judges images, by a CLIP."""
+        return any(value is not None for value in (self.clip_score, self.near_duplicate, self.class_presence))
 
 
 @dataclass(frozen=True)
