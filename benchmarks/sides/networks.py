@@ -14,9 +14,9 @@ from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
 from fmda.trees import Tree
-from fmda.weights import diffusers as diffusers_configs
 from fmda.weights import diffusers_tables
 from fmda.weights.network import network_graph
+from fmda.weights.registry import FAMILIES
 
 MODES = {"compiled": "default", "autotuned": "max-autotune-no-cudagraphs"}
 """Peers that go through torch.compile, and its mode; none has CUDA graphs, which spare small batches launches."""
@@ -57,20 +57,16 @@ def torch_network(part: str, config: Any, device: str, dtype: str = "float32") -
     import transformers
 
     made: Any
+    _, table, objects = FAMILIES[part].export(config, None)
+    value = objects["config.json"]
     if part == "text_encoder":
-        made = transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(**diffusers_configs.write_text_encoder(config), attn_implementation="sdpa")
-        )
+        made = transformers.CLIPTextModel(transformers.CLIPTextConfig(**value, attn_implementation="sdpa"))
         old = next(iter(made.state_dict())).startswith("text_model.")
-        table = diffusers_tables.TEXT_ENCODER if old else diffusers_tables.BARE_TEXT_ENCODER
-    elif part == "unet":
-        with torch.device("meta"):
-            made = diffusers.UNet2DConditionModel.from_config(diffusers_configs.write_unet(config))
-        table = diffusers_tables.UNET[config.linear_projection]
+        table = table if old else diffusers_tables.BARE_TEXT_ENCODER
     else:
+        network = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
         with torch.device("meta"):
-            made = diffusers.AutoencoderKL.from_config(diffusers_configs.write_vae(config))
-        table = diffusers_tables.VAE
+            made = network.from_config(value)
     arrays = table.write(random_parameters(network_graph(part, config)[1]))
     made.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, assign=True)
     # diffusers' own `to` warns of every change of type

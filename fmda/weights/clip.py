@@ -1,5 +1,6 @@
 """CLIP's configurations out of and into JSON, and which table its stored names need."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def _token_id(fields: Fields, key: str, default: int) -> int:
     return fields.index(key, default, 2**31)
 
 
-VIT_KEYS: dict[str, Any] = {
+VIT_KEYS: Keys = {
     "image_size": ("image_size", Fields.size, 224),
     "patch_size": ("patch_size", Fields.size, 32),
     "width": ("hidden_size", Fields.size, 768),
@@ -71,20 +72,52 @@ def read(file: Path, names: Names) -> tuple[ClipConfig, Table]:
     return read_hf(folder), clip_tables.HF_FLAX_CLIP if flax else clip_tables.HF_CLIP
 
 
-def write(config: ClipConfig, layout: str | None = None) -> Export:
+def export(config: ClipConfig, layout: str | None = None) -> Export:
     """Returns the files of a saved CLIP: layout "hf", or "open_clip" as convolutional towers need; None chooses.
 
     Raises UserError for a tower that the layout does not know.
     """
     transformer = isinstance(config.vision, VitConfig)
-    layout = layout or ("hf" if transformer else "open_clip")
-    if layout == "hf" and not transformer:
+    if layout == "open_clip" or (layout is None and not transformer):
+        objects = {"open_clip_config.json": write_open_clip(config)}
+        return Export("open_clip_model.safetensors", open_clip_table(config), objects)
+    if not transformer:
         raise UserError("the layout 'hf' holds vision transformers only; choose 'open_clip'")
-    if layout == "hf":
-        objects = {"config.json": write_hf(config), "preprocessor_config.json": preprocessor(config)}
-        return Export("model.safetensors", clip_tables.HF_CLIP, objects)
-    objects = {"open_clip_config.json": write_open_clip(config)}
-    return Export("open_clip_model.safetensors", open_clip_table(config), objects)
+    side, width = config.vision.image_size, {"projection_dim": config.embed_dim}
+    text = written(config.text, TEXT_KEYS, {}) | {"model_type": "clip_text_model", "pad_token_id": 0} | width
+    vision = written(config.vision, VIT_KEYS, {}) | {"model_type": "clip_vision_model"} | width
+    value = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        **width,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    processor = image_processor("CLIP", {"shortest_edge": side}, 3, config.image_mean, config.image_std) | {
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_convert_rgb": True,
+    }
+    return Export(
+        "model.safetensors", clip_tables.HF_CLIP, {"config.json": value, "preprocessor_config.json": processor}
+    )
+
+
+def image_processor(
+    kind: str, size: dict[str, int], resample: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """Returns what every `preprocessor_config.json` of transformers holds; `resample` is Pillow's number."""
+    return {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "do_resize": True,
+        "size": size,
+        "resample": resample,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
 
 
 def open_clip_table(config: ClipConfig) -> Table:
@@ -134,55 +167,26 @@ def read_hf(folder: Path) -> ClipConfig:
     )
 
 
-def write_hf(config: ClipConfig) -> dict[str, Any]:
-    """Returns the `config.json` object of a CLIP with a vision transformer, every field spelled out."""
-    vision, text = config.vision, config.text
-    if not isinstance(vision, VitConfig):
-        raise ValueError("this layout holds vision transformers only")
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "text_config": {
-            "model_type": "clip_text_model",
-            **written(text, TEXT_KEYS),
-            "pad_token_id": 0,
-            "projection_dim": config.embed_dim,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            **written(vision, VIT_KEYS),
-            "projection_dim": config.embed_dim,
-        },
-    }
-
-
-def preprocessor(config: ClipConfig) -> dict[str, Any]:
-    """Returns the `preprocessor_config.json` object: sizes and normalisation as transformers reads them."""
-    side = config.vision.image_size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.image_mean),
-        "image_std": list(config.image_std),
-        "do_convert_rgb": True,
-    }
-
-
+_OPEN_CLIP_TEXT: Keys = {
+    "vocab_size": ("vocab_size", Fields.size, 49408),
+    "context": ("context_length", Fields.size, 77),
+    "width": ("width", Fields.size, 512),
+    "layers": ("layers", Fields.size, 12),
+    "heads": ("heads", Fields.size, 8),
+}
+_OPEN_CLIP_VIT: Keys = {
+    "image_size": ("image_size", Fields.size, 224),
+    "patch_size": ("patch_size", Fields.size, 16),
+    "width": ("width", Fields.size, 768),
+    "layers": ("layers", Fields.size, 12),
+}
 _OPEN_CLIP_KEYS = (
     {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
     {
         "image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio",
         "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_drop", "timm_drop_path",
     },
-    {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+    {*(key for key, _, _ in _OPEN_CLIP_TEXT.values()), "mlp_ratio"},
 )  # fmt: skip
 """Known keys of the model, its `vision_cfg` and its `text_cfg`."""
 
@@ -203,21 +207,13 @@ def read_open_clip(folder: Path) -> ClipConfig:
         if unknown := sorted(set(fields.values) - known):
             raise UserError(f"{whole.where}: {fields.prefix}{', '.join(unknown)} is not supported; {whole.fix}")
     embed_dim, act = model.size("embed_dim"), "quick_gelu" if model.flag("quick_gelu", False) else "gelu"
-    width, heads = text.size("width", 512), text.size("heads", 8)
-    text.divides("heads", heads, width, "width")
+    sizes = text.of(_OPEN_CLIP_TEXT)
+    text.divides("heads", sizes["heads"], sizes["width"], "width")
     image = whole.section("preprocess_cfg")
     return ClipConfig(
         embed_dim=embed_dim,
         vision=_open_clip_vision(vision, embed_dim, act),
-        text=TextConfig(
-            vocab_size=text.size("vocab_size", 49408),
-            context=text.size("context_length", 77),
-            width=width,
-            layers=text.size("layers", 12),
-            heads=heads,
-            mlp_width=int(width * text.number("mlp_ratio", 4.0)),
-            activation=act,
-        ),
+        text=TextConfig(**sizes, mlp_width=int(sizes["width"] * text.number("mlp_ratio", 4.0)), activation=act),
         image_mean=image.triple("mean", OPENAI_MEAN, positive=False),
         image_std=image.triple("std", OPENAI_STD, positive=True),
     )
@@ -239,62 +235,32 @@ def _open_clip_vision(fields: Fields, embed_dim: int, act: str) -> VitConfig | R
         fields.divides("head_width", head_width, width * 32, "32 times width")
         return ResNetConfig(image_size, (a, b, c, d), width, heads=width * 32 // head_width)
     fields.divides("head_width", head_width, width, "width")
-    return VitConfig(
-        image_size=image_size,
-        patch_size=fields.size("patch_size", 16),
-        width=width,
-        layers=fields.size("layers", 12),
-        heads=width // head_width,
-        mlp_width=int(width * fields.number("mlp_ratio", 4.0)),
-        activation=act,
-    )
+    mlp_width = int(width * fields.number("mlp_ratio", 4.0))
+    return VitConfig(**fields.of(_OPEN_CLIP_VIT), heads=width // head_width, mlp_width=mlp_width, activation=act)
 
 
 def write_open_clip(config: ClipConfig) -> dict[str, Any]:
     """Returns the `open_clip_config.json` object. Raises ValueError for a tower that the format cannot represent."""
     vision, text = config.vision, config.text
+    section: dict[str, Any]
     if isinstance(vision, ConvNextConfig):
         shape = (vision.depths, vision.channels)
         names = [name for name, known in CONVNEXTS.items() if known == shape]
         if not names or vision.head_width != 2 * config.embed_dim:
             raise ValueError(f"no name in timm for a ConvNeXt of {shape}")
-        section: dict[str, Any] = {
-            "timm_model_name": names[0],
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "mlp",
-            "image_size": vision.image_size,
-        }
+        section = {"timm_model_name": names[0], "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "mlp"}
     elif isinstance(vision, ResNetConfig):
-        section = {
-            "image_size": vision.image_size,
-            "layers": list(vision.layers),
-            "width": vision.width,
-            "head_width": vision.width * 32 // vision.heads,
-            "patch_size": None,
-        }
+        head_width = vision.width * 32 // vision.heads
+        section = {"layers": list(vision.layers), "width": vision.width, "head_width": head_width, "patch_size": None}
     else:
-        section = {
-            "image_size": vision.image_size,
-            "layers": vision.layers,
-            "width": vision.width,
+        section = written(vision, _OPEN_CLIP_VIT, {}) | {
             "head_width": vision.width // vision.heads,
-            "patch_size": vision.patch_size,
             "mlp_ratio": vision.mlp_width / vision.width,
         }
-    return {
-        "model_cfg": {
-            "embed_dim": config.embed_dim,
-            "quick_gelu": text.activation == "quick_gelu",
-            "vision_cfg": section,
-            "text_cfg": {
-                "context_length": text.context,
-                "vocab_size": text.vocab_size,
-                "width": text.width,
-                "heads": text.heads,
-                "layers": text.layers,
-                "mlp_ratio": text.mlp_width / text.width,
-            },
-        },
-        "preprocess_cfg": {"mean": list(config.image_mean), "std": list(config.image_std)},
+    model = {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": text.activation == "quick_gelu",
+        "vision_cfg": section | {"image_size": vision.image_size},
+        "text_cfg": written(text, _OPEN_CLIP_TEXT, {}) | {"mlp_ratio": text.mlp_width / text.width},
     }
+    return {"model_cfg": model, "preprocess_cfg": {"mean": list(config.image_mean), "std": list(config.image_std)}}

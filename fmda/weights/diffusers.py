@@ -13,6 +13,7 @@ from fmda.models.sd_vae import VaeConfig
 from fmda.weights import diffusers_tables
 from fmda.weights.clip import TEXT_KEYS, read_text
 from fmda.weights.reader import Fields, Keys, written
+from fmda.weights.source import DIFFUSION_FILES, TEXT_FILES
 from fmda.weights.table import Export, Names, Table
 
 Json = dict[str, Any]
@@ -26,45 +27,33 @@ TEXT_MODEL = "clip_text_model"
 _UNET_FIXED: Json = {
     "act_fn": ("silu",),
     "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "center_input_sample": (False,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "only_cross_attention": (False,),
-    "dual_cross_attention": (False,),
-    "transformer_layers_per_block": (1,),
-    "downsample_padding": (1,),
     "norm_eps": (1e-5,),
+    "freq_shift": (0,),
     "resnet_time_scale_shift": ("default",),
     "time_embedding_type": ("positional",),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "addition_embed_type": (None,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_dim": (None,),
+    "attention_type": ("default",),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "attention_type": ("default",),
-    "mid_block_scale_factor": (1,),
-    "resnet_out_scale_factor": (1.0,),
-    "resnet_skip_time_act": (False,),
-    "cross_attention_norm": (None,),
     "mid_block_only_cross_attention": (None, False),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-}
+    **dict.fromkeys(("downsample_padding", "transformer_layers_per_block"), (1,)),
+    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), (1,)),
+    **dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), (False,)),
+    "resnet_skip_time_act": (False,),
+    **dict.fromkeys(
+        (
+            "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type",
+            "time_cond_proj_dim", "time_embedding_dim", "time_embedding_act_fn", "timestep_post_act",
+            "cross_attention_norm", "reverse_transformer_layers_per_block",
+        ),
+        (None,),
+    ),
+}  # fmt: skip
 _VAE_FIXED: Json = {
     "act_fn": ("silu",),
-    "out_channels": (3,),
-    "in_channels": (3,),
-    "shift_factor": (None,),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,),
-    "mid_block_add_attention": (True,),
+    **dict.fromkeys(("in_channels", "out_channels"), (3,)),
+    **dict.fromkeys(("shift_factor", "latents_mean", "latents_std"), (None,)),
+    **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), (True,)),
 }
 _UNET_KEYS: Keys = {
     "in_channels": ("in_channels", Fields.size, 4),
@@ -84,9 +73,9 @@ _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 _UPWARDS = {_CROSS_DOWN: "CrossAttnUpBlock2D", _DOWN: "UpBlock2D"}
 
 
-def _opened(folder: Path, key: str, kinds: tuple[str, ...], fixed: Json) -> Fields:
-    """Returns the fields of `config.json` after checking that they describe what can be built here."""
-    fields = Fields.read(folder / "config.json", _TAKE)
+def _opened(file: Path, key: str, kinds: tuple[str, ...], fixed: Json) -> Fields:
+    """Returns the fields of the configuration beside a weight file, after checking that it can be built here."""
+    fields = Fields.read(file.with_name("config.json"), _TAKE)
     if fields.values.get(key) not in kinds:
         raise fields.fault(key, f"'{kinds[0]}': this is another network's folder")
     fields.only(fixed)
@@ -101,9 +90,9 @@ def _widths(fields: Fields, default: tuple[int, ...]) -> tuple[tuple[int, ...], 
     return widths, groups
 
 
-def read_unet(folder: Path) -> UNetConfig:
-    """Returns the configuration in a UNet's folder. Raises UserError for a network of another kind or shape."""
-    fields = _opened(folder, "_class_name", UNET_CLASSES, _UNET_FIXED)
+def read_unet(file: Path, names: Names) -> tuple[UNetConfig, Table]:
+    """Returns the configuration beside a UNet's weight file, and the table of its layout."""
+    fields = _opened(file, "_class_name", UNET_CLASSES, _UNET_FIXED)
     config = fields.values
     if config.get("in_channels") == 9:
         raise UserError(
@@ -112,11 +101,7 @@ def read_unet(folder: Path) -> UNetConfig:
         )
     channels, groups = _widths(fields, (320, 640, 1280, 1280))
     down = config.get("down_block_types", [_CROSS_DOWN] * 3 + [_DOWN])
-    if (
-        not isinstance(down, list)
-        or len(down) != len(channels)
-        or any(name not in (_CROSS_DOWN, _DOWN) for name in down)
-    ):
+    if not isinstance(down, list) or len(down) != len(channels) or any(name not in (*_UPWARDS,) for name in down):
         raise fields.fault("down_block_types", f"{len(channels)} of '{_CROSS_DOWN}' or '{_DOWN}', which can be built")
     up = [_UPWARDS[name] for name in reversed(down)]
     fields.only({"up_block_types": (up,)})
@@ -132,7 +117,7 @@ def read_unet(folder: Path) -> UNetConfig:
             fields.divides(key, count, width, "its level in block_out_channels")
     flax = config["_class_name"].startswith("Flax")
     sample_size = fields.size_or_null("sample_size", 64)
-    return UNetConfig(
+    unet = UNetConfig(
         **fields.of(_UNET_KEYS),
         channels=channels,
         attention=attention,
@@ -144,6 +129,8 @@ def read_unet(folder: Path) -> UNetConfig:
         gate="gelu_tanh" if flax else "gelu",
         transformer_eps=1e-5 if flax else 1e-6,
     )
+    tables = diffusers_tables.FLAX_UNET if file.suffix == ".msgpack" else diffusers_tables.UNET
+    return unet, tables[unet.linear_projection]
 
 
 def _before_0_9(config: Mapping[str, Any]) -> bool:
@@ -153,17 +140,15 @@ def _before_0_9(config: Mapping[str, Any]) -> bool:
 
 
 def saved_unet(config: UNetConfig) -> UNetConfig:
-    """Returns the configuration that a UNet has when what `write_unet` gives is read: PyTorch's arithmetic."""
+    """Returns the configuration that a UNet has after it was saved and loaded: PyTorch's arithmetic."""
     return replace(config, gate="gelu", transformer_eps=1e-6)
 
 
-def write_unet(config: UNetConfig) -> Json:
-    """Returns the `config.json` object that diffusers' UNet2DConditionModel opens, which computes as `saved_unet`."""
+def export_unet(config: UNetConfig, layout: str | None = None) -> Export:
+    """Returns the files of a saved UNet, as diffusers' UNet2DConditionModel opens them."""
     down = [_CROSS_DOWN if attends else _DOWN for attends in config.attention]
-    fixed = {key: allowed[0] for key, allowed in _UNET_FIXED.items()}
-    return fixed | {
+    value = written(config, _UNET_KEYS, _UNET_FIXED) | {
         "_class_name": UNET_CLASSES[0],
-        **written(config, _UNET_KEYS),
         "block_out_channels": list(config.channels),
         "down_block_types": down,
         "up_block_types": [_UPWARDS[name] for name in reversed(down)],
@@ -171,81 +156,51 @@ def write_unet(config: UNetConfig) -> Json:
         "norm_num_groups": config.groups,
         "sample_size": config.sample_size,
     }
+    return Export(DIFFUSION_FILES[0], diffusers_tables.UNET[config.linear_projection], {"config.json": value})
 
 
-def read_vae(folder: Path) -> VaeConfig:
-    """Returns the configuration in an autoencoder's folder. Raises UserError for another kind or shape."""
-    fields = _opened(folder, "_class_name", VAE_CLASSES, _VAE_FIXED)
+def _vae_blocks(levels: int) -> Json:
+    return {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+
+
+def read_vae(file: Path, names: Names) -> tuple[VaeConfig, Table]:
+    """Returns the configuration beside an autoencoder's weight file, and the table of its layout."""
+    fields = _opened(file, "_class_name", VAE_CLASSES, _VAE_FIXED)
     channels, groups = _widths(fields, (64,))
-    levels = len(channels)
-    fields.only(
-        {"down_block_types": (["DownEncoderBlock2D"] * levels,), "up_block_types": (["UpDecoderBlock2D"] * levels,)}
-    )
-    return VaeConfig(channels=channels, groups=groups, **fields.of(_VAE_KEYS))
-
-
-def write_vae(config: VaeConfig) -> Json:
-    """Returns the `config.json` object that diffusers' AutoencoderKL opens."""
-    fixed = {key: allowed[0] for key, allowed in _VAE_FIXED.items()}
-    return fixed | {
-        "_class_name": VAE_CLASSES[0],
-        "block_out_channels": list(config.channels),
-        **written(config, _VAE_KEYS),
-        "down_block_types": ["DownEncoderBlock2D"] * len(config.channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
-        "norm_num_groups": config.groups,
-    }
-
-
-def read_text_encoder(folder: Path) -> TextConfig:
-    """Returns the configuration in a text encoder's folder. Raises UserError for another kind or shape."""
-    return read_text(_opened(folder, "model_type", (TEXT_MODEL,), {}))
-
-
-def write_text_encoder(config: TextConfig) -> Json:
-    """Returns the `config.json` object that transformers' CLIPTextModel opens."""
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": TEXT_MODEL,
-        **written(config, TEXT_KEYS),
-        "projection_dim": config.width,
-        "attention_dropout": 0.0,
-    }
-
-
-def unet_layout(file: Path, names: Names) -> tuple[UNetConfig, Table]:
-    """Returns the configuration of a UNet's weight file and the table of its layout."""
-    config, flax = read_unet(file.parent), file.suffix == ".msgpack"
-    return config, (diffusers_tables.FLAX_UNET if flax else diffusers_tables.UNET)[config.linear_projection]
-
-
-def vae_layout(file: Path, names: Names) -> tuple[VaeConfig, Table]:
-    """Returns the configuration of an autoencoder's weight file and the table of its layout."""
+    fields.only({key: (types,) for key, types in _vae_blocks(len(channels)).items()})
+    config = VaeConfig(channels=channels, groups=groups, **fields.of(_VAE_KEYS))
     if file.suffix == ".msgpack":
-        return read_vae(file.parent), diffusers_tables.FLAX_VAE
+        return config, diffusers_tables.FLAX_VAE
     old = any(".proj_attn." in name for name in names)
-    return read_vae(file.parent), diffusers_tables.OLD_VAE if old else diffusers_tables.VAE
-
-
-def text_layout(file: Path, names: Names) -> tuple[TextConfig, Table]:
-    """Returns the configuration of a text encoder's weight file and the table of its layout."""
-    if file.suffix == ".msgpack":
-        return read_text_encoder(file.parent), diffusers_tables.FLAX_TEXT_ENCODER
-    bare = any(name.startswith("encoder.layers.") for name in names)
-    return read_text_encoder(file.parent), diffusers_tables.BARE_TEXT_ENCODER if bare else diffusers_tables.TEXT_ENCODER
-
-
-def export_unet(config: UNetConfig, layout: str | None = None) -> Export:
-    """Returns the files of a saved UNet."""
-    table = diffusers_tables.UNET[config.linear_projection]
-    return Export("diffusion_pytorch_model.safetensors", table, {"config.json": write_unet(config)})
+    return config, diffusers_tables.OLD_VAE if old else diffusers_tables.VAE
 
 
 def export_vae(config: VaeConfig, layout: str | None = None) -> Export:
-    """Returns the files of a saved autoencoder."""
-    return Export("diffusion_pytorch_model.safetensors", diffusers_tables.VAE, {"config.json": write_vae(config)})
+    """Returns the files of a saved autoencoder, as diffusers' AutoencoderKL opens them."""
+    value = written(config, _VAE_KEYS, _VAE_FIXED) | {
+        "_class_name": VAE_CLASSES[0],
+        "block_out_channels": list(config.channels),
+        **_vae_blocks(len(config.channels)),
+        "norm_num_groups": config.groups,
+    }
+    return Export(DIFFUSION_FILES[0], diffusers_tables.VAE, {"config.json": value})
 
 
-def export_text(config: TextConfig, layout: str | None = None) -> Export:
-    """Returns the files of a saved text encoder."""
-    return Export("model.safetensors", diffusers_tables.TEXT_ENCODER, {"config.json": write_text_encoder(config)})
+def read_text_encoder(file: Path, names: Names) -> tuple[TextConfig, Table]:
+    """Returns the configuration beside a text encoder's weight file, and the table of its layout."""
+    config = read_text(_opened(file, "model_type", (TEXT_MODEL,), {}))
+    if file.suffix == ".msgpack":
+        return config, diffusers_tables.FLAX_TEXT_ENCODER
+    bare = any(name.startswith("encoder.layers.") for name in names)
+    return config, diffusers_tables.BARE_TEXT_ENCODER if bare else diffusers_tables.TEXT_ENCODER
+
+
+def export_text_encoder(config: TextConfig, layout: str | None = None) -> Export:
+    """Returns the files of a saved text encoder, as transformers' CLIPTextModel opens them."""
+    value = written(config, TEXT_KEYS, {}) | {
+        "architectures": ["CLIPTextModel"],
+        "model_type": TEXT_MODEL,
+        "projection_dim": config.width,
+        "attention_dropout": 0.0,
+    }
+    return Export(TEXT_FILES[0], diffusers_tables.TEXT_ENCODER, {"config.json": value})

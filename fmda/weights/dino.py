@@ -3,17 +3,17 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fmda.errors import UserError
 from fmda.models.clip import VitConfig
 from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, POSITION_OFFSET, vit_config
 from fmda.weights import dino_tables
-from fmda.weights.clip import VIT_KEYS, read_vit
-from fmda.weights.reader import Fields, written
+from fmda.weights.clip import VIT_KEYS, image_processor, read_vit
+from fmda.weights.reader import Fields, Keys, written
 from fmda.weights.table import Export, Names, Table
 
-_KEYS = VIT_KEYS | {
+_KEYS: Keys = {
+    **VIT_KEYS,
     "patch_size": ("patch_size", Fields.size, 16),
     "activation": ("hidden_act", VIT_KEYS["activation"][1], "gelu"),
     "norm_eps": ("layer_norm_eps", Fields.number, 1e-12),
@@ -53,33 +53,17 @@ def export(config: VitConfig, layout: str | None = None) -> Export:
     """
     if config.pre_norm or not config.patch_bias:
         raise UserError("DINO has no norm before its blocks, and a bias in its patches; not so this network")
-    objects = {"config.json": _write_hf(config), "preprocessor_config.json": _preprocessor(config)}
-    return Export("model.safetensors", dino_tables.HF_VIT, objects)
-
-
-def _write_hf(config: VitConfig) -> dict[str, Any]:
-    """Returns the `config.json` object of a plain vision transformer, every field spelled out."""
-    return {
+    value = written(config, _KEYS, {}) | {
         "architectures": ["ViTModel"],
         "model_type": "vit",
-        **written(config, _KEYS),
         "num_channels": 3,
         "qkv_bias": True,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-
-
-def _preprocessor(config: VitConfig) -> dict[str, Any]:
-    """Returns the `preprocessor_config.json` object: size and normalisation as transformers reads them."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": config.image_size, "width": config.image_size},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+    size = {"height": config.image_size, "width": config.image_size}
+    objects = {
+        "config.json": value,
+        "preprocessor_config.json": image_processor("ViT", size, 2, IMAGENET_MEAN, IMAGENET_STD),
     }
+    return Export("model.safetensors", dino_tables.HF_VIT, objects)

@@ -7,7 +7,7 @@ from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.models.espnet_v2 import BRANCHES, LEAST_SIDE, NARROW, SCALES, WIDE, EspNetV2Config
 from fmda.weights.files import config_file
 from fmda.weights.layers import Layer, torch_rows
-from fmda.weights.reader import Fields, is_size
+from fmda.weights.reader import Fields, is_size, written
 from fmda.weights.table import Export, Names, Table
 
 KIND = "espnetv2-seg"
@@ -104,7 +104,7 @@ def read(file: Path, names: Names) -> tuple[EspNetV2Config, Table]:
 
 def export(config: EspNetV2Config, layout: str | None = None) -> Export:
     """Returns the files of a saved network."""
-    value = {key: allowed[0] for key, allowed in _FIXED.items()} | {
+    value = written(config, {}, _FIXED) | {
         "model_type": KIND,
         "encoder_channels": list(config.channels),
         "encoder_repeats": [0, *config.repeats],

@@ -115,10 +115,11 @@ class Fields:
             raise UserError(f"{self.where}: {self.prefix}{key} {divisor} does not divide {what}, {whole}; {self.fix}")
 
 
-def written(config: Any, keys: Keys) -> dict[str, Any]:
-    """Returns the JSON object that `Fields.of` reads back as the fields of `config`."""
+def written(config: Any, keys: Keys, fixed: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Returns the JSON object that `Fields.of` reads as the fields of `config`, and the first of each fixed value."""
     values = {key: getattr(config, field) for field, (key, _, _) in keys.items()}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    constants = {key: allowed[0] for key, allowed in fixed.items()}
+    return constants | {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def is_size(value: Any) -> bool:

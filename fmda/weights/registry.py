@@ -120,7 +120,7 @@ FAMILIES: dict[str, Family] = {
         kinds=("clip",),
         files=WEIGHT_FILES,
         read=clip.read,
-        export=clip.write,
+        export=clip.export,
         build=Clip,
         calls={"encode_image": Clip.encode_image, "encode_text": Clip.encode_text},
         check={"encode_text": lambda config, ids: _check_ids(config.text, ids)},
@@ -140,7 +140,7 @@ FAMILIES: dict[str, Family] = {
     "unet": Family(
         kinds=diffusers.UNET_CLASSES,
         files=DIFFUSION_FILES,
-        read=diffusers.unet_layout,
+        read=diffusers.read_unet,
         export=diffusers.export_unet,
         build=UNet,
         calls={"__call__": UNet.__call__},
@@ -150,7 +150,7 @@ FAMILIES: dict[str, Family] = {
     "vae": Family(
         kinds=diffusers.VAE_CLASSES,
         files=DIFFUSION_FILES,
-        read=diffusers.vae_layout,
+        read=diffusers.read_vae,
         export=diffusers.export_vae,
         build=Vae,
         calls={"encode": Vae.encode, "decode": Vae.decode},
@@ -159,8 +159,8 @@ FAMILIES: dict[str, Family] = {
     "text_encoder": Family(
         kinds=(diffusers.TEXT_MODEL,),
         files=TEXT_FILES,
-        read=diffusers.text_layout,
-        export=diffusers.export_text,
+        read=diffusers.read_text_encoder,
+        export=diffusers.export_text_encoder,
         build=_text_tower,
         calls={"__call__": _hidden},
         check={"__call__": _check_ids},

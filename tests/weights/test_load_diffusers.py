@@ -221,9 +221,9 @@ def test_a_whole_checkpoint_serves_each_network(tmp_path):
 
 def test_configuration_keys_left_out_have_diffusers_defaults(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768}')
-    assert diffusers.read_unet(tmp_path) == UNetConfig()
+    assert diffusers.read_unet(tmp_path / "x", {})[0] == UNetConfig()
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    assert diffusers.read_vae(tmp_path).scale == 0.18215
+    assert diffusers.read_vae(tmp_path / "x", {})[0].scale == 0.18215
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_sample_sizes_of_releases_before_0_9_are_64_at_least(version, size, expe
     config = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "sample_size": size}
     named = {} if version is None else {"_diffusers_version": version}
     (tmp_path / "config.json").write_text(json.dumps(config | named))
-    assert diffusers.read_unet(tmp_path).sample_size == expected
+    assert diffusers.read_unet(tmp_path / "x", {})[0].sample_size == expected
 
 
 def test_a_flax_unet_as_saved_computes_here_what_it_computes_from_the_saved_folder(tmp_path):
