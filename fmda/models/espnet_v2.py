@@ -62,7 +62,6 @@ class PRelu(nnx.Module):
         self.slope = nnx.Param(jnp.full((channels,), 0.25, jnp.float32))
 
     def __call__(self, x: Float[Array, "*s c"]) -> Float[Array, "*s c"]:
-        """Returns the activated map."""
         slope = jnp.expand_dims(self.slope[...].astype(self.dtype), tuple(range(x.ndim - 1)))
         return jnp.where(x > 0, x, slope * x)
 
@@ -75,7 +74,6 @@ class NormAct(nnx.Module):
         self.act = PRelu(channels, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Returns the normalised and activated map."""
         return self.act(self.norm(x))
 
 
@@ -93,7 +91,6 @@ class ConvNorm(nnx.Module):
         self.act = PRelu(after, dtype=dtype) if act else None
 
     def __call__(self, x: Float[Array, "b h w before"]) -> Float[Array, "b h2 w2 after"]:
-        """Returns the map."""
         x = self.norm(self.conv(x))
         return x if self.act is None else self.act(x)
 
@@ -124,7 +121,6 @@ class Pyramid(nnx.Module):
         self.act = PRelu(after, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w before"]) -> Float[Array, "b h2 w2 after"]:
-        """Returns the map."""
         reduced = self.reduce(x)
         sums = [self.branches[0](reduced)]
         for branch in list(self.branches)[1:]:
@@ -172,7 +168,6 @@ class Pooling(nnx.Module):
         self.out_act = None if last else NormAct(after, eps=eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w before"]) -> Float[Array, "b h w after"]:
-        """Returns the map."""
         x = self.project(x)
         b, h, w, width = x.shape
         scaled = []

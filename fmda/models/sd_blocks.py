@@ -17,16 +17,9 @@ class ResBlock(nnx.Module):
     """
 
     def __init__(
-        self,
-        width_in: int,
-        width_out: int,
-        *,
-        groups: int,
-        eps: float,
-        time_width: int | None = None,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
+        self, width_in: int, width_out: int, *, groups: int, eps: float, time_width: int | None = None,
+        dtype: DTypeLike, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
         self.norm1 = group_norm(width_in, groups, eps=eps, dtype=dtype, rngs=rngs)
         self.conv1 = conv(width_in, width_out, 3, padding=1, dtype=dtype, rngs=rngs)
         self.time = None if time_width is None else nnx.Linear(time_width, width_out, dtype=dtype, rngs=rngs)
@@ -56,7 +49,6 @@ class Downsample(nnx.Module):
         self.conv = conv(width, width, 3, stride=2, padding=int(symmetric), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        """Returns the smaller map."""
         return self.conv(x if self.symmetric else jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
 
 
@@ -67,7 +59,6 @@ class Upsample(nnx.Module):
         self.conv = conv(width, width, 3, padding=1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        """Returns the larger map."""
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         return self.conv(x)

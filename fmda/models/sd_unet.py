@@ -87,7 +87,6 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n width"], context: Float[Array, "b m context"] | None = None
     ) -> Float[Array, "b n width"]:
-        """Returns the projected mixture of the context's values."""
         context = x if context is None else context
         query, key, value = (
             y.reshape(*y.shape[:2], self.heads, -1) for y in (self.query(x), self.key(context), self.value(context))
@@ -114,7 +113,6 @@ class SpatialTransformer(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w width"], context: Float[Array, "b m context"]
     ) -> Float[Array, "b h w width"]:
-        """Returns x plus what the transformer adds."""
         b, h, w, width = x.shape
         y = self.proj_in(self.norm(x).reshape(b, h * w, width))
         y = y + self.self_attention(self.norm1(y))
@@ -219,7 +217,7 @@ class UNet(nnx.Module):
         """
         self._check(latents.shape, jnp.shape(timesteps), context.shape)
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), latents.shape[:1])
-        run = _plain if self.remat == "none" else partial(_rematerialised, policy=POLICIES[self.remat])
+        run = partial(_run, self.remat)
         context = context.astype(self.dtype)
         time = self.time1(time_sinusoid(timesteps, self.config.channels[0]).astype(self.dtype))
         time = self.time2(jax.nn.silu(time))
@@ -247,11 +245,8 @@ class UNet(nnx.Module):
         return self.conv_out(jax.nn.silu(self.norm_out(x))).astype(jnp.float32)
 
 
-def _plain(block: Callable[[Array, Array], Array], x: Array, other: Array) -> Array:
-    return block(x, other)
-
-
-def _rematerialised(
-    block: Callable[[Array, Array], Array], x: Array, other: Array, policy: Callable[..., Any] | None
-) -> Array:
-    return jax.checkpoint(lambda x, other: block(x, other), policy=policy)(x, other)
+def _run(remat: Remat, block: Callable[[Array, Array], Array], x: Array, other: Array) -> Array:
+    """Returns the block's output; `remat` says what of it is computed again for the backward pass."""
+    if remat == "none":
+        return block(x, other)
+    return jax.checkpoint(lambda x, other: block(x, other), policy=POLICIES[remat])(x, other)

@@ -49,7 +49,7 @@ class VaeConfig:
 
 
 class PlaceAttention(nnx.Module):
-    """Attention with one head among all places of a map. x: [B, h, w, width] -> the same."""
+    """x plus attention with one head among all places of a map. x: [B, h, w, width] -> the same."""
 
     def __init__(self, width: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.norm = group_norm(width, groups, eps=EPS, dtype=dtype, rngs=rngs)
@@ -59,7 +59,6 @@ class PlaceAttention(nnx.Module):
         self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w width"]) -> Float[Array, "b h w width"]:
-        """Returns x plus what attention adds."""
         b, h, w, width = x.shape
         y = self.norm(x).reshape(b, h * w, 1, width)
         y = memory_efficient_attention(self.query(y), self.key(y), self.value(y))
@@ -75,7 +74,6 @@ class Middle(nnx.Module):
         self.block2 = ResBlock(width, width, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w width"]) -> Float[Array, "b h w width"]:
-        """Returns the map after the three."""
         return self.block2(self.attention(self.block1(x)))
 
 
@@ -93,14 +91,13 @@ class Level(nnx.Module):
         self.resample = resample
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """Returns the map in the next resolution."""
         for block in self.blocks:
             x = block(x)
         return x if self.resample is None else self.resample(x)
 
 
 class Encoder(nnx.Module):
-    """Images [B, H, W, 3] -> [B, H/f, W/f, 2 * latent_channels]."""
+    """Images [B, H, W, 3] -> moments before the last 1x1 convolution [B, H/f, W/f, 2 * latent_channels]."""
 
     def __init__(self, config: VaeConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         channels, groups = config.channels, config.groups
@@ -117,7 +114,6 @@ class Encoder(nnx.Module):
         self.conv_out = conv(before, 2 * config.latent_channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w c2"]:
-        """Returns the moments before the last 1x1 convolution."""
         x = self.conv_in(x)
         for level in self.levels:
             x = level(x)
@@ -141,7 +137,6 @@ class Decoder(nnx.Module):
         self.conv_out = conv(before, config.in_channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
-        """Returns images."""
         x = self.mid(self.conv_in(x))
         for level in self.levels:
             x = level(x)

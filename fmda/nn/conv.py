@@ -5,6 +5,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fmda.errors import UserError
+
 
 def conv(
     in_channels: int,
@@ -16,7 +18,6 @@ def conv(
     groups: int = 1,
     use_bias: bool = True,
     dtype: DTypeLike = jnp.float32,
-    kernel_init: nnx.Initializer | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """Returns a square NHWC convolution, kernel [size, size, in/groups, out], padded as `torch.nn.Conv2d(padding=)`.
@@ -32,14 +33,15 @@ def conv(
         feature_group_count=groups,
         use_bias=use_bias,
         dtype=dtype,
-        kernel_init=kernel_init or nnx.initializers.lecun_normal(),
         rngs=rngs,
     )
 
 
-def depthwise_conv(channels: int, size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> nnx.Conv:
-    """Returns a size-keeping convolution of each channel by itself, kernel [size, size, 1, channels], size odd."""
-    return conv(channels, channels, size, padding=size // 2, groups=channels, dtype=dtype, rngs=rngs)
+def check_sides(pixels: Array, least: int, what: str) -> None:
+    """Raises UserError for images [B, H, W, C] with a side below `least`, which `what` explains."""
+    height, width = pixels.shape[1:3]
+    if min(height, width) < least:
+        raise UserError(f"image of {height}x{width} pixels is smaller than {what}; enlarge it first")
 
 
 def average_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c"]:

@@ -1,5 +1,6 @@
 """Verification of a checkpoint before it is used: what is in it, what is missing, and whether it computes the same."""
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +17,6 @@ from fmda.weights.checkpoint import Checkpoint, family_of, network_graph, open_c
 from fmda.weights.network import Loaded
 from fmda.weights.registry import FAMILIES
 from fmda.weights.source import resolve
-from fmda.weights.table import Faults
 from fmda.weights.tokenizer import Tokenizer, has_tokenizer
 
 RECORD = "io.npz"
@@ -33,7 +33,7 @@ other outputs relative to the largest recorded value."""
 
 @dataclass
 class CheckReport:
-    """What `verify` found. `ok` where the checkpoint can be used as it is."""
+    """Contents and faults of a checkpoint; `ok` where it can be used as it is."""
 
     folder: str
     file: str
@@ -105,19 +105,18 @@ def verify_network(checkpoint: Checkpoint) -> CheckReport:
         parameters=sum(array.size for array in flat.values()),
         dtypes=dict(Counter(str(array.dtype) for array in arrays.values())),
         missing=faults.missing,
-        surplus=_surplus(faults),
+        surplus=faults.surplus + faults.ambiguous,
         misshapen=faults.shapes,
         not_finite=[name for name, array in arrays.items() if not np.isfinite(array.astype(np.float32)).all()],
     )
     if row.tokenizer:
         report.tokenizer, report.tokenizer_ok = _tokenizer(folder, config.text)
-    if not faults:
+    if not str(faults):
         params = trees.unflatten({path: np.asarray(flat[path], np.float32) for path in trees.flatten(shapes)})
         report.fingerprint = weight_fingerprint(params, config)
-        replay = row.replay
-        if replay is not None and (folder / RECORD).is_file():
-            network = Loaded(checkpoint.family, config, params)
-            report.deviations = _deviations(folder / RECORD, lambda recorded: replay(network, recorded), row.relative)
+        if row.replay is not None and (folder / RECORD).is_file():
+            replay = functools.partial(row.replay, Loaded(checkpoint.family, config, params))
+            report.deviations = _deviations(folder / RECORD, replay, row.relative)
     return report
 
 
@@ -129,33 +128,6 @@ def _tokenizer(folder: Path, text: Any) -> tuple[str, bool]:
         return f"{Tokenizer(folder, text.eos_token_id, text.vocab_size).vocab_size} tokens", True
     except UserError as error:
         return str(error), False
-
-
-def record(clip: Loaded, folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
-    """Writes the outputs for drawn inputs beside the weights, for `verify` to compare on other machines."""
-    side, text = clip.config.vision.image_size, clip.config.text
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, text.vocab_size, (3, text.context), dtype=np.int32)
-    ids[:, -1] = ids.max() if text.eos_token_id == 2 else text.eos_token_id
-    pixels = rng.normal(size=(2, 3, side, side)).astype(np.float32)
-    with jax.default_matmul_precision("highest"):
-        replay = FAMILIES["clip"].replay
-        assert replay is not None
-        outputs = replay(clip, {"pixel_values": pixels, "input_ids": ids})
-    path = Path(folder) / RECORD
-    np.savez_compressed(
-        path,
-        pixel_values=pixels,
-        input_ids=ids,
-        image_embeds=outputs["image_embeds"],
-        text_embeds=outputs["text_embeds"],
-    )
-    return path
-
-
-def _surplus(faults: Faults) -> list[str]:
-    """Returns the names that have no place, or more than one."""
-    return faults.surplus + faults.ambiguous
 
 
 def _deviations(

@@ -7,15 +7,15 @@ from fmda.weights.layers import Layer, flax_rows, torch_rows
 from fmda.weights.table import Row, Table, drop, row
 from fmda.weights.transforms import QKV_BIAS, QKV_WEIGHT
 
+_PARTS = ("query", "key", "value")
+
 
 def _hf_tower(source: str, target: str) -> tuple[Layer, ...]:
     """Returns the blocks of one tower under Hugging Face's names; `target` goes before ours."""
     theirs, ours = f"{source}.encoder.layers.{{i}}", f"{target}blocks/{{i}}"
     return (
         (f"{theirs}.layer_norm1", f"{ours}/norm1", "norm"),
-        (f"{theirs}.self_attn.q_proj", f"{ours}/attention/query", "linear"),
-        (f"{theirs}.self_attn.k_proj", f"{ours}/attention/key", "linear"),
-        (f"{theirs}.self_attn.v_proj", f"{ours}/attention/value", "linear"),
+        *((f"{theirs}.self_attn.{part[0]}_proj", f"{ours}/attention/{part}", "linear") for part in _PARTS),
         (f"{theirs}.self_attn.out_proj", f"{ours}/attention/out", "linear"),
         (f"{theirs}.layer_norm2", f"{ours}/norm2", "norm"),
         (f"{theirs}.mlp.fc1", f"{ours}/mlp/up", "linear"),
@@ -49,7 +49,7 @@ _HF: tuple[Layer, ...] = (
 HF_CLIP = Table(
     (
         *torch_rows(_HF),
-        # Constant counters that releases before 4.31 stored.
+        # constant counters that releases before 4.31 stored
         drop("vision_model.embeddings.position_ids"),
         drop("text_model.embeddings.position_ids"),
     ),
@@ -64,7 +64,7 @@ HF_FLAX_CLIP = Table(flax_rows(_HF), "Hugging Face CLIP, Flax")
 def _open_clip_blocks(source: str, target: str) -> tuple[Row, ...]:
     """Returns the rows of one OpenCLIP transformer, whose query, key and value are packed in one array."""
     theirs, ours = f"{source}.resblocks.{{i}}", f"{target}/blocks/{{i}}"
-    parts = [f"{ours}/attention/{part}" for part in ("query", "key", "value")]
+    parts = [f"{ours}/attention/{part}" for part in _PARTS]
     return (
         row(f"{theirs}.attn.in_proj_weight", tuple(f"{part}/kernel" for part in parts), QKV_WEIGHT),
         row(f"{theirs}.attn.in_proj_bias", tuple(f"{part}/bias" for part in parts), QKV_BIAS),
@@ -84,18 +84,11 @@ _OPEN_CLIP_TEXT: tuple[Row, ...] = (
     row("logit_scale", "logit_scale"),
     row("positional_embedding", "text/position"),
     row("text_projection", "text/projection/kernel"),  # stored [width, embed] already
-    *torch_rows(
-        (
-            ("token_embedding", "text/token_embedding/embedding", "embedding"),
-            ("ln_final", "text/norm_final", "norm"),
-        )
-    ),
+    row("token_embedding.weight", "text/token_embedding/embedding"),
+    *torch_rows([("ln_final", "text/norm_final", "norm")]),
     *_open_clip_blocks("transformer", "text"),
-    drop("attn_mask"),
-    # Sizes that OpenAI's own archives carry beside the weights.
-    drop("input_resolution"),
-    drop("context_length"),
-    drop("vocab_size"),
+    # constants that OpenAI's own archives carry beside the weights
+    *map(drop, ("attn_mask", "input_resolution", "context_length", "vocab_size")),
 )
 
 OPEN_CLIP_VIT = Table(
@@ -118,40 +111,30 @@ OPEN_CLIP_VIT = Table(
 """OpenCLIP and OpenAI, vision transformer."""
 
 
-def _resnet_rows() -> tuple[Row, ...]:
-    """Returns the rows of the ModifiedResNet tower; stored stages count from 1."""
+def _resnet_layers() -> tuple[Layer, ...]:
+    """Returns the layers of the ModifiedResNet tower; stored stages count from 1."""
     layers: list[Layer] = []
-    counters: list[Row] = []
-    for n in (1, 2, 3):
-        layers += [
-            (f"visual.conv{n}", f"vision/conv{n}", "conv"),
-            (f"visual.bn{n}", f"vision/norm{n}", "batch_norm"),
-        ]
-        counters.append(drop(f"visual.bn{n}.num_batches_tracked"))
-    for stage in range(4):
-        theirs, ours = f"visual.layer{stage + 1}.{{i}}", f"vision/blocks/{stage}/{{i}}"
+    places = [("visual", "vision"), *((f"visual.layer{n + 1}.{{i}}", f"vision/blocks/{n}/{{i}}") for n in range(4))]
+    for theirs, ours in places:
         for n in (1, 2, 3):
             layers += [
                 (f"{theirs}.conv{n}", f"{ours}/conv{n}", "conv"),
                 (f"{theirs}.bn{n}", f"{ours}/norm{n}", "batch_norm"),
             ]
-            counters.append(drop(f"{theirs}.bn{n}.num_batches_tracked"))
+    for theirs, ours in places[1:]:
         layers += [
             (f"{theirs}.downsample.0", f"{ours}/shortcut", "conv"),
             (f"{theirs}.downsample.1", f"{ours}/shortcut_norm", "batch_norm"),
         ]
-        counters.append(drop(f"{theirs}.downsample.1.num_batches_tracked"))
-    layers += [
+    parts = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("c_proj", "out"))
+    return (
+        *layers,
         ("visual.attnpool.positional_embedding", "vision/pool/position", "array"),
-        ("visual.attnpool.q_proj", "vision/pool/query", "linear"),
-        ("visual.attnpool.k_proj", "vision/pool/key", "linear"),
-        ("visual.attnpool.v_proj", "vision/pool/value", "linear"),
-        ("visual.attnpool.c_proj", "vision/pool/out", "linear"),
-    ]
-    return (*torch_rows(layers), *counters)
+        *((f"visual.attnpool.{theirs}", f"vision/pool/{ours}", "linear") for theirs, ours in parts),
+    )
 
 
-OPEN_CLIP_RESNET = Table((*_OPEN_CLIP_TEXT, *_resnet_rows()), "OpenCLIP, ModifiedResNet")
+OPEN_CLIP_RESNET = Table((*_OPEN_CLIP_TEXT, *torch_rows(_resnet_layers())), "OpenCLIP, ModifiedResNet")
 """OpenCLIP and OpenAI, ModifiedResNet."""
 
 _TRUNK = "visual.trunk.stages.{i}"

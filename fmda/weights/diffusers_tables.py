@@ -7,6 +7,8 @@ from fmda.weights.clip_tables import hf_text_layers
 from fmda.weights.layers import Layer, flax_rows, torch_rows
 from fmda.weights.table import Table, drop
 
+_ATTENTION = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "out"))
+
 
 def _res_block(source: str, target: str) -> tuple[Layer, ...]:
     return (
@@ -30,8 +32,7 @@ def _transformer(source: str, target: str, projection: str) -> tuple[Layer, ...]
         (f"{inner}.ff.net.2", f"{target}/down", "linear"),
     ]
     for theirs, ours in (("attn1", "self_attention"), ("attn2", "cross_attention")):
-        parts = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "out"))
-        layers += [(f"{inner}.{theirs}.{name}", f"{target}/{ours}/{part}", "linear") for name, part in parts]
+        layers += [(f"{inner}.{theirs}.{name}", f"{target}/{ours}/{part}", "linear") for name, part in _ATTENTION]
     return tuple(layers)
 
 
@@ -54,7 +55,6 @@ def _unet(projection: str) -> tuple[Layer, ...]:
     )
 
 
-_NEW_ATTENTION = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "out"))
 _OLD_ATTENTION = (("query", "query"), ("key", "key"), ("value", "value"), ("proj_attn", "out"))
 
 
@@ -82,19 +82,17 @@ def _joined(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     return tuple((re.sub(r"\.(\{\w\}|\d+)", r"_\1", source), target, kind) for source, target, kind in layers)
 
 
-UNET = {
-    False: Table(torch_rows(_unet("point_conv")), "diffusers UNet"),
-    True: Table(torch_rows(_unet("linear")), "diffusers UNet"),
-}
+_PROJECTIONS = {False: "point_conv", True: "linear"}
+
+UNET = {linear: Table(torch_rows(_unet(kind)), "diffusers UNet") for linear, kind in _PROJECTIONS.items()}
 """diffusers' UNet2DConditionModel, by `UNetConfig.linear_projection`."""
 
 FLAX_UNET = {
-    False: Table(flax_rows(_joined(_unet("point_conv"))), "diffusers UNet, Flax"),
-    True: Table(flax_rows(_joined(_unet("linear"))), "diffusers UNet, Flax"),
+    linear: Table(flax_rows(_joined(_unet(kind))), "diffusers UNet, Flax") for linear, kind in _PROJECTIONS.items()
 }
 """diffusers' FlaxUNet2DConditionModel, by `UNetConfig.linear_projection`."""
 
-VAE = Table(torch_rows(_vae(_NEW_ATTENTION)), "diffusers autoencoder")
+VAE = Table(torch_rows(_vae(_ATTENTION)), "diffusers autoencoder")
 """diffusers' AutoencoderKL."""
 
 OLD_VAE = Table(torch_rows(_vae(_OLD_ATTENTION)), "diffusers autoencoder, names before 0.18")

@@ -6,11 +6,12 @@ we do, under "kernel".
 
 from collections.abc import Iterable
 
-from fmda.weights.table import Row, row
+from fmda.weights.table import Row, drop, row
 from fmda.weights.transforms import CONV, COPY, FLAX_POINT_CONV, LINEAR, POINT_CONV, Transform
 
 Layer = tuple[str, str, str]
-Leaves = dict[str, tuple[tuple[str, str, Transform], ...]]
+Leaves = dict[str, tuple[tuple[str, str | None, Transform], ...]]
+"""{kind of layer: (ending of the stored name, of our path or None for an array that is not needed, transform)}."""
 
 _TORCH: Leaves = {
     "linear": ((".weight", "/kernel", LINEAR), (".bias", "/bias", COPY)),
@@ -22,6 +23,7 @@ _TORCH: Leaves = {
         (".bias", "/bias", COPY),
         (".running_mean", "/mean", COPY),
         (".running_var", "/var", COPY),
+        (".num_batches_tracked", None, COPY),
     ),
     "prelu": ((".weight", "/slope", COPY),),
     "embedding": ((".weight", "", COPY),),
@@ -49,7 +51,7 @@ def flax_rows(layers: Iterable[Layer]) -> tuple[Row, ...]:
 
 def _rows(layers: Iterable[Layer], layout: Leaves) -> tuple[Row, ...]:
     return tuple(
-        row(source + suffix, target + leaf, transform)
+        drop(source + suffix) if leaf is None else row(source + suffix, target + leaf, transform)
         for source, target, kind in layers
         for suffix, leaf, transform in layout[kind]
     )

@@ -58,12 +58,8 @@ class Faults:
     ambiguous: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
 
-    def __bool__(self) -> bool:
-        """Returns whether there is any fault."""
-        return bool(self.missing or self.surplus or self.ambiguous or self.shapes)
-
     def __str__(self) -> str:
-        """Returns one line that lists every fault."""
+        """Returns one line that lists every fault; empty without any."""
         kinds = {
             "missing": self.missing,
             "not known to the model": self.surplus,
@@ -78,8 +74,8 @@ class Table:
 
     def __init__(self, rows: Iterable[Row], layout: str = "") -> None:
         self.rows, self.layout = tuple(rows), layout
-        self._by_source = _Index([(row.source, row) for row in self.rows])
-        self._by_target = _Index([(target, row) for row in self.rows for target in row.targets])
+        self._by_source = [(_compiled(row.source), row) for row in self.rows]
+        self._by_target = [(_compiled(target), row) for row in self.rows for target in row.targets]
 
     def read(self, arrays: Arrays, shapes: Mapping[Any, Any], where: str) -> trees.Tree:
         """Returns the tree of NumPy arrays that fills every leaf of `shapes`, in the stored dtypes.
@@ -88,40 +84,42 @@ class Table:
         every missing, surplus, ambiguous and misshapen name.
         """
         flat, faults = self.match(arrays, shapes)
-        if faults:
+        if line := str(faults):
             raise UserError(
-                f"{where}: does not fit the configuration beside it; {faults}; "
+                f"{where}: does not fit the configuration beside it; {line}; "
                 "take weights and configuration from the same source"
             )
         return trees.unflatten({path: flat[path] for path in trees.flatten(shapes)})
 
     def match(self, arrays: Arrays, shapes: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], Faults]:
         """Returns ({path: array} for all that fits, the faults)."""
-        wanted = trees.flatten(shapes)
+        leaves = trees.flatten(shapes)
         filled: dict[str, np.ndarray] = {}
         claimed: set[str] = set()
         faults = Faults()
         for name, array in arrays.items():
-            matches = self._by_source.find(name)
+            matches = _find(self._by_source, name)
             if len(matches) > 1:
                 faults.ambiguous.append(name)
-            if len(matches) != 1:
-                faults.surplus += [name] if not matches else []
                 continue
-            row, numbers = matches[0]
-            targets = [_fill(target, numbers) for target in row.targets]
-            if targets and not all(target in wanted for target in targets):
+            targets = [_fill(target, numbers) for row, numbers in matches for target in row.targets]
+            if not matches or not leaves.keys() >= set(targets):
                 faults.surplus.append(name)
-                continue
-            claimed.update(targets)
-            if any(target in filled for target in targets):
+            elif not claimed.isdisjoint(targets):
                 faults.ambiguous.append(name)
-                continue
-            if targets:
-                self._take(name, array, row, targets, wanted, filled, faults)
+            elif targets:
+                claimed.update(targets)
+                transform = matches[0][0].transform
+                blanks = tuple(np.broadcast_to(np.float32(0), leaves[target].shape) for target in targets)
+                expected = transform.inverse(blanks).shape
+                if expected == () and array.shape == (1,):
+                    array = array[0]
+                if array.shape == expected:
+                    filled.update(zip(targets, transform.forward(array), strict=True))
+                else:
+                    faults.shapes.append(f"{name} is {list(array.shape)} but should be {list(expected)}")
         # Several leaves may come from one stored array: each missing name is listed once.
-        unfilled = [path for path in wanted if path not in claimed]
-        faults.missing = list(dict.fromkeys(self._source_name(path) for path in unfilled))
+        faults.missing = list(dict.fromkeys(self._source_name(path) for path in leaves if path not in claimed))
         return filled, faults
 
     def write(self, tree: Mapping[Any, Any]) -> dict[str, np.ndarray]:
@@ -132,7 +130,7 @@ class Table:
         flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(tree).items()}
         arrays: dict[str, np.ndarray] = {}
         for path in flat:
-            matches = self._by_target.find(path)
+            matches = _find(self._by_target, path)
             if len(matches) != 1:
                 raise ValueError(f"leaf '{path}' is written by {len(matches)} rows, not one")
             row, numbers = matches[0]
@@ -142,51 +140,22 @@ class Table:
                 arrays[name] = np.array(row.transform.inverse(parts), order="C")
         return arrays
 
-    def _take(
-        self,
-        name: str,
-        array: np.ndarray,
-        row: Row,
-        targets: list[str],
-        wanted: Mapping[str, Any],
-        filled: dict[str, np.ndarray],
-        faults: Faults,
-    ) -> None:
-        """Puts the parts of one stored array into `found`, or its shape into `faults`."""
-        blanks = tuple(np.broadcast_to(np.float32(0), wanted[target].shape) for target in targets)
-        expected = row.transform.inverse(blanks).shape
-        if expected == () and array.shape == (1,):
-            array = array[0]
-        if tuple(array.shape) != expected:
-            faults.shapes.append(f"{name} is {list(array.shape)} but should be {list(expected)}")
-            return
-        filled.update(zip(targets, row.transform.forward(array), strict=True))
-
     def _source_name(self, path: str) -> str:
         """Returns the stored name from which the leaf at `path` should have come."""
-        matches = self._by_target.find(path)
-        if not matches:
-            return f"(no row for {path})"
-        row, numbers = matches[0]
-        return _fill(row.source, numbers)
+        names = [_fill(row.source, numbers) for row, numbers in _find(self._by_target, path)]
+        return names[0] if names else f"(no row for {path})"
 
 
-class _Index:
-    """Finds the rows that a name belongs to."""
-
-    def __init__(self, entries: list[tuple[str, Row]]) -> None:
-        self._entries = [(re.compile(_regex(pattern)), row) for pattern, row in entries]
-
-    def find(self, name: str) -> list[tuple[Row, dict[str, str]]]:
-        """Returns [(row, {slot: digits})] of all rows whose pattern is `name` with its slots filled."""
-        matches = ((expression.fullmatch(name), row) for expression, row in self._entries)
-        return [(row, match.groupdict()) for match, row in matches if match is not None]
-
-
-def _regex(pattern: str) -> str:
+def _compiled(pattern: str) -> re.Pattern[str]:
     """Returns the regular expression of a pattern: slots become named groups of digits, the rest is literal."""
     literals = _SLOT.split(pattern)
-    return "".join(f"(?P<{part}>[0-9]+)" if k % 2 else re.escape(part) for k, part in enumerate(literals))
+    return re.compile("".join(f"(?P<{x}>[0-9]+)" if k % 2 else re.escape(x) for k, x in enumerate(literals)))
+
+
+def _find(rows: list[tuple[re.Pattern[str], Row]], name: str) -> list[tuple[Row, dict[str, str]]]:
+    """Returns [(row, {slot: digits})] of all rows whose pattern is `name` with its slots filled."""
+    matches = ((expression.fullmatch(name), row) for expression, row in rows)
+    return [(row, match.groupdict()) for match, row in matches if match is not None]
 
 
 def _fill(pattern: str, numbers: Mapping[str, str]) -> str:

@@ -78,7 +78,8 @@ def test_towers_compute_and_return_in_their_dtype(vision):
     pixels, ids = images(2, vision.image_size, vision.image_size, 3), jnp.zeros((3, 5), jnp.int32)
 
     def forward(params, pixels, ids):
-        return nnx.merge(graphdef, params)(pixels, ids)
+        clip = nnx.merge(graphdef, params)
+        return clip.vision(pixels), clip.text(ids)
 
     image, text = jax.eval_shape(forward, shapes, pixels, ids)
     assert (image.dtype, text.dtype) == (jnp.bfloat16, jnp.bfloat16)

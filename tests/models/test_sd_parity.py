@@ -71,12 +71,12 @@ def blocks_and_output(loaded):
     def run(params, *given):
         kept = []
 
-        def keep(block, x, other):
+        def keep(remat, block, x, other):
             kept.append(block(x, other))
             return kept[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sd_unet, "_plain", keep)
+            patch.setattr(sd_unet, "_run", keep)
             out = nnx.merge(loaded.graphdef, params)(*given)
         return out, kept
 

@@ -98,11 +98,11 @@ def test_rematerialised_blocks_give_the_same_values_and_gradients():
 def test_compute_type_reaches_every_product_and_the_output_is_float32(dtype, expected, monkeypatch):
     loaded, kept = unet(dtype=dtype), []
 
-    def keep(block, x, other):
+    def keep(remat, block, x, other):
         kept.append(block(x, other))
         return kept[-1]
 
-    monkeypatch.setattr(sd_unet, "_plain", keep)
+    monkeypatch.setattr(sd_unet, "_run", keep)
     graph = jax.make_jaxpr(lambda *given: predict(loaded, *given))(loaded.params, *inputs(UNET))
     assert operand_types(graph.jaxpr) == {expected}
     # ResBlocks and transformers: 2 + 1 down, 3 in the middle, 2 + 4 up

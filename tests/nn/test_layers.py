@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from fmda.nn.activation import ACTIVATIONS, gelu, quick_gelu
-from fmda.nn.conv import average_pool, conv, depthwise_conv
+from fmda.nn.conv import average_pool, conv
 from fmda.nn.norm import FrozenBatchNorm, LayerScale, layer_norm
 
 RNGS = nnx.Rngs(0)
@@ -59,13 +59,6 @@ def test_strided_convolution_pads_both_sides():
     np.testing.assert_array_equal(layer(x)[0, :, :, 0], [[10, 24], [51, 90]])
 
 
-def test_depthwise_convolution_keeps_channels_apart():
-    layer = depthwise_conv(2, 7, rngs=RNGS)
-    assert layer.kernel[...].shape == (7, 7, 1, 2)
-    x = jnp.zeros((1, 9, 9, 2)).at[0, 4, 4, 0].set(1.0)
-    assert float(jnp.abs(layer(x)[..., 1]).max()) == 0 < float(jnp.abs(layer(x)[..., 0]).max())
-
-
 def test_average_pool_drops_the_remainder():
     x = jnp.arange(15.0).reshape(1, 3, 5, 1)
     np.testing.assert_array_equal(average_pool(x, 2)[0, :, :, 0], [[3, 5]])
@@ -79,7 +72,6 @@ def test_layers_return_the_dtype_they_were_built_with():
         FrozenBatchNorm(4, dtype=jnp.bfloat16, rngs=RNGS),
         LayerScale(4, dtype=jnp.bfloat16),
         conv(4, 4, 3, dtype=jnp.bfloat16, rngs=RNGS),
-        depthwise_conv(4, 7, dtype=jnp.bfloat16, rngs=RNGS),
         lambda x: average_pool(x, 2),
         gelu,
         quick_gelu,

@@ -15,11 +15,7 @@ from fmda.models.clip.vision import VisionTransformer
 
 
 def vision_tower(
-    config: VitConfig | ResNetConfig | ConvNextConfig,
-    embed_dim: int,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    rngs: nnx.Rngs,
+    config: VitConfig | ResNetConfig | ConvNextConfig, embed_dim: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
 ) -> VisionTransformer | ModifiedResNet | ConvNext:
     """Returns the image tower that the type of `config` names."""
     if isinstance(config, VitConfig):
@@ -47,9 +43,3 @@ class Clip(nnx.Module):
     def encode_text(self, ids: Int[Array, "b t"]) -> Float[Array, "b embed"]:
         """Returns text embeddings, projected, not L2-normalised, float32. `ids` come from the tokenizer."""
         return self.text(ids).astype(jnp.float32)
-
-    def __call__(
-        self, pixels: Float[Array, "b H W 3"], ids: Int[Array, "n t"]
-    ) -> tuple[Float[Array, "b embed"], Float[Array, "n embed"]]:
-        """Returns (image embeddings, text embeddings), projected, not L2-normalised."""
-        return self.vision(pixels), self.text(ids)

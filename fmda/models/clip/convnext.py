@@ -5,10 +5,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fmda.errors import UserError
 from fmda.models.clip.config import ConvNextConfig
 from fmda.nn.activation import ACTIVATIONS
-from fmda.nn.conv import conv, depthwise_conv
+from fmda.nn.conv import check_sides, conv
 from fmda.nn.norm import LayerScale, layer_norm
 
 
@@ -17,14 +16,13 @@ class ConvNextBlock(nnx.Module):
 
     def __init__(self, channels: int, activation: str, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.activation = activation
-        self.depthwise = depthwise_conv(channels, 7, dtype=dtype, rngs=rngs)
+        self.depthwise = conv(channels, channels, 7, padding=3, groups=channels, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(channels, eps=eps, dtype=dtype, rngs=rngs)
         self.up = nnx.Linear(channels, 4 * channels, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(4 * channels, channels, dtype=dtype, rngs=rngs)
         self.scale = LayerScale(channels, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Returns x + scale(down(activation(up(norm(depthwise(x))))))."""
         y = self.up(self.norm(self.depthwise(x)))
         return x + self.scale(self.down(ACTIVATIONS[self.activation](y)))
 
@@ -33,24 +31,11 @@ class ConvNextStage(nnx.Module):
     """Blocks of one resolution, after a 2x2 downsampling in every stage but the first."""
 
     def __init__(
-        self,
-        before: int,
-        channels: int,
-        depth: int,
-        activation: str,
-        *,
-        downsample: bool,
-        eps: float,
-        dtype: DTypeLike,
+        self, before: int, channels: int, depth: int, activation: str, *, first: bool, eps: float, dtype: DTypeLike,
         rngs: nnx.Rngs,
-    ) -> None:
-        self.norm: nnx.LayerNorm | None
-        self.downsample: nnx.Conv | None
-        if downsample:
-            self.norm = layer_norm(before, eps=eps, dtype=dtype, rngs=rngs)
-            self.downsample = conv(before, channels, 2, stride=2, dtype=dtype, rngs=rngs)
-        else:
-            self.norm = self.downsample = None
+    ) -> None:  # fmt: skip
+        self.norm = None if first else layer_norm(before, eps=eps, dtype=dtype, rngs=rngs)
+        self.downsample = None if first else conv(before, channels, 2, stride=2, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
             ConvNextBlock(channels, activation, eps=eps, dtype=dtype, rngs=rngs) for _ in range(depth)
         )
@@ -79,19 +64,10 @@ class ConvNext(nnx.Module):
         self.dtype = dtype
         self.stem = conv(3, config.channels[0], 4, stride=4, dtype=dtype, rngs=rngs)
         self.stem_norm = layer_norm(config.channels[0], eps=eps, dtype=dtype, rngs=rngs)
-        before = (config.channels[0], *config.channels[:-1])
+        sizes = zip((config.channels[0], *config.channels[:-1]), config.channels, config.depths, strict=True)
         self.blocks = nnx.List(
-            ConvNextStage(
-                before[i],
-                config.channels[i],
-                config.depths[i],
-                config.activation,
-                downsample=i > 0,
-                eps=eps,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            for i in range(4)
+            ConvNextStage(*size, config.activation, first=i == 0, eps=eps, dtype=dtype, rngs=rngs)
+            for i, size in enumerate(sizes)
         )
         self.norm_post = layer_norm(config.channels[-1], eps=eps, dtype=dtype, rngs=rngs)
         self.up = nnx.Linear(config.channels[-1], config.head_width, dtype=dtype, rngs=rngs)
@@ -102,11 +78,7 @@ class ConvNext(nnx.Module):
 
         Raises UserError where a side is below 32, the stride of the last stage.
         """
-        if min(pixels.shape[1:3]) < 32:
-            raise UserError(
-                f"image of {pixels.shape[1]}x{pixels.shape[2]} pixels is smaller than the stride of 32; "
-                "enlarge it first"
-            )
+        check_sides(pixels, 32, "the stride of 32")
         x = self.stem_norm(self.stem(pixels.astype(self.dtype)))
         maps = []
         for stage in self.blocks:

@@ -5,12 +5,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fmda.errors import UserError
 from fmda.models.clip.config import ResNetConfig
 from fmda.nn.attention import attention
-from fmda.nn.conv import average_pool, conv
+from fmda.nn.conv import average_pool, check_sides, conv
 from fmda.nn.norm import FrozenBatchNorm
-from fmda.nn.resize import resize
+from fmda.nn.resize import resized_positions
 
 
 class Bottleneck(nnx.Module):
@@ -35,7 +34,6 @@ class Bottleneck(nnx.Module):
             self.shortcut = None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """Returns relu(branch(x) + shortcut(x))."""
         y = nnx.relu(self.norm1(self.conv1(x)))
         y = nnx.relu(self.norm2(self.conv2(y)))
         y = self.norm3(self.conv3(average_pool(y, self.stride)))
@@ -51,7 +49,6 @@ class AttentionPool(nnx.Module):
     """
 
     def __init__(self, side: int, width: int, heads: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.side = side
         self.heads = heads
         self.dtype = dtype
         draw = nnx.initializers.normal(width**-0.5)
@@ -61,18 +58,12 @@ class AttentionPool(nnx.Module):
         self.value = nnx.Linear(width, width, dtype=dtype, kernel_init=draw, rngs=rngs)
         self.out = nnx.Linear(width, embed_dim, dtype=dtype, kernel_init=draw, rngs=rngs)
 
-    def positions(self, h: int, w: int) -> Float[Array, "1+h*w width"]:
-        """Returns the position table for a map of h x w, resized by torch's bicubic rule where it is another."""
-        table = self.position[...].astype(jnp.float32)
-        patches = resize(table[1:].reshape(1, self.side, self.side, -1), (h, w), "bicubic")
-        return jnp.concatenate([table[:1], patches.reshape(h * w, -1)])
-
     def __call__(self, x: Float[Array, "b h w width"]) -> Float[Array, "b embed"]:
-        """Returns the pooled and projected embedding."""
         b, h, w, width = x.shape
         x = x.reshape(b, h * w, width)
         mean = x.mean(axis=1, keepdims=True, dtype=jnp.float32).astype(x.dtype)
-        x = jnp.concatenate([mean, x], axis=1) + self.positions(h, w).astype(self.dtype)[None]
+        positions = resized_positions(self.position[...], (h, w)).astype(self.dtype)
+        x = jnp.concatenate([mean, x], axis=1) + positions[None]
         query, key, value = (
             y.reshape(b, -1, self.heads, width // self.heads)
             for y in (self.query(x[:, :1]), self.key(x), self.value(x))
@@ -113,11 +104,7 @@ class ModifiedResNet(nnx.Module):
 
         Raises UserError where a side is below 32, the stride of the last stage.
         """
-        if min(pixels.shape[1:3]) < 32:
-            raise UserError(
-                f"image of {pixels.shape[1]}x{pixels.shape[2]} pixels is smaller than the stride of 32; "
-                "enlarge it first"
-            )
+        check_sides(pixels, 32, "the stride of 32")
         x = nnx.relu(self.norm1(self.conv1(pixels.astype(self.dtype))))
         x = nnx.relu(self.norm2(self.conv2(x)))
         return average_pool(nnx.relu(self.norm3(self.conv3(x))), 2)

@@ -32,7 +32,6 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
 
     def __call__(self, x: Float[Array, "b t width"], *, causal: bool = False) -> Float[Array, "b t width"]:
-        """Returns the attended values, merged over heads and projected."""
         query, key, value = (self.split(layer(x)) for layer in (self.query, self.key, self.value))
         return self.out(attention(query, key, value, causal=causal).reshape(x.shape))
 
@@ -50,7 +49,6 @@ class Mlp(nnx.Module):
         self.down = nnx.Linear(hidden, width, dtype=dtype, kernel_init=outward, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        """Returns down(activation(up(x)))."""
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
@@ -75,24 +73,15 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_width: int,
-        layers: int,
-        activation: str,
-        *,
-        eps: float = 1e-5,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
+        self, width: int, heads: int, mlp_width: int, layers: int, activation: str, *, eps: float = 1e-5,
+        dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
         self.norm1 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.attention = Attention(width, heads, layers, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, mlp_width, layers, activation, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t width"], *, causal: bool = False) -> Float[Array, "b t width"]:
-        """Returns x + attention(norm1(x)), then that plus mlp(norm2(that))."""
         x = x + self.attention(self.norm1(x), causal=causal)
         return x + self.mlp(self.norm2(x))
 

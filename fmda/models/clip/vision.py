@@ -5,12 +5,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fmda.errors import UserError
 from fmda.models.clip.config import VitConfig
 from fmda.models.clip.transformer import blocks, projection
-from fmda.nn.conv import conv
+from fmda.nn.conv import check_sides, conv
 from fmda.nn.norm import layer_norm
-from fmda.nn.resize import apply_matrices, interpolation_matrix
+from fmda.nn.resize import resized_positions
 
 
 class VisionTransformer(nnx.Module):
@@ -46,19 +45,9 @@ class VisionTransformer(nnx.Module):
     def positions(self, h: int, w: int, *, offset: float = 0.0) -> Float[Array, "1+h*w width"]:
         """Returns the position table for a grid of h x w patches, in float32, class position first.
 
-        A grid other than the trained one is reached by torch's bicubic interpolation (a = -0.75, no antialiasing).
-        `offset` is what DINO's code (0.1) adds to the new side before dividing it by the old one: it shifts the places
-        that are sampled a little.
+        `offset` as in `resized_positions`.
         """
-        table = self.position[...].astype(jnp.float32)
-        side = self.config.side
-        if (h, w) == (side, side):
-            return table
-        rows = interpolation_matrix(side, h, "bicubic", scale=(h + offset) / side)
-        columns = interpolation_matrix(side, w, "bicubic", scale=(w + offset) / side)
-        patches = table[1:].reshape(1, side, side, -1)
-        patches = apply_matrices(patches, jnp.asarray(rows), jnp.asarray(columns))
-        return jnp.concatenate([table[:1], patches.reshape(h * w, -1)])
+        return resized_positions(self.position[...], (h, w), offset)
 
     def tokens(self, pixels: Float[Array, "b H W 3"], *, position_offset: float = 0.0) -> Float[Array, "b 1+h*w width"]:
         """Returns what enters the first block: patches after the class token, positions added, `norm_pre` applied.
@@ -66,11 +55,7 @@ class VisionTransformer(nnx.Module):
         Raises UserError where the image is smaller than one patch.
         """
         h, w = self.grid(*pixels.shape[1:3])
-        if h < 1 or w < 1:
-            raise UserError(
-                f"image of {pixels.shape[1]}x{pixels.shape[2]} pixels is smaller than one patch of "
-                f"{self.config.patch_size}; enlarge it first"
-            )
+        check_sides(pixels, self.config.patch_size, f"one patch of {self.config.patch_size}")
         patches = self.patch(pixels.astype(self.dtype)).reshape(pixels.shape[0], h * w, -1)
         first = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (pixels.shape[0], 1, patches.shape[-1]))
         positions = self.positions(h, w, offset=position_offset).astype(self.dtype)
