@@ -1,7 +1,7 @@
-"""Where arrays live: the device mesh, rules that place parameters, batch placement, several processes.
+"""The device mesh, sharding rules of parameters, batch placement, several processes.
 
-A mesh has two axes. `data` holds copies of the parameters, `fsdp` cuts them into pieces; the batch is split over both.
-The axes are of the Auto kind: the compiler places everything between the inputs and the outputs of a step.
+A mesh has two axes: parameters are copied along `data` and sharded along `fsdp`; the batch is split over both. The axes
+are of the Auto kind: the compiler places everything between the inputs and the outputs of a step.
 """
 
 import math
@@ -23,10 +23,9 @@ BATCH = P(("data", "fsdp"))
 
 @dataclass(frozen=True)
 class LargestAxis:
-    """The tactic that cuts the largest dimension divisible by a mesh axis, the last one among equals.
+    """Shards the largest dimension divisible by a mesh axis, the last one among equals.
 
-    Leaves of fewer than `min_size` scalars, and leaves in which no dimension divides, are replicated: cutting them
-    would cost a message and save nothing.
+    Leaves of fewer than `min_size` scalars, and leaves in which no dimension divides, are replicated.
     """
 
     axis: str = "fsdp"
@@ -56,33 +55,34 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     are: the first ones. Raises UserError for more devices than there are, and in a run of several processes for any
     number but all.
     """
-    chosen, devices = devices is not None, jax.devices() if devices is None else devices
-    for name, size in (("data", data), ("fsdp", fsdp)):
+    every = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp}
+    for name, size in sizes.items():
         if size == 0 or size < -1:
             raise UserError(f"mesh.{name}: {size} is no size; give a positive number, or -1 for the rest")
-    if data == -1 and fsdp == -1:
+    if data == fsdp == -1:
         raise UserError("mesh: data and fsdp are both -1; only one of them can take the rest")
-    known = fsdp if data == -1 else data
-    if -1 in (data, fsdp):
-        if len(devices) % known:
-            name = "fsdp" if data == -1 else "data"
-            raise UserError(
-                f"mesh.{name}: {known} does not divide the {len(devices)} devices; choose a divisor of {len(devices)}"
-            )
-        rest = len(devices) // known
-        data, fsdp = (rest, fsdp) if data == -1 else (data, rest)
-    if data * fsdp < len(devices) and not chosen and jax.process_count() == 1:
-        devices = devices[: data * fsdp]
-    if data * fsdp != len(devices):
+    for name, other in (("data", "fsdp"), ("fsdp", "data")):
+        if sizes[name] == -1:
+            sizes[name], left = divmod(len(every), sizes[other])
+            if left:
+                raise UserError(
+                    f"mesh.{other}: {sizes[other]} does not divide the {len(every)} devices; "
+                    f"choose a divisor of {len(every)}"
+                )
+    data, fsdp = sizes.values()
+    if devices is None and jax.process_count() == 1:
+        every = every[: data * fsdp]
+    if data * fsdp != len(every):
         raise UserError(
-            f"mesh: data={data} times fsdp={fsdp} is {data * fsdp}, but there are {len(devices)} devices; "
+            f"mesh: data={data} times fsdp={fsdp} is {data * fsdp}, but there are {len(every)} devices; "
             "set one of them to -1"
         )
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=every)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """Returns the sharding that copies an array to every device."""
     return NamedSharding(mesh, P())
 
 
@@ -94,33 +94,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def place(shapes: Any, rules: Sequence[Rule], mesh: Mesh | AbstractMesh) -> Any:
     """Returns the tree of NamedShardings that the rules give to a tree of arrays or `ShapeDtypeStruct`s.
 
-    A rule is (glob, partition spec or tactic). The glob is held against the slash path of a leaf and against every
-    ending of that path that begins at a slash, so that one rule for `up/kernel` also places the optimizer's moments
-    (`opt/0/mu/up/kernel`) and the average (`teacher/up/kernel`). The first rule that matches wins; a last rule for "*"
-    takes the rest, and matches everything.
+    A rule is (glob, partition spec or `LargestAxis`). The glob matches the slash path of a leaf, or an ending of it
+    that begins at a slash: a rule for `up/kernel` also places the optimizer's moments (`opt/0/mu/up/kernel`) and the
+    teacher (`teacher/up/kernel`). The first rule that matches wins; a last rule "*" places the rest.
 
-    Raises UserError that names the rule for a rule no leaf matches, a spec with an unknown axis, a spec longer than the
-    leaf's shape, or a dimension that does not divide; and one that names the leaf for a leaf without a rule.
+    Raises UserError for a rule that matches no leaf, a leaf without a rule, a spec with an unknown axis or longer than
+    the leaf's shape, and a dimension that does not divide.
     """
-    for pattern, tactic in rules:
-        if isinstance(tactic, P):
-            _check_axes(pattern, tactic, mesh)
-    used: set[int] = set()
+    used: set[str] = set()
 
     def sharding(path: str, leaf: Any) -> NamedSharding:
-        hits = [number for number, (pattern, _) in enumerate(rules) if _covers(path, pattern)]
-        if not hits:
+        matching = [r for r in rules if trees.matches(path, r[0]) or trees.matches(path, f"*/{r[0]}")]
+        if not matching:
             raise UserError(f"sharding: no rule matches '{path}'; end the rules with one for '*'")
-        used.update(hits)
-        pattern, tactic = rules[hits[0]]
+        used.update(pattern for pattern, _ in matching)
+        pattern, tactic = matching[0]
         if isinstance(tactic, LargestAxis):
             return NamedSharding(mesh, tactic.spec(leaf.shape, mesh))
-        _check_shape(pattern, tactic, path, leaf.shape, mesh)
+        _check_spec(pattern, tactic, path, leaf.shape, mesh)
         return NamedSharding(mesh, tactic)
 
     result = map_with_paths(sharding, shapes)
-    for number, (pattern, _) in enumerate(rules):
-        if number not in used:
+    for pattern, _ in rules:
+        if pattern not in used:
             raise UserError(f"sharding rule '{pattern}': matches no leaf; correct it or take it out")
     return result
 
@@ -156,9 +152,9 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns the tree with every leaf that is not on the mesh yet held whole by all its devices.
+    """Returns the tree with a whole copy of every leaf, also random keys, on each device, unless it is on the mesh.
 
-    Every process must hold the same values. Random keys are welcome too.
+    The values must be equal in all processes.
     """
 
     def put(leaf: Any) -> jax.Array:
@@ -174,7 +170,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def distribute(tree: Any, shardings: Any) -> Any:
-    """Returns a tree of host arrays, which every process holds whole, with each leaf under its sharding."""
+    """Returns a tree of host arrays, equal in all processes, as arrays with these shardings."""
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(leaf)
@@ -193,12 +189,11 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def start_processes(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins this process to the others of the run; does nothing for a run of one process, or when called again.
+    """Connects the processes of a run, before a device is used; a no-op for one process, or when called again.
 
-    Call it before anything touches a device. What is not given comes from the environment: FMDA_COORDINATOR
-    (host:port of process 0), FMDA_PROCESSES (how many) and FMDA_PROCESS (this one's number). On a cluster that jax
-    knows (Slurm, Open MPI, Cloud TPU, Kubernetes), set FMDA_COORDINATOR=auto alone. Raises UserError for an incomplete
-    or impossible set of values.
+    Defaults are the environment's FMDA_COORDINATOR (host:port of process 0), FMDA_PROCESSES (number of processes) and
+    FMDA_PROCESS (number of this one). On a cluster that jax detects (Slurm, Open MPI, Cloud TPU, Kubernetes), set
+    FMDA_COORDINATOR=auto alone. Raises UserError for incomplete or impossible values.
     """
     coordinator = coordinator or os.environ.get("FMDA_COORDINATOR")
     processes = processes if processes is not None else _number("FMDA_PROCESSES")
@@ -226,29 +221,16 @@ def _number(variable: str) -> int | None:
     return int(text)
 
 
-def _covers(path: str, pattern: str) -> bool:
-    """Returns whether the glob matches the path, or an ending of it that begins at a slash."""
-    return trees.matches(path, pattern) or trees.matches(path, "*/" + pattern)
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    """Returns the mesh axes that one entry of a partition spec names."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
-
-
-def _check_axes(pattern: str, spec: P, mesh: Mesh | AbstractMesh) -> None:
-    for axis in (axis for entry in spec for axis in _axes(entry)):
-        if axis not in mesh.shape:
-            raise UserError(f"sharding rule '{pattern}': no mesh axis '{axis}'{did_you_mean(axis, mesh.shape)}")
-
-
-def _check_shape(pattern: str, spec: P, path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
+def _check_spec(pattern: str, spec: P, path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError unless a leaf of this shape can be sharded by the spec of the rule `pattern`."""
     if len(spec) > len(shape):
         raise UserError(f"sharding rule '{pattern}': '{path}' {shape} has fewer dimensions than {spec}")
     for dim, entry in enumerate(spec):
-        parts = math.prod(mesh.shape[axis] for axis in _axes(entry))
+        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise UserError(f"sharding rule '{pattern}': no mesh axis '{axis}'{did_you_mean(axis, mesh.shape)}")
+        parts = math.prod(mesh.shape[axis] for axis in axes)
         if shape[dim] % parts:
             raise UserError(
                 f"sharding rule '{pattern}': dimension {dim} of '{path}' {shape} does not divide into {parts}; "

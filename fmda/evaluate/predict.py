@@ -14,7 +14,7 @@ from fmda.progress import track
 from fmda.runs.journal import Journal, read_rows
 
 JOURNAL = "predictions.jsonl"
-"""Which image and model each label map of the folder was made from; a line is written before its files."""
+"""Image and model of each label map in the folder; a line is written before its files."""
 
 SHOWN = 3
 
@@ -32,27 +32,29 @@ def predict_files(segmenter: Segmenter, images: Sequence[str | Path], out: str |
     """
     out = Path(out)
     targets = _targets(image_files(images), out)
-    earlier = {row["name"]: row for row in read_rows(out / JOURNAL)}
+    rows = {row["name"]: row for row in read_rows(out / JOURNAL)}
     for target, file in targets.items():
-        _refuse_others(target, file, earlier.get(target.name), segmenter.fingerprint)
+        _refuse_others(target, file, rows.get(target.name), segmenter.fingerprint)
     faults: list[str] = []
     with Journal(out / JOURNAL) as journal:
         for target, file in track(list(targets.items()), "predict"):
-            row = earlier.get(target.name)
+            row, outputs = rows.get(target.name, {}), (target, overlay_path(target))
             try:
                 evidence = file_evidence(file).hex()
-                if row is None or row["evidence"] != evidence or not all(p.exists() for p in _outputs(target)):
-                    result = segmenter.predict(file)
-                    row = {"name": target.name, "image": str(file), "model": segmenter.fingerprint}
-                    row |= {"evidence": evidence, "classes": _shares(result)}
-                else:
-                    result = None
+                finished = row.get("evidence") == evidence and all(path.exists() for path in outputs)
+                result = None if finished else segmenter.predict(file)
             except (UserError, OSError) as fault:
                 faults.append(str(fault))
                 continue
             if result is not None:
-                _write(result, row, target, journal)
-            labels, overlay = map(str, _outputs(target))
+                row = {"name": target.name, "image": str(file), "model": segmenter.fingerprint}
+                row |= {"evidence": evidence, "classes": _shares(result)}
+                with disk_errors(journal.path):
+                    for path in outputs:
+                        path.unlink(missing_ok=True)
+                    journal.append(row)
+                result.save(target)
+            labels, overlay = map(str, outputs)
             yield {"image": str(file), "labels": labels, "overlay": overlay, "classes": row["classes"]}
     if faults:
         more = f" (and {len(faults) - SHOWN} more)" if len(faults) > SHOWN else ""
@@ -75,31 +77,18 @@ def _targets(files: Sequence[Path], out: Path) -> dict[Path, Path]:
 
 def _refuse_others(target: Path, file: Path, row: dict[str, Any] | None, model: str) -> None:
     """Raises UserError for an output that exists and was made from another image or by another model."""
-    path = next((path for path in _outputs(target) if path.exists()), None)
+    path = next((path for path in (target, overlay_path(target)) if path.exists()), None)
     if path is None:
         return
     if row is None:
-        raise UserError(f"{path}: exists already; choose another output folder or delete it")
-    if row["model"] != model:
-        raise UserError(f"{path}: was predicted by another model; choose another output folder or delete it")
-    if (
-        Path(row["image"]).absolute() != file.absolute()
-        and file.is_file()
-        and file_evidence(file).hex() != row["evidence"]
-    ):
-        raise UserError(f"{path}: was predicted from {row['image']}; choose another output folder or delete it")
-
-
-def _write(result: Segmentation, row: dict[str, Any], target: Path, journal: Journal) -> None:
-    with disk_errors(journal.path):
-        for path in _outputs(target):
-            path.unlink(missing_ok=True)
-        journal.append(row)
-    result.save(target)
-
-
-def _outputs(target: Path) -> tuple[Path, Path]:
-    return target, overlay_path(target)
+        fault = "exists already"
+    elif row["model"] != model:
+        fault = "was predicted by another model"
+    elif Path(row["image"]).absolute() == file.absolute() or file_evidence(file).hex() == row["evidence"]:
+        return
+    else:
+        fault = f"was predicted from {row['image']}"
+    raise UserError(f"{path}: {fault}; choose another output folder or delete it")
 
 
 def _shares(result: Segmentation) -> dict[str, float]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fmda.atomic import replacing
 from fmda.data import ClassList, read_image
-from fmda.errors import UserError
+from fmda.errors import UserError, disk_errors
 from fmda.evaluate.images import as_rgb, image_files
 from fmda.evaluate.overlay import colour_table, colours, legend, overlay
 from fmda.evaluate.protocol import WHOLE_IMAGE, Protocol
@@ -28,10 +28,10 @@ class Segmentation:
 
     Attributes:
         labels: uint8[H, W], class index of each pixel at the image's own size; 255 = none.
-        scores: float32[H, W] confidence of the chosen class or [H, W, K] of all, or None where not kept.
+        scores: float32[H, W] of the predicted class, or [H, W, K] of all, or None.
         classes: names and palette.
-        image: the photograph, uint8[H, W, 3], or None.
-        name: the image's file name without suffix, or "".
+        image: uint8[H, W, 3], or None.
+        name: file name of the image without suffix, or "".
     """
 
     labels: Labels
@@ -41,7 +41,7 @@ class Segmentation:
     name: str = ""
 
     def overlay(self, image: UInt8[np.ndarray, "H W 3"] | None = None, alpha: float = 0.55) -> np.ndarray:
-        """Returns uint8[H, W, 3]: class colours over `image` (default: the one predicted), or alone without one."""
+        """Returns uint8[H, W, 3]: class colours over `image` (default: the predicted one), alone without one."""
         image = self.image if image is None else as_rgb(image)
         return colours(self.labels, self.classes) if image is None else overlay(image, self.labels, self.classes, alpha)
 
@@ -53,19 +53,18 @@ class Segmentation:
         """
         path = Path(path)
         path = path if path.suffix.lower() == ".png" else path.with_name(path.name + ".png")
-        try:
+        beside = overlay_path(path)
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             picture = self.overlay()
             present = [k for k in np.unique(self.labels) if k < len(self.classes.names)]
-            beside = overlay_path(path)
-            size = max(12, picture.shape[1] // 60)
-            strip = legend(self.classes, picture.shape[1], present, size=size)
+            strip = legend(self.classes, picture.shape[1], present, size=max(12, picture.shape[1] // 60))
             # both or neither: a label map without overlay would be in the way of the next try
             with replacing(path) as part, replacing(beside) as other:
-                write_labels(self.labels, part, self.classes)
+                palette_image = Image.fromarray(self.labels)
+                palette_image.putpalette(colour_table(self.classes).tobytes())
+                palette_image.save(part)
                 Image.fromarray(np.concatenate([picture, strip])).save(other, quality=92)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
         return path, beside
 
 
@@ -88,10 +87,10 @@ class Segmenter:
 
     @classmethod
     def load(cls, run_folder: str | Path, *, packages: Sequence[str] = ("fmda",)) -> "Segmenter":
-        """Returns the segmenter of a finished run, whatever method made it.
+        """Returns the segmenter of a finished run of any method.
 
         The folder (or exactly one folder below it) holds `model.json` with {"loader": "module:function"}; the function
-        gets that folder and returns the segmenter. Only modules of `packages` are imported.
+        takes that folder and returns the segmenter. Only modules of `packages` are imported.
 
         Raises:
             UserError: no run, an unfinished one, or a loader that does not exist.
@@ -116,7 +115,7 @@ class Segmenter:
         """Returns the segmentation of an image, or a list of them for a list or a folder of images.
 
         Args:
-            source: a file, a uint8 array [H, W, 3] (grey and opaque alpha are understood), a folder, or a list.
+            source: a file, a uint8 array [H, W, 3] (also grey, or with opaque alpha), a folder, or a list.
 
         Raises:
             UserError: a source is missing, unreadable or not an 8-bit image.
@@ -143,13 +142,6 @@ class Segmenter:
         return Segmentation(labels, None if scores is None else np.asarray(scores), self.classes, image, name)
 
 
-def write_labels(labels: Labels, path: Path, classes: ClassList) -> None:
-    """Writes a label map as an 8-bit palette PNG: pixel values are class indices, colours the palette's."""
-    picture = Image.fromarray(np.asarray(labels, np.uint8))
-    picture.putpalette(colour_table(classes).tobytes())
-    picture.save(path, optimize=False)
-
-
 def overlay_path(path: Path) -> Path:
     """Returns where the overlay of the label map `path` goes."""
     return path.with_name(f"{path.stem}_overlay.jpg")
@@ -160,10 +152,10 @@ def _model_folder(folder: Path) -> Path:
         raise UserError(f"{folder}: no such run folder; give the work_dir of a finished run")
     if (folder / "model.json").is_file():
         return folder
-    below = sorted(p.parent for p in (*folder.glob("*/model.json"), *folder.glob("*/*/model.json")))
-    if len(below) == 1:
-        return below[0]
-    if below:
+    below = sorted(p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/model.json"))
+    if not below:
+        raise UserError(f"{folder}: holds no model.json; give the folder of a finished run")
+    if len(below) > 1:
         names = ", ".join(str(p.relative_to(folder)) for p in below)
         raise UserError(f"{folder}: holds several models ({names}); name one of these folders")
-    raise UserError(f"{folder}: holds no model.json; give the folder of a finished run")
+    return below[0]
