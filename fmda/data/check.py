@@ -1,19 +1,19 @@
-"""Is a dataset fit for a run? `check` reports every fault with its file; `check_images` decodes before training."""
+"""Checks before a run: `check` reports every fault of a dataset, `check_images` decodes the images of a training."""
 
-import warnings
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 
 from fmda.data.catalog import CATALOG
 from fmda.data.classes import ClassList
-from fmda.data.dataset import Dataset
+from fmda.data.dataset import Dataset, check_size
 from fmda.data.files import FileFault, read_image
 from fmda.errors import UserError
 from fmda.progress import track
@@ -22,24 +22,17 @@ THREADS = 2
 WINDOW = 64
 SHOWN_FAULTS = 20
 
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong: a short `kind`, the file, and what to do in one line."""
-
-    kind: str
-    file: str
-    message: str
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check` found.
+    """The state of a dataset on disk.
 
     Attributes:
         name, split: the dataset.
         images: how many images it has; `expected` is the published number, where it is known.
-        labelled: how many images have a label file. A set without any is fit as unlabelled images alone.
+        labelled: how many images have a label file; without any, the dataset is fit as unlabelled images only.
         faults: everything that would stop a run; empty means fit.
         notes: what is odd but harmless.
         sizes: how many images have each (height, width).
@@ -52,9 +45,9 @@ class DataReport:
     images: int
     labelled: int
     expected: int | None
-    faults: tuple[Fault, ...]
+    faults: tuple[FileFault, ...]
     notes: tuple[str, ...]
-    sizes: dict[tuple[int, int], int]
+    sizes: dict[tuple[int, ...], int]
     classes: ClassList
     pixels: Int64[np.ndarray, "K"]
     ignored: int
@@ -77,8 +70,8 @@ class DataReport:
         rows = [f"{'class':<{width}}  {'pixels':>14}  {'share':>7}"]
         for name, count, share in zip(self.classes.names, self.pixels, self.shares, strict=True):
             rows.append(f"{name:<{width}}  {int(count):>14,}  {100 * share:>6.2f}%")
-        every = max(1, int(self.pixels.sum()) + self.ignored)
-        rows.append(f"{'no class':<{width}}  {self.ignored:>14,}  {100 * self.ignored / every:>6.2f}% of all")
+        total = max(1, int(self.pixels.sum()) + self.ignored)
+        rows.append(f"{'no class':<{width}}  {self.ignored:>14,}  {100 * self.ignored / total:>6.2f}% of all")
         return "\n".join(rows)
 
     def text(self) -> str:
@@ -90,7 +83,7 @@ class DataReport:
         if self.pixels.any() or self.ignored:
             lines += ["", self.table()]
         lines += ["", *(f"{kind}: {count}" for kind, count in Counter(f.kind for f in self.faults).items())]
-        lines += [f"  {fault.message}" for fault in self.faults[:SHOWN_FAULTS]]
+        lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
         if len(self.faults) > SHOWN_FAULTS:
             lines.append(f"  ... and {len(self.faults) - SHOWN_FAULTS} more")
         lines.append(self.verdict)
@@ -106,7 +99,7 @@ class DataReport:
             "fit": bool(not self.faults and self.labelled),
             "fit_unlabelled": not self.faults,
             "labelled": self.labelled,
-            "faults": [{"kind": f.kind, "file": f.file, "message": f.message} for f in self.faults],
+            "faults": [{"kind": f.kind, "file": f.path, "message": str(f)} for f in self.faults],
             "notes": list(self.notes),
             "sizes": [[h, w, n] for (h, w), n in sorted(self.sizes.items())],
             "pixels": {n: int(c) for n, c in zip(self.classes.names, self.pixels, strict=True)},
@@ -115,52 +108,52 @@ class DataReport:
         }
 
 
-@dataclass(frozen=True)
-class _Seen:
-    faults: list[Fault]
-    size: tuple[int, int] | None
-    counts: np.ndarray
-    has_255: bool = False
+class _Examined(NamedTuple):
+    faults: list[FileFault]
+    size: tuple[int, ...] | None
+    counts: Int64[np.ndarray, "256"]
+    has_255: bool
 
 
 def check(dataset: Dataset) -> DataReport:
-    """Returns a report on every file of a dataset; opens and decodes all of them.
+    """Returns a report on every file of a dataset; decodes all of them and changes none.
 
-    Found are: no images, images without label and labels without image (open the set with `strict=False`, else the
-    first such pair is already an error), missing, truncated, 16-bit, lossy and colour files, image and label of
-    different size, and label values outside the class list. Pixels are counted by class, 255 apart. Nothing is changed.
+    Faults are: no image, images without label and labels without image (of a dataset opened with `strict=False`),
+    files that `read_image` or `read_labels` refuses, image and label of different size, and label values outside the
+    class list.
     """
-    faults: list[Fault] = []
-    sizes: Counter[tuple[int, int]] = Counter()
+    faults: list[FileFault] = []
+    sizes: Counter[tuple[int, ...]] = Counter()
     counts = np.zeros(256, np.int64)
     labelled = sum(item.label is not None for item in dataset.items)
     reduced = 0
-    for examined in track(_examine(dataset, labelled > 0), f"check {dataset.name}", len(dataset)):
+    examine = functools.partial(_examine, dataset, labelled > 0)
+    for examined in track(_in_threads(examine, range(len(dataset))), f"check {dataset.name}", len(dataset)):
         faults += examined.faults
         counts += examined.counts
         reduced += examined.has_255
-        if examined.size:
+        if examined.size is not None:
             sizes[examined.size] += 1
-    for path in dataset.orphans:
-        faults.append(Fault("label without image", path, f"{path}: label without image; remove it or add the image"))
+    faults += [
+        FileFault(path, "label without image", "label without image; remove it or add the image")
+        for path in dataset.orphans
+    ]
     if not len(dataset):
-        where = str(dataset.root)
-        faults.append(Fault("empty", where, f"{where}: no images; check the folder and the split"))
-    entry = CATALOG.get(dataset.name)
-    part = entry.splits.get(dataset.split) if entry else None
+        faults.append(FileFault(dataset.root, "empty", "no images; check the folder and the split"))
+    part = CATALOG[dataset.name].splits.get(dataset.split)
     expected = part.size if part else None
     notes = []
     if expected is not None and expected != len(dataset):
         notes.append(f"the published split has {expected} images, this folder {len(dataset)}")
-    known = len(dataset.classes)
-    absent = [n for n, c in zip(dataset.classes.names, counts[:known], strict=True) if not c]
     if reduced:
         notes.append(
-            f"255 occurs in {reduced} label files, which the published {dataset.name} labels never hold: their "
-            "ids were probably lowered by one already, and every class would be one too low; use the published files"
+            f"255 occurs in {reduced} label files, but never in the published {dataset.name} labels: their ids were "
+            "probably reduced by one already, and every class would be one too low; use the published files"
         )
     if not labelled and dataset.label_pattern:
         notes.append(f"looked for labels {dataset.label_pattern} in {dataset.root}")
+    known = len(dataset.classes)
+    absent = [name for name, count in zip(dataset.classes.names, counts[:known], strict=True) if not count]
     if labelled and absent:
         notes.append(f"classes without a pixel: {', '.join(absent)}")
     return DataReport(
@@ -173,86 +166,61 @@ def check(dataset: Dataset) -> DataReport:
         notes=tuple(notes),
         sizes=dict(sizes),
         classes=dataset.classes,
-        pixels=counts[:known].copy(),
+        pixels=counts[:known],
         ignored=int(counts[known:].sum()),
     )
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+def check_images(images: Dataset | Sequence[str | Path]) -> None:
+    """Decodes each image once, those of a Dataset with their labels. Raises UserError that names the broken files.
 
-
-def check_images(images: Dataset | Sequence[str | Path], skip: bool = False) -> Any:
-    """Returns the images that are whole, a Dataset or a list of paths, after decoding each once, with its labels.
-
-    For a training that draws images at random: a broken file is found before the first step.
-
-    Raises UserError naming the broken files, unless `skip`: then a warning names them and they are left out.
+    For a training that draws images at random: a broken file stops it before the first step.
     """
-    if isinstance(images, Dataset):
-        faults = [examined.faults for examined in track(_examine(images, True), f"check {images.name}", len(images))]
-    else:
-        faults = list(track(_in_threads(_image_faults, images), "check images", len(images)))
-    whole = [i for i, image_faults in enumerate(faults) if not image_faults]
-    messages = [fault.message for image_faults in faults for fault in image_faults]
-    if messages:
-        more = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
-        text = "; ".join(messages[:3]) + more
-        if not skip or not whole:
-            raise UserError(f"{len(faults) - len(whole)} of {len(faults)} images cannot be used: {text}")
-        warnings.warn(f"{len(faults) - len(whole)} of {len(faults)} images are left out: {text}", stacklevel=2)
-    if isinstance(images, Dataset):
-        return images.subset(whole) if messages else images
-    return [images[i] for i in whole]
+    read: Callable[[int], Any]
+    read = images.__getitem__ if isinstance(images, Dataset) else lambda index: read_image(images[index])
+
+    def fault(index: int) -> str | None:
+        try:
+            read(index)
+        except FileFault as reason:
+            return str(reason)
+        return None
+
+    results = track(_in_threads(fault, range(len(images))), "check images", len(images))
+    faults = [reason for reason in results if reason is not None]
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise UserError(f"{len(faults)} of {len(images)} images cannot be used: {'; '.join(faults[:3])}{more}")
 
 
-def _in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def _in_threads(function: Callable[[int], Result], indices: Sequence[int]) -> Iterator[Result]:
     """Yields results in order; decoding releases the interpreter lock, so threads help."""
     with ThreadPoolExecutor(THREADS) as pool:
-        # a bounded window: a plain map over a large set would queue every result
-        for start in range(0, len(items), WINDOW):
-            yield from pool.map(function, items[start : start + WINDOW])
+        # a bounded window: a plain map over a large dataset would queue every result
+        for start in range(0, len(indices), WINDOW):
+            yield from pool.map(function, indices[start : start + WINDOW])
 
 
-def _examine(dataset: Dataset, wants_labels: bool) -> Iterator[_Seen]:
-    return _in_threads(lambda i: _examine_one(dataset, i, wants_labels), range(len(dataset)))
-
-
-def _image_faults(path: str | Path) -> list[Fault]:
-    try:
-        read_image(path)
-    except FileFault as fault:
-        return [Fault(fault.kind, fault.path, str(fault))]
-    return []
-
-
-def _examine_one(dataset: Dataset, index: int, wants_labels: bool) -> _Seen:
+def _examine(dataset: Dataset, expects_label: bool, index: int) -> _Examined:
     item = dataset.items[index]
-    faults: list[Fault] = []
-    size: tuple[int, int] | None = None
-    labels, has_255 = None, False
-    try:
-        height, width, _ = read_image(item.image).shape
-        size = (height, width)
-    except FileFault as fault:
-        faults.append(Fault(fault.kind, fault.path, str(fault)))
-    try:
-        labels = dataset.labels(index)
-        if labels is not None and item.form and item.form.lacks_255:
-            raw = dataset.raw_labels(index)
-            has_255 = raw is not None and bool((raw == 255).any())
-    except FileFault as fault:
-        faults.append(Fault(fault.kind, fault.path, str(fault)))
-    if item.label is None and wants_labels:
-        message = f"{item.image}: image without label; add the label or remove the image"
-        faults.append(Fault("image without label", item.image, message))
-    if labels is not None and size is not None and labels.shape != size:
-        message = (
-            f"{item.label}: labels are {labels.shape[1]}x{labels.shape[0]}, the image {size[1]}x{size[0]}; "
-            "give both one size"
-        )
-        faults.append(Fault("size differs", str(item.label), message))
+    faults: list[FileFault] = []
+    size, labels, has_255 = None, None, False
     counts = np.zeros(256, np.int64)
-    if labels is not None:
-        counts += np.bincount(labels.ravel(), minlength=256)
-    return _Seen(faults, size, counts, has_255)
+    try:
+        size = read_image(item.image).shape[:2]
+    except FileFault as fault:
+        faults.append(fault)
+    try:
+        if item.label is None and expects_label:
+            message = "image without label; add the label or remove the image"
+            raise FileFault(item.image, "image without label", message)
+        labels = dataset.labels(index)
+        if labels is not None:
+            counts = np.bincount(labels.ravel(), minlength=256)
+            raw = dataset.raw_labels(index) if item.form and item.form.lacks_255 else None
+            has_255 = raw is not None and 255 in raw
+            if size is not None:
+                check_size(item, labels, size)
+    except FileFault as fault:
+        faults.append(fault)
+    return _Examined(faults, size, counts, has_255)

@@ -88,12 +88,8 @@ class Dataset(Sequence[Example]):
         item = self.items[index]
         image = read_image(item.image)
         labels = self.labels(index)
-        if labels is not None and labels.shape != image.shape[:2]:
-            raise FileFault(
-                item.label or "",
-                "size differs",
-                f"labels are {_size(labels)} but the image {item.image} is {_size(image)}; give both one size",
-            )
+        if labels is not None:
+            check_size(item, labels, image.shape[:2])
         return Example(image, labels, item.name)
 
     def __iter__(self) -> Iterator[Example]:
@@ -276,5 +272,12 @@ def _classes(entry: Entry, folder: Path, split: str, *, needed: bool) -> ClassLi
     return ClassList(())
 
 
-def _size(array: np.ndarray) -> str:
-    return f"{array.shape[1]}x{array.shape[0]}"
+def check_size(item: Item, labels: UInt8[np.ndarray, "H W"], size: tuple[int, ...]) -> None:
+    """Raises FileFault where labels do not have the (height, width) of their image."""
+    if labels.shape != size:
+        label_size, image_size = (f"{width}x{height}" for height, width in (labels.shape, size))
+        raise FileFault(
+            str(item.label),
+            "size differs",
+            f"labels are {label_size} but the image {item.image} is {image_size}; give both one size",
+        )

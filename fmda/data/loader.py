@@ -7,7 +7,6 @@ import errno
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import grain
@@ -52,10 +51,10 @@ class Batches(Iterator[Batch]):
         try:
             batch = next(self._open[0])
         except (OSError, RuntimeError) as fault:
-            meaning = _worker_fault(fault) if self._workers else None
-            if meaning is None:
+            cause = _worker_fault(fault) if self._workers else None
+            if cause is None:
                 raise
-            raise meaning from None
+            raise cause from None
         self._done += 1
         # what workers send lies in shared memory; a copy frees that at once and leaves ordinary arrays
         return _copied(batch) if self._workers else batch
@@ -85,16 +84,13 @@ class Batches(Iterator[Batch]):
     def __enter__(self) -> "Batches":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _pipeline(self) -> grain.IterDataset:
-        rest = self._dataset.slice(slice(self._done, None)) if self._done else self._dataset
+        rest = self._dataset.slice(slice(self._done, None))
         # grain reads 500 elements ahead by default; here an element is a whole batch
-        threads = 1 if self._workers else THREADS
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD)
+        options = grain.ReadOptions(num_threads=1 if self._workers else THREADS, prefetch_buffer_size=AHEAD)
         stream = rest.to_iter_dataset(options)
         if self._workers:
             # grain asks absl's flags when it starts workers, and absl refuses until a program has parsed them
@@ -112,7 +108,7 @@ def stack(examples: Sequence[Any]) -> Batch:
 
     Raises UserError where shapes differ, naming two of the examples.
     """
-    rows = [_fields(example) for example in examples]
+    rows = [_arrays(example) for example in examples]
     batch: Batch = {}
     for key in rows[0]:
         values = [np.asarray(row[key]) for row in rows]
@@ -127,10 +123,10 @@ def stack(examples: Sequence[Any]) -> Batch:
     return batch
 
 
-def _fields(example: Any) -> Mapping[str, Any]:
+def _arrays(example: Any) -> Mapping[str, Any]:
     if isinstance(example, Example):
-        fields = {"image": example.image}
-        return fields if example.labels is None else {**fields, "labels": example.labels}
+        arrays = {"image": example.image, "labels": example.labels}
+        return {name: array for name, array in arrays.items() if array is not None}
     if isinstance(example, Mapping):
         return example
     raise UserError(f"a transform gave a {type(example).__name__}; it must return an Example or a dict of arrays")

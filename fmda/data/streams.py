@@ -105,10 +105,9 @@ class RareClasses:
 
 
 def class_pixels(dataset: Dataset) -> Int[np.ndarray, "n k"]:
-    """Returns the pixels of each class in each label map, at its own size; reads all of them."""
-    classes = len(dataset.classes.names)
-    maps = (example.labels for example in track(dataset, f"count the classes of {dataset.name}"))
-    return np.stack([np.bincount(np.asarray(labels).ravel(), minlength=256)[:classes] for labels in maps])
+    """Returns the pixels of each class in each label map, at its own size; reads all label maps."""
+    maps = (dataset.labels(i) for i in track(range(len(dataset)), f"count the classes of {dataset.name}"))
+    return np.stack([np.bincount(np.asarray(labels).ravel(), minlength=256)[: len(dataset.classes)] for labels in maps])
 
 
 @dataclass(frozen=True)
@@ -152,58 +151,40 @@ class Stream:
         return example if self.transform is None else self.transform(example, np.random.default_rng((seed, position)))
 
 
-def batches(stream: Stream, seed: int, *, workers: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
-    """Returns the endless batches of one stream.
-
-    A batch is {"image": uint8 [b, H, W, 3], "labels": uint8 [b, H, W]} (without labels no "labels"), or what the
-    transform's dicts hold, stacked. Process p of n gets rows p*b to (p+1)*b of what a single process would get.
-
-    Raises UserError for a batch that cannot be split over the processes.
-    """
-    return _loader({"": stream}, seed, workers, process_index, process_count)
-
-
-def joined(
-    streams: Mapping[str, Stream], seed: int, *, workers: int = 0, process_index: int = 0, process_count: int = 1
+def batches(
+    streams: Stream | Mapping[str, Stream],
+    seed: int,
+    *,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Batches:
-    """Returns batches {name: batch of that stream}, with one position. A stream's order depends on seed and name.
+    """Returns the endless batches of one stream, or of several as {name: batch of that stream} with one position.
+
+    The batch of a stream is {"image": uint8 [b, H, W, 3], "labels": uint8 [b, H, W]} (without labels no "labels"), or
+    what the transform's dicts hold, stacked. Process p of n gets rows p*b to (p+1)*b of what a single process would
+    get. The order of a named stream depends on seed and name.
 
     Raises UserError for a batch that cannot be split over the processes.
     """
-    return _loader(dict(streams), seed, workers, process_index, process_count)
-
-
-def _loader(streams: dict[str, Stream], seed: int, workers: int, process_index: int, process_count: int) -> Batches:
-    for name, stream in streams.items():
+    named = {"": streams} if isinstance(streams, Stream) else dict(streams)
+    for name, stream in named.items():
         if stream.batch % process_count:
             raise UserError(
                 f"{name + '.' if name else ''}batch: {stream.batch} cannot be split over {process_count} processes; "
                 f"take a multiple of {process_count}"
             )
-    sizes = {name: {"examples": len(one.source), "batch": one.batch} for name, one in streams.items()}
-    kind = {"seed": seed, **(sizes[""] if "" in sizes else sizes)}
-    return Batches(_Build(streams, seed, process_index, process_count), kind, workers)
+    sizes: dict[str, Any] = {n: {"examples": len(one.source), "batch": one.batch} for n, one in named.items()}
+    make_batch = functools.partial(_make_batch, named, seed, process_index, process_count)
+    return Batches(make_batch, {"seed": seed, **sizes.get("", sizes)}, workers)
 
 
-@dataclass(frozen=True)
-class _Build:
-    """Number of a batch -> this process's rows of it."""
-
-    streams: dict[str, Stream]
-    seed: int
-    process_index: int
-    process_count: int
-
-    def __call__(self, number: int) -> Batch:
-        parts = {name: self._rows(name, stream, number) for name, stream in self.streams.items()}
-        return parts[""] if "" in parts else parts
-
-    def _rows(self, name: str, stream: Stream, number: int) -> Batch:
-        rows = stream.batch // self.process_count
-        first = number * stream.batch + self.process_index * rows
-        return stream.rows(range(first, first + rows), _named(self.seed, name))
-
-
-def _named(seed: int, name: str) -> int:
-    """Returns the seed of a stream of this name."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()) if name else seed
+def _make_batch(streams: dict[str, Stream], seed: int, process_index: int, process_count: int, number: int) -> Batch:
+    """Returns one process's rows of batch `number`."""
+    batch: Batch = {}
+    for name, stream in streams.items():
+        rows = stream.batch // process_count
+        first = number * stream.batch + process_index * rows
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()
+        batch[name] = stream.rows(range(first, first + rows), int.from_bytes(digest) if name else seed)
+    return batch.get("", batch)

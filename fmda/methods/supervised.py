@@ -15,6 +15,7 @@ from fmda import trees
 from fmda.atomic import write_json
 from fmda.config import FREE, FileOrName, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict
 from fmda.data import ClassList, Dataset, open_dataset
+from fmda.data.check import check_images
 from fmda.data.streams import RareClasses, Shuffled, Stream, class_pixels
 from fmda.data.transforms import training_transform
 from fmda.errors import UserError
@@ -147,7 +148,9 @@ def stages(config: Config) -> list[Stage]:
 
 
 def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    task = training_task(config, Encoder(str(config.encoder)), config.data.open(), config.val.open())
+    data = config.data.open()
+    check_images(data)
+    task = training_task(config, Encoder(str(config.encoder)), data, config.val.open())
     return {"steps": int(run_task(task, config, folder).step)}
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 import fmda
 from fmda.data.loader import Batches
-from fmda.data.streams import Stream, batches, joined
+from fmda.data.streams import Stream, batches
 from fmda.errors import UserError, did_you_mean, disk_errors
 from fmda.mesh import batch_sharding, make_mesh, place, replicate, replicated, shard_batch
 from fmda.perf.peaks import peak_flops
@@ -30,14 +30,8 @@ MIB = 2**20
 
 def run_task(task: Task, settings: TrainerConfig, folder: str | Path) -> TrainState:
     """Returns the state after `settings.steps` updates, or `settings.minutes`, resuming in `folder`; see `fit`."""
-    options: dict[str, Any] = {
-        "workers": settings.workers, "process_index": jax.process_index(), "process_count": jax.process_count()
-    }  # fmt: skip
-    if isinstance(task.streams, Stream):
-        loader = batches(task.streams, settings.seed, **options)
-    else:
-        loader = joined(task.streams, settings.seed, **options)
-    with loader:
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    with batches(task.streams, settings.seed, workers=settings.workers, **processes) as loader:
         return fit(task, settings, folder, loader, make_mesh(*settings.mesh))
 
 

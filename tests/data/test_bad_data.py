@@ -102,7 +102,7 @@ def test_faulty_label_is_named_on_reading_and_by_check(street: Path, put, labels
         found[1]
     assert str(file) in one_line(fault) and text in str(fault.value) and fault.value.kind == kind
     report = check(found)
-    assert [(f.kind, f.file) for f in report.faults] == [(kind, str(file))]
+    assert [(f.kind, f.path) for f in report.faults] == [(kind, str(file))]
 
 
 def test_label_value_37_in_cityscapes_ids(tmp_path, put) -> None:
@@ -131,7 +131,7 @@ def test_check_finds_every_fault_at_once(street: Path, put) -> None:
     kinds = sorted(f.kind for f in report.faults)
     assert kinds == ["image without label", "label without image", "truncated image", "value outside"]
     assert "not fit for a run: 4 faults" in report.text()
-    assert [f["file"] for f in report.to_json()["faults"]] == [f.file for f in report.faults]
+    assert [f["file"] for f in report.to_json()["faults"]] == [f.path for f in report.faults]
 
 
 def test_check_counts_pixels_by_class(street: Path) -> None:
@@ -175,4 +175,4 @@ def test_listed_image_that_is_missing(tmp_path) -> None:
     listing.parent.mkdir(parents=True)
     listing.write_text("2007_000033\n")
     report = check(open_dataset("voc20", tmp_path, strict=False))
-    assert report.faults[0].kind == "missing image" and "JPEGImages/2007_000033.jpg" in report.faults[0].file
+    assert report.faults[0].kind == "missing image" and "JPEGImages/2007_000033.jpg" in report.faults[0].path

@@ -11,7 +11,7 @@ import pytest
 
 from fmda.data import Example, FileFault, open_dataset
 from fmda.data.loader import Batches, stack
-from fmda.data.streams import RareClasses, Repeated, Stream, batches, joined
+from fmda.data.streams import RareClasses, Repeated, Stream, batches
 from fmda.data.transforms import ColourJitter, training_transform
 from fmda.errors import UserError
 
@@ -178,7 +178,7 @@ def test_bad_settings_are_refused() -> None:
     with pytest.raises(UserError, match="has no transform"):
         Stream(SOURCE, add_noise, 2, resident=True)
     with pytest.raises(UserError, match="target.batch: 3 cannot be split over 2 processes"):
-        joined({"source": stream(2), "target": stream(3)}, 0, process_count=2)
+        batches({"source": stream(2), "target": stream(3)}, 0, process_count=2)
     with pytest.raises(UserError, match="factors: 2 for 10 examples"):
         Repeated((1.0, 2.0))(0, 10, 0)
     with pytest.raises(UserError, match="must return an Example or a dict"):
@@ -187,7 +187,7 @@ def test_bad_settings_are_refused() -> None:
 
 def test_joined_streams_have_one_position_and_orders_of_their_own() -> None:
     def pair() -> Batches:
-        return joined({"source": stream(2), "target": stream(4, add_noise)}, 5)
+        return batches({"source": stream(2), "target": stream(4, add_noise)}, 5)
 
     whole = list(itertools.islice(pair(), 6))
     assert [set(batch) for batch in whole] == [{"source", "target"}] * 6
@@ -200,7 +200,7 @@ def test_joined_streams_have_one_position_and_orders_of_their_own() -> None:
         np.testing.assert_array_equal(expected["source"]["image"], batch["source"]["image"])
         np.testing.assert_array_equal(expected["target"]["noise"], batch["target"]["noise"])
     halves = [
-        next(joined({"source": stream(2), "target": stream(4)}, 5, process_index=p, process_count=2)) for p in (0, 1)
+        next(batches({"source": stream(2), "target": stream(4)}, 5, process_index=p, process_count=2)) for p in (0, 1)
     ]
     np.testing.assert_array_equal(np.concatenate([h["target"]["labels"] for h in halves]), whole[0]["target"]["labels"])
 

@@ -159,6 +159,14 @@ def test_faults_are_found_before_the_first_stage(place, monkeypatch):
         assert not (place / "refused/train").exists()
 
 
+def test_every_image_is_decoded_before_the_first_step(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    shutil.copytree("data", tmp_path / "data")
+    (tmp_path / "data/train/images/1.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"images cannot be used: .*1\.png: an empty file"):
+        execute(place, "broken", f"data.root={tmp_path}/data")
+
+
 def test_the_plan_counts_the_head_and_the_encoder(place, monkeypatch):
     monkeypatch.chdir(place)
     plan = open_run(place / "run.yaml").plan()
