@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from jaxtyping import Int
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from fmda.evaluate.overlay import shrink
@@ -86,12 +87,10 @@ def heat_map(confusion: Int[np.ndarray, "K C"], names: Sequence[str]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _heat(value: float, right: bool) -> str:
+def _heat(value: float, correct: bool) -> str:
     """Returns white to green on the diagonal, white to red elsewhere; the root makes small shares visible."""
-    end = np.array([24, 107, 74] if right else [176, 36, 42])
-    start = np.array([244, 246, 248])
-    colour = start + (end - start) * np.sqrt(np.clip(value, 0, 1))
-    return "#" + "".join(f"{round(float(v)):02x}" for v in colour)
+    start, end = np.array([244, 246, 248]), np.array([24, 107, 74] if correct else [176, 36, 42])
+    return to_hex((start + (end - start) * np.sqrt(np.clip(value, 0, 1))) / 255)
 
 
 def image_address(path: Path) -> str:

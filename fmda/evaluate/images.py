@@ -1,4 +1,4 @@
-"""Images as users give them: arrays of several forms, files and folders, with one-line errors."""
+"""Input images: arrays in several forms, files and folders."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from fmda.data.listing import IMAGE_SUFFIXES, images_in
 from fmda.errors import UserError
 
 
-def as_rgb(image: UInt8[np.ndarray, "..."], where: str = "image") -> UInt8[np.ndarray, "H W 3"]:
+def as_rgb(image: UInt8[np.ndarray, "..."]) -> UInt8[np.ndarray, "H W 3"]:
     """Returns an array as uint8[H, W, 3]: [H, W] and [H, W, 1] are grey, an opaque fourth channel is dropped.
 
     Raises:
@@ -19,14 +19,14 @@ def as_rgb(image: UInt8[np.ndarray, "..."], where: str = "image") -> UInt8[np.nd
     """
     image = np.asarray(image)
     if image.dtype != np.uint8:
-        raise UserError(f"{where}: pixels have type {image.dtype}; give uint8 RGB, 0..255")
+        raise UserError(f"image: pixels have type {image.dtype}; give uint8 RGB, 0..255")
     if image.ndim == 2:
         image = image[..., None]
     if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
-        raise UserError(f"{where}: shape {image.shape} is no image; give uint8 [height, width, 3]")
+        raise UserError(f"image: shape {image.shape} is no image; give uint8 [height, width, 3]")
     if image.shape[-1] == 4:
         if (image[..., 3] != 255).any():
-            raise UserError(f"{where}: has transparent pixels; flatten it onto a background first")
+            raise UserError("image: has transparent pixels; flatten it onto a background first")
         image = image[..., :3]
     if image.shape[-1] == 1:
         image = np.repeat(image, 3, axis=-1)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from fmda.data import ClassList
@@ -21,7 +21,7 @@ def colours(labels: Int[np.ndarray, "H W"], classes: ClassList) -> UInt8[np.ndar
 
 
 def colour_table(classes: ClassList) -> UInt8[np.ndarray, "256 3"]:
-    """Returns the palette filled up with black to 256 rows."""
+    """Returns the palette, padded with black to 256 rows."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(classes.names)] = np.asarray(classes.palette, np.uint8)
     return table
@@ -30,34 +30,29 @@ def colour_table(classes: ClassList) -> UInt8[np.ndarray, "256 3"]:
 def overlay(
     image: UInt8[np.ndarray, "H W 3"], labels: Int[np.ndarray, "H W"], classes: ClassList, alpha: float = 0.55
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the image with class colours laid over it and thin dark lines between regions.
+    """Returns the image under class colours of weight `alpha`, 0..1, with thin dark lines between regions.
 
-    Args:
-        image: the photograph.
-        labels: class of each pixel; pixels of no class (255) show the photograph.
-        classes: names and palette.
-        alpha: weight of the colours, 0..1.
+    Pixels of no class (255) show the image.
     """
     labels = np.asarray(labels)
     if image.shape[:2] != labels.shape:
-        raise UserError(f"image is {_size(image)} but its label map {_size(labels)}; give the image that was labelled")
-    named = labels < len(classes.names)
+        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (image, labels)]
+        raise UserError(f"image is {sizes[0]} but its label map {sizes[1]}; give the image that was labelled")
     mixed = image + alpha * (colours(labels, classes).astype(np.float32) - image)
-    result = np.where(named[..., None], mixed, image)
-    result[_borders(labels)] *= 0.6
+    result = np.where((labels < len(classes.names))[..., None], mixed, image)
+    border = np.zeros(labels.shape, bool)
+    border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    border[1:] |= labels[1:] != labels[:-1]
+    result[border] *= 0.6
     return np.clip(np.rint(result), 0, 255).astype(np.uint8)
 
 
 def legend(
     classes: ClassList, width: int, present: Sequence[int] | None = None, *, size: int = 14
 ) -> UInt8[np.ndarray, "h W 3"]:
-    """Returns a white strip `width` pixels wide with a colour swatch and the name of each class, in rows.
+    """Returns a white strip `width` pixels wide with the colour and name of the classes in `present`, default all.
 
-    Args:
-        classes: names and palette.
-        width: of the strip, in pixels.
-        present: class indices to show; default all.
-        size: of the letters, in pixels.
+    `size` is that of the letters in pixels.
     """
     font = ImageFont.load_default(size)
     shown = list(range(len(classes.names)) if present is None else present)
@@ -122,14 +117,3 @@ def _titled(tile: np.ndarray, title: str, size: int = 12) -> np.ndarray:
     band = Image.new("RGB", (tile.shape[1], size + 6), (WHITE,) * 3)
     ImageDraw.Draw(band).text((1, (size + 6) // 2), title, (70, 70, 70), ImageFont.load_default(size), anchor="lm")
     return np.concatenate([np.asarray(band), tile])
-
-
-def _borders(labels: np.ndarray) -> Bool[np.ndarray, "H W"]:
-    edge = np.zeros(labels.shape, bool)
-    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    edge[1:] |= labels[1:] != labels[:-1]
-    return edge
-
-
-def _size(array: np.ndarray) -> str:
-    return f"{array.shape[1]}x{array.shape[0]}"

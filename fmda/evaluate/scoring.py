@@ -1,10 +1,10 @@
-"""Scores of a dense network on the devices of a mesh: from decoded images to a sum of confusion matrices."""
+"""Scores of a dense network on the devices of a mesh: images in, sum of confusion matrices out."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -21,7 +21,7 @@ from fmda.errors import UserError
 from fmda.evaluate.confusion import IGNORE, Scores, batch_confusion
 from fmda.evaluate.maps import common_list
 from fmda.evaluate.protocol import Protocol
-from fmda.evaluate.windows import SIDE, DenseForward, Geometry, WindowGrid, geometry, label_maps, pad, score_samples
+from fmda.evaluate.windows import SIDE, DenseForward, Geometry, WindowGrid, label_maps, pad, score_samples
 from fmda.mesh import BATCH, replicated
 from fmda.progress import track
 
@@ -34,7 +34,7 @@ AHEAD = 4
 """Images that are decoded before they are needed."""
 
 IN_FLIGHT = 2
-"""Batches on the devices whose counts the host has not fetched yet."""
+"""Batches whose counts may be pending on the devices."""
 
 
 def score_on_mesh(
@@ -49,8 +49,8 @@ def score_on_mesh(
 ) -> Scores:
     """Returns the scores of a dense network over a labelled dataset, the same in every process.
 
-    Each device takes one image at a time; windows, resize, arg max and confusion matrix are one jitted function. With
-    several processes each scores its share of the images at its own pace, and the counts are added at the end.
+    Each device scores one image at a time; windows, resize, arg max and confusion matrix are one jitted function.
+    Processes score their shares of the images independently, and the counts are added at the end.
 
     Args:
         forward: (params, RGB in 0..255 [N, h, w, 3]) -> scores [N, h', w', K]. Pass the same function object every
@@ -74,13 +74,14 @@ def score_on_mesh(
     table = None if unmapped else jnp.asarray(common.predictions)
     local = mesh.local_mesh
     params = _local_copy(params, mesh)
+    samples = cache(partial(score_samples, forward, params))
 
     def prepare(index: int) -> _Prepared:
         example = dataset[index]
         if example.labels is None:
             raise UserError(f"{dataset.name}: image '{example.name}' has no label map; score a labelled split")
         grid = WindowGrid.of(example.image.shape[:2], protocol)
-        place = geometry(grid, score_samples(forward, params, grid.window))
+        place = grid.geometry(samples(grid.window))
         labels = pad(common.labels[example.labels], IGNORE)
         return _Prepared(grid.window, grid.shape, grid.prepare(example.image), labels, place)
 

@@ -1,4 +1,4 @@
-"""One predictor around any forward function, and what it returns."""
+"""`Segmenter` around any forward function, and its result, `Segmentation`."""
 
 import importlib
 import json
@@ -56,15 +56,15 @@ class Segmentation:
         beside = overlay_path(path)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture = self.overlay()
+            rendered = self.overlay()
             present = [k for k in np.unique(self.labels) if k < len(self.classes.names)]
-            strip = legend(self.classes, picture.shape[1], present, size=max(12, picture.shape[1] // 60))
+            strip = legend(self.classes, rendered.shape[1], present, size=max(12, rendered.shape[1] // 60))
             # both or neither: a label map without overlay would be in the way of the next try
             with replacing(path) as part, replacing(beside) as other:
                 palette_image = Image.fromarray(self.labels)
                 palette_image.putpalette(colour_table(self.classes).tobytes())
                 palette_image.save(part)
-                Image.fromarray(np.concatenate([picture, strip])).save(other, quality=92)
+                Image.fromarray(np.concatenate([rendered, strip])).save(other, quality=92)
         return path, beside
 
 

@@ -53,11 +53,9 @@ def groups_of(evaluations: Iterable[Evaluation]) -> list[Group]:
 def _reference(members: Sequence[Evaluation], index: int) -> int:
     """Returns the index of the host's evaluation beside this one, else of the first evaluation."""
     member = members[index]
-    host, plus, _ = member.model.partition(" + ")
-    for k, other in enumerate(members):
-        if plus and other.model == host and other.run == member.run and _parent(other) == _parent(member):
-            return k
-    return 0
+    host = (member.run, _parent(member), member.model.partition(" + ")[0])
+    hosts = [(other.run, _parent(other), other.model) for other in members]
+    return hosts.index(host) if " + " in member.model and host in hosts else 0
 
 
 def _parent(evaluation: Evaluation) -> Path:
@@ -65,15 +63,11 @@ def _parent(evaluation: Evaluation) -> Path:
 
 
 def _labels(members: Sequence[Evaluation]) -> tuple[str, ...]:
-    """Returns labels that distinguish the members: the model, else run and model, else run and folder."""
-    for parts in (
-        [e.model for e in members],
-        [f"{e.run}: {e.model}" for e in members],
-        [f"{e.model} ({e.where or e.run})" for e in members],
-    ):
-        if len(set(parts)) == len(parts):
-            return tuple(parts)
-    return tuple(f"{e.run}/{e.where}" for e in members)
+    """Returns labels that distinguish the members: the model, else run and model, else run, folder and model."""
+    for labels in ([e.model for e in members], [f"{e.run}: {e.model}" for e in members]):
+        if len(set(labels)) == len(labels):
+            return tuple(labels)
+    return tuple(f"{e.run}/{e.where}: {e.model}" for e in members)
 
 
 def outcome(folder: str | Path) -> list[str]:

@@ -8,7 +8,7 @@ antialiasing (`fmda.nn.resize`). b = images, N = windows, K = classes, h and w =
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +65,17 @@ class Resampling(NamedTuple):
 
     sources: Int[Array | np.ndarray, "*b blocks m"]
     weights: Float[Array | np.ndarray, "*b blocks rows m"]
+
+
+class Geometry(NamedTuple):
+    """Placement of the windows of an image: first (row, column) of each, row by row, and the matrix of each side.
+
+    A batch has a leading axis of images.
+    """
+
+    corners: Int[Array | np.ndarray, "*b N 2"]
+    rows: Resampling
+    columns: Resampling
 
 
 @dataclass(frozen=True)
@@ -136,9 +147,13 @@ class WindowGrid:
         """Windows down and across."""
         return len(self.rows.starts), len(self.columns.starts)
 
-    def corners(self) -> Int[np.ndarray, "N 2"]:
-        """Returns the first (row, column) of each window, row by row."""
-        return np.asarray([(y, x) for y in self.rows.starts for x in self.columns.starts], np.int32)
+    def geometry(self, samples: tuple[int, int]) -> Geometry:
+        """Returns the placement of windows whose scores have `samples` (rows, columns)."""
+        corners = np.asarray([(y, x) for y in self.rows.starts for x in self.columns.starts], np.int32)
+        # scores of a block fit a CPU's cache, or fill an accelerator
+        block = ROWS if jax.default_backend() == "cpu" else padded(self.rows.length)
+        rows, columns = self.rows.resampling(samples[0], block), self.columns.resampling(samples[1], COLUMNS)
+        return Geometry(corners, rows, columns)
 
     def prepare(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H2 W2 3"]:
         """Returns the image at network size, padded with zeros to multiples of `SIDE`."""
@@ -158,35 +173,12 @@ def pad(array: UInt8[np.ndarray, "H W *c"], value: int) -> UInt8[np.ndarray, "H2
     return np.pad(array, ((0, below), (0, right), *((0, 0),) * (array.ndim - 2)), constant_values=value)
 
 
-class Geometry(NamedTuple):
-    """The arrays that place an image's windows; a batch has a leading axis of images."""
-
-    corners: Int[Array | np.ndarray, "*b N 2"]
-    rows: Resampling
-    columns: Resampling
-
-
-def geometry(grid: WindowGrid, samples: tuple[int, int]) -> Geometry:
-    """Returns the placement of windows whose scores have `samples` (rows, columns)."""
-    # scores of a block fit a CPU's cache, or fill an accelerator
-    block = ROWS if jax.default_backend() == "cpu" else padded(grid.rows.length)
-    rows, columns = grid.rows.resampling(samples[0], block), grid.columns.resampling(samples[1], COLUMNS)
-    return Geometry(grid.corners(), rows, columns)
-
-
-@lru_cache(maxsize=256)
-def _samples(forward: DenseForward, structure: Any, leaves: tuple, window: tuple[int, int]) -> tuple[int, int]:
-    params = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-    out = jax.eval_shape(forward, params, jax.ShapeDtypeStruct((1, *window, 3), jnp.float32))
-    if len(out.shape) != 4 or out.shape[-1] > 255:
-        raise UserError(f"forward: returns {out.shape} for one window; return scores [N, h, w, K], K at most 255")
-    return out.shape[1], out.shape[2]
-
-
 def score_samples(forward: DenseForward, params: Any, window: tuple[int, int]) -> tuple[int, int]:
-    """Returns (rows, columns) of the scores that `forward` gives for a window of this size."""
-    leaves, structure = jax.tree.flatten(params)
-    return _samples(forward, structure, tuple((x.shape, jnp.result_type(x)) for x in leaves), window)
+    """Returns (rows, columns) of the scores of `forward` for a window of this size."""
+    shape = jax.eval_shape(forward, params, jax.ShapeDtypeStruct((1, *window, 3), jnp.float32)).shape
+    if len(shape) != 4 or shape[-1] > 255:
+        raise UserError(f"forward: returns {shape} for one window; return scores [N, h, w, K], K at most 255")
+    return shape[1], shape[2]
 
 
 def label_maps(
@@ -204,7 +196,7 @@ def label_maps(
 
     Args:
         images: by `WindowGrid.prepare`; their grids have equal `window` and `shape`.
-        place: by `geometry`, with a leading axis of images.
+        place: by `WindowGrid.geometry`, with a leading axis of images.
         window, shape: of the grids; static.
         flip: see `Protocol`.
     """
@@ -274,15 +266,16 @@ _predict = partial(jax.jit, static_argnames=("forward", "window", "shape", "flip
 
 
 class Predictor:
-    """Image in, label map out: the `forward` of a `Segmenter` around a dense network."""
+    """The `forward` of a `Segmenter` around a dense network."""
 
     def __init__(self, forward: DenseForward, params: Any, protocol: Protocol) -> None:
         self.forward, self.params, self.protocol = forward, params, protocol
+        self._samples = cache(partial(score_samples, forward, params))
 
     def __call__(self, image: UInt8[np.ndarray, "H W 3"]) -> tuple[UInt8[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
         """Returns (labels, averaged score of the label) at the size of the image."""
         grid = WindowGrid.of(image.shape[:2], self.protocol)
-        place = geometry(grid, score_samples(self.forward, self.params, grid.window))
+        place = grid.geometry(self._samples(grid.window))
         images, place = jax.tree.map(lambda array: array[None], (grid.prepare(image), place))
         out = _predict(self.forward, self.params, images, place, grid.window, grid.shape, self.protocol.flip)
         labels, scores = jax.device_get(out)
