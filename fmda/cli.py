@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional
-from tyro.constructors import PrimitiveConstructorSpec
 
 from fmda import __version__
 from fmda.config import user_path
@@ -24,23 +23,12 @@ from fmda.environment import keep_compiled_programs, platform_fault
 from fmda.errors import UserError, did_you_mean
 from fmda.progress import process_index
 
-
-def _path(text: str) -> Path:
-    """Returns the path that a user wrote; `~` is the home folder also where the shell leaves it alone."""
-    return user_path(text) if text.startswith("~") else Path(text)
-
-
-_PATH: PrimitiveConstructorSpec[Path] = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="PATH",
-    instance_from_str=lambda arguments: _path(arguments[0]),
-    is_instance=lambda value: isinstance(value, Path),
-    str_from_instance=lambda value: [str(value)],
-)
-File = Annotated[Path, _PATH]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")]
-Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
+Json = Annotated[Flag, tyro.conf.arg(name="json", help="print JSON")]
+Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="a YAML file of `configs/`")]
+Overrides = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY=VALUE ...]")]
+Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a folder, an embedded model or a hub id")]
+Revision = Annotated[str | None, tyro.conf.arg(help="branch, tag or commit of a hub id")]
 
 
 def _log(line: str) -> None:
@@ -62,7 +50,7 @@ def _load_jax() -> None:
     keep_compiled_programs()
 
 
-def demo(work_dir: File = Path("runs/demo"), overrides: Positional[Overrides] = ()) -> None:
+def demo(work_dir: Path = Path("runs/demo"), overrides: Overrides = ()) -> None:
     """Run the whole system on the embedded default: render streets, rank templates, segment, report.
 
     Some seven minutes on two CPU cores. Ends with the path of an HTML report.
@@ -80,11 +68,10 @@ def demo(work_dir: File = Path("runs/demo"), overrides: Positional[Overrides] = 
     _print_outcome(job.work_dir, folders["report"] / "report.html")
 
 
-def run(config: Positional[File], overrides: Positional[Overrides] = (), processes: Flag = False) -> None:
+def run(config: Config, overrides: Overrides = (), processes: Flag = False) -> None:
     """Run a configuration: its stages in order; finished ones are skipped, interrupted ones resume.
 
     Args:
-        config: a YAML file of `configs/`.
         overrides: values to change, as key.sub=value; work_dir= names the run folder.
         processes: join the other processes of this run (coordinator from the cluster or FMDA_COORDINATOR,
             FMDA_PROCESSES, FMDA_PROCESS) before starting.
@@ -101,13 +88,11 @@ def run(config: Positional[File], overrides: Positional[Overrides] = (), process
     _print_outcome(job.work_dir, job.work_dir)
 
 
-def plan(config: Positional[File], overrides: Positional[Overrides] = (), as_json: Json = False) -> None:
+def plan(config: Config, overrides: Overrides = (), as_json: Json = False) -> None:
     """Dry run: print resolved values, stages, parameters, FLOPs and bytes; write nothing.
 
     Args:
-        config: a YAML file of `configs/`.
         overrides: values to change, as key.sub=value.
-        as_json: print one JSON object.
     """
     _load_jax()
     from fmda.config import to_dict, to_yaml
@@ -122,9 +107,9 @@ def plan(config: Positional[File], overrides: Positional[Overrides] = (), as_jso
 
 
 def predict(
-    model: Positional[File],
-    images: Positional[tuple[File, ...]],
-    out: File = Path("predictions"),
+    model: Positional[Path],
+    images: Positional[tuple[Path, ...]],
+    out: Path = Path("predictions"),
     as_json: Json = False,
 ) -> None:
     """Segment images with a trained run: writes a label map and an overlay for each.
@@ -134,7 +119,6 @@ def predict(
         images: image files or folders of images.
         out: where to write `<name>.png` and `<name>_overlay.jpg`; the same command resumes, and no other existing file
             is replaced.
-        as_json: print one JSON object per image.
     """
     if not images:
         raise UserError("predict: no image named; give image files or folders of images after the run folder")
@@ -147,12 +131,12 @@ def predict(
 
 
 def evaluate(
-    model: Positional[File],
+    model: Positional[Path],
     dataset: Positional[str],
-    root: File | None = None,
+    root: Path | None = None,
     split: str = "val",
     class_map: str | None = None,
-    out: File | None = None,
+    out: Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Score a run on a labelled dataset: IoU by class, mIoU, figures.
@@ -164,7 +148,6 @@ def evaluate(
         split: which part.
         class_map: a known map or YAML file between the model's classes and the dataset's.
         out: where scores, table and figures go; default: `<model>/evaluate-<dataset>-<split>`.
-        as_json: print one JSON object instead of the table.
     """
     _load_jax()
     from fmda.data import open_dataset
@@ -178,9 +161,6 @@ def evaluate(
 
 def data_list(as_json: Json = False) -> None:
     """List the known datasets (classes, splits, expected layout), class lists and class maps.
-
-    Args:
-        as_json: print one JSON object.
     """
     from fmda.data import class_list, known_class_lists, known_class_maps, known_datasets
     from fmda.data.classes import LIST_FORM, MAP_FORM
@@ -199,7 +179,7 @@ def data_list(as_json: Json = False) -> None:
     print(f"class maps, for class_map=: {', '.join(known_class_maps())}\nor a YAML file:\n{MAP_FORM}", end="")
 
 
-def data_check(dataset: Positional[str], root: File | None = None, split: str = "val", as_json: Json = False) -> None:
+def data_check(dataset: Positional[str], root: Path | None = None, split: str = "val", as_json: Json = False) -> None:
     """Examine a dataset before a run: pairs, files, sizes, label values; counts pixels by class.
 
     Exit code 2 on any fault. Images without labels remain usable as unlabelled images, which the last line reports.
@@ -208,7 +188,6 @@ def data_check(dataset: Positional[str], root: File | None = None, split: str = 
         dataset: a known dataset, or `folder`.
         root: its folder.
         split: which part.
-        as_json: print one JSON object.
     """
     from fmda.data import open_dataset
     from fmda.data.check import check
@@ -219,7 +198,7 @@ def data_check(dataset: Positional[str], root: File | None = None, split: str = 
         raise UserError(f"{dataset}: {len(report.faults)} faults, listed above; fix or remove those files")
 
 
-def data_render(out: Positional[File], overrides: Positional[Overrides] = ()) -> None:
+def data_render(out: Positional[Path], overrides: Overrides = ()) -> None:
     """Render street-world datasets, one folder per domain, with labels, instances, captions, a contact sheet.
 
     Args:
@@ -228,18 +207,15 @@ def data_render(out: Positional[File], overrides: Positional[Overrides] = ()) ->
     """
     _load_jax()
     from fmda.config import from_dict, override
-    from fmda.methods.render import Config, write_world
+    from fmda.methods.render import RenderConfig, write_world
 
-    config = from_dict(Config, override({}, overrides), "fmda data render")
+    config = from_dict(RenderConfig, override({}, overrides), "fmda data render")
     write_world(config, out)
     print(out / "contact-sheet.png")
 
 
 def models_list(as_json: Json = False) -> None:
     """List the known networks: parameters, where weights come from, licence; and the models of the package.
-
-    Args:
-        as_json: print one JSON object.
     """
     from fmda.models.catalog import CATALOG
     from fmda.weights.source import asset_names
@@ -252,16 +228,11 @@ def models_list(as_json: Json = False) -> None:
         print(json.dumps(facts) if as_json else f"{name:<28}{'':>14}  in the package")
 
 
-def models_check(source: Positional[str], revision: str | None = None, as_json: Json = False) -> None:
+def models_check(source: Source, revision: Revision = None, as_json: Json = False) -> None:
     """Load a checkpoint and verify every array: names, shapes, numbers, count.
 
     A whole Stable Diffusion, or one network: CLIP, DINO, ESPNetv2, UNet, autoencoder, text encoder. Exit code 2 when
     anything is wrong.
-
-    Args:
-        source: a folder, an embedded model or a hub id.
-        revision: branch, tag or commit of a hub id.
-        as_json: print one JSON object.
     """
     _load_jax()
     from fmda.diffusion.checkpoints import verify
@@ -273,20 +244,18 @@ def models_check(source: Positional[str], revision: str | None = None, as_json: 
 
 
 def convert(
-    source: Positional[str],
-    out: Positional[File],
+    source: Source,
+    out: Positional[Path],
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    revision: str | None = None,
+    revision: Revision = None,
 ) -> None:
     """Rewrite a checkpoint (Flax msgpack, safetensors, OpenCLIP names) as safetensors that PyTorch's libraries open.
 
     A whole Stable Diffusion, or one network: CLIP, DINO, ESPNetv2, UNet, autoencoder, text encoder.
 
     Args:
-        source: a folder, an embedded model or a hub id.
         out: a new folder.
         dtype: storage type.
-        revision: branch, tag or commit of a hub id.
     """
     _load_jax()
     from fmda.diffusion.checkpoints import convert as convert_checkpoint
@@ -294,7 +263,7 @@ def convert(
     print(convert_checkpoint(source, out, dtype, revision))
 
 
-def bench(name: Positional[str] = "", out: File | None = None, arguments: Positional[tuple[str, ...]] = ()) -> None:
+def bench(name: Positional[str] = "", out: Path | None = None, arguments: Positional[tuple[str, ...]] = ()) -> None:
     """Run a benchmark of `benchmarks/` by name; without a name, list them. Needs a checkout.
 
     Args:
@@ -320,7 +289,7 @@ def bench(name: Positional[str] = "", out: File | None = None, arguments: Positi
     runpy.run_path(script, run_name="__main__")
 
 
-def report(runs: Positional[tuple[File, ...]], out: File = Path("report.html")) -> None:
+def report(runs: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
     """Write one HTML page, readable without network, over one or several run folders.
 
     Args:
@@ -349,10 +318,12 @@ VERBS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _with_one_verb(arguments: list[str]) -> list[str]:
-    """Returns the arguments with a two-word verb such as `data check` as one."""
+def _words(arguments: list[str]) -> list[str]:
+    """Returns the arguments with a verb of two words as one, and with `~` expanded, also behind `--name=`."""
     two = " ".join(arguments[:2])
-    return [two, *arguments[2:]] if two in VERBS else arguments
+    words = [two, *arguments[2:]] if two in VERBS else arguments
+    parts = [word.rpartition("=") if word.startswith("--") else ("", "", word) for word in words]
+    return [f"{name}{sign}{user_path(path) if path.startswith('~') else path}" for name, sign, path in parts]
 
 
 def _warning_line(
@@ -371,14 +342,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"fmda {__version__}")
         return
     try:
-        app = tyro.extras.SubcommandApp()
-        for name, verb in VERBS.items():
-            app.command(name=name)(verb)
-        app.cli(
-            prog="fmda",
-            args=_with_one_verb(words),
-            description="Foundation models for domain adaptation, in JAX.",
-        )
+        description = "Foundation models for domain adaptation, in JAX."
+        tyro.extras.subcommand_cli_from_dict(VERBS, prog="fmda", args=_words(words), description=description)
     except UserError as fault:
         _refuse(fault)
     except BrokenPipeError:

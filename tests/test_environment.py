@@ -115,7 +115,7 @@ def test_paths_of_the_command_line_know_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     calls = []
 
-    def report(runs: cli.Positional[tuple[cli.File, ...]], out: cli.File = Path("report.html")) -> None:
+    def report(runs: cli.Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
         calls.append((runs, out))
 
     monkeypatch.setitem(cli.VERBS, "report", report)

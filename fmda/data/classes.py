@@ -4,16 +4,17 @@ A list's file is `classes/<name>.yaml`, a map's file `maps/<from>-to-<to>.yaml`;
 `LIST_FORM` and `MAP_FORM`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import yaml
 from jaxtyping import UInt8
 
-from fmda.config import read_yaml, resolved
+from fmda.config import Bounds, from_dict, read_yaml
 from fmda.errors import UserError, did_you_mean
 from fmda.text import composed
 
@@ -34,19 +35,34 @@ IGNORE = 255
 MOST_CLASSES = 255
 
 _HERE = Path(__file__).parent
-_LIST_KEYS = ("classes", "palette", "ignore", "void")
 _DROP = (
     "to leave out a class such as a background at 0, list it too, and drop it by a class map "
     "(a YAML file with from:, to: and map:, named by class_map=)"
 )
-_ENTRY_KEYS = ("name", "colour", "prompts", "naclip")
-_MAP_KEYS = ("from", "to", "map")
 
 Names = tuple[tuple[str, ...], ...]
+Channel = Annotated[int, Bounds(0, 255)]
+Colour = tuple[Channel, Channel, Channel]
+
+
+@dataclass(frozen=True)
+class _Class:
+    name: str
+    colour: Colour | None = None
+    prompts: tuple[str, ...] = ()
+    naclip: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _ListFile:
+    classes: tuple[_Class, ...]
+    palette: tuple[Colour, ...] | None = None
+    ignore: int | str = IGNORE
+    void: tuple[int, ...] = ()
 
 
 class ClassList:
-    """The classes of a label map, in label order: names, colours, prompt names, and which values mean "ignore".
+    """The classes of a label map, in label order: names, colours, prompt names.
 
     Attributes:
         names: K distinct names.
@@ -57,35 +73,41 @@ class ClassList:
         void: further raw label values that are read as `ignore`.
     """
 
+    ignore = IGNORE
+
     def __init__(
         self,
         names: Sequence[str],
         palette: UInt8[np.ndarray, "K 3"] | Sequence[Sequence[int]] | None = None,
-        ignore: int = IGNORE,
         prompts: Sequence[Sequence[str]] = (),
         *,
-        naclip: Sequence[Sequence[str] | None] = (),
+        naclip: Sequence[Sequence[str]] = (),
         void: Sequence[int] = (),
         where: str = "class list",
     ) -> None:
-        """Raises UserError, naming `where`, for a duplicate, an empty name, a bad palette or too many classes."""
-        self.names = tuple(composed(name) if isinstance(name, str) else name for name in names)
-        _check_names(self.names, where)
-        colours = default_palette(len(self.names)) if palette is None else palette
-        self.palette = _palette(colours, len(self.names), where)
-        self.ignore = ignore
-        if ignore != IGNORE:
-            raise UserError(
-                f"{where}: ignore is {ignore!r}, but pixels without a class have the value {IGNORE}; "
-                f"list values above the classes under `void:`; {_DROP}"
-            )
-        self.void = _void(void, len(self.names), where)
-        self.prompts: Names = _prompts(prompts, self.names, where)
-        spelled = naclip or [None] * len(self.names)
-        self.naclip: Names = tuple(
-            tuple(spelling) if spelling else _without_blanks(plain)
-            for spelling, plain in zip(spelled, self.prompts, strict=True)
-        )
+        """Raises UserError, naming `where`, for a duplicate, an empty name, too many classes and bad void values.
+
+        An empty sequence in `prompts` or `naclip` stands for the default.
+        """
+        self.names = tuple(map(composed, names))
+        count = len(self.names)
+        self.palette = default_palette(count) if palette is None else np.array(palette, np.uint8).reshape(-1, 3)
+        self.void = tuple(void)
+        texts = zip(self.names, prompts or [()] * count, strict=True)
+        self.prompts: Names = tuple(tuple(map(composed, options)) or (name,) for name, options in texts)
+        spellings = zip(self.prompts, naclip or [()] * count, strict=True)
+        self.naclip: Names = tuple(tuple(options) or _without_blanks(plain) for plain, options in spellings)
+        for label, name in enumerate(self.names):
+            if not name.strip():
+                raise UserError(f"{where}: class {label} has no name; add it, in quotes")
+            if (first := self.names.index(name)) < label:
+                raise UserError(f"{where}: class '{name}' occurs twice (labels {first} and {label}); rename one")
+        if count > MOST_CLASSES:
+            raise UserError(f"{where}: {count} classes; 8-bit labels hold {MOST_CLASSES} at most")
+        if len(self.palette) != count:
+            raise UserError(f"{where}: the palette has {len(self.palette)} colours for {count} classes; give one each")
+        if any(not count <= value <= 255 for value in self.void):
+            raise UserError(f"{where}: void values {list(self.void)} must lie between {count} and 255; {_DROP}")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -136,34 +158,33 @@ class ClassList:
 
         Raises UserError naming `where` and the key.
         """
-        _known_keys(values, _LIST_KEYS, where)
-        listed = values.get("classes")
-        if isinstance(listed, str):
+        known = values.get("classes")
+        if isinstance(known, str):
             if len(values) > 1:
-                raise UserError(f"{where}: `classes: {listed}` names a known list whole; drop the other keys")
-            return class_list(listed)
-        if not isinstance(listed, list) or not listed:
+                raise UserError(f"{where}: `classes: {known}` names a known list whole; drop the other keys")
+            return class_list(known)
+        file = from_dict(_ListFile, values, where)
+        if not file.classes:
             raise UserError(f"{where}: needs `classes:`, a list of names or the name of a known list")
-        entries = [_entry(item, f"{where}, class {i}") for i, item in enumerate(listed)]
-        palette = values.get("palette")
-        if palette is None:
-            palette = default_palette(len(entries)).tolist()
-            for i, entry in enumerate(entries):
-                palette[i] = entry.get("colour", palette[i])
+        if file.ignore != IGNORE:
+            raise UserError(
+                f"{where}: ignore is {file.ignore!r}, but pixels without a class have the value {IGNORE}; "
+                f"list values above the classes under `void:`; {_DROP}"
+            )
+        colours = default_palette(len(file.classes)).tolist()
         return cls(
-            [entry["name"] for entry in entries],
-            palette,
-            values.get("ignore", IGNORE),
-            [entry.get("prompts", [entry["name"]]) for entry in entries],
-            naclip=[entry.get("naclip") for entry in entries],
-            void=values.get("void", ()),
+            [entry.name for entry in file.classes],
+            file.palette or [entry.colour or colour for entry, colour in zip(file.classes, colours, strict=True)],
+            [entry.prompts for entry in file.classes],
+            naclip=[entry.naclip for entry in file.classes],
+            void=file.void,
             where=where,
         )
 
     @classmethod
     def load(cls, path: str | Path) -> "ClassList":
         """Returns the list in a YAML file. Raises UserError for a missing or faulty one."""
-        return cls.from_dict(resolved(read_yaml(path)), str(path))
+        return cls.from_dict(read_yaml(path), str(path))
 
     def save(self, path: str | Path) -> None:
         """Writes the list as YAML that `load` reads back."""
@@ -185,8 +206,14 @@ class ClassMap:
         """Maps by name. Raises UserError for a name that is not in its list, with the nearest one."""
         self.source, self.target = source, target
         self.table = np.full(256, target.ignore, np.uint8)
+
+        def label(key: str, name: str, classes: ClassList) -> int:
+            if composed(name) not in classes.names:
+                raise UserError(f"{where}: '{key}' class '{name}' is unknown{did_you_mean(name, classes.names)}")
+            return classes.names.index(composed(name))
+
         for left, right in pairs.items():
-            self.table[_find(left, source, f"{where}: 'from' class")] = _find(right, target, f"{where}: 'to' class")
+            self.table[label("from", left, source)] = label("to", right, target)
 
     @classmethod
     def load(cls, name: "str | Path | ClassMap") -> "ClassMap":
@@ -197,11 +224,8 @@ class ClassMap:
         """
         if isinstance(name, ClassMap):
             return name
-        if (_HERE / "maps" / f"{_canonical(str(name))}.yaml").is_file():
-            return _known_map(_canonical(str(name)))
-        if _is_file_name(str(name)):
-            return _load_map(Path(name))
-        raise UserError(f"'{name}': no such class map{did_you_mean(str(name), known_class_maps())}")
+        path = _yaml_file(str(name), "maps", "class map")
+        return _known_map(path) if path.parent == _HERE / "maps" else _load_map(path)
 
     def apply(self, labels: UInt8[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
         """Returns the labels in the target list; what has no counterpart becomes `target.ignore`."""
@@ -213,12 +237,12 @@ class ClassMap:
 
 def known_class_lists() -> tuple[str, ...]:
     """Returns the names that `class_list` knows."""
-    return tuple(sorted(path.stem for path in (_HERE / "classes").glob("*.yaml")))
+    return _known("classes")
 
 
 def known_class_maps() -> tuple[str, ...]:
     """Returns the names that `ClassMap.load` knows."""
-    return tuple(sorted(path.stem for path in (_HERE / "maps").glob("*.yaml")))
+    return _known("maps")
 
 
 def class_list(name: str) -> ClassList:
@@ -226,11 +250,8 @@ def class_list(name: str) -> ClassList:
 
     Raises UserError for an unknown name, with the nearest one.
     """
-    if (_HERE / "classes" / f"{_canonical(name)}.yaml").is_file():
-        return _known_list(_canonical(name))
-    if _is_file_name(name):
-        return ClassList.load(name)
-    raise UserError(f"'{name}': no such class list{did_you_mean(name, known_class_lists())}")
+    path = _yaml_file(name, "classes", "class list")
+    return _known_list(path) if path.parent == _HERE / "classes" else ClassList.load(path)
 
 
 def prompts(classes: str | ClassList, style: str = "plain") -> Names:
@@ -254,48 +275,35 @@ def default_palette(count: int) -> UInt8[np.ndarray, "K 3"]:
     return palette
 
 
-@lru_cache
-def _known_list(name: str) -> ClassList:
-    return ClassList.load(_HERE / "classes" / f"{name}.yaml")
+_known_list = lru_cache(ClassList.load)
 
 
-@lru_cache
-def _known_map(name: str) -> ClassMap:
-    return _load_map(_HERE / "maps" / f"{name}.yaml")
+def _known(folder: str) -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in (_HERE / folder).glob("*.yaml")))
+
+
+def _yaml_file(name: str, folder: str, what: str) -> Path:
+    """Returns the file of a known list or map, or the YAML file that `name` is."""
+    path = _HERE / folder / f"{name.lower().replace('_', '-')}.yaml"
+    if path.is_file():
+        return path
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    raise UserError(f"'{name}': no such {what}{did_you_mean(name, _known(folder))}")
 
 
 def _load_map(path: Path) -> ClassMap:
-    values = resolved(read_yaml(path))
-    _known_keys(values, _MAP_KEYS, str(path))
-    missing = [key for key in _MAP_KEYS if not values.get(key)]
-    if missing:
-        raise UserError(f"{path}: lacks `{missing[0]}:`; a class map has from:, to: and map:")
-    pairs = values["map"]
-    if not isinstance(pairs, dict) or not all(isinstance(v, str) for pair in pairs.items() for v in pair):
-        raise UserError(f"{path}: `map:` must hold lines of the form  source name: target name")
-    source, target = (_list_beside(values[key], path, key) for key in ("from", "to"))
-    return ClassMap(source, target, pairs, str(path))
+    values = read_yaml(path)
+    if set(values) != {"from", "to", "map"} or not isinstance(values["map"], Mapping):
+        raise UserError(f"{path}: a class map has from:, to: and map:, with lines `source name: target name` in map:")
+    source, target = (
+        class_list(str(path.parent / name) if (path.parent / name).is_file() else name)
+        for name in (str(values["from"]), str(values["to"]))
+    )
+    return ClassMap(source, target, {str(left): str(right) for left, right in values["map"].items()}, str(path))
 
 
-def _list_beside(name: Any, path: Path, key: str) -> ClassList:
-    if not isinstance(name, str):
-        raise UserError(f"{path}: `{key}:` must be a known class list or a YAML file")
-    beside = path.parent / name
-    return class_list(str(beside) if _is_file_name(name) and beside.is_file() else name)
-
-
-def _find(name: str, classes: ClassList, what: str) -> int:
-    if composed(name) not in classes.names:
-        raise UserError(f"{what} '{name}' is unknown{did_you_mean(name, classes.names)}")
-    return classes.names.index(composed(name))
-
-
-def _canonical(name: str) -> str:
-    return str(name).lower().replace("_", "-")
-
-
-def _is_file_name(name: str) -> bool:
-    return str(name).endswith((".yaml", ".yml"))
+_known_map = lru_cache(_load_map)
 
 
 def _plain(name: str) -> str:
@@ -304,57 +312,3 @@ def _plain(name: str) -> str:
 
 def _without_blanks(prompts: Sequence[str]) -> tuple[str, ...]:
     return tuple(p.replace(" ", "") for p in prompts) if len(prompts) == 1 else tuple(prompts)
-
-
-def _known_keys(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), known)}")
-
-
-def _check_names(names: tuple[str, ...], where: str) -> None:
-    first: dict[str, int] = {}
-    for label, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{where}: class {label} has no name ({name!r}); put it in quotes if it is a word")
-        if name in first:
-            raise UserError(f"{where}: class '{name}' occurs twice (labels {first[name]} and {label}); rename one")
-        first[name] = label
-    if len(names) > MOST_CLASSES:
-        raise UserError(f"{where}: {len(names)} classes; 8-bit labels hold {MOST_CLASSES} at most")
-
-
-def _void(values: Any, count: int, where: str) -> tuple[int, ...]:
-    if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
-        raise UserError(f"{where}: `void:` is {values!r}; give a list of label values, such as [30, 31]")
-    if any(not count <= value <= 255 for value in values):
-        raise UserError(f"{where}: void values {list(values)} must lie between {count} and 255; {_DROP}")
-    return tuple(values)
-
-
-def _palette(colours: Any, count: int, where: str) -> UInt8[np.ndarray, "K 3"]:
-    try:
-        array = np.asarray(colours, np.float64).reshape(-1, 3) if count else np.zeros((0, 3))
-    except (ValueError, TypeError):
-        raise UserError(f"{where}: a colour is three numbers, [red, green, blue]") from None
-    if len(array) != count or (array < 0).any() or (array > 255).any() or (array % 1).any():
-        raise UserError(f"{where}: the palette needs {count} colours [red, green, blue], whole numbers of 0-255 each")
-    return array.astype(np.uint8)
-
-
-def _prompts(words: Sequence[Sequence[str]], names: tuple[str, ...], where: str) -> Names:
-    if not words:
-        return tuple((name,) for name in names)
-    for name, options in zip(names, words, strict=True):
-        if isinstance(options, str) or not options or not all(isinstance(o, str) and o for o in options):
-            raise UserError(f"{where}: the prompts of '{name}' must be a list of words")
-    return tuple(tuple(composed(option) for option in options) for options in words)
-
-
-def _entry(item: Any, where: str) -> dict[str, Any]:
-    if not isinstance(item, Mapping):
-        return {"name": item}
-    _known_keys(item, _ENTRY_KEYS, where)
-    if "name" not in item:
-        raise UserError(f"{where}: lacks `name:`")
-    return dict(item)

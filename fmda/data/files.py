@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fmda.errors import UserError
 from fmda.png import END
@@ -21,21 +21,10 @@ warnings.filterwarnings("ignore", ".*orrupt EXIF data", UserWarning)
 _STARTS = (b"\x89PNG", b"\xff\xd8\xff")
 _COLOUR_MODES = ("RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA")
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What turns an image upright, by the EXIF orientation."""
 
 
 class FileFault(UserError):
-    """A file that cannot be used. `kind` is a short word for tables, `path` the file."""
+    """A file that cannot be used. `kind` is a short name of the fault, `path` the file."""
 
     def __init__(self, path: str | Path, kind: str, message: str) -> None:
         super().__init__(f"{path}: {message}")
@@ -49,7 +38,7 @@ class FileFault(UserError):
 def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     """Returns an image as upright RGB: the EXIF orientation is applied.
 
-    Grey and palette images are widened, an alpha channel is dropped.
+    Grey and palette images become RGB, an alpha channel is dropped.
     Raises FileFault for a missing, truncated, 16-bit, too large or unreadable file.
     """
     return np.array(_decode(Path(path), "image", _check_image).convert("RGB"))
@@ -74,28 +63,21 @@ def _check_image(path: Path, image: Image.Image) -> None:
 
 def _check_labels(path: Path, image: Image.Image) -> None:
     if image.format in _LOSSY or "jpeg" in str(image.info.get("compression", "")):
-        raise FileFault(
-            path,
-            "lossy label",
-            f"a label map in the lossy format {image.format}, which changes class ids; export it anew as an 8-bit PNG",
-        )
+        message = f"a label map in the lossy format {image.format}, which changes class ids; export it anew as a PNG"
+        raise FileFault(path, "lossy label", message)
     if image.mode.startswith(("I", "F")):
         raise FileFault(path, "16-bit label", "a 16-bit label map; save it with 8 bits, one class id for each pixel")
     if image.mode in _COLOUR_MODES:
-        raise FileFault(
-            path, "colour label", f"a colour image ({image.mode}), not class ids; save one 8-bit channel of class ids"
-        )
+        message = f"a colour image ({image.mode}), not class ids; save one 8-bit channel of class ids"
+        raise FileFault(path, "colour label", message)
     # grey levels of few bits: ids as they are, or 8-bit values that an optimiser packed; the file does not say which
     if image.mode == "1" or any(re.search(r"\bL;[1-7]", str(tile[3])) for tile in getattr(image, "tile", ())):
-        raise FileFault(
-            path,
-            "label of few bits",
-            "grey levels of fewer than 8 bits, whose class ids are ambiguous; save it with 8 bits",
-        )
+        message = "grey levels of fewer than 8 bits, whose class ids are ambiguous; save it with 8 bits"
+        raise FileFault(path, "label of few bits", message)
 
 
 def _decode(path: Path, what: str, check: Callable[[Path, Image.Image], None]) -> Image.Image:
-    """Returns the decoded file, upright; `check` sees it before its pixels are decoded."""
+    """Returns the decoded file, upright; `check` refuses it before its pixels are decoded."""
     data = _bytes(path, what)
     try:
         image = Image.open(io.BytesIO(data))
@@ -106,37 +88,31 @@ def _decode(path: Path, what: str, check: Callable[[Path, Image.Image], None]) -
             raise FileFault(path, f"truncated {what}", "cut off in its header; copy or download it again") from None
         raise FileFault(path, f"unreadable {what}", f"not an image file; replace it by a PNG or JPEG {what}") from None
     except Image.DecompressionBombError as fault:
-        count = int("".join(re.findall(r"\((\d+) pixels", str(fault))) or 0)
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise FileFault(
-            path, f"huge {what}", f"{count:,} pixels, more than {most:,}; cut it into tiles or reduce its size"
-        ) from None
+        # Pillow's message holds the number of pixels and its limit
+        count, limit = (int(number) for number in re.findall(r"\d+", str(fault))[:2])
+        message = f"{count:,} pixels, more than {limit:,}; cut it into tiles or reduce its size"
+        raise FileFault(path, f"huge {what}", message) from None
     except (OSError, SyntaxError, ValueError, EOFError) as fault:
-        raise FileFault(
-            path, f"truncated {what}", f"truncated or damaged ({fault}); copy or download it again"
-        ) from None
+        message = f"truncated or damaged ({fault}); copy or download it again"
+        raise FileFault(path, f"truncated {what}", message) from None
     return _upright(image)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        image.getexif()
+        image.info.clear()  # only the parsed block counts now: writing it anew would fail where it is damaged
+        return ImageOps.exif_transpose(image)
     except Exception:  # a damaged EXIF block raises whatever its bytes lead to, and names no orientation
         return image
-    return image if turn is None else image.transpose(turn)
 
 
 def _bytes(path: Path, what: str) -> bytes:
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise FileFault(path, f"missing {what}", f"no such {what}; add the file or correct the path") from None
-    except IsADirectoryError:
-        raise FileFault(path, f"missing {what}", f"is a folder; name a {what} in it") from None
     except OSError as fault:
-        raise FileFault(
-            path, f"unreadable {what}", f"cannot be read ({fault.strerror}); check its permissions"
-        ) from None
+        kind = f"unreadable {what}" if path.is_file() else f"missing {what}"
+        raise FileFault(path, kind, f"cannot be read ({fault.strerror}); correct the path or its permissions") from None
     if not data:
         raise FileFault(path, f"truncated {what}", "an empty file; copy or download it again")
     return data
@@ -152,7 +128,6 @@ def _red_channel(path: Path) -> UInt8[np.ndarray, "H W"]:
         raise FileFault(path, "unreadable label map", "not a PNG label map; copy or download it again")
     red = values if values.ndim == 2 else values[..., 2]
     if red.max(initial=0) > 255:
-        raise FileFault(
-            path, "value outside", f"label value {int(red.max())} is above 255; check that this is a label map"
-        )
+        message = f"label value {int(red.max())} is above 255; check that this is a label map"
+        raise FileFault(path, "value outside", message)
     return red.astype(np.uint8)
