@@ -29,7 +29,7 @@ CLASSES = 19
 
 @dataclass
 class InMemory:
-    """Decoded images, as many as asked for."""
+    """`count` decoded images, repeated from a few."""
 
     examples: list[Example]
     count: int

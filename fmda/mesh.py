@@ -51,7 +51,7 @@ FSDP_RULES: tuple[Rule, ...] = (("*", LARGEST_AXIS),)
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh with axes `data` and `fsdp` (both Auto) over `devices`, by default all of every process.
 
-    One of the two sizes may be -1: whatever the other leaves over. A single process may take fewer devices than there
+    One size may be -1: the number of devices over the other size. A single process may use fewer devices than there
     are: the first ones. Raises UserError for more devices than there are, and in a run of several processes for any
     number but all.
     """
@@ -61,7 +61,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         if size == 0 or size < -1:
             raise UserError(f"mesh.{name}: {size} is no size; give a positive number, or -1 for the rest")
     if data == fsdp == -1:
-        raise UserError("mesh: data and fsdp are both -1; only one of them can take the rest")
+        raise UserError("mesh: data and fsdp are both -1; set only one of them to -1")
     for name, other in (("data", "fsdp"), ("fsdp", "data")):
         if sizes[name] == -1:
             sizes[name], left = divmod(len(every), sizes[other])
@@ -117,7 +117,7 @@ def place(shapes: Any, rules: Sequence[Rule], mesh: Mesh | AbstractMesh) -> Any:
     result = map_with_paths(sharding, shapes)
     for pattern, _ in rules:
         if pattern not in used:
-            raise UserError(f"sharding rule '{pattern}': matches no leaf; correct it or take it out")
+            raise UserError(f"sharding rule '{pattern}': matches no leaf; correct or remove it")
     return result
 
 

@@ -1,4 +1,4 @@
-"""PNG files, written whole and refused where they are cut short, and overviews of several images."""
+"""PNG files, written atomically and refused where truncated, and overviews of several images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from fmda.atomic import write_atomic
 from fmda.errors import UserError
 
 END = b"IEND\xaeB`\x82"
-"""Last bytes of a whole file."""
+"""Last bytes of a complete file."""
 
 CAPTION_HEIGHT = 18
 """Pixels of a line of text."""
@@ -24,12 +24,12 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """Writes an image or a map as `encode_png` takes it, whole or not at all."""
+    """Writes an input of `encode_png` atomically."""
     write_atomic(path, encode_png(image))
 
 
 def is_whole(path: Path) -> bool:
-    """Returns whether a file exists and ends as a PNG does; nothing else of it is read."""
+    """Returns whether a file exists and ends as a PNG; the rest is not read."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -38,7 +38,7 @@ def is_whole(path: Path) -> bool:
 
 
 def read_png(path: Path) -> np.ndarray:
-    """Returns what `write_png` wrote. Raises UserError for a missing or damaged file."""
+    """Returns the array of `write_png`. Raises UserError for a missing or damaged file."""
     data = path.read_bytes() if path.is_file() else b""
     # the decoder fills in what is cut off, without a warning
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data.endswith(END) else None
@@ -58,7 +58,7 @@ def grid(cells: Sequence[UInt8[np.ndarray, "h w 3"]], columns: int) -> UInt8[np.
 
 
 def captioned(image: UInt8[np.ndarray, "H W 3"], text: str, lines: int = 1) -> UInt8[np.ndarray, "H2 W 3"]:
-    """Returns the image over a text, which is cut to the width and number of lines."""
+    """Returns the image above a text, which is cut to the width and number of lines."""
     width = image.shape[1]
     below = np.full((lines * CAPTION_HEIGHT, width, 3), 255, np.uint8)
     # the font has ASCII letters only, 7 pixels wide on average

@@ -1,4 +1,4 @@
-"""Text files as editors write them: UTF-8 with or without mark, UTF-16, Western 8-bit, any line ends."""
+"""Text files of any editor: UTF-8 with or without BOM, UTF-16, Windows-1252, any line ends."""
 
 import codecs
 import unicodedata

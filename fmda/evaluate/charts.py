@@ -110,7 +110,7 @@ def image_address(path: Path) -> str:
 
 
 def svg_address(svg: str) -> str:
-    """Returns an SVG document as a data address: an image of its own, whose ids meet no others in the page."""
+    """Returns an SVG document as a data address, whose ids are separate from those of the page."""
     return _address("image/svg+xml", svg.encode())
 
 

@@ -48,7 +48,7 @@ def evaluate_dataset(
     * `evaluation.json`: fingerprint of the segmenter, digest of the dataset, class maps and protocol,
     * `images.jsonl`: counts of each finished image; a second call resumes after the last line with the same result,
     * `scores.json`: scores, counts, palette, model, dataset, protocol, and the examples,
-    * `images.csv`: name, mIoU over the image's own classes, accuracy, labelled pixels,
+    * `images.csv`: name, mIoU over the classes that occur, accuracy, labelled pixels,
     * `figures/{worst,best}-<rank>.png`: image, ground truth, prediction, errors,
     * `timing.json`: images per second of the last call.
 
@@ -116,7 +116,7 @@ class _Evaluation:
         return Scores.from_confusion(self.total, self.names, self.protocol)
 
     def in_folder(self, folder: Path) -> Scores:
-        """Returns the scores, with the images that the folder's journal holds taken from there."""
+        """Returns the scores; counts of finished images are read from the journal of the folder."""
         remedy = "choose another output folder, or delete this one to score again"
         path = folder / IMAGES_LOG
         if not claim(folder, self._facts(), record=IDENTITY, remedy=remedy) and path.exists():
@@ -222,7 +222,7 @@ class _Evaluation:
             writer.writerow(_ImageScore._fields)
             for image in self.images:
                 writer.writerow([image.name, f"{image.miou:.4f}", f"{image.accuracy:.4f}", image.pixels])
-        # a folder of one's own is called by its name
+        # user data is named after its folder
         title = self.dataset.root.resolve().name if self.dataset.name == "folder" else self.dataset.name
         summary = {
             "model": self.segmenter.name,

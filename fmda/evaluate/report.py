@@ -34,20 +34,20 @@ def report(
 ) -> Path:
     """Writes one self-contained HTML page over run folders and returns its path.
 
-    The page shows what came out, scores by class with differences to the host or the first run, confusions, examples,
-    curves, what methods added through `sections.json`, and throughput. Whatever a run lacks is left out.
+    The page shows a summary, scores by class with differences to the host or the first run, confusions, examples,
+    curves, the `sections.json` of methods, and throughput, each where the run has it.
 
     Args:
-        runs: run folders; the first is what the others are compared with.
+        runs: run folders; the others are compared with the first.
         out: the page; its folder is made if missing.
         title: heading of the page.
         command: the command that made the runs, where they did not record it.
 
     Raises:
-        UserError: no run given, a folder without a run, or a damaged file in it. Nothing is written then.
+        UserError: no run, a folder without a run, or a damaged file in it. Nothing is written then.
     """
     if not runs:
-        raise UserError("report: no run given; name at least one run folder")
+        raise UserError("report: name at least one run folder")
     opened = [read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)]
     page = _page(opened, title, command)
     out = Path(out)

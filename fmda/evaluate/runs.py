@@ -106,7 +106,7 @@ def _folders(folder: Path) -> Iterator[Path]:
 
     def below(place: Path, depth: int) -> Iterator[Path]:
         entries = [Path(e.path) for e in os.scandir(place) if e.is_dir() and not e.name.startswith(".")]
-        # a stage may be called `images`; its own images lie below it
+        # a stage may be called `images`
         for entry in sorted((e for e in entries if e.name not in SKIPPED or (e / STAGE).is_file()), key=_age):
             yield entry
             if depth < DEPTH:

@@ -55,7 +55,7 @@ def score_on_mesh(
     Args:
         forward: (params, RGB in 0..255 [N, h, w, 3]) -> scores [N, h', w', K]. Pass the same function object every
             time, since a new one is compiled again.
-        params: a tree of arrays; each device gets a whole copy.
+        params: a tree of arrays; copied to each device.
         dataset: labelled examples.
         mesh: its devices share the images.
         protocol: resize, windows, flip, and the class maps by known name or file.
@@ -110,26 +110,16 @@ class SegmentationEvaluator:
     Attributes:
         name: of the evaluation; scores are logged as `<name>/<score>`.
         every: steps between evaluations; 0 evaluates at the end only.
-        forward, dataset, mesh, protocol, classes, limit: see `score_on_mesh`.
-        params: training state -> the first argument of `forward`.
+        score: training state -> scores, such as a call of `score_on_mesh`.
     """
 
     name: str
     every: int
-    forward: DenseForward
-    dataset: Dataset
-    mesh: Mesh
-    protocol: Protocol
-    classes: ClassList | None = None
-    limit: int | None = None
-    params: Callable[[Any], Any] = lambda state: state.params
+    score: Callable[[Any], Scores]
 
     def run(self, state: Any) -> Iterator[tuple[str, float]]:
         """Yields ("miou", value), "accuracy", and "iou/<class>" for each class that occurs; values in 0..1."""
-        scores = score_on_mesh(
-            self.forward, self.params(state), self.dataset, self.mesh, self.protocol,
-            classes=self.classes, limit=self.limit,
-        )  # fmt: skip
+        scores = self.score(state)
         yield "miou", scores.miou
         yield "accuracy", scores.accuracy
         for name, iou in zip(scores.names, scores.iou, strict=True):
@@ -153,7 +143,7 @@ def read_ahead(read: Callable[[int], T], indices: Iterable[int]) -> Iterator[T]:
 
 
 class _Prepared(NamedTuple):
-    """One image as the devices take it; in a batch, the arrays have a leading axis."""
+    """Input of the devices for one image; in a batch, the arrays have a leading axis."""
 
     window: tuple[int, int]
     shape: tuple[int, int]

@@ -27,7 +27,7 @@ class Segmentation:
     """The prediction for one image.
 
     Attributes:
-        labels: uint8[H, W], class index of each pixel at the image's own size; 255 = none.
+        labels: uint8[H, W], class index of each pixel of the image; 255 = none.
         scores: float32[H, W] of the predicted class, or [H, W, K] of all, or None.
         classes: names and palette.
         image: uint8[H, W, 3], or None.

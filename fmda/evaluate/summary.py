@@ -42,7 +42,7 @@ def groups_of(evaluations: Iterable[Evaluation]) -> list[Group]:
     groups = []
     for (dataset, split, images, names), members in gathered.items():
         heading = f"{dataset} {split}, {images} image{'s' * (images != 1)}"
-        # a host stands before the methods that were built on it
+        # a host comes before the methods built on it
         folders = [(e.run, _parent(e)) for e in members]
         members = sorted(members, key=lambda e: (folders.index((e.run, _parent(e))), " + " in e.model))
         references = tuple(_reference(members, k) for k in range(len(members)))

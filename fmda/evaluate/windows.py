@@ -192,7 +192,7 @@ def label_maps(
 ) -> tuple[UInt8[Array, "b H2 W2"], Float[Array, "b H2 W2"]]:
     """Returns (labels, averaged score of the label) of prepared images; to be traced.
 
-    The lowest class wins ties. Values beyond the label map's own size are undefined.
+    The lowest class wins ties. Values beyond the size of the label map are undefined.
 
     Args:
         images: by `WindowGrid.prepare`; their grids have equal `window` and `shape`.
@@ -249,7 +249,7 @@ def _arg_max(
 
         def row_block(rows: Resampling) -> tuple[Array, Array]:
             block = jnp.einsum("mkn,rm->rkn", stretched[rows.sources], rows.weights, precision="highest")
-            # unrolled: XLA compiles it to one vectorised loop, and its own argmax to a scalar one
+            # XLA vectorises this unrolled loop, but not lax.argmax
             best, label = block[:, 0], jnp.zeros(block[:, 0].shape, jnp.uint8)
             for k in range(1, block.shape[1]):
                 larger = block[:, k] > best

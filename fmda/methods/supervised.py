@@ -19,7 +19,7 @@ from fmda.data.check import check_images
 from fmda.data.streams import RareClasses, Shuffled, Stream, class_pixels
 from fmda.data.transforms import training_transform
 from fmda.errors import UserError
-from fmda.evaluate import Predictor, Protocol, SegmentationEvaluator, Segmenter, evaluate_dataset
+from fmda.evaluate import Predictor, Protocol, SegmentationEvaluator, Segmenter, evaluate_dataset, score_on_mesh
 from fmda.evaluate.maps import common_list
 from fmda.losses.pixelwise import cross_entropy
 from fmda.mesh import make_mesh
@@ -115,9 +115,12 @@ def training_task(config: Config, encoder: Encoder, data: Dataset, val: Dataset)
         jitter=config.jitter,
     )  # fmt: skip
     order = Shuffled() if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
+    mesh, limit = make_mesh(*config.mesh), config.val.limit
     evaluator = SegmentationEvaluator(
-        "val", config.evaluate_steps, encoder.scores, val, make_mesh(*config.mesh), config.protocol, data.classes,
-        config.val.limit, lambda state: {"encoder": encoder.params, "head": state.params},
+        "val", config.evaluate_steps, lambda state: score_on_mesh(
+            encoder.scores, {"encoder": encoder.params, "head": state.params}, val, mesh, config.protocol,
+            classes=data.classes, limit=limit,
+        ),
     )  # fmt: skip
     return Task(
         name="supervised", objective=make_objective(encoder), init=_init(config, encoder, data), optim=config.optim,

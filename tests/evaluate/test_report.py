@@ -82,7 +82,7 @@ def test_folder_without_a_run_is_refused_and_nothing_written(tmp_path):
     for folder in ("empty", "missing"):
         with pytest.raises(UserError, match=folder):
             report([tmp_path / folder], tmp_path / "report.html")
-    with pytest.raises(UserError, match="no run given"):
+    with pytest.raises(UserError, match="name at least one run"):
         report([], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 

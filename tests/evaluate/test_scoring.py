@@ -92,10 +92,9 @@ def test_faults_of_the_data_are_user_errors(streets, mesh):
 
 
 def test_an_evaluator_yields_named_scores_of_a_state(streets, mesh):
-    state = {"params": PARAMS}
-    evaluator = SegmentationEvaluator("val", 100, forward, streets, mesh, PROTOCOL, params=lambda s: s["params"])
     scores = score_on_mesh(forward, PARAMS, streets, mesh, PROTOCOL)
-    values = dict(evaluator.run(state))
+    evaluator = SegmentationEvaluator("val", 100, lambda state: state["scores"])
+    values = dict(evaluator.run({"scores": scores}))
     assert (evaluator.name, evaluator.every, values["miou"]) == ("val", 100, scores.miou)
     assert values["iou/sky"] == pytest.approx(scores.iou[1])
     assert values["accuracy"] == scores.accuracy
