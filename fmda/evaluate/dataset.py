@@ -92,15 +92,9 @@ class _Evaluation:
     """Sums and per-image scores of the images predicted so far."""
 
     def __init__(
-        self,
-        segmenter: Segmenter,
-        dataset: Dataset,
-        common: Common,
-        protocol: Protocol,
-        count: int,
-        keep: int,
+        self, segmenter: Segmenter, dataset: Dataset, common: Common, protocol: Protocol, count: int, keep: int,
         kinds: Mapping[str, str],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.segmenter, self.dataset, self.common, self.protocol = segmenter, dataset, common, protocol
         self.count, self.keep, self.names = count, keep, common.classes.names
         self.kinds = kinds  # of the images that become figures; empty: the worst and the best
@@ -134,12 +128,11 @@ class _Evaluation:
                 matrix = self._score(example)
                 counts = [[int(t), int(p), int(matrix[t, p])] for t, p in np.argwhere(matrix)]
                 journal.append({"name": example.name, "counts": counts})
-        seconds = time.perf_counter() - begin
-        images = self.count - resumed
+        seconds = round(time.perf_counter() - begin, 3)
         total = Scores.from_confusion(self.total, self.names, self.protocol)
         self._write_summary(folder, total, self._write_figures(folder))
-        if images:
-            rate = {"images": images, "seconds": round(seconds, 3), "images_per_second": round(images / seconds, 3)}
+        if images := self.count - resumed:
+            rate = {"images": images, "seconds": seconds, "images_per_second": round(images / max(seconds, 1e-3), 3)}
             write_json(folder / "timing.json", rate)
         return total
 

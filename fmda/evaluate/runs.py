@@ -137,11 +137,9 @@ def _read_folder(run: Run, place: Path, where: str) -> None:
 def _evaluation(run: str, where: str, place: Path) -> Evaluation:
     data = _json(place / "scores.json")
     scores = Scores.from_json(data.get("scores", {}), str(place / "scores.json"))
-    examples = [{**e, "figure": place / e["figure"]} for e in data["examples"]]
-    return Evaluation(
-        run, where, data["model"], data["dataset"], data["split"], data["images"], scores, data["palette"],
-        [e for e in examples if e["figure"].is_file()],
-    )  # fmt: skip
+    examples = [{**e, "figure": place / e["figure"]} for e in data["examples"] if (place / e["figure"]).is_file()]
+    facts = {key: data[key] for key in ("model", "dataset", "split", "images", "palette")}
+    return Evaluation(run, where, scores=scores, examples=examples, **facts)
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:

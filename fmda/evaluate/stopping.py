@@ -120,16 +120,18 @@ def choose_step(
 def _reason(
     steps: Sequence[int], index: int, best: int, gain: np.ndarray, kept: np.ndarray, admitted: np.ndarray
 ) -> str:
+    parts = [f"step {steps[index]}: {100 * gain[index]:.0f} % nearer to the target, {100 * kept[index]:.0f} % of the "]
+    parts[0] += "diversity kept"
     if index == 0:
         largest = f"best at step {steps[best]}, {100 * gain[best]:.1f} % of the distance" if best else "none at all"
-        text = f"step 0: no gain in alignment beyond chance ({largest})"
-    else:
-        text = f"step {steps[index]}: {100 * gain[index]:.0f} % nearer to the target, {100 * kept[index]:.0f} % of the "
-        text += "diversity kept"
-        text += "" if index == best else f"; step {steps[best]} is better by no more than chance or tolerance"
-        text += "; the last step measured, a longer run may do better" if index == len(steps) - 1 else ""
-    refused = [str(step) for step, good in zip(steps, admitted, strict=True) if not good]
-    return text + (f"; too few classes at step {', '.join(refused)}" if refused else "")
+        parts = [f"step 0: no gain in alignment beyond chance ({largest})"]
+    elif index != best:
+        parts.append(f"step {steps[best]} is better by no more than chance or tolerance")
+    if 0 < index == len(steps) - 1:
+        parts.append("the last step measured, a longer run may do better")
+    if not admitted.all():
+        parts.append(f"too few classes at step {', '.join(map(str, np.asarray(steps)[~admitted]))}")
+    return "; ".join(parts)
 
 
 def _curve(values: Sequence[float] | None, what: str, count: int, default: float = 0.0) -> Float[np.ndarray, " S"]:

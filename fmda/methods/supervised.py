@@ -115,13 +115,10 @@ def training_task(config: Config, encoder: Encoder, data: Dataset, val: Dataset)
         jitter=config.jitter,
     )  # fmt: skip
     order = Shuffled() if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
-    mesh, limit = make_mesh(*config.mesh), config.val.limit
-    evaluator = SegmentationEvaluator(
-        "val", config.evaluate_steps, lambda state: score_on_mesh(
-            encoder.scores, {"encoder": encoder.params, "head": state.params}, val, mesh, config.protocol,
-            classes=data.classes, limit=limit,
-        ),
-    )  # fmt: skip
+    evaluator = SegmentationEvaluator("val", config.evaluate_steps, lambda state: score_on_mesh(
+        encoder.scores, {"encoder": encoder.params, "head": state.params}, val, make_mesh(*config.mesh),
+        config.protocol, classes=data.classes, limit=config.val.limit,
+    ))  # fmt: skip
     return Task(
         name="supervised", objective=make_objective(encoder), init=_init(config, encoder, data), optim=config.optim,
         streams=Stream(data, transform, config.batch, order), frozen={"encoder": encoder.params},
