@@ -33,8 +33,9 @@ from sides.networks import networks, random_parameters, torch_compiled, torch_de
 from sides.processes import BATCHES, answer, arguments, check_memory, parsed, sweep, timed
 
 from fmda import trees
+from fmda.diffusion.draw import Graphs
 from fmda.diffusion.schedule import ScheduleConfig
-from fmda.methods.datum.dreambooth import Graphs, make_objective, noised
+from fmda.methods.datum.dreambooth import make_objective, noised
 from fmda.methods.datum.settings import Optimizer
 from fmda.methods.planning import Training
 from fmda.models.sd_unet import Remat
@@ -54,7 +55,7 @@ def graphs(options: argparse.Namespace) -> tuple[Graphs, dict[str, Tree]]:
     unet, shapes = network_graph("unet", config.unet, dtype, remat=options.remat)
     text, text_shapes = network_graph("text_encoder", config.text_encoder, dtype)
     trained = {"unet": shapes} | ({"text_encoder": text_shapes} if options.trained == "unet+text" else {})
-    return Graphs(unet, text, network_graph("vae", config.vae, dtype)[0], ScheduleConfig(), config.vae.scale), trained
+    return Graphs(unet, network_graph("vae", config.vae, dtype)[0], text, ScheduleConfig(), config.vae.scale), trained
 
 
 def inputs(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,8 @@ def check_size(size: tuple[int, int], multiple: int, name: str = "size") -> None
         raise UserError(f"{name}: {height}x{width} are no multiples of {multiple} pixels; {near} would be")
 
 
-class Graphs(NamedTuple):
+@dataclass(frozen=True)
+class Graphs:
     """What of a model is fixed at compile time; equal for all snapshots of a personalisation."""
 
     unet: nnx.GraphDef

@@ -184,7 +184,7 @@ def read_schedule(folder: Path) -> ScheduleConfig:
     A warning is issued where the file differs from `ScheduleConfig.in_stable_diffusion`.
     """
     path = folder / SCHEDULER_FILE
-    named = ScheduleConfig.from_json(files.read_json(path), str(path))
+    named = ScheduleConfig.from_json(files.read_json(path), path)
     schedule = named.in_stable_diffusion()
     if schedule != named:
         warnings.warn(

@@ -138,7 +138,7 @@ def make_table(config: ScheduleConfig, sampler: str, steps: int) -> Table:
 class _Level(NamedTuple):
     """Noise levels: amplitudes of the image and of the noise."""
 
-    picture: np.ndarray
+    signal: np.ndarray
     rest: np.ndarray
 
 
@@ -152,7 +152,7 @@ def _at(config: ScheduleConfig, times: np.ndarray, to_one: bool = False) -> _Lev
 def _transfer(config: ScheduleConfig, source: _Level, target: _Level) -> tuple[np.ndarray, np.ndarray]:
     """Returns (c, d): c x + d p mixes the estimates of image and noise, made at one level, as at another."""
     (i, j), (k, m) = estimates(config.prediction, *source)
-    return target.picture * i + target.rest * k, target.picture * j + target.rest * m
+    return target.signal * i + target.rest * k, target.signal * j + target.rest * m
 
 
 def _columns(pair: tuple[Any, Any], n: int) -> np.ndarray:
@@ -167,7 +167,7 @@ def _ddim(config: ScheduleConfig, times: np.ndarray, stride: int) -> Table:
     clean, noise = estimates(config.prediction, *source)
     along = target.rest[:, None] * _columns(noise, len(times))
     memory = _columns(clean, len(times))
-    return Table(times, along[:, 0], along[:, 1], memory, target.picture[:, None], np.ones(len(times)))
+    return Table(times, along[:, 0], along[:, 1], memory, target.signal[:, None], np.ones(len(times)))
 
 
 def _plms(config: ScheduleConfig, times: np.ndarray, stride: int) -> Table:
@@ -220,10 +220,10 @@ def _dpm(config: ScheduleConfig, times: np.ndarray, stride: int) -> Table:
     `euler_at_final` asks for it.
     """
     sigmas, n = _sigmas(config, times), len(times)
-    picture = 1 / np.hypot(1, sigmas)
-    levels = _Level(picture, sigmas * picture)
-    clean, _ = estimates(config.prediction, levels.picture[:-1], levels.rest[:-1])
-    towards = picture[1:] * (1 - sigmas[1:] / sigmas[:-1])
+    signal = 1 / np.hypot(1, sigmas)
+    levels = _Level(signal, sigmas * signal)
+    clean, _ = estimates(config.prediction, levels.signal[:-1], levels.rest[:-1])
+    towards = signal[1:] * (1 - sigmas[1:] / sigmas[:-1])
     size = np.log(sigmas[:-1]) - np.log(sigmas[1:])  # steps of the logarithm of image over noise
     ahead = np.zeros(n)
     ahead[1:] = size[1:] / size[:-1] / 2

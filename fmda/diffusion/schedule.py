@@ -8,8 +8,9 @@ noisy = sqrt(alpha-bar) clean + sqrt(1 - alpha-bar) noise. A network predicts th
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fmda.errors import UserError, did_you_mean
+from fmda.weights.reader import Fields, Keys, written
 
 SAMPLERS = ("ddim", "plms", "euler", "dpm++2m")
 CLASSES = {
@@ -32,33 +34,31 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
 FINAL_SIGMAS = ("zero", "sigma_min")
 
-# Field -> (key of scheduler_config.json, what it holds: a type or the words to choose from).
-_KEYS: dict[str, tuple[str, type | tuple[str, ...]]] = {
-    "train_steps": ("num_train_timesteps", int),
-    "beta_start": ("beta_start", float),
-    "beta_end": ("beta_end", float),
-    "beta_schedule": ("beta_schedule", BETA_SCHEDULES),
-    "prediction": ("prediction_type", PREDICTIONS),
-    "steps_offset": ("steps_offset", int),
-    "set_alpha_to_one": ("set_alpha_to_one", bool),
-    "spacing": ("timestep_spacing", SPACINGS),
-    "zero_terminal_snr": ("rescale_betas_zero_snr", bool),
-    "final_sigma": ("final_sigmas_type", FINAL_SIGMAS),
-    "euler_at_final": ("euler_at_final", bool),
-}
-# What diffusers takes for an absent key, where that is not our default. None: each sampler has its own.
-_ABSENT: dict[str, Any] = {
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "set_alpha_to_one": None,
+
+
+def _word(choices: tuple[str, ...]) -> Callable[[Fields, str, Any], Any]:
+    return lambda fields, key, default: fields.word(key, default, choices)
+
+
+# The default is diffusers' for an absent key; None: each sampler has its own.
+_KEYS: Keys = {
+    "train_steps": ("num_train_timesteps", Fields.size, 1000),
+    "beta_start": ("beta_start", Fields.number, 0.0001),
+    "beta_end": ("beta_end", Fields.number, 0.02),
+    "beta_schedule": ("beta_schedule", _word(BETA_SCHEDULES), "linear"),
+    "prediction": ("prediction_type", _word(PREDICTIONS), "epsilon"),
+    "set_alpha_to_one": ("set_alpha_to_one", Fields.flag, None),
+    "spacing": ("timestep_spacing", _word(SPACINGS), None),
+    "zero_terminal_snr": ("rescale_betas_zero_snr", Fields.flag, False),
+    "final_sigma": ("final_sigmas_type", _word(FINAL_SIGMAS), "zero"),
+    "euler_at_final": ("euler_at_final", Fields.flag, False),
 }
 # Options that change what the network was trained on; only one setting of each exists here.
 _ONLY: dict[str, Any] = {
-    "trained_betas": None,
-    "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
-    "timestep_type": "discrete",
+    "trained_betas": (None,),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "timestep_type": ("discrete",),
 }
 # Options of the samplers themselves, of which only one setting exists here: another one rules out that sampler.
 _SAMPLER_ONLY: dict[str, Any] = {
@@ -117,41 +117,40 @@ class ScheduleConfig:
     sampler: str | None = "plms"
     unsupported: tuple[tuple[str, str], ...] = ()
 
-    def __post_init__(self) -> None:
-        for name, (key, kind) in _KEYS.items():
-            if getattr(self, name) is not None:
-                _check(key, getattr(self, name), kind)
-        if self.sampler is not None:
-            _check("sampler", self.sampler, SAMPLERS)
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise UserError(
-                f"beta_start, beta_end: {self.beta_start}, {self.beta_end} is no rising pair between 0 and 1; fix them"
-            )
-        if self.train_steps < 2 or not 0 <= self.steps_offset < self.train_steps:
-            raise UserError(
-                f"num_train_timesteps, steps_offset: {self.train_steps}, {self.steps_offset}: there must be two "
-                "timesteps at least and the offset among them; correct the values"
-            )
-        if self.clip is not None:
-            _check("clip_sample_range", self.clip, float)
-            if not self.clip > 0:
-                raise UserError(
-                    f"clip_sample_range: {self.clip} is no positive bound; correct it or remove the clipping"
-                )
-
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str = "scheduler_config.json") -> "ScheduleConfig":
+    def from_json(cls, values: Mapping[str, Any], where: str | Path = "scheduler_config.json") -> "ScheduleConfig":
         """Returns the schedule that a diffusers scheduler_config.json, already parsed, describes.
 
-        Absent keys mean what diffusers' Stable Diffusion pipeline makes of them: the scheduler class's own default,
-        but no clipping and a steps_offset of 1. Keys without influence on the result are ignored. A scheduler class or
-        option that does not exist here is recorded in `unsupported`, provided that the file holds the betas. Raises
-        UserError, naming `where`, for anything else that cannot be represented.
+        Absent and null keys mean what diffusers' Stable Diffusion pipeline makes of them: the scheduler class's own
+        default, but no clipping and a steps_offset of 1. Keys without influence on the result are ignored. A scheduler
+        class or option that does not exist here is recorded in `unsupported`, provided that the file holds the betas.
+        Raises UserError, naming `where`, for anything else that cannot be represented.
         """
-        try:
-            return cls(**_fields(values))
-        except UserError as fault:
-            raise UserError(f"{where}: {fault}") from None
+        present = {key: value for key, value in values.items() if value is not None}
+        fields = Fields(present, Path(where), "correct the file")
+        name = str(present.get("_class_name", "")).removeprefix("Flax")
+        if name not in CLASSES and not {"beta_start", "beta_end", "beta_schedule"} <= present.keys():
+            raise UserError(
+                f"{where}: _class_name: '{name}' is not supported, and the file holds no beta_start, beta_end and "
+                f"beta_schedule{did_you_mean(name, CLASSES)}"
+            )
+        fields.only(_ONLY)
+        config = cls(**fields.of(_KEYS), sampler=CLASSES.get(name))
+        if not config.beta_start <= config.beta_end < 1:
+            raise fields.fault("beta_end", f"a number from beta_start, {config.beta_start}, to below 1")
+        if config.train_steps < 2:
+            raise fields.fault("num_train_timesteps", "a whole number above 1")
+        options = {key: present[key] for key, only in _SAMPLER_ONLY.items() if present.get(key, only) != only}
+        if name == "PNDMScheduler" and present.get("skip_prk_steps") is not True:
+            options["skip_prk_steps"] = False
+        if name not in CLASSES:
+            options["_class_name"] = name
+        return replace(
+            config,
+            steps_offset=fields.index("steps_offset", 1, config.train_steps),
+            clip=fields.number("clip_sample_range", 1.0) if fields.flag("clip_sample", False) else None,
+            unsupported=tuple((key, json.dumps(value)) for key, value in options.items()),
+        )
 
     def in_stable_diffusion(self) -> "ScheduleConfig":
         """Returns the schedule as diffusers' StableDiffusionPipeline runs it: a steps_offset of 1, no clipping.
@@ -162,55 +161,12 @@ class ScheduleConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of a scheduler_config.json that diffusers and `from_json` read."""
-        values = {key: getattr(self, name) for name, (key, _) in _KEYS.items()}
+        kept = {key: value for key, value in written(self, _KEYS, {}).items() if value is not None}
         clip = {"clip_sample": False} if self.clip is None else {"clip_sample": True, "clip_sample_range": self.clip}
         name = next((name for name, sampler in CLASSES.items() if sampler == self.sampler), None)
-        kept = {key: value for key, value in values.items() if value is not None}
         unsupported = {key: json.loads(value) for key, value in self.unsupported}
-        return {"_class_name": name, **kept, **clip, "skip_prk_steps": True, **unsupported}
-
-
-def _check(key: str, value: Any, kind: type | tuple[str, ...]) -> None:
-    """Raises UserError unless `value` is of the type, or one of the words."""
-    if isinstance(kind, tuple):
-        if value not in kind:
-            raise UserError(f"{key}: '{value}' does not exist here{did_you_mean(str(value), kind)}")
-        return
-    accepted = (int, float) if kind is float else (kind,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        words = {int: "a whole number", float: "a number", bool: "true or false"}
-        raise UserError(f"{key}: expected {words[kind]}, got {value!r}; correct the value")
-
-
-def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of ScheduleConfig that a scheduler_config.json holds; `null` counts as absent."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"holds a {type(values).__name__}, not the keys of a scheduler; correct the file")
-    present = {key: value for key, value in values.items() if value is not None}
-    name = str(present.get("_class_name", "")).removeprefix("Flax")
-    if name not in CLASSES and not {"beta_start", "beta_end", "beta_schedule"} <= present.keys():
-        raise UserError(
-            f"_class_name: '{name}' is not supported, and the file holds no beta_start, beta_end and beta_schedule"
-            f"{did_you_mean(name, CLASSES)}"
-        )
-    for key, only in _ONLY.items():
-        if present.get(key, only) != only:
-            raise UserError(
-                f"{key}: {present[key]!r} is not supported; set it to {json.dumps(only)} or remove the line"
-            )
-    options = {key: present[key] for key, only in _SAMPLER_ONLY.items() if present.get(key, only) != only}
-    if name == "PNDMScheduler" and present.get("skip_prk_steps") is not True:
-        options["skip_prk_steps"] = False
-    if name not in CLASSES:
-        options["_class_name"] = name
-    fields = dict(_ABSENT)
-    fields["unsupported"] = tuple((key, json.dumps(value)) for key, value in options.items())
-    fields |= {field: present[key] for field, (key, _) in _KEYS.items() if key in present}
-    clips = present.get("clip_sample", False)
-    _check("clip_sample", clips, bool)
-    if clips:
-        fields["clip"] = present.get("clip_sample_range", 1.0)
-    return fields | {"sampler": CLASSES.get(name)}
+        more = {"steps_offset": self.steps_offset, **clip, "skip_prk_steps": True}
+        return {"_class_name": name, **kept, **more, **unsupported}
 
 
 @functools.lru_cache(maxsize=16)
@@ -263,16 +219,16 @@ def add_noise(
 
     `noise` is standard normal, of the shape of `clean`.
     """
-    picture, rest = _shares(config, timesteps, clean)
-    return picture * clean + rest * noise
+    signal, rest = _shares(config, timesteps, clean)
+    return signal * clean + rest * noise
 
 
 def velocity(
     config: ScheduleConfig, clean: Float[Array, "b ..."], noise: Float[Array, "b ..."], timesteps: Int[Array, " b"]
 ) -> Float[Array, "b ..."]:
     """Returns sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) clean, float32 (Salimans & Ho 2022, appendix D)."""
-    picture, rest = _shares(config, timesteps, clean)
-    return picture * noise - rest * clean
+    signal, rest = _shares(config, timesteps, clean)
+    return signal * noise - rest * clean
 
 
 def training_target(
@@ -284,13 +240,13 @@ def training_target(
     return velocity(config, clean, noise, timesteps) if config.prediction == "v_prediction" else clean
 
 
-def estimates(prediction: str, picture: Any, rest: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+def estimates(prediction: str, signal: Any, rest: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Returns ((i, j), (k, l)): clean = i noisy + j prediction and noise = k noisy + l prediction.
 
-    `picture` and `rest` are the amplitudes sqrt(alpha-bar) and sqrt(1 - alpha-bar), numbers or arrays.
+    `signal` and `rest` are the amplitudes sqrt(alpha-bar) and sqrt(1 - alpha-bar), numbers or arrays.
     """
     if prediction == "epsilon":
-        return (1 / picture, -rest / picture), (0.0, 1.0)
+        return (1 / signal, -rest / signal), (0.0, 1.0)
     if prediction == "v_prediction":
-        return (picture, -rest), (rest, picture)
-    return (0.0, 1.0), (1 / rest, -picture / rest)
+        return (signal, -rest), (rest, signal)
+    return (0.0, 1.0), (1 / rest, -signal / rest)

@@ -13,27 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
 from fmda.config import Bounds, NonNegativeFloat
-from fmda.diffusion.schedule import ScheduleConfig, add_noise, training_target
+from fmda.diffusion.draw import Graphs
+from fmda.diffusion.schedule import add_noise, training_target
 from fmda.methods.datum.lora import merged
 from fmda.models.sd_vae import signed
 from fmda.train.step import Objective, Outcome, TrainState
 from fmda.trees import Tree
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """The networks without their parameters, and the schedule they are trained with.
-
-    Attributes:
-        unet, text_encoder, vae: as `nnx.merge` takes them.
-        latent_scale: what latents are multiplied by before the UNet sees them.
-    """
-
-    unet: nnx.GraphDef
-    text_encoder: nnx.GraphDef
-    vae: nnx.GraphDef
-    schedule: ScheduleConfig
-    latent_scale: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +68,7 @@ def noised(
         if config.offset:
             noise += config.offset * jax.random.normal(jax.random.fold_in(keys[1], 1), (1, 1, mean.shape[-1]))
         time = jax.random.randint(keys[2], (), first, graphs.schedule.train_steps)
-        return latents * graphs.latent_scale, noise, time
+        return latents * graphs.scale, noise, time
 
     clean, noise, times = jax.vmap(draws)(seeds, mean, logvar)
     return Noised(
@@ -113,8 +98,8 @@ def make_objective(
 
     def objective(params: Tree, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array) -> Outcome:
         del state, key
-        rows, pictures = batch["seed"].shape
-        flat = {name: leaf.reshape(rows * pictures, *leaf.shape[2:]) for name, leaf in batch.items()}
+        rows, columns = batch["seed"].shape
+        flat = {name: leaf.reshape(rows * columns, *leaf.shape[2:]) for name, leaf in batch.items()}
         if "moments" in flat:
             mean, logvar = jnp.split(flat["moments"].astype(jnp.float32), 2, axis=-1)
         else:
@@ -127,8 +112,8 @@ def make_objective(
             context = nnx.merge(graphs.text_encoder, weights(params, frozen, "text_encoder")).hidden(frozen["ids"])
         context = jnp.broadcast_to(context[None], (rows, *context.shape)).reshape(-1, *context.shape[1:])
         prediction = nnx.merge(graphs.unet, weights(params, frozen, "unet"))(latents, times, context)
-        errors = ((prediction - target) ** 2).mean(axis=(1, 2, 3)).reshape(rows, pictures).mean(axis=0)
-        if pictures == 1:
+        errors = ((prediction - target) ** 2).mean(axis=(1, 2, 3)).reshape(rows, columns).mean(axis=0)
+        if columns == 1:
             return Outcome(errors[0], {}, {})
         metrics = {"target_loss": errors[0], "prior_loss": errors[1]}
         return Outcome(errors[0] + prior_weight * errors[1], metrics, {})

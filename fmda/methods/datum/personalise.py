@@ -127,18 +127,17 @@ def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
 def export_steps(config: Config, train: Path, folder: Path, named: Mapping[str, int]) -> list[Path]:
     """Returns the folders, in diffusers' layout, of some snapshots of the folder `train`: {name of folder: step}.
 
-    A folder appears whole or not at all; one that is there already stays, unless another step was put there.
+    An existing folder of the same step stays.
     """
     base = None
     for name, step in named.items():
-        path, part = folder / name, folder / f".{name}.part"
+        path = folder / name
         origin = {"step": step, "token": config.token, "prompt": config.prompt}
         if (path / ORIGIN).is_file() and not changes(files.read_json(path / ORIGIN), origin, ("base",)):
             continue
         shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(part, ignore_errors=True)
         base = base or untouched(config)
-        save_stable_diffusion(part, snapshot_model(config, train, step, base), dtype=jnp.dtype(config.store))
-        files.write_json(part / ORIGIN, {"base": base.fingerprint, **origin})
-        part.rename(path)
+        save_stable_diffusion(path, snapshot_model(config, train, step, base), dtype=jnp.dtype(config.store))
+        # last: a folder without it is exported again
+        files.write_json(path / ORIGIN, {"base": base.fingerprint, **origin})
     return [folder / name for name in named]

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fmda.data.streams import Stream
+from fmda.diffusion.draw import Graphs
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.mesh import FSDP_RULES
-from fmda.methods.datum.dreambooth import Graphs, make_objective
+from fmda.methods.datum.dreambooth import make_objective
 from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.settings import Config
 from fmda.models.catalog import DiffusionConfig
@@ -36,8 +37,8 @@ def training_task(
     dtype = jnp.dtype(config.precision)
     graphs = Graphs(
         network_graph("unet", networks.unet, dtype, remat=config.remat)[0],
-        network_graph("text_encoder", networks.text_encoder, dtype)[0],
-        network_graph("vae", networks.vae, dtype)[0], schedule, networks.vae.scale,
+        network_graph("vae", networks.vae, dtype)[0],
+        network_graph("text_encoder", networks.text_encoder, dtype)[0], schedule, networks.vae.scale,
     )  # fmt: skip
     objective = make_objective(
         graphs, lora_scale=config.lora.alpha / config.lora.rank,

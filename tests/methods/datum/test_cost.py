@@ -8,10 +8,11 @@ import pytest
 import small_diffusion as small
 
 from fmda import trees
+from fmda.diffusion.draw import Graphs
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
 from fmda.methods.datum.cost import check_memory, plan, training
-from fmda.methods.datum.dreambooth import Graphs, make_objective
+from fmda.methods.datum.dreambooth import make_objective
 from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.settings import Config, LoraConfig, PriorConfig
 from fmda.methods.kinds import open_run
@@ -89,7 +90,7 @@ def test_cityscapes_is_planned_with_the_constants_of_the_paper():
 def traced(given, pictures):
     """FLOPs of the gradient of a whole batch, counted on the traced program."""
     nets = {"unet": small.unet(), "text_encoder": small.text_encoder(), "vae": small.vae()}
-    graphs = Graphs(*(nets[part].graphdef for part in ("unet", "text_encoder", "vae")), ScheduleConfig(), 1.0)
+    graphs = Graphs(*(nets[part].graphdef for part in ("unet", "vae", "text_encoder")), ScheduleConfig(), 1.0)
     params = {part: nets[part].params for part in given.trained_parts}
     frozen = {"vae": nets["vae"].params}
     if given.trained == "lora":

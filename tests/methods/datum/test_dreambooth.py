@@ -15,8 +15,9 @@ import pytest
 from flax import nnx
 
 from fmda import trees
+from fmda.diffusion.draw import Graphs
 from fmda.diffusion.schedule import ScheduleConfig, alphas_cumprod
-from fmda.methods.datum.dreambooth import Graphs, NoiseConfig, make_objective, noised
+from fmda.methods.datum.dreambooth import NoiseConfig, make_objective, noised
 from fmda.methods.datum.lora import init_adapters, merged
 from fmda.models.module import abstract
 from fmda.train import create_state, make_step
@@ -69,7 +70,7 @@ def drawn(shapes):
 PARAMS = {"unet": drawn(UNET_SHAPES), "text_encoder": drawn(TEXT_SHAPES)}
 VAE_PARAMS = drawn(VAE_SHAPES)
 IDS = np.array([[1, 2, 3], [4, 5, 5]], np.int32)
-GRAPHS = Graphs(UNET, TEXT, VAE, ScheduleConfig(), SCALE)
+GRAPHS = Graphs(UNET, VAE, TEXT, ScheduleConfig(), SCALE)
 FROZEN = {"vae": VAE_PARAMS, "ids": IDS[:1]}
 
 

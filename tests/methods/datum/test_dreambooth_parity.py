@@ -9,9 +9,10 @@ import small_diffusion as small
 
 from fmda import trees
 from fmda.data.streams import Stream
+from fmda.diffusion.draw import Graphs
 from fmda.diffusion.load import load_stable_diffusion
 from fmda.diffusion.schedule import ScheduleConfig
-from fmda.methods.datum.dreambooth import Graphs, noised
+from fmda.methods.datum.dreambooth import noised
 from fmda.methods.datum.personalise import personalisation
 from fmda.methods.datum.settings import Config, Optimizer, PriorConfig
 from fmda.weights.network import load_text_encoder, load_unet
