@@ -38,23 +38,18 @@ class Bounds:
     Every float of a configuration has to be finite, with or without bounds.
     """
 
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        """Returns whether a number lies in the range."""
-        return (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        """Returns whether a finite number lies in the range."""
+        return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
         limits = {">=": self.least, ">": self.above, "<=": self.most, "<": self.below}
-        return " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None)
+        return " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if math.isfinite(limit))
 
 
 PositiveInt = Annotated[int, Bounds(1)]
@@ -101,17 +96,16 @@ def _text(_: _Loader, node: yaml.ScalarNode) -> str:
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:str", _text)
 
-_INT = re.compile(r"[-+]?\d[\d_]*|0x[\da-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
-_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_NULL = ("", "~", "null", "Null", "NULL")
-_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
+_CONSTANTS: dict[str, Any] = {"": None, "~": None, "null": None, "true": True, "false": False}
+_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def resolved(value: Any) -> Any:
     """Returns plain values: `Plain` text, at any depth, as the null, boolean, number, list or mapping that it reads as.
 
-    The rules are those of YAML 1.2: `yes`, `no`, dates and `1:30` are text, `0123` is 123, `1e-4` is a number.
+    The rules are those of YAML 1.2: `yes`, `no`, dates and `1:30` are text, `0123` is 123, `1e-4` is a number; numbers
+    that are not finite stay text.
     """
     if isinstance(value, Mapping):
         return {resolved(k): resolved(v) for k, v in value.items()}
@@ -120,16 +114,13 @@ def resolved(value: Any) -> Any:
     if not isinstance(value, Plain):
         return value
     word = value.strip()
-    if word in _NULL:
-        return None
-    if word in ("true", "True", "TRUE", "false", "False", "FALSE"):
-        return _WORDS[word.lower()]
-    if _INT.fullmatch(word):
-        return int(word, 16 if word.startswith("0x") else 10)
-    if _FLOAT.fullmatch(word):
-        return float(word.replace("_", ""))
-    if _NOT_FINITE.fullmatch(word):
-        return float(word.replace(".", ""))
+    if word.lower() in _CONSTANTS:
+        return _CONSTANTS[word.lower()]
+    if re.fullmatch(r"0x[\da-fA-F]+", word):
+        return int(word, 16)
+    if _NUMBER.fullmatch(word):
+        word = word.replace("_", "")
+        return int(word) if re.fullmatch(r"[-+]?\d+", word) else float(word)
     nested = _nested(value)
     return str(value) if nested is value else resolved(nested)
 
@@ -229,16 +220,11 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     return out
 
 
-def load(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
-    """Returns the dataclass `cls` filled from a YAML file and `key.sub=value` overrides.
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Returns the dataclass `cls` filled from nested values; `where` names the source in errors.
 
     Raises UserError, in one line, for unknown keys (naming the nearest), wrong types and missing values.
     """
-    return from_dict(cls, override(read_yaml(path), overrides), str(path))
-
-
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Returns the dataclass `cls` filled from nested plain values; `where` names the source in errors."""
     return _convert(cls, values, where, "")
 
 
@@ -309,15 +295,14 @@ def _dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
 def _union(kinds: tuple[Any, ...], value: Any, where: str, key: str) -> Any:
     if resolved(value) is None and type(None) in kinds:
         return None
-    fault: UserError | None = None
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    faults = []
     for kind in kinds:
-        if kind is type(None):
-            continue
         try:
             return _convert(kind, value, where, key)
-        except UserError as reason:
-            fault = fault or reason
-    raise fault if fault else _mismatch(where, key, "a value", value)
+        except UserError as fault:
+            faults.append(fault)
+    raise faults[0]
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, where: str, key: str) -> tuple:
@@ -341,7 +326,7 @@ def _scalar(kind: Any, value: Any, where: str, key: str) -> Any:
     if kind is str and isinstance(value, Plain):
         return str(value)
     if kind is bool and isinstance(value, str):
-        value = _WORDS.get(value.strip().lower(), value)
+        value = _SWITCHES.get(value.strip().lower(), value)
     value = resolved(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)

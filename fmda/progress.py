@@ -4,15 +4,18 @@ Standard output is left to results. With several processes only the first one wr
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 Item = TypeVar("Item")
 
 PLAIN_SECONDS = 10.0
 LIVE_SECONDS = 0.1
+CLEAR = "\r\x1b[2K"
+"""Control codes of a terminal: back to the start of the line, and erase it."""
 
 _open_lines: list["Line"] = []
 
@@ -46,10 +49,10 @@ class Line:
         self._terminal = self._stream.isatty()
         self._text = ""
         self._shown = ""
+        self._live = False
         self._last = clock()
-        self._live: Any = None
         if _open_lines:
-            _open_lines[-1]._stop_live()
+            _open_lines[-1]._end()
         _open_lines.append(self)
 
     def __enter__(self) -> "Line":
@@ -69,12 +72,10 @@ class Line:
 
     def note(self, text: str) -> None:
         """Prints a line that stays, above the live one."""
-        if self._silent:
-            return
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._stream, flush=True)
+        if not self._silent:
+            print(f"{CLEAR if self._live else ''}{text}", file=self._stream, flush=True)
+            if self._live:
+                self._show()
 
     def close(self) -> None:
         """Shows the last text if it was not shown yet, and gives the line back. A second call does nothing."""
@@ -82,31 +83,25 @@ class Line:
             return
         if self._text != self._shown:
             self._show()
-        self._stop_live()
+        self._end()
         _open_lines.remove(self)
 
     def _show(self) -> None:
         self._shown, self._last = self._text, self._clock()
         if self._silent:
             return
-        if not self._terminal:
+        if self._terminal:
+            self._live = True
+            text = self._text[: shutil.get_terminal_size().columns - 1]
+            print(f"{CLEAR}{text}", end="", file=self._stream, flush=True)
+        else:
             print(self._text, file=self._stream, flush=True)
-            return
-        from rich.console import Console
-        from rich.live import Live
-        from rich.text import Text
 
-        if self._live is None:
-            # No refresh thread: data loaders fork, and a forked lock would never be released.
-            console = Console(file=self._stream)
-            self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
-            self._live.start()
-        self._live.update(Text(self._text, no_wrap=True, overflow="ellipsis"), refresh=True)
-
-    def _stop_live(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+    def _end(self) -> None:
+        """Leaves the line on a terminal as it is; the next output begins below it."""
+        if self._live:
+            print(file=self._stream, flush=True)
+            self._live = False
 
 
 BURST = 0.1
