@@ -1,4 +1,4 @@
-"""`open_dataset`: any known dataset, or a folder of one's own, as a sequence of examples."""
+"""`open_dataset`: a known dataset, or a folder of the user, as a sequence of examples."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -43,15 +43,15 @@ class Item:
 
 
 class Dataset(Sequence[Example]):
-    """A sequence of examples that are read when asked for. Made by `open_dataset`; light, and picklable.
+    """A sequence of examples that are read on access. Made by `open_dataset`; light, and picklable.
 
     Attributes:
-        name, split, root: what was opened.
+        name, split, root: the dataset, its part and its folder.
         classes: the class list of the labels.
         items: the files.
         class_map: a further map that the labels go through (`mapped`).
-        orphans: label files without an image, where the set was opened with `strict=False`.
-        label_pattern: where labels were looked for; None where none were.
+        orphans: label files without an image, of a dataset opened with `strict=False`.
+        label_pattern: the expected label files; None where none are expected.
     """
 
     def __init__(
@@ -92,10 +92,6 @@ class Dataset(Sequence[Example]):
             check_size(item, labels, image.shape[:2])
         return Example(image, labels, item.name)
 
-    def __iter__(self) -> Iterator[Example]:
-        for index in range(len(self)):
-            yield self[index]
-
     def __repr__(self) -> str:
         return f"Dataset({self.name} {self.split}: {len(self)} images, {len(self.classes)} classes)"
 
@@ -110,19 +106,12 @@ class Dataset(Sequence[Example]):
         item = self.items[index]
         to_list = ClassMap.load(item.form.class_map) if item.form and item.form.class_map else None
         in_file = to_list.source if to_list else self._file_classes
-        allowed = in_file.allowed()
-        if not allowed[raw].all():
-            stray = int(raw[~allowed[raw]][0])
-            raise FileFault(
-                item.label or "",
-                "value outside",
-                f"label value {stray} is outside the class list (0-{len(in_file) - 1}, "
-                f"{in_file.ignore} for none); correct the file or the list",
-            )
-        if to_list is not None:
-            labels = to_list.apply(raw)
-        else:
-            labels = np.where(raw < len(in_file), raw, np.uint8(in_file.ignore))
+        allowed = in_file.allowed()[raw]
+        if not allowed.all():
+            text = f"0-{len(in_file) - 1}, {in_file.ignore} for none"
+            message = f"label value {raw[~allowed][0]} is outside the class list ({text}); correct the file or the list"
+            raise FileFault(str(item.label), "value outside", message)
+        labels = to_list.apply(raw) if to_list else np.where(raw < len(in_file), raw, np.uint8(in_file.ignore))
         return labels if self.class_map is None else self.class_map.apply(labels)
 
     def raw_labels(self, index: int) -> UInt8[np.ndarray, "H W"] | None:
@@ -197,23 +186,21 @@ def open_dataset(
     Raises UserError, in one line, for an unknown name or split, a missing or wrong folder (with the layout that is
     expected), an empty set, and images without labels.
     """
-    name = _known_name(name)
+    name = name.lower().replace("_", "-")
+    name = ALIASES.get(name, name)
+    if name not in CATALOG:
+        raise UserError(f"'{name}': no such dataset{did_you_mean(name, CATALOG)}")
     entry = CATALOG[name]
     if root is None and not entry.places:
         raise UserError(f"'{name}' has no usual place; name its folder with root= (data.root= for a run)")
-    part = _split(name, entry, split)
+    if not entry.free and split not in entry.splits:
+        raise UserError(f"{name} has no split '{split}'; it has: {', '.join(entry.splits)}")
+    part = Split((split,)) if entry.free else entry.splits[split]
     if labels and strict and not part.labelled:
         raise UserError(f"split '{split}' of {name} has no labels; open it with labels=False or take another split")
     labels = labels and part.labelled
-    folder, layout, files = locate(
-        name,
-        entry,
-        data_root() if root is None else Path(root).expanduser(),
-        split,
-        part,
-        labels=labels,
-        needs_labels=labels and strict,
-    )
+    top = data_root() if root is None else Path(root).expanduser()
+    folder, layout, files = locate(name, entry, top, split, part, labels=labels, needs_labels=labels and strict)
     items = []
     place = 0
     for key, (path, fields) in zip(unique_names(files), files, strict=True):
@@ -232,27 +219,12 @@ def open_dataset(
             f"in {folder}; add it, or open with labels=False"
         )
     orphans: list[str] = []
+    # part of a folder: the other labels belong to other splits
     if labels and not strict and not (part.listed or part.starts or part.part):
         forms = {item.form for item in items if item.form} or set(layout.labels[:1])
         taken = {item.label for item in items}
         orphans = sorted({f for form in forms for f in label_files(folder, form.pattern, split, part)} - taken)
     return Dataset(name, split, folder, items, classes, orphans=orphans, label_pattern=pattern)
-
-
-def _known_name(name: str) -> str:
-    plain = name.lower().replace("_", "-")
-    plain = ALIASES.get(plain, plain)
-    if plain not in CATALOG:
-        raise UserError(f"'{name}': no such dataset{did_you_mean(plain, CATALOG)}")
-    return plain
-
-
-def _split(name: str, entry: Entry, split: str) -> Split:
-    if entry.free:
-        return Split((split,))
-    if split not in entry.splits:
-        raise UserError(f"{name} has no split '{split}'; it has: {', '.join(entry.splits)}")
-    return entry.splits[split]
 
 
 def _classes(entry: Entry, folder: Path, split: str, *, needed: bool) -> ClassList:

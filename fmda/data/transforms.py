@@ -53,13 +53,13 @@ def resize_labels(labels: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UI
     height, width = labels.shape
     rows = ((np.arange(size[0]) + 0.5) * height / size[0]).astype(np.int64)
     columns = ((np.arange(size[1]) + 0.5) * width / size[1]).astype(np.int64)
-    return labels[np.minimum(rows, height - 1)[:, None], np.minimum(columns, width - 1)[None]]
+    return labels[rows[:, None], columns[None]]
 
 
-def resized(example: Example, size: tuple[int, int]) -> Example:
-    """Returns the example with image and labels at (height, width)."""
-    labels = None if example.labels is None else resize_labels(example.labels, size)
-    return replace(example, image=resize_image(example.image, size), labels=labels)
+def on_both(example: Example, image: Callable, labels: Callable | None = None) -> Example:
+    """Returns the example with `image` applied to its image, and `labels`, by default the same, to its labels."""
+    changed = None if example.labels is None else (labels or image)(example.labels)
+    return replace(example, image=image(example.image), labels=changed)
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class ResizeKeepRatio:
         low, high = self.scale
         factor = low if low == high else rng.uniform(low, high)
         height, width = example.image.shape[:2]
-        bounds = (round(self.long_max * factor), round(self.short_max * factor))
-        return resized(example, fit_size(height, width, *bounds))
+        size = fit_size(height, width, round(self.long_max * factor), round(self.short_max * factor))
+        return on_both(example, lambda image: resize_image(image, size), lambda labels: resize_labels(labels, size))
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ class RandomCrop:
             box = (slice(top, top + self.size[0]), slice(left, left + self.size[1]))
             if example.labels is None or self.max_class_ratio >= 1 or self._varied(example.labels[box]):
                 break
-        labels = None if example.labels is None else example.labels[box]
-        return replace(example, image=example.image[box], labels=labels)
+        return on_both(example, lambda array: array[box])
 
     def _varied(self, labels: UInt8[np.ndarray, "h w"]) -> bool:
         counts = np.bincount(labels.ravel(), minlength=256)[:IGNORE]
@@ -116,11 +115,12 @@ def pad(example: Example, size: tuple[int, int]) -> Example:
     below, right = max(0, size[0] - height), max(0, size[1] - width)
     if not below and not right:
         return example
-    image = np.pad(example.image, ((0, below), (0, right), (0, 0)))
-    labels = example.labels
-    if labels is not None:
-        labels = np.pad(labels, ((0, below), (0, right)), constant_values=IGNORE)
-    return replace(example, image=image, labels=labels)
+    margin = ((0, below), (0, right))
+    return on_both(
+        example,
+        lambda image: np.pad(image, (*margin, (0, 0))),
+        lambda labels: np.pad(labels, margin, constant_values=IGNORE),
+    )
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ class RandomFlip:
         """Returns the example, perhaps mirrored."""
         if rng.random() >= self.p:
             return example
-        labels = None if example.labels is None else np.ascontiguousarray(example.labels[:, ::-1])
-        return replace(example, image=np.ascontiguousarray(example.image[:, ::-1]), labels=labels)
+        return on_both(example, lambda array: np.ascontiguousarray(array[:, ::-1]))
 
 
 @dataclass(frozen=True)
