@@ -36,7 +36,7 @@ from fmda.mesh import make_mesh
 from fmda.methods.floss.features import Patches
 from fmda.methods.floss.fusion import undecided
 from fmda.methods.floss.hosts import host_for
-from fmda.methods.floss.predict import fused_labels, host_labels, patch_scores
+from fmda.methods.floss.predict import Chain, cropped, fused_maps, host_maps, patch_scores
 from fmda.methods.floss.tower import Tower
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 
@@ -93,21 +93,21 @@ def calls(vision: VitConfig, classes: int) -> tuple[dict[str, Callable[[], Any]]
     """Returns each form as a call that labels the picture, the undecided share, and the picture's source."""
     image, source = picture()
     tower = random_tower(vision)
-    where, queries = tower.geometry(image), tuple(range(classes))
-    experts = jnp.asarray(classifiers(tower.see([image])[0], classes))
-    taps = (where.rows.window_taps, where.columns.window_taps)
+    grid, chain = tower.patch_grid(image), Chain(tower.host, tuple(range(classes)))
+    experts = jnp.asarray(classifiers(tower.patches([image])[0], classes))
+    taps = (grid.rows.window_taps, grid.columns.window_taps)
 
     @jax.jit
     def open_share(seen: Patches, experts: jax.Array) -> jax.Array:
-        return undecided(jnp.moveaxis(patch_scores(tower.host, seen, experts, softmax=True)[0], 2, 0), *taps)
+        return undecided(jnp.moveaxis(patch_scores(chain, seen, experts, softmax=True)[0], 2, 0), *taps)
 
-    share = float(open_share(tower.see([image])[0], experts))
+    share = float(open_share(tower.patches([image])[0], experts))
 
     def alone() -> np.ndarray:
-        return host_labels(tower.host, tower.see([image])[0], experts[-1], where, queries)[0]
+        return cropped(host_maps(chain, tower.patches([image])[0], experts[-1], grid), grid)[0]
 
     def fused(fusion: Any) -> np.ndarray:
-        return fused_labels(tower.host, tower.see([image])[0], experts, where, queries, fusion=fusion)[0]
+        return cropped(fused_maps(chain, tower.patches([image])[0], experts, grid, fusion), grid)[0]
 
     return {"host": alone, "fast": lambda: fused("exact"), "reference": lambda: fused("reference")}, share, source
 

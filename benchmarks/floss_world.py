@@ -56,7 +56,7 @@ def measured(options: argparse.Namespace, host: str, domain: str, work: Path) ->
     configs = [configuration(options, host, domain, work, seed) for seed in range(options.samples)]
     data = configs[0].data
     held = open_dataset(data.name, data.root, data.split)
-    model = Floss.load(configs[0], predicted_classes(configs[0]))
+    model = Floss(configs[0], predicted_classes(configs[0]))
 
     def scores(chosen: Any) -> Scores:
         return evaluate_dataset(segmenter(model, chosen), held, data.class_map, limit=data.limit)
@@ -66,7 +66,7 @@ def measured(options: argparse.Namespace, host: str, domain: str, work: Path) ->
     for seed, config in enumerate(configs):
         tally = model.rank(unlabelled_images(config), work / f"{host}-{domain.split()[0]}-{seed}.npz")
         for name, results in found.items():
-            results.append(scores(select(criteria.risk(name, tally), tally.share, options.n)))
+            results.append(scores(select(criteria.CRITERIA[name](tally), tally.share, options.n)))
     row: dict[str, Any] = {"host": host, "domain": domain, "images": data.limit or len(held)}
     row["host_miou"] = round(100 * alone.miou, 2)
     for name, results in found.items():

@@ -147,13 +147,16 @@ class WindowGrid:
         """Windows down and across."""
         return len(self.rows.starts), len(self.columns.starts)
 
+    def corners(self) -> Int[np.ndarray, "N 2"]:
+        """Returns the first (row, column) of each window, row by row."""
+        return np.asarray([(y, x) for y in self.rows.starts for x in self.columns.starts], np.int32)
+
     def geometry(self, samples: tuple[int, int]) -> Geometry:
         """Returns the placement of windows whose scores have `samples` (rows, columns)."""
-        corners = np.asarray([(y, x) for y in self.rows.starts for x in self.columns.starts], np.int32)
         # scores of a block fit a CPU's cache, or fill an accelerator
         block = ROWS if jax.default_backend() == "cpu" else padded(self.rows.length)
         rows, columns = self.rows.resampling(samples[0], block), self.columns.resampling(samples[1], COLUMNS)
-        return Geometry(corners, rows, columns)
+        return Geometry(self.corners(), rows, columns)
 
     def prepare(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H2 W2 3"]:
         """Returns the image at network size, padded with zeros to multiples of `SIDE`."""

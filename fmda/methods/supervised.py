@@ -13,9 +13,10 @@ from jaxtyping import Array
 
 from fmda import trees
 from fmda.atomic import write_json
-from fmda.config import FREE, FileOrName, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict
-from fmda.data import ClassList, Dataset, open_dataset
+from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict
+from fmda.data import ClassList, Dataset
 from fmda.data.check import check_images
+from fmda.data.config import DataConfig
 from fmda.data.streams import RareClasses, Shuffled, Stream, class_pixels
 from fmda.data.transforms import training_transform
 from fmda.errors import UserError
@@ -32,27 +33,6 @@ from fmda.runs.stages import Stage, pending
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState, run_task
 from fmda.weights.files import read_arrays, write_safetensors
 from fmda.weights.network import weight_fingerprint
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """A labelled dataset.
-
-    Attributes:
-        name, root, split: as `fmda.open_dataset` takes them.
-        class_map: leads from the predicted classes to those of the labels, where they differ; read for scoring alone.
-        limit: score only the first `limit` images.
-    """
-
-    name: str = "cityscapes"
-    root: Path | None = None
-    split: str = "train"
-    class_map: FileOrName | None = None
-    limit: PositiveInt | None = None
-
-    def open(self) -> Dataset:
-        """Returns the dataset with its labels."""
-        return open_dataset(self.name, self.root, self.split)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """From patch maps to pixels: windows, their average and the resizes, written once for every mode.
 
-Each step is bilinear or an average, so it acts on rows and columns apart. `Axis` holds one side of an image; its
-chain is either one matrix (patches of all windows -> pixels) or a list of taps (two neighbours and a fraction).
-Arrays: h, w patches of one window; N windows in row-major order; H, W pixels; K classes.
+Each step is bilinear or an average, so it acts on rows and columns apart: on each side it is one matrix (patches of all
+windows -> pixels) or a list of taps (two neighbours and a fraction). Arrays: h, w patches of one window; N windows in
+row-major order; H, W pixels; K classes.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmda.data.transforms import fit_size
-from fmda.evaluate.windows import joined_windows, window_starts
+from fmda.evaluate.protocol import Protocol
+from fmda.evaluate.windows import Side, WindowGrid, joined_windows
 from fmda.nn.resize import interpolation_matrix
 
 T = TypeVar("T")
@@ -50,22 +50,14 @@ def linear_taps(n_in: int, n_out: int, kept: int | None = None) -> Taps:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """One side of an image on its way through the chain, in pixels and patches.
+class Axis(Side):
+    """One side of an image on its way through the chain.
 
     Attributes:
-        original: side of the photograph.
-        network: side after the host's resize.
-        window: side of a window, the crop or less.
-        starts: first network pixel of each window.
         patches: patches along one window.
         covered: window pixels the patches stand for; more than `window` where a window is padded to whole patches.
     """
 
-    original: int
-    network: int
-    window: int
-    starts: tuple[int, ...]
     patches: int
     covered: int
 
@@ -77,40 +69,30 @@ class Axis:
     @property
     def resize_taps(self) -> Taps:
         """Network pixels -> original pixels."""
-        return linear_taps(self.network, self.original)
+        return linear_taps(self.network, self.length)
 
     @property
     def coverage(self) -> Float[np.ndarray, " network"]:
         """Number of windows over each network pixel."""
-        counts = np.zeros(self.network, np.float32)
-        for start in self.starts:
-            counts[start : start + self.window] += 1
-        return counts
+        pixels = np.arange(self.network)[:, None] - np.asarray(self.starts)
+        return ((pixels >= 0) & (pixels < self.window)).sum(1, dtype=np.float32)
 
+    @lru_cache(maxsize=128)  # noqa: B019 -- sides are values, equal ones share their matrices
     def matrix(self, to: Resolution = "original") -> Float[np.ndarray, "n_out n_in"]:
-        """Returns the chain of this side as one matrix over the patches of all windows side by side; read-only.
+        """Returns the chain of this side as one matrix over the patches of all windows side by side.
 
         "network" stops before the last resize; "patch" is the identity (patches of overlapping windows stay apart).
         """
-        return _chain_matrix(self, to)
-
-
-@lru_cache(maxsize=128)
-def _chain_matrix(side: Axis, to: Resolution) -> Float[np.ndarray, "n_out n_in"]:
-    if to == "patch":
-        matrix = np.eye(len(side.starts) * side.patches, dtype=np.float32)
-    else:
-        inside = interpolation_matrix(side.patches, side.covered)[: side.window]
-        matrix = joined_windows(inside, side.starts, side.network)
-        if to == "original":
-            matrix = interpolation_matrix(side.network, side.original) @ matrix
-    matrix.flags.writeable = False
-    return matrix
+        if to == "patch":
+            return np.eye(len(self.starts) * self.patches, dtype=np.float32)
+        inside = interpolation_matrix(self.patches, self.covered)[: self.window]
+        matrix = joined_windows(inside, self.starts, self.network)
+        return interpolation_matrix(self.network, self.length) @ matrix if to == "original" else matrix
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Both sides of one image; all that a chain depends on."""
+class PatchGrid(WindowGrid):
+    """Windows and patches of one image; all that a chain depends on."""
 
     rows: Axis
     columns: Axis
@@ -122,60 +104,33 @@ class Geometry:
 
     @property
     def original(self) -> tuple[int, int]:
-        """(height, width) of the photograph."""
-        return self.rows.original, self.columns.original
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Windows down and across."""
-        return len(self.rows.starts), len(self.columns.starts)
-
-    def corners(self) -> Int[np.ndarray, "N 2"]:
-        """First (row, column) of each window, row-major."""
-        pairs = [(y, x) for y in self.rows.starts for x in self.columns.starts]
-        return np.asarray(pairs, np.int32)
+        """(height, width) of the image."""
+        return self.rows.length, self.columns.length
 
 
-def geometry(
-    size: tuple[int, int],
-    *,
-    long_max: int,
-    short_max: int,
-    crop: int,
-    stride: int,
-    patch: int,
-    remainder: Literal["pad", "drop"] = "drop",
-) -> Geometry:
-    """Returns the geometry of an image of `size` (height, width).
+def patch_grid(size: tuple[int, int], protocol: Protocol, patch: int, remainder: Literal["pad", "drop"]) -> PatchGrid:
+    """Returns the windows and patches of an image of `size` (height, width).
 
     Args:
-        long_max, short_max: limits of the resize that keeps the ratio.
-        crop, stride: windows, in network pixels; crop 0 takes the whole image as the one window.
-        patch: patch side of the vision tower.
-        remainder: what happens to a window that is no whole number of patches: "pad" adds zeros at its end, "drop"
-            leaves the rest out and stretches the score map over the window.
+        protocol: resize and windows.
+        patch: patch side of the image tower, pixels.
+        remainder: "pad" fills a window with zeros up to whole patches, "drop" leaves the rest out and stretches the
+            score map over the window.
     """
 
-    def axis(original: int, network: int) -> Axis:
-        starts = tuple(window_starts(network, crop, stride)) if crop else (0,)
-        window = min(crop, network) if crop else network
-        patches = -(-window // patch) if remainder == "pad" else max(window // patch, 1)
-        covered = patches * patch if remainder == "pad" else window
-        return Axis(original, network, window, starts, patches, covered)
+    def axis(side: Side) -> Axis:
+        pad = remainder == "pad"
+        patches = -(-side.window // patch) if pad else max(side.window // patch, 1)
+        covered = patches * patch if pad else side.window
+        return Axis(side.length, side.network, side.window, side.starts, patches, covered)
 
-    height, width = fit_size(*size, long_max, short_max)
-    return Geometry(axis(size[0], height), axis(size[1], width))
-
-
-def windows(image: Float[Array | np.ndarray, "H W C"], where: Geometry) -> Float[np.ndarray, "N h w C"]:
-    """Returns the windows cut from an image of network size."""
-    h, w = where.rows.window, where.columns.window
-    return np.stack([image[y : y + h, x : x + w] for y, x in where.corners()])
+    grid = WindowGrid.of(size, protocol)
+    return PatchGrid(axis(grid.rows), axis(grid.columns))
 
 
-def side_by_side(maps: Float[Array, "N h w *k"], grid: tuple[int, int]) -> Float[Array, "Nh Nw *k"]:
-    """Returns the windows' patch maps joined into one array, windows row-major as in the image."""
-    down, across = grid
+def side_by_side(maps: Float[Array, "N h w *k"], shape: tuple[int, int]) -> Float[Array, "Nh Nw *k"]:
+    """Returns the patch maps of row-major windows, `shape` = (down, across), joined into one array."""
+    down, across = shape
     h, w = maps.shape[1:3]
     tiles = maps.reshape(down, across, h, w, *maps.shape[3:])
     return jnp.moveaxis(tiles, 2, 1).reshape(down * h, across * w, *maps.shape[3:])
@@ -231,6 +186,14 @@ def interpolate(x: Float[Array, "h w K"], rows: Taps, columns: Taps) -> Float[Ar
     """Returns a map stretched over pixels: rows first, then columns."""
     tall = lerp(x[rows.low], x[rows.high], jnp.asarray(rows.fraction)[:, None, None])
     return lerp(tall[:, columns.low], tall[:, columns.high], jnp.asarray(columns.fraction)[None, :, None])
+
+
+def stretch(
+    p: Float[Array, "... h w Q"], rows: Float[Array, "H h"], columns: Float[Array, "W w"]
+) -> Float[Array, "... H W Q"]:
+    """Returns a joined patch map brought to pixels by the matrices of both sides."""
+    tall = jnp.einsum("rh,...hwq->...rwq", rows, p, precision="highest")
+    return jnp.einsum("xw,...rwq->...rxq", columns, tall, precision="highest")
 
 
 def bucket(n: int, step: int = 64) -> int:

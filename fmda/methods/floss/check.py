@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from fmda.data import ClassList, Dataset, class_list
 from fmda.errors import UserError
 from fmda.evaluate.maps import common_list
-from fmda.methods.floss.inputs import compared_images, predicted_classes, scored_images, unlabelled_images
+from fmda.methods.floss.hosts import vision_transformer
+from fmda.methods.floss.inputs import compared_images, predicted_classes, unlabelled_images
 from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.settings import Config
-from fmda.models.clip import VitConfig
 from fmda.runs.stages import pending
 from fmda.weights.dinoiser import load_heads
 from fmda.weights.network import open_checkpoint
@@ -29,14 +28,12 @@ def check(config: Config) -> None:
     if config.n == "auto" and not config.n_candidates:
         raise UserError("n_candidates: empty; give numbers of templates to choose from")
     _check_checkpoint(config)
-    if config.ranking.file is None and not pending(config.unlabelled_root):
+    if config.ranking.file is None and not pending(config.ranked.root):
         unlabelled_images(config)
-    scored: Dataset | None = None
-    if config.data is not None and not pending(config.data.root):
-        scored = scored_images(config)
-    classes = _classes(config, scored)
-    if classes is None:
-        return
+    scored = config.data.open() if config.data is not None and not pending(config.data.root) else None
+    if config.classes is None and pending(config.target.root):
+        return  # an earlier run makes the folder that holds the classes
+    classes = predicted_classes(config)
     config.queries(classes)
     if config.background is not None:
         classes.index(config.background)
@@ -48,25 +45,12 @@ def check(config: Config) -> None:
             compared_images(config, classes)
 
 
-def _classes(config: Config, scored: Dataset | None) -> ClassList | None:
-    """Returns the predicted classes; None where they lie in a folder that does not exist yet."""
-    if config.classes is not None:
-        return class_list(config.classes)
-    if scored is not None:
-        return scored.classes
-    root = config.unlabelled_root if config.data is None else config.data.root
-    return None if pending(root) else predicted_classes(config)
-
-
 def _check_checkpoint(config: Config) -> None:
     local = config.clip in asset_names() or "/" not in config.clip or Path(config.clip).is_dir()
     if pending(config.clip) or not local:
         return
     folder = resolve(config.clip)
-    vision = open_checkpoint("clip", folder).config.vision
-    host = config.host_config()
-    if not isinstance(vision, VitConfig):
-        raise UserError(f"{config.clip}: FLOSS hosts read a vision transformer, not a convolutional tower")
+    vision, host = vision_transformer(open_checkpoint("clip", folder).config, str(config.clip)), config.host_config()
     if 0 < host.crop < vision.patch_size:
         raise UserError(f"host.crop: {host.crop} pixels are less than a patch of {vision.patch_size}; give more")
     if not has_tokenizer(folder):

@@ -1,8 +1,6 @@
 """Label-free criteria for templates: estimates from a tally of how well a template segments a class.
 
-Each criterion is a risk [M, K]: the lower, the more trusted. All read the same sums (`tally.Tally`), gathered in one
-pass, so adding one costs no further pass. How well they order templates is measured against true labels by rank
-correlation, which is scoring and enters no selection.
+Each criterion is a risk [M, K]: the lower, the more trusted. All read the same sums (`tally.Tally`) of one pass.
 
 The paper ranks by entropy. Confidence and margin are its nearest relatives in the literature on estimating accuracy
 without labels (Hendrycks and Gimpel 2017; Guillory et al. 2021); consensus follows disagreement-based estimates (Jiang
@@ -10,11 +8,12 @@ et al. 2022), flip consistency under augmentation (Deng et al. 2021).
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from fmda.errors import UserError, did_you_mean
+from fmda.errors import UserError
 from fmda.methods.floss.tally import Tally
 
 Risk = Float[np.ndarray, "M K"]
@@ -23,36 +22,14 @@ PRIOR_SHARE = 0.1
 """Shrinkage: a (template, class) pair with this per cent of all pixels counts half, and its template's mean half."""
 
 
-def entropy(tally: Tally) -> Risk:
-    """Returns the mean entropy of the pixels given to the class (the paper's), in nats."""
-    return tally.mean("entropy")
-
-
-def confidence(tally: Tally) -> Risk:
-    """Returns one minus the mean largest probability."""
-    return 1 - tally.mean("confidence")
-
-
-def margin(tally: Tally) -> Risk:
-    """Returns one minus the mean lead of the largest probability over the second."""
-    return 1 - tally.mean("margin")
-
-
-def smoothness(tally: Tally) -> Risk:
-    """Returns the share of the class's pixels whose right-hand neighbour has another label: ragged regions."""
-    return 1 - tally.mean("smooth")
-
-
-def shrunk_entropy(tally: Tally) -> Risk:
-    """Returns entropy drawn towards the template's mean where the class is rarely predicted."""
-    return shrunk(tally.mean("entropy"), tally.share)
+def _risk_of_iou(both: Risk, first: Risk, second: Risk) -> Risk:
+    union = first + second - both
+    return 1 - np.divide(both, union, out=np.zeros_like(both), where=union > 0)
 
 
 def consensus(tally: Tally) -> Risk:
     """Returns one minus the IoU between the template's regions of the class and the ordinary classifier's."""
-    both = tally.sums["consensus"]
-    union = tally.sums["count"] + tally.ordinary[None] - both
-    return 1 - np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+    return _risk_of_iou(tally.sums["consensus"], tally.sums["count"], tally.ordinary)
 
 
 def flip(tally: Tally) -> Risk:
@@ -62,9 +39,7 @@ def flip(tally: Tally) -> Risk:
     """
     if not tally.mirrored.any():
         raise UserError("criterion 'flip': the ranking processed no mirrored images; set ranking.flip=true")
-    both = tally.sums["flip"]
-    union = tally.sums["count"] + tally.mirrored - both
-    return 1 - np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+    return _risk_of_iou(tally.sums["flip"], tally.sums["count"], tally.mirrored)
 
 
 def entropy_consensus(tally: Tally) -> Risk:
@@ -72,28 +47,28 @@ def entropy_consensus(tally: Tally) -> Risk:
 
     Entropy alone may prefer a template that is sure and wrong; agreement alone one that changes nothing.
     """
-    empty = tally.sums["count"] == 0
-    ranks = [np.where(empty, np.inf, risk(tally)).argsort(0, kind="stable").argsort(0) for risk in (entropy, consensus)]
+    risks = (np.where(tally.sums["count"] == 0, np.inf, r) for r in (tally.mean("entropy"), consensus(tally)))
+    ranks = [r.argsort(0, kind="stable").argsort(0) for r in risks]
     return (ranks[0] + ranks[1]) / 2.0
 
 
-CRITERIA: dict[str, Callable[[Tally], Risk]] = {
-    "entropy": entropy,
-    "confidence": confidence,
-    "margin": margin,
-    "smoothness": smoothness,
-    "shrunk-entropy": shrunk_entropy,
+Criterion = Literal[
+    "entropy", "confidence", "margin", "smoothness", "shrunk-entropy", "consensus", "flip", "entropy-consensus"
+]
+
+CRITERIA: dict[Criterion, Callable[[Tally], Risk]] = {
+    # of the pixels given to the class: mean entropy in nats (the paper's), 1 - largest probability, 1 - its lead
+    "entropy": lambda tally: tally.mean("entropy"),
+    "confidence": lambda tally: 1 - tally.mean("confidence"),
+    "margin": lambda tally: 1 - tally.mean("margin"),
+    # share of the class's pixels whose right-hand neighbour has another label: ragged regions
+    "smoothness": lambda tally: 1 - tally.mean("smooth"),
+    # entropy drawn towards the template's mean where the class is rarely predicted
+    "shrunk-entropy": lambda tally: shrunk(tally.mean("entropy"), tally.share),
     "consensus": consensus,
     "flip": flip,
     "entropy-consensus": entropy_consensus,
 }
-
-
-def risk(name: str, tally: Tally) -> Risk:
-    """Returns the risks by a criterion's name. Raises UserError for an unknown one."""
-    if name not in CRITERIA:
-        raise UserError(f"criterion '{name}' is unknown{did_you_mean(name, CRITERIA)}")
-    return CRITERIA[name](tally)
 
 
 def shrunk(risks: Risk, share: Float[np.ndarray, "M K"], prior: float = PRIOR_SHARE) -> Risk:

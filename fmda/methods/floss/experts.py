@@ -30,25 +30,24 @@ def expert_probabilities(
     scale: float,
     rows: Taps,
     columns: Taps,
-) -> Float[Array, "E h w K"]:
-    """Returns softmax(scale * cosine) of each expert at the patches fusion may read; the ordinary classifier's in full.
-
-    Elsewhere expert e's own class has -1 and all others 0: it claims nothing there. `fusion.fuse` gives the same map as
-    with all probabilities.
+) -> tuple[Float[Array, "E h w K"], Taps, Taps, Bool[Array, "K cells"]]:
+    """Returns the arguments of `fusion.fuse`: softmax(scale * cosine) where fusion may read it, else 0; and lost pairs.
 
     Args:
         features: unit length, of one window.
-        classifiers: K experts and, last, the ordinary classifier.
+        classifiers: K experts and, last, the ordinary classifier, which is computed everywhere.
         rows, columns: how patches become pixels.
     """
     h, w, _ = features.shape
-    flat = features.reshape(h * w, -1)
+    flat, cells = features.reshape(h * w, -1), Cells(rows, columns, (h, w))
     ordinary = jax.nn.softmax(scale * _cosines(flat, classifiers[-1]), axis=-1)
-    needed = needed_patches(flat, classifiers, scale, ordinary.argmax(-1), Cells(rows, columns, (h, w)))
-    k = jnp.arange(classifiers.shape[1])
+    lost = lost_cells(flat, classifiers, scale, ordinary.argmax(-1), cells)
+    needed = jnp.zeros((len(lost), h * w), bool)
+    for patch in cells.corner_patches:
+        needed = needed.at[:, patch].max(~lost)
 
-    def expert(item: tuple[Array, Array, Array]) -> Array:
-        index, classifier, here = item
+    def expert(item: tuple[Array, Array]) -> Array:
+        classifier, here = item
         (places,) = jnp.nonzero(here, size=-(-len(here) // BLOCK) * BLOCK, fill_value=len(here))
         total = here.sum()
 
@@ -58,21 +57,21 @@ def expert_probabilities(
             scores = _cosines(flat[jnp.minimum(chunk, h * w - 1)], classifier)
             return first + BLOCK, p.at[chunk].set(jax.nn.softmax(scale * scores, axis=-1), mode="drop")
 
-        silent = jnp.broadcast_to(jnp.where(k == index, -1.0, 0.0)[None], (h * w, len(k)))
-        return jax.lax.while_loop(lambda carry: carry[0] < total, compute_block, (jnp.int32(0), silent))[1]
+        start = (jnp.int32(0), jnp.zeros_like(ordinary))
+        return jax.lax.while_loop(lambda carry: carry[0] < total, compute_block, start)[1]
 
-    p = jax.lax.map(expert, (k, classifiers[:-1], needed))
-    return jnp.concatenate([p, ordinary[None]]).reshape(len(classifiers), h, w, -1)
+    p = jax.lax.map(expert, (classifiers[:-1], needed))
+    return jnp.concatenate([p, ordinary[None]]).reshape(len(classifiers), h, w, -1), rows, columns, lost
 
 
-def needed_patches(
+def lost_cells(
     features: Float[Array, "P D"],
     classifiers: Float[Array, "E K D"],
     scale: float,
     likely: Float[Array, " P"],
     cells: Cells,
-) -> Bool[Array, "K P"]:
-    """Returns where each expert's scores may be read: at the corners of cells without a witness against it."""
+) -> Bool[Array, "K cells"]:
+    """Returns the cells in which a witness beats each expert's own class at all four corners."""
     experts = classifiers.shape[1]
     k = jnp.arange(experts)
     own_scores = scale * jnp.einsum("kd,pd->kp", classifiers[k, k], features, precision="highest")
@@ -80,17 +79,11 @@ def needed_patches(
     frequent, witnesses = jax.lax.top_k(counts, min(WITNESSES, experts))
 
     def against(number: Array, lost: Array) -> Array:
-        scores = scale * _cosines(classifiers[:-1, witnesses[number]], features)
-        beaten = scores > own_scores + MARGIN
+        beaten = scale * _cosines(classifiers[:-1, witnesses[number]], features) > own_scores + MARGIN
         corners = [beaten[:, patch] for patch in cells.corner_patches]
         return lost | (corners[0] & corners[1] & corners[2] & corners[3])
 
-    lost = jnp.zeros((experts, cells.count), bool)
-    lost = jax.lax.fori_loop(0, (frequent > 0).sum(), against, lost)
-    needed = jnp.zeros((experts, len(features)), bool)
-    for patch in cells.corner_patches:
-        needed = needed.at[:, patch].max(~lost)
-    return needed
+    return jax.lax.fori_loop(0, (frequent > 0).sum(), against, jnp.zeros((experts, cells.count), bool))
 
 
 def _cosines(a: Float[Array, "n D"], b: Float[Array, "m D"]) -> Float[Array, "n m"]:

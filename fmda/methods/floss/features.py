@@ -79,26 +79,26 @@ def reads_guide(host: HostConfig) -> bool:
 
 
 def patches_of(
-    host: HostConfig, tower: VisionTransformer, heads: Heads | None, before_last: Tokens, grid: tuple[int, int]
+    host: HostConfig, tower: VisionTransformer, heads: Heads | None, before_last: Tokens, shape: tuple[int, int]
 ) -> Patches:
     """Returns features and foreground from the tokens; each host has its own form of the last block.
 
     Args:
-        grid: patches down and across.
+        shape: patches down and across.
     """
     last = tower.blocks[-1]
-    everything = jnp.ones((len(before_last.last), *grid), bool)
+    everything = jnp.ones((len(before_last.last), *shape), bool)
     if host.features == "naclip":
-        dense = tower.project(_key_attention(last, before_last.last, neighbourhood(*grid, host.gaussian_std)))
-        return Patches(unit(_grid(dense, *grid)), everything)
-    values = _grid(tower.project(last.value_path(before_last.last)), *grid)
+        dense = tower.project(_key_attention(last, before_last.last, neighbourhood(*shape, host.gaussian_std)))
+        return Patches(unit(_grid(dense, *shape)), everything)
+    values = _grid(tower.project(last.value_path(before_last.last)), *shape)
     if host.features == "maskclip":
         return Patches(unit(values), everything)
     if heads is None:
         raise UserError(f"clip-dinoiser: needs its heads ({HEADS_FILE}); name their folder with heads=")
     if before_last.guide is None:
         raise UserError(f"clip-dinoiser: reads the third last block, but the image tower has {len(tower.blocks)}")
-    guide = _grid(before_last.guide, *grid)
+    guide = _grid(before_last.guide, *shape)
     refined = refine(values, object_features(heads, guide), host.affinity_floor)
     return Patches(unit(refined), saliency(heads, guide) > 0)
 

@@ -17,6 +17,7 @@ e = K. K classes (queries, where classes have synonyms); h, w patches; H, W pixe
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,26 +38,13 @@ ELEMENTS = 1 << 20
 """Values computed at a time: what fits the caches of a core."""
 
 
-def winner_of(vectors: Float[Array, "E *n K"]) -> Int[Array, "*n"]:
-    """Returns the index of the classifier that gives each pixel its vector: an expert, or K where no expert claims.
-
-    `vectors` holds the K experts' probabilities and the ordinary classifier's last.
-    """
-    experts = vectors.shape[-1]
-    best = jnp.full(vectors.shape[1:-1], -1.0, vectors.dtype)
-    winner = jnp.full(vectors.shape[1:-1], experts, jnp.int32)
-    for e in range(experts):
-        claims = vectors[e].argmax(-1) == e
-        better = claims & (vectors[e, ..., e] > best)
-        best = jnp.where(better, vectors[e, ..., e], best)
-        winner = jnp.where(better, e, winner)
-    return winner
-
-
-def fuse_direct(vectors: Float[Array, "E *n K"]) -> Float[Array, "*n K"]:
+def fuse_vectors(vectors: Float[Array, "E *n K"]) -> Float[Array, "*n K"]:
     """Returns the fused vectors of pixels whose K+1 vectors are all at hand."""
-    index = winner_of(vectors)[None, ..., None]
-    return jnp.take_along_axis(vectors, index, axis=0)[0]
+    k = jnp.arange(vectors.shape[-1])
+    claimed = vectors[:-1].argmax(-1) == k.reshape(-1, *(1,) * (vectors.ndim - 2))
+    confidence = jnp.where(claimed, vectors[k, ..., k], -1.0)
+    winner = jnp.where(claimed.any(0), confidence.argmax(0), len(k))
+    return jnp.take_along_axis(vectors, winner[None, ..., None], axis=0)[0]
 
 
 def fuse_reference(p: Float[Array, "E h w K"], rows: Taps, columns: Taps) -> Float[Array, "H W K"]:
@@ -64,91 +52,70 @@ def fuse_reference(p: Float[Array, "E h w K"], rows: Taps, columns: Taps) -> Flo
 
     def row(low: Array, high: Array, fraction: Array) -> Array:
         line = Taps(low[None], high[None], fraction[None])
-        return fuse_direct(jax.vmap(lambda m: interpolate(m, line, columns))(p))[0]
+        return fuse_vectors(jax.vmap(lambda m: interpolate(m, line, columns))(p))[0]
 
     return jax.lax.map(lambda t: row(*t), tuple(jnp.asarray(a) for a in rows))
 
 
-def fuse(p: Float[Array, "E h w K"], rows: Taps, columns: Taps, *, prune: bool = True) -> Float[Array, "H W K"]:
-    """Returns the fused map of a window, equal to `fuse_reference`, from patch probabilities and a winner per pixel.
+def fuse(
+    p: Float[Array, "E h w K"], rows: Taps, columns: Taps, lost: Bool[Array, "K cells"] | None = None
+) -> Float[Array, "H W K"]:
+    """Returns the fused map of a window, equal to `fuse_reference`.
 
     Args:
-        prune: decide cells by their corners; without it every expert is computed at every pixel.
+        lost: (expert, cell) pairs known to claim nothing; their probabilities are not read.
     """
-    winner = winners(p, rows, columns, prune=prune)
-    return fetch(p, winner, rows, columns)
-
-
-def fuse_patches(p: Float[Array, "E h w K"]) -> Float[Array, "h w K"]:
-    """Returns the map fused at patch resolution: cheap, and not the same as fusing pixels."""
-    return fuse_direct(p)
-
-
-def fetch(p: Float[Array, "E h w K"], winner: Int[Array, "H W"], rows: Taps, columns: Taps) -> Float[Array, "H W K"]:
-    """Returns each pixel's interpolated vector from its winner's patch map (second pass)."""
-    fy, fx = jnp.asarray(rows.fraction)[:, None, None], jnp.asarray(columns.fraction)[None, :, None]
-    y0, y1 = jnp.asarray(rows.low)[:, None], jnp.asarray(rows.high)[:, None]
-    x0, x1 = jnp.asarray(columns.low)[None, :], jnp.asarray(columns.high)[None, :]
-    left = lerp(p[winner, y0, x0], p[winner, y1, x0], fy)
-    right = lerp(p[winner, y0, x1], p[winner, y1, x1], fy)
-    return lerp(left, right, fx)
-
-
-def winners(p: Float[Array, "E h w K"], rows: Taps, columns: Taps, *, prune: bool = True) -> Int[Array, "H W"]:
-    """Returns the winning classifier of each pixel, K where no expert claims it (first pass)."""
     cells = Cells(rows, columns, (p.shape[1], p.shape[2]))
     experts = p.shape[-1]
     flat = p.reshape(len(p), -1, experts)
-    if prune:
-        verdict = _by_corners(flat, cells)
-    else:
-        verdict = jnp.full((experts, cells.count), OPEN, jnp.int32)
+    verdict = _by_corners(flat, cells, lost)
     state = (
         jnp.full((cells.count, cells.pixels), -1.0, p.dtype),
         jnp.full((cells.count, cells.pixels), experts, jnp.int32),
     )
     for kind, confidence, values in ((WHOLE, cells.own, 4), (OPEN, cells.claim, experts)):
         size = max(1, ELEMENTS // (cells.pixels * values))
-        pairs, total = _listed(verdict == kind, size)
-        state = _over_pairs(pairs, total, cells.count, state, size, functools.partial(confidence, flat))
-    return state[1][cells.cell_of_pixel, cells.place_of_pixel]
+        state = _over_pairs(verdict == kind, state, size, functools.partial(confidence, flat))
+    winner = state[1][cells.cell_of_pixel, cells.place_of_pixel]
+    y0, y1, fy = (jnp.asarray(a)[:, None] for a in rows)
+    x0, x1, fx = (jnp.asarray(a)[None, :] for a in columns)
+    left = lerp(p[winner, y0, x0], p[winner, y1, x0], fy[..., None])
+    right = lerp(p[winner, y0, x1], p[winner, y1, x1], fy[..., None])
+    return lerp(left, right, fx[..., None])
 
 
 def undecided(p: Float[Array, "E h w K"], rows: Taps, columns: Taps) -> Float[Array, ""]:
     """Returns the share of (expert, cell) pairs that the corners leave open."""
-    verdict = _by_corners(p.reshape(len(p), -1, p.shape[-1]), Cells(rows, columns, (p.shape[1], p.shape[2])))
-    return (verdict == OPEN).mean()
+    return (
+        _by_corners(p.reshape(len(p), -1, p.shape[-1]), Cells(rows, columns, (p.shape[1], p.shape[2]))) == OPEN
+    ).mean()
 
 
-def _by_corners(p: Float[Array, "E P K"], cells: "Cells") -> Int[Array, "K cells"]:
+def _by_corners(
+    p: Float[Array, "E P K"], cells: "Cells", lost: Bool[Array, "K cells"] | None = None
+) -> Int[Array, "K cells"]:
     """Returns OUT, WHOLE or OPEN for each (expert, cell) pair.
 
     Most pairs are out because a class that the ordinary classifier finds best at a corner beats e at all four. Only
-    those that remain have all classes of their corners looked at.
+    those that remain are compared with all classes.
     """
     experts = p.shape[-1]
     k = jnp.arange(experts)
     own_scores = p[k, :, k]
-    likely = p[experts].argmax(-1)
-    lost = jnp.zeros((experts, cells.count), bool)
-    for witness in cells.corner_patches:
-        beaten = [
-            p[k[:, None], c[None, :], likely[witness][None, :]] > UP * own_scores[:, c] for c in cells.corner_patches
-        ]
-        lost |= functools.reduce(jnp.logical_and, beaten)
-    size = max(1, ELEMENTS // (4 * experts))
-    pairs, total = _listed(~lost, size)
-
-    def compute_block(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        first, verdict = carry
-        chunk = jax.lax.dynamic_slice(pairs, (first,), (size,))
-        e, c = jnp.minimum(chunk // cells.count, experts - 1), chunk % cells.count
-        verdicts = _verdict(jnp.stack(cells.gathered(p, e, c), 1), e)
-        return first + size, verdict.at[chunk].set(verdicts, mode="drop")
-
-    start = (jnp.int32(0), jnp.full(experts * cells.count, OUT, jnp.int32))
-    verdict = jax.lax.while_loop(lambda carry: carry[0] < total, compute_block, start)[1].reshape(experts, -1)
     at = [own_scores[:, c] for c in cells.corner_patches]
+    if lost is None:
+        lost = jnp.zeros((experts, cells.count), bool)
+    likely = p[experts].argmax(-1)
+    for witness in cells.corner_patches:
+        rivals = [p[k[:, None], c[None, :], likely[witness][None, :]] for c in cells.corner_patches]
+        lost |= functools.reduce(jnp.logical_and, [r > UP * own for r, own in zip(rivals, at, strict=True)])
+    size = max(1, ELEMENTS // (4 * experts))
+
+    def judge(verdict: Array, chunk: Array, valid: Array) -> Array:
+        e, c = jnp.minimum(chunk // cells.count, experts - 1), chunk % cells.count
+        return verdict.at[chunk].set(_verdict(jnp.stack(cells.gathered(p, e, c), 1), e), mode="drop")
+
+    verdict = _in_chunks(~lost, size, judge, jnp.full(experts * cells.count, OUT, jnp.int32)).reshape(experts, -1)
     lowest, highest = functools.reduce(jnp.minimum, at), functools.reduce(jnp.maximum, at)
     floor = jnp.where(verdict == WHOLE, lowest, -1.0).max(0, keepdims=True)
     return jnp.where(highest >= DOWN * floor, verdict, OUT)
@@ -163,43 +130,50 @@ def _verdict(corners: Float[Array, "S 4 K"], e: Int[Array, " S"]) -> Int[Array, 
     return jnp.where(lost, OUT, jnp.where(whole, WHOLE, OPEN))
 
 
-def _listed(mask: Bool[Array, "K cells"], size: int) -> tuple[Int[Array, " n"], Int[Array, ""]]:
-    """Returns (flat places of a mask, filled up with its size to whole chunks, their number)."""
+def _in_chunks(mask: Bool[Array, "K cells"], size: int, update: Callable[[Any, Array, Array], Any], state: Any) -> Any:
+    """Returns the state after `update(state, chunk, valid)` for `size` flat places of the mask at a time.
+
+    Places beyond the last true one are `mask.size` and not valid.
+    """
     length = -(-mask.size // size) * size
-    (pairs,) = jnp.nonzero(mask.ravel(), size=length, fill_value=mask.size)
-    return pairs.astype(jnp.int32), mask.sum(dtype=jnp.int32)
+    (places,) = jnp.nonzero(mask.ravel(), size=length, fill_value=mask.size)
+    total = mask.sum(dtype=jnp.int32)
+
+    def compute(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        first, state = carry
+        chunk = jax.lax.dynamic_slice(places.astype(jnp.int32), (first,), (size,))
+        return first + size, update(state, chunk, first + jnp.arange(size) < total)
+
+    return jax.lax.while_loop(lambda carry: carry[0] < total, compute, (jnp.int32(0), state))[1]
 
 
 def _over_pairs(
-    pairs: Int[Array, " n"],
-    total: Int[Array, ""],
-    cells: int,
+    mask: Bool[Array, "K cells"],
     state: tuple[Float[Array, "cells pixels"], Int[Array, "cells pixels"]],
     size: int,
     confidence: Callable[[Array, Array], Array],
 ) -> tuple[Float[Array, "cells pixels"], Int[Array, "cells pixels"]]:
-    """Returns (best, winner) after the first `total` pairs have entered, `size` at a time.
+    """Returns (best, winner) after the pairs of the mask have entered, `size` at a time.
 
     `confidence(experts, cells)` gives [size, pixels], -1 where there is no claim. The result does not depend on the
     order of the pairs: the larger confidence wins, and the lower expert among equal ones.
     """
+    cells = mask.shape[1]
 
-    def compute_block(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        first, best, winner = carry
-        chunk = jax.lax.dynamic_slice(pairs, (first,), (size,))
-        valid = (first + jnp.arange(size) < total)[:, None]
-        e, c = jnp.where(valid[:, 0], chunk // cells, 0), chunk % cells
-        value = jnp.where(valid, confidence(e, c), -1.0)
+    def enter(state: tuple[Array, Array], chunk: Array, valid: Array) -> tuple[Array, Array]:
+        best, winner = state
+        e, c = jnp.where(valid, chunk // cells, 0), chunk % cells
+        value = jnp.where(valid[:, None], confidence(e, c), -1.0)
         before = best[c]
         best = best.at[c].max(value)
         after = best[c]
-        # a raised pixel forgets its winner; then the lowest of those who hold the new best takes it
+        # a raised pixel forgets its winner; then the lowest expert with the new best takes it
         nobody = jnp.iinfo(jnp.int32).max
         winner = winner.at[c].max(jnp.where(after > before, nobody, -1))
         winner = winner.at[c].min(jnp.where((value >= 0) & (value == after), e[:, None], nobody))
-        return first + size, best, winner
+        return best, winner
 
-    return jax.lax.while_loop(lambda carry: carry[0] < total, compute_block, (jnp.int32(0), *state))[1:]
+    return _in_chunks(mask, size, enter, state)
 
 
 class _Side:

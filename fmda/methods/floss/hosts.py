@@ -15,7 +15,9 @@ from jaxtyping import Float, UInt8
 from fmda.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict, to_dict
 from fmda.data.transforms import resize_image
 from fmda.errors import UserError, did_you_mean
-from fmda.methods.floss.chain import Geometry, geometry
+from fmda.evaluate.protocol import Protocol
+from fmda.methods.floss.chain import PatchGrid, patch_grid
+from fmda.models.clip import ClipConfig, VitConfig
 
 Features = Literal["maskclip", "naclip", "clip-dinoiser"]
 
@@ -71,17 +73,14 @@ class HostConfig:
                 f"host: crop {self.crop} and stride {self.stride} leave gaps; take stride <= crop, or crop 0"
             )
 
-    def geometry(self, size: tuple[int, int], patch: int) -> Geometry:
-        """Returns how an image of `size` (height, width) is resized and cut, for patches of `patch` pixels."""
-        return geometry(
-            size,
-            long_max=self.long_max,
-            short_max=self.short_max,
-            crop=self.crop,
-            stride=self.stride,
-            patch=patch,
-            remainder=self.remainder,
-        )
+    @property
+    def protocol(self) -> Protocol:
+        """How images are resized and cut into windows."""
+        return Protocol((self.long_max, self.short_max), self.crop, self.stride)
+
+    def patch_grid(self, size: tuple[int, int], patch: int) -> PatchGrid:
+        """Returns the windows of an image of `size` (height, width), with patches of `patch` pixels."""
+        return patch_grid(size, self.protocol, patch, self.remainder)
 
 
 HOSTS: dict[str, HostConfig] = {
@@ -131,47 +130,27 @@ def host_for(choice: str | Mapping[str, Any], dataset: str = "", where: str = "h
     return from_dict(HostConfig, {**to_dict(host), **changes}, where)
 
 
-def network_image(
-    image: UInt8[np.ndarray, "H W 3"],
-    where: Geometry,
-    host: HostConfig,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-) -> Float[np.ndarray, "h w 3"]:
-    """Returns the resized and normalised image. `mean` and `std` are the checkpoint's, for values in [0, 1].
-
-    The resize is OpenCV's on uint8. Where windows are padded to whole patches, zeros are meant before normalisation,
-    so they are added by `padded_window`.
-    """
-    small = resize_image(image, where.network)
-    centre, spread = statistics(host, mean, std)
-    return (small.astype(np.float32) - centre) / spread
+def vision_transformer(clip: ClipConfig, where: str) -> VitConfig:
+    """Returns the image tower of a checkpoint. Raises UserError for a convolutional one."""
+    if not isinstance(clip.vision, VitConfig):
+        raise UserError(f"{where}: FLOSS hosts read a vision transformer, not a convolutional tower; use another clip=")
+    return clip.vision
 
 
-def padded_windows(
-    windows: Float[np.ndarray, "N h w 3"],
-    where: Geometry,
-    host: HostConfig,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-) -> Float[np.ndarray, "N h2 w2 3"]:
-    """Returns the windows with black pixels added at the bottom and right up to whole patches ("pad" hosts)."""
-    below = where.rows.covered - where.rows.window
-    right = where.columns.covered - where.columns.window
-    if host.remainder == "drop" or (below == 0 and right == 0):
-        return windows
-    centre, spread = statistics(host, mean, std)
-    n, h, w, _ = windows.shape
-    out = np.broadcast_to((-centre / spread).astype(np.float32), (n, h + below, w + right, 3)).copy()
-    out[:, :h, :w] = windows
-    return out
+def window_pixels(
+    image: UInt8[np.ndarray, "H W 3"], grid: PatchGrid, host: HostConfig, config: ClipConfig
+) -> Float[np.ndarray, "N h w 3"]:
+    """Returns the normalised windows of the resized image, black below and on the right up to whole patches."""
+    small, (height, width) = resize_image(image, grid.network), grid.window
+    windows = np.stack([small[y : y + height, x : x + width] for y, x in grid.corners()])
+    below, right = grid.rows.covered - height, grid.columns.covered - width
+    return normalised(np.pad(windows, ((0, 0), (0, below), (0, right), (0, 0))), host, config)
 
 
-def statistics(
-    host: HostConfig, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]:
-    """Returns (mean, deviation) for values in [0, 255]."""
-    both = np.asarray([mean, std], np.float64) * 255
+def normalised(pixels: UInt8[np.ndarray, "*n 3"], host: HostConfig, config: ClipConfig) -> Float[np.ndarray, "*n 3"]:
+    """Returns the pixels less the checkpoint's mean, over its deviation."""
+    statistics = 255 * np.asarray([config.image_mean, config.image_std], np.float64)
     if host.round_statistics:
-        both = np.round(both, 3)
-    return both[0].astype(np.float32), both[1].astype(np.float32)
+        statistics = np.round(statistics, 3)
+    mean, std = statistics.astype(np.float32)
+    return (pixels.astype(np.float32) - mean) / std

@@ -2,16 +2,21 @@
 
 import numpy as np
 
-from fmda.data import ClassList, ClassMap, Dataset, class_list, known_class_maps, open_dataset
+from fmda.data import ClassList, ClassMap, Dataset, class_list, known_class_maps
+from fmda.data.catalog import CATALOG
 from fmda.errors import UserError
 from fmda.methods.floss.settings import Config
 
 
 def predicted_classes(config: Config) -> ClassList:
-    """Returns the predicted classes: the configured list, else those of the scored or the unlabelled dataset."""
+    """Returns the predicted classes: the configured list, else those of the scored or the unlabelled dataset.
+
+    A folder is opened only where the dataset's name does not determine its classes.
+    """
     if config.classes is not None:
         return class_list(config.classes)
-    classes = scored_images(config).classes if config.data is not None else _all_unlabelled(config).classes
+    entry = CATALOG.get(str(config.target.name))
+    classes = config.target.open().classes if entry is None or entry.free else class_list(entry.classes)
     if not len(classes):
         raise UserError("classes: these images have no class list; name one with classes=, or add a classes.yaml")
     return classes
@@ -19,17 +24,11 @@ def predicted_classes(config: Config) -> ClassList:
 
 def unlabelled_images(config: Config) -> Dataset:
     """Returns the images of the ranking in the dataset's order; a budget is drawn by `unlabelled.seed`."""
-    images, part = _all_unlabelled(config), config.unlabelled
+    images, part = config.ranked.open(), config.unlabelled
     if part.images is None or part.images >= len(images):
         return images
     drawn = np.random.default_rng(part.seed).permutation(len(images))[: part.images]
     return images.subset(sorted(int(i) for i in drawn))
-
-
-def scored_images(config: Config) -> Dataset:
-    """Returns the labelled images that host and FLOSS are scored on."""
-    assert config.data is not None
-    return open_dataset(config.data.name, config.data.root, config.data.split)
 
 
 def compared_images(config: Config, classes: ClassList) -> Dataset:
@@ -39,7 +38,7 @@ def compared_images(config: Config, classes: ClassList) -> Dataset:
     does not say which of the merged classes a label means, and another map may. Raises UserError where neither exists.
     """
     assert config.data is not None
-    dataset = scored_images(config)
+    dataset = config.data.open()
     if config.data.limit is not None:
         dataset = dataset[: config.data.limit]
     if dataset.classes.names == classes.names:
@@ -54,16 +53,3 @@ def compared_images(config: Config, classes: ClassList) -> Dataset:
         f"compare_criteria: no class map leads from the labels of {dataset.name} to the {len(classes)} predicted "
         "classes; set data.class_map or classes"
     )
-
-
-def _all_unlabelled(config: Config) -> Dataset:
-    name, root, split = config.unlabelled_name, config.unlabelled_root, config.unlabelled.split
-    if split is not None:
-        return open_dataset(name, root, split, labels=False)
-    try:
-        return open_dataset(name, root, "train", labels=False)
-    except UserError:
-        # a flat folder has no splits
-        if name != "folder" or root is None:
-            raise
-        return open_dataset(name, root, "all", labels=False)

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 from jaxtyping import UInt8
 
-from fmda.evaluate import Protocol, Segmenter
+from fmda.evaluate import Segmenter
 from fmda.evaluate.segmenter import Forward
 from fmda.methods.floss.features import Patches
 from fmda.methods.floss.model import Chosen, Floss, Image
@@ -42,13 +42,11 @@ class LabelMaps:
 
     def _labels(self, image: Image, which: int) -> Labels:
         if image_digest(image) not in self._kept:
-            self.add(image, self.model.look(image))
+            self.add(image, self.model.patches(image))
         data = zlib.decompress(self._kept[image_digest(image)][which])
         return np.frombuffer(data, np.uint8).reshape(image.shape[:2])
 
 
 def _segmenter(model: Floss, chosen: Chosen | None, forward: Forward) -> Segmenter:
-    host = model.host
-    name = host.name if chosen is None else f"{host.name} + FLOSS"
-    protocol = Protocol((host.long_max, host.short_max), host.crop, host.stride)
-    return Segmenter(forward, model.classes, name, model.identity(chosen), protocol)
+    name = model.host.name if chosen is None else f"{model.host.name} + FLOSS"
+    return Segmenter(forward, model.classes, name, model.identity(chosen), model.host.protocol)

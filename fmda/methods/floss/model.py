@@ -12,12 +12,12 @@ from jaxtyping import Float, Int, UInt8
 
 from fmda.config import fingerprint
 from fmda.data import ClassList, Dataset
-from fmda.errors import UserError
+from fmda.evaluate.confusion import Scores, confusion_matrix
 from fmda.mesh import make_mesh
 from fmda.methods.floss.features import Patches
-from fmda.methods.floss.predict import agreement, fused_labels, host_labels
-from fmda.methods.floss.ranking import Scanner, Seen, rank_images
-from fmda.methods.floss.selection import flip_consistency
+from fmda.methods.floss.hosts import vision_transformer
+from fmda.methods.floss.predict import Chain, cropped, fused_maps, host_maps
+from fmda.methods.floss.ranking import ImagePatches, Scanner, rank_images
 from fmda.methods.floss.settings import Config
 from fmda.methods.floss.tally import Tally
 from fmda.methods.floss.text import (
@@ -29,12 +29,9 @@ from fmda.methods.floss.text import (
     text_fingerprint,
 )
 from fmda.methods.floss.tower import Tower
-from fmda.models.clip import VitConfig
-from fmda.models.dinoiser import Heads
-from fmda.progress import track
 from fmda.runs.identity import claim
 from fmda.weights.dinoiser import load_heads
-from fmda.weights.network import Loaded, load_clip, weight_fingerprint
+from fmda.weights.network import load_clip, weight_fingerprint
 
 Chosen = tuple[tuple[int, ...], ...]
 Image = UInt8[np.ndarray, "H W 3"]
@@ -56,17 +53,20 @@ class Floss:
         self,
         config: Config,
         classes: ClassList,
-        clip: Loaded,
-        heads: Heads | None = None,
         *,
         templates: Sequence[str] | None = None,
         mesh: Mesh | None = None,
     ) -> None:
         """Takes `templates` in place of those that the configuration names; `mesh` defaults to the local devices."""
-        self.config, self.classes = config, classes
-        self.host = config.host_config()
-        if self.host.trained_scale:
-            self.host = replace(self.host, scale=float(np.exp(np.asarray(clip.params["logit_scale"], np.float32))))
+        clip = load_clip(config.clip, config.revision, dtype=config.dtype)
+        host, heads = config.host_config(), None
+        if host.trained_scale:
+            host = replace(host, scale=float(np.exp(np.asarray(clip.params["logit_scale"], np.float32))))
+        if host.features == "clip-dinoiser":
+            folder = config.heads or clip.folder
+            assert folder is not None  # of a checkpoint that was loaded
+            heads = load_heads(Path(folder), vision_transformer(clip.config, str(config.clip)).width)
+        self.config, self.classes, self.host = config, classes, host
         self.queries = config.queries(classes)
         self.templates = config.template_list() if templates is None else tuple(templates)
         ids = prompt_ids(clip, self.queries, self.templates)
@@ -78,34 +78,12 @@ class Floss:
         self.table = text_embeddings(clip, ids)
         self.ordinary = default_classifier(self.table)
         mesh = mesh or make_mesh(devices=jax.local_devices())
-        self.tower = Tower(
-            self.host, clip.config, clip.graphdef, clip.params, mesh, heads, f"{clip.fingerprint} {config.dtype}"
+        weights = f"{clip.fingerprint} {config.dtype}"
+        self.tower = Tower(host, clip.config, clip.graphdef, clip.params, mesh, heads, weights)
+        background = None if config.background is None else classes.index(config.background)
+        self.chain = Chain(
+            host, self.queries.classes, None if background is None else self.queries.classes.index(background)
         )
-        self.background = None
-        if config.background is not None:
-            self.background = self.queries.classes.index(classes.index(config.background))
-
-    @classmethod
-    def load(
-        cls,
-        config: Config,
-        classes: ClassList,
-        *,
-        clip: Loaded | None = None,
-        templates: Sequence[str] | None = None,
-        mesh: Mesh | None = None,
-    ) -> "Floss":
-        """Returns the host of a configuration; reads the checkpoint unless it is passed as `clip`."""
-        if clip is None:
-            clip = load_clip(config.clip, config.revision, dtype=config.dtype)
-        heads = None
-        if config.host_config().features == "clip-dinoiser":
-            if not isinstance(clip.config.vision, VitConfig):
-                raise UserError(f"{config.clip}: CLIP-DINOiser reads a vision transformer; name another clip=")
-            folder = config.heads or clip.folder
-            assert folder is not None  # of a checkpoint that was loaded
-            heads = load_heads(Path(folder), clip.config.vision.width)
-        return cls(config, classes, clip, heads, templates=templates, mesh=mesh)
 
     def identity(self, chosen: Chosen | None) -> str:
         """Returns the fingerprint of all that a prediction depends on; None stands for the host alone."""
@@ -119,24 +97,18 @@ class Floss:
             "host": self.host,
             "queries": self.queries,
             "templates": template_hash(self.templates),
-            "background": self.background,
+            "background": self.chain.background,
         }
 
-    def look(self, image: Image) -> Patches:
+    def patches(self, image: Image) -> Patches:
         """Returns the patches of the windows, on the first device: devices share the tower alone."""
-        return _first_device(self.tower.see([image])[0])
+        return _first_device(self.tower.patches([image])[0])
 
     def predict_host(self, image: Image, patches: Patches | None = None) -> Result:
         """Returns (labels, confidence) by the host alone; `patches` saves a pass of the tower."""
-        return host_labels(
-            self.host,
-            self.look(image) if patches is None else patches,
-            self.ordinary,
-            self.tower.geometry(image),
-            self.queries.classes,
-            image=self.tower.network_image(image) if self.host.pamr_steps else None,
-            background=self.background,
-        )
+        patches, grid = self.patches(image) if patches is None else patches, self.tower.patch_grid(image)
+        pixels = self.tower.network_image(image) if self.host.pamr_steps else None
+        return cropped(host_maps(self.chain, patches, self.ordinary, grid, pixels), grid)
 
     def classifiers(self, chosen: Chosen) -> Float[np.ndarray, "E Q D"]:
         """Returns the experts and, last, the ordinary classifier as fusion uses it."""
@@ -144,15 +116,8 @@ class Floss:
 
     def predict(self, image: Image, classifiers: Float[np.ndarray, "E Q D"], patches: Patches | None = None) -> Result:
         """Returns (labels, confidence) by the fused experts; `patches` saves a pass of the tower."""
-        return fused_labels(
-            self.host,
-            self.look(image) if patches is None else patches,
-            classifiers,
-            self.tower.geometry(image),
-            self.queries.classes,
-            fusion=self.config.fusion,
-            background=self.background,
-        )
+        patches, grid = self.patches(image) if patches is None else patches, self.tower.patch_grid(image)
+        return cropped(fused_maps(self.chain, patches, classifiers, grid, self.config.fusion), grid)
 
     def rank(
         self,
@@ -177,25 +142,25 @@ class Floss:
         """
         settings = self.config.ranking
         scanner = Scanner(
-            self.host,
+            self.chain,
             self.table,
             self.ordinary,
-            self.queries.classes,
             self.tower.mesh,
             resolution=settings.resolution,
             chunk=settings.chunk,
-            background=self.background,
         )
 
-        def see(indices: Sequence[int]) -> Iterator[Seen]:
+        def load(indices: Sequence[int]) -> Iterator[ImagePatches]:
             examples = [images[i] for i in indices]
-            patches = self.tower.see([e.image for e in examples])
-            turned = self.tower.see([e.image[:, ::-1] for e in examples]) if settings.flip else [None] * len(examples)
+            patches = self.tower.patches([e.image for e in examples])
+            turned = (
+                self.tower.patches([e.image[:, ::-1] for e in examples]) if settings.flip else [None] * len(examples)
+            )
             for example, one, other in zip(examples, patches, turned, strict=True):
                 if each is not None:
                     each(example.image, _first_device(one))
                 truth = example.labels if labels else None
-                yield Seen(one, other, self.tower.geometry(example.image), truth)
+                yield ImagePatches(one, other, self.tower.patch_grid(example.image), truth)
 
         process, count = (jax.process_index(), jax.process_count()) if over_processes else (0, 1)
         if count > 1:
@@ -205,28 +170,29 @@ class Floss:
         if not claim(state.parent, facts, sums_alike, record=f"{state.stem}.json"):
             state.unlink(missing_ok=True)  # sums without a record may be of anything
         tally = rank_images(
-            see,
+            load,
             range(process, len(images), count),
             scanner,
             state=state,
             group=max(1, self.tower.mesh.size // 2),
             save_every=settings.save_every,
-            progress=lambda groups: track(list(groups), "rank templates", unit="groups"),
         )
         return tally.over_processes() if count > 1 else tally
 
     def flip_consistency(self, images: Dataset, candidates: Mapping[int, Chosen]) -> dict[int, float]:
-        """Returns, for each candidate, how alike images and their mirror images are labelled by its experts."""
+        """Returns, for each candidate, the mean IoU of the labels of images and of their mirror images, turned back."""
+        names, empty = self.classes.names, Scores.empty(self.classes.names)
         classifiers = {n: self.classifiers(chosen) for n, chosen in candidates.items()}
-        counts: dict[int, list[np.ndarray]] = {n: [] for n in candidates}
+        scores = dict.fromkeys(candidates, empty)
         for example in images:
             mirrored = np.ascontiguousarray(example.image[:, ::-1])
-            patches, other = self.look(example.image), self.look(mirrored)
+            patches, mirrored_patches = self.patches(example.image), self.patches(mirrored)
             for n, experts in classifiers.items():
                 labels, _ = self.predict(example.image, experts, patches)
-                turned, _ = self.predict(mirrored, experts, other)
-                counts[n].append(agreement(labels, turned[:, ::-1], len(self.classes)))
-        return {n: flip_consistency(np.stack(c)) for n, c in counts.items()}
+                turned = self.predict(mirrored, experts, mirrored_patches)[0][:, ::-1]
+                matrix = confusion_matrix(labels, turned, len(names))
+                scores[n] = scores[n].merge(Scores.from_confusion(matrix, names))
+        return {n: s.miou for n, s in scores.items()}
 
 
 def _first_device(patches: Patches) -> Patches:

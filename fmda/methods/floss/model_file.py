@@ -50,7 +50,7 @@ def read_model(folder: Path, model: Floss | None = None) -> tuple[Floss, Chosen]
     except (OSError, ValueError, KeyError, TypeError) as fault:
         raise UserError(f"{path}: not a FLOSS model description ({fault}); run the method again") from None
     if model is None or (model.weights, model.templates, model.classes) != (weights, templates, classes):
-        model = Floss.load(config, classes, templates=templates)
+        model = Floss(config, classes, templates=templates)
     changed = differences(weights, model.weights)
     if changed:
         raise UserError(

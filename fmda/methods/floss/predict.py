@@ -9,8 +9,8 @@ The order of operations differs between hosts and between modes, and matters:
         host    cosines -> stretch -> average windows -> resize -> (PAMR) -> softmax -> best synonym -> arg max
         fused   cosines -> softmax -> stretch -> fuse -> average -> resize -> softmax -> best synonym -> arg max
 
-Everything linear in the host's chain is one matrix a side. Maps at the size of the photograph exist one band of rows at
-a time, so memory does not grow with classes times pixels.
+Everything linear in the host's chain is one matrix a side. Full size maps exist one band of rows at a time, so memory
+does not grow with classes times pixels.
 """
 
 from functools import partial
@@ -19,25 +19,26 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from fmda.methods.floss.chain import (
-    Geometry,
+    PatchGrid,
     Taps,
     best_of,
     bucket,
     in_bands,
     interpolate,
+    linear_taps,
     merge_queries,
     side_by_side,
+    stretch,
     zero_padded,
 )
 from fmda.methods.floss.experts import expert_probabilities
 from fmda.methods.floss.features import Patches
-from fmda.methods.floss.fusion import fuse, fuse_patches, fuse_reference
+from fmda.methods.floss.fusion import fuse, fuse_reference, fuse_vectors
 from fmda.methods.floss.hosts import HostConfig
 from fmda.methods.floss.pamr import pamr
-from fmda.methods.floss.text import cosines
 
 Fusion = Literal["exact", "reference", "patch"]
 
@@ -47,239 +48,155 @@ ROWS = 16
 MANY = 48
 """From so many names on, experts' scores are computed where they are needed; below, all of them cost less."""
 
+Maps = tuple[Int[Array, "H2 W2"], Float[Array, "H2 W2"]]
+"""(labels, confidence of the label) on the device, at the original size filled up to one of a few sizes."""
+
+
+class Chain(NamedTuple):
+    """What turns patches into labels, besides classifiers and windows; static when compiled.
+
+    Attributes:
+        host: whose order of operations.
+        classes: class of each query.
+        background: query that takes patches which look like no object and where no class is likely.
+    """
+
+    host: HostConfig
+    classes: tuple[int, ...]
+    background: int | None = None
+
 
 def patch_scores(
-    host: HostConfig,
-    patches: Patches,
-    classifier: Float[Array, "*E Q D"],
-    *,
-    softmax: bool,
-    background: int | None = None,
+    chain: Chain, patches: Patches, classifier: Float[Array, "*E Q D"], *, softmax: bool
 ) -> Float[Array, "N h w *E Q"]:
-    """Returns probabilities (with `softmax`) or cosines of each patch for one classifier or several.
-
-    `background` is the query that takes patches which look like no object and where no class is likely.
-    """
-    scores = cosines(patches.features, classifier)
+    """Returns probabilities (with `softmax`) or cosines of each patch for one classifier or several."""
+    # full precision: at a temperature of 0.01, an error of 1e-3 here is one of 0.1 in the logits
+    scores = jnp.tensordot(patches.features, classifier, axes=(-1, -1), precision="highest")
     if not softmax:
         return scores
-    p = jax.nn.softmax(host.scale * scores, axis=-1)
-    if background is None:
+    p = jax.nn.softmax(chain.host.scale * scores, axis=-1)
+    if chain.background is None:
         return p
-    plain = patches.foreground.reshape(*patches.foreground.shape, *(1,) * (p.ndim - 3))
-    nothing = ~plain & (p.max(-1, keepdims=True) < host.background_confidence)
-    here = (jnp.arange(p.shape[-1]) == background).reshape(*(1,) * (p.ndim - 1), -1)
-    return jnp.where(nothing & here, 1.0, p)
-
-
-def host_labels(
-    host: HostConfig,
-    patches: Patches,
-    classifier: Float[Array | np.ndarray, "Q D"],
-    where: Geometry,
-    classes: tuple[int, ...],
-    *,
-    image: Float[Array | np.ndarray, "h w 3"] | None = None,
-    background: int | None = None,
-) -> tuple[Int[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
-    """Returns (labels, confidence of the label) at the original size, by the host alone.
-
-    Args:
-        image: the normalised network image; read by PAMR.
-    """
-    height, width = where.original
-    if host.pamr_steps:
-        rows, columns = where.rows.matrix(), where.columns.matrix()
-        if image is None:
-            raise ValueError("PAMR follows the image; pass it")
-        small, refined = where.network, jnp.asarray(image)
-        if small != where.original:
-            along = (where.rows.resize_taps, where.columns.resize_taps)
-            refined = interpolate(refined, *along)
-        chain = _Chain(host, classes, where.grid)
-        return _finish(_refined(chain, patches, jnp.asarray(classifier), rows, columns, refined), height, width)
-    return _finish(host_maps(host, patches, classifier, where, classes, background=background), height, width)
+    foreground = patches.foreground.reshape(*patches.foreground.shape, *(1,) * (p.ndim - 3))
+    nothing = ~foreground & (p.max(-1, keepdims=True) < chain.host.background_confidence)
+    query = jax.lax.broadcasted_iota(jnp.int32, p.shape, p.ndim - 1)
+    return jnp.where(nothing & (query == chain.background), 1.0, p)
 
 
 def host_maps(
-    host: HostConfig,
+    chain: Chain,
     patches: Patches,
     classifier: Float[Array | np.ndarray, "Q D"],
-    where: Geometry,
-    classes: tuple[int, ...],
-    *,
-    background: int | None = None,
-) -> tuple[Int[Array, "H2 W2"], Float[Array, "H2 W2"]]:
-    """Returns what `host_labels` returns, on the device and filled up to a few sizes; without PAMR."""
-    chain = _Chain(host, classes, where.grid, background)
-    return _host(chain, patches, jnp.asarray(classifier), *_padded_matrices(where))
+    grid: PatchGrid,
+    image: Float[Array | np.ndarray, "h w 3"] | None = None,
+) -> Maps:
+    """Returns label and confidence maps by the host alone; refined by PAMR along a normalised network image."""
+    if image is None:
+        return _stretched(chain, patches, jnp.asarray(classifier), grid.shape, *_padded_matrices(grid))
+    image = interpolate(jnp.asarray(image), grid.rows.resize_taps, grid.columns.resize_taps)
+    matrices = grid.rows.matrix(), grid.columns.matrix()
+    return _stretched(chain, patches, jnp.asarray(classifier), grid.shape, *matrices, image)
 
 
-def fused_labels(
-    host: HostConfig,
+def fused_maps(
+    chain: Chain,
     patches: Patches,
     classifiers: Float[Array | np.ndarray, "E Q D"],
-    where: Geometry,
-    classes: tuple[int, ...],
-    *,
+    grid: PatchGrid,
     fusion: Fusion = "exact",
-    background: int | None = None,
-) -> tuple[Int[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
-    """Returns (labels, confidence of the label) at the original size, by the fused experts.
+) -> Maps:
+    """Returns label and confidence maps by the fused experts.
 
     Args:
         classifiers: the experts and, last, the ordinary classifier (`text.expert_classifiers`).
         fusion: "exact" (`fusion.fuse`), "reference" (the same result by the literal rule, slow) or "patch" (fused at
             the patches and then stretched: faster, not the same).
     """
-    return _finish(fused_maps(host, patches, classifiers, where, classes, fusion, background), *where.original)
-
-
-def fused_maps(
-    host: HostConfig,
-    patches: Patches,
-    classifiers: Float[Array | np.ndarray, "E Q D"],
-    where: Geometry,
-    classes: tuple[int, ...],
-    fusion: Fusion,
-    background: int | None = None,
-) -> tuple[Int[Array, "H2 W2"], Float[Array, "H2 W2"]]:
-    """Returns what `fused_labels` returns, on the device and filled up to a few sizes."""
-    classifiers, chain = jnp.asarray(classifiers), _Chain(host, classes, where.grid, background)
     if fusion == "patch":
-        return _fused_patches(chain, patches, classifiers, *_padded_matrices(where))
-    sides = (where.rows, where.columns)
+        return _stretched(chain, patches, jnp.asarray(classifiers), grid.shape, *_padded_matrices(grid))
+    sides = (grid.rows, grid.columns)
     shares = tuple(zero_padded(1 / side.coverage, bucket(side.network)) for side in sides)
-    taps = tuple(side.resize_taps.padded(bucket(side.original)) for side in sides)
-    inside = tuple(_Static(side.window_taps) for side in sides)
-    return _fused(chain, patches, classifiers, where.corners(), shares, taps, inside, fusion == "exact")
+    taps = tuple(side.resize_taps.padded(bucket(side.length)) for side in sides)
+    inside = tuple((side.patches, side.covered, side.window) for side in sides)
+    return _fused(chain, patches, jnp.asarray(classifiers), grid.corners(), shares, taps, inside, fusion == "exact")
 
 
-class _Chain(NamedTuple):
-    """What is fixed when a chain is compiled; see `patch_scores`."""
-
-    host: HostConfig
-    classes: tuple[int, ...]
-    grid: tuple[int, int]
-    background: int | None = None
-
-
-def _padded_matrices(where: Geometry) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the matrices of both sides, filled up so that images of similar size share one program."""
-    rows, columns = (zero_padded(side.matrix(), bucket(side.original)) for side in (where.rows, where.columns))
-    return rows, columns
-
-
-class _Static:
-    """Taps as a static argument of a compiled function: hashed by value."""
-
-    def __init__(self, taps: Taps) -> None:
-        self.taps = taps
-        self._key = tuple(np.asarray(a).tobytes() for a in taps)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self._key == other._key
-
-
-def _finish(out: tuple[Array, Array], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    labels, confidence = jax.device_get(out)
+def cropped(maps: Maps, grid: PatchGrid) -> tuple[UInt8[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
+    """Returns the maps in host memory, at the original size."""
+    (height, width), (labels, confidence) = grid.original, jax.device_get(maps)
     return labels[:height, :width].astype(np.uint8), confidence[:height, :width]
 
 
-def _decide(chain: _Chain, scores: Float[Array, "R W Q"]) -> tuple[Int[Array, "R W"], Float[Array, "R W"]]:
+def _padded_matrices(grid: PatchGrid) -> tuple[np.ndarray, ...]:
+    """Returns the matrices of both sides, filled up so that images of similar size share one program."""
+    return tuple(zero_padded(side.matrix(), bucket(side.length)) for side in (grid.rows, grid.columns))
+
+
+def _decide(chain: Chain, scores: Float[Array, "R W Q"]) -> tuple[Int[Array, "R W"], Float[Array, "R W"]]:
     """Returns (labels, confidence) from the chain's last map."""
     if chain.host.softmax == "image":
         scores = jax.nn.softmax(chain.host.scale * scores, axis=-1)
     return best_of(merge_queries(scores, chain.classes))
 
 
-def _linear(p: Float[Array, "hn wn Q"], rows: Float[Array, "R hn"], columns: Float[Array, "W wn"]) -> Array:
-    tall = jnp.einsum("rh,hwq->rwq", rows, p, precision="highest")
-    return jnp.einsum("xw,rwq->rxq", columns, tall, precision="highest")
-
-
-def _in_bands(chain: _Chain, p: Float[Array, "hn wn Q"], rows: Array, columns: Array) -> tuple[Array, Array]:
-    return in_bands(lambda band: _decide(chain, _linear(p, band, columns)), len(rows), ROWS, rows)
-
-
-def _host_scores(chain: _Chain, patches: Patches, classifier: Array) -> Float[Array, "hn wn Q"]:
-    host = chain.host
-    p = patch_scores(host, patches, classifier, softmax=host.softmax == "patch", background=chain.background)
-    return side_by_side(p, chain.grid)
-
-
-@partial(jax.jit, static_argnames="chain")
-def _host(chain: _Chain, patches: Patches, classifier: Array, rows: Array, columns: Array) -> tuple[Array, Array]:
-    return _in_bands(chain, _host_scores(chain, patches, classifier), rows, columns)
-
-
-@partial(jax.jit, static_argnames="chain")
-def _refined(
-    chain: _Chain, patches: Patches, classifier: Array, rows: Array, columns: Array, image: Array
-) -> tuple[Array, Array]:
-    scores = _linear(_host_scores(chain, patches, classifier), rows, columns)
-    return _decide(chain, pamr(scores, image, chain.host.pamr_steps, chain.host.pamr_dilations))
-
-
-@partial(jax.jit, static_argnames="chain")
-def _fused_patches(
-    chain: _Chain, patches: Patches, classifiers: Array, rows: Array, columns: Array
-) -> tuple[Array, Array]:
-    def window(one: Patches) -> Array:
-        return fuse_patches(_window_probabilities(chain, one, classifiers))
-
-    return _in_bands(chain, side_by_side(jax.lax.map(window, patches), chain.grid), rows, columns)
+@partial(jax.jit, static_argnames=("chain", "shape"))
+def _stretched(
+    chain: Chain,
+    patches: Patches,
+    classifiers: Float[Array, "*E Q D"],
+    shape: tuple[int, int],
+    rows: Array,
+    columns: Array,
+    image: Array | None = None,
+) -> Maps:
+    """Returns maps of patch scores that are stretched last: one classifier's, or several fused at the patches."""
+    if classifiers.ndim == 2:
+        scores = patch_scores(chain, patches, classifiers, softmax=chain.host.softmax == "patch")
+    else:
+        scores = jax.lax.map(lambda one: fuse_vectors(_window_probabilities(chain, one, classifiers)), patches)
+    joined = side_by_side(scores, shape)
+    if image is not None:
+        refined = pamr(stretch(joined, rows, columns), image, chain.host.pamr_steps, chain.host.pamr_dilations)
+        return _decide(chain, refined)
+    return in_bands(lambda band: _decide(chain, stretch(joined, band, columns)), len(rows), ROWS, rows)
 
 
 @partial(jax.jit, static_argnames=("chain", "inside", "exact"))
 def _fused(
-    chain: _Chain,
+    chain: Chain,
     patches: Patches,
     classifiers: Array,
     corners: Array,
     shares: tuple[Array, Array],
     taps: tuple[Taps, Taps],
-    inside: tuple[_Static, _Static],
+    inside: tuple[tuple[int, int, int], ...],
     exact: bool,
-) -> tuple[Array, Array]:
-    combine = fuse if exact else fuse_reference
+) -> Maps:
     queries = classifiers.shape[-2]
+    rows, columns = (linear_taps(*side) for side in inside)
 
-    def window(total: Array, item: tuple[Patches, Array]) -> tuple[Array, None]:
-        one, corner = item
+    def fused(one: Patches) -> Float[Array, "H W Q"]:
         if exact and chain.background is None and queries >= MANY:
-            p = expert_probabilities(one.features, classifiers, chain.host.scale, inside[0].taps, inside[1].taps)
-        else:
-            p = _window_probabilities(chain, one, classifiers)
-        fused = combine(p, inside[0].taps, inside[1].taps)
-        start = (corner[0], corner[1], jnp.zeros((), corner.dtype))
-        old = jax.lax.dynamic_slice(total, start, fused.shape)
-        return jax.lax.dynamic_update_slice(total, old + fused, start), None
+            return fuse(*expert_probabilities(one.features, classifiers, chain.host.scale, rows, columns))
+        p = _window_probabilities(chain, one, classifiers)
+        return fuse(p, rows, columns) if exact else fuse_reference(p, rows, columns)
+
+    def add_window(total: Array, item: tuple[Patches, Array]) -> tuple[Array, None]:
+        vectors, start = fused(item[0]), (*item[1], 0)
+        old = jax.lax.dynamic_slice(total, start, vectors.shape)
+        return jax.lax.dynamic_update_slice(total, old + vectors, start), None
 
     empty = jnp.zeros((len(shares[0]), len(shares[1]), queries), jnp.float32)
-    total, _ = jax.lax.scan(window, empty, (patches, corners))
+    total, _ = jax.lax.scan(add_window, empty, (patches, corners))
     mean = total * shares[0][:, None, None] * shares[1][None, :, None]
 
-    def band(low: Array, high: Array, fraction: Array) -> tuple[Array, Array]:
-        return _decide(chain, interpolate(mean, Taps(low, high, fraction), taps[1]))
+    def band(*rows: Array) -> Maps:
+        return _decide(chain, interpolate(mean, Taps(*rows), taps[1]))
 
     return in_bands(band, len(taps[0].low), ROWS, *taps[0])
 
 
-def _window_probabilities(chain: _Chain, one: Patches, classifiers: Array) -> Float[Array, "E h w Q"]:
+def _window_probabilities(chain: Chain, one: Patches, classifiers: Array) -> Float[Array, "E h w Q"]:
     """Returns the probabilities of one window; expert by expert, so that each one's scores stay in the cache."""
     batch = Patches(*(a[None] for a in one))
-
-    def one_expert(classifier: Array) -> Array:
-        return patch_scores(chain.host, batch, classifier, softmax=True, background=chain.background)[0]
-
-    return jax.lax.map(one_expert, classifiers)
-
-
-def agreement(first: Int[np.ndarray, "H W"], second: Int[np.ndarray, "H W"], classes: int) -> Int[np.ndarray, "K 3"]:
-    """Returns per class the pixels (in both, in the first, in the second) label map."""
-    both = np.bincount(first[first == second], minlength=classes)
-    return np.stack([both, *(np.bincount(m.ravel(), minlength=classes) for m in (first, second))], 1)
+    return jax.lax.map(lambda classifier: patch_scores(chain, batch, classifier, softmax=True)[0], classifiers)

@@ -17,11 +17,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from fmda.mesh import BATCH, replicated
-from fmda.methods.floss.chain import Geometry, Resolution, best_of, bucket, merge_queries, side_by_side, zero_padded
+from fmda.methods.floss.chain import (
+    PatchGrid,
+    Resolution,
+    best_of,
+    bucket,
+    merge_queries,
+    side_by_side,
+    stretch,
+    zero_padded,
+)
 from fmda.methods.floss.features import Patches
-from fmda.methods.floss.hosts import HostConfig
-from fmda.methods.floss.predict import patch_scores
+from fmda.methods.floss.predict import Chain, patch_scores
 from fmda.methods.floss.tally import MEASURES, SCORING, Tally
+from fmda.progress import track
 
 P = jax.sharding.PartitionSpec
 
@@ -29,19 +38,19 @@ ROWS = 16
 """Rows of pixels in a band: sums in float32 stay within a band, all further ones are float64."""
 
 
-class Seen(NamedTuple):
+class ImagePatches(NamedTuple):
     """One image after the tower.
 
     Attributes:
         patches: of its windows.
         mirrored: of the windows of the mirrored image, or None.
-        geometry: how the windows lie.
+        grid: how the windows lie.
         labels: true labels at the original size, for scoring alone; or None.
     """
 
     patches: Patches
     mirrored: Patches | None
-    geometry: Geometry
+    grid: PatchGrid
     labels: UInt8[np.ndarray, "H W"] | None = None
 
 
@@ -49,97 +58,70 @@ class Scanner:
     """All templates over one image at a time.
 
     Args:
-        host: whose chain.
+        chain: of the host.
         table: unit-length text embeddings of every name in every template.
         ordinary: the host's own classifier.
-        classes: class of each query.
         mesh: devices that share the templates.
-        resolution: where entropies are taken: at the photograph's size (the paper), the network's, or the patches.
+        resolution: where entropies are taken: at the image's size (the paper), the network's, or the patches.
         chunk: templates at a time on a device.
     """
 
     def __init__(
         self,
-        host: HostConfig,
+        chain: Chain,
         table: Float[np.ndarray, "M Q D"],
         ordinary: Float[np.ndarray, "Q D"],
-        classes: tuple[int, ...],
         mesh: Mesh,
         *,
         resolution: Resolution = "original",
         chunk: int = 4,
-        background: int | None = None,
     ) -> None:
-        self.host, self.classes, self.resolution = host, classes, resolution
-        self.templates, self.mesh, self.background = len(table), mesh, background
+        self.chain, self.resolution, self.mesh = chain, resolution, mesh
+        self.templates, self.classes = len(table), chain.classes[-1] + 1
         each = -(-len(table) // mesh.size)
-        self.chunk = max(d for d in range(1, max(1, chunk) + 1) if each % d == 0)
-        length = each * mesh.size
+        self.chunk = max(d for d in range(1, chunk + 1) if each % d == 0)
         sharding = jax.sharding.NamedSharding(mesh, BATCH)
-        self.table = jax.device_put(zero_padded(np.asarray(table, np.float32), length), sharding)
+        self.table = jax.device_put(zero_padded(np.asarray(table, np.float32), each * mesh.size), sharding)
         self.ordinary = jax.device_put(np.asarray(ordinary, np.float32), replicated(mesh))
 
-    def tally(self, image: Seen) -> Tally:
+    def tally(self, image: ImagePatches) -> Tally:
         """Returns the sums over one image."""
-        shape, labels = self._size(image.geometry), self._labels(image)
         sums, mirrored, ordinary = (np.asarray(a, np.float64).sum(0) for a in jax.device_get(self.scan(image)))
-        names = (*MEASURES, *SCORING)
-        classes = self.classes[-1] + 1
-        truth = np.bincount(labels[labels < classes], minlength=classes)
+        labels = np.zeros(0, np.uint8) if image.labels is None else image.labels
         return Tally(
             1,
-            shape[0] * shape[1],
-            {m: sums[: self.templates, :, i] for i, m in enumerate(names)},
+            len(image.grid.rows.matrix(self.resolution)) * len(image.grid.columns.matrix(self.resolution)),
+            {m: sums[: self.templates, :, i] for i, m in enumerate((*MEASURES, *SCORING))},
             np.rint(ordinary).astype(np.int64),
             np.rint(mirrored[: self.templates]).astype(np.int64),
-            truth.astype(np.int64),
+            np.bincount(labels[labels < self.classes], minlength=self.classes).astype(np.int64),
         )
 
-    def scan(self, image: Seen) -> tuple[Array, Array, Array]:
+    def scan(self, image: ImagePatches) -> tuple[Array, Array, Array]:
         """Returns the sums of each band: measures [bands, M, K, S], mirrored counts, and the host's own counts."""
-        where, shape = image.geometry, self._size(image.geometry)
-        rows, columns = where.rows.matrix(self.resolution), where.columns.matrix(self.resolution)
-        labels = self._labels(image)
-        high, wide = labels.shape
-        valid = np.zeros((high, wide), bool)
-        valid[: shape[0], : shape[1]] = True
-        if image.mirrored is None:
-            other, mirrored_columns = image.patches, columns
-        else:
-            other, mirrored_columns = image.mirrored, columns[::-1]
+        rows, columns = (side.matrix(self.resolution) for side in (image.grid.rows, image.grid.columns))
+        # filled up to a few sizes, with pixels that count nowhere
+        below, right = (bucket(n, step) - n for n, step in ((len(rows), ROWS), (len(columns), 16)))
+        labels = image.labels
+        if labels is not None:
+            labels = np.pad(labels, ((0, below), (0, right)), constant_values=255)
+        # the last column is repeated, so that it counts as its own neighbour
+        across, mirrored_across = (np.pad(c, ((0, right), (0, 0)), mode="edge") for c in (columns, columns[::-1]))
         return _scan(
             self.table,
             self.ordinary,
             image.patches,
-            other,
-            zero_padded(rows, high),
-            # the last column is repeated, so that it counts as its own neighbour
-            np.pad(columns, ((0, wide - shape[1]), (0, 0)), mode="edge"),
-            np.pad(mirrored_columns, ((0, wide - shape[1]), (0, 0)), mode="edge"),
-            valid,
+            image.mirrored,
+            zero_padded(rows, len(rows) + below),
+            across,
+            mirrored_across,
+            np.pad(np.ones((len(rows), len(columns)), bool), ((0, below), (0, right))),
             labels,
-            host=self.host,
-            classes=self.classes,
-            grid=where.grid,
-            flip=image.mirrored is not None,
-            scored=image.labels is not None,
+            chain=self.chain,
+            shape=image.grid.shape,
             chunk=self.chunk,
             mesh=self.mesh,
-            background=self.background,
         )
-
-    def _labels(self, image: Seen) -> UInt8[np.ndarray, "H2 W2"]:
-        """Returns the true labels, void where there are none, filled up to a few sizes."""
-        height, width = self._size(image.geometry)
-        labels = np.full((bucket(height, ROWS), bucket(width, 16)), 255, np.uint8)
-        if image.labels is not None and self.resolution == "original":
-            labels[:height, :width] = image.labels
-        return labels
-
-    def _size(self, where: Geometry) -> tuple[int, int]:
-        if self.resolution == "patch":
-            return len(where.rows.starts) * where.rows.patches, len(where.columns.starts) * where.columns.patches
-        return where.original if self.resolution == "original" else where.network
 
 
 def entropy(q: Float[Array, "... K"], z: Float[Array, "... Q"] | None) -> Float[Array, "..."]:
@@ -155,114 +137,96 @@ def entropy(q: Float[Array, "... K"], z: Float[Array, "... Q"] | None) -> Float[
 
 
 def measures(
-    host: HostConfig,
+    chain: Chain,
     scores: Float[Array, "T R W Q"],
-    classes: tuple[int, ...],
     ordinary: Int[Array, "R W"],
     mirrored: Int[Array, "T R W"] | None,
     truth: Int[Array, "R W"] | None,
-) -> tuple[Int[Array, "T R W"], list[Array]]:
+) -> tuple[Int[Array, "T R W"], Float[Array, "T R W S"]]:
     """Returns (labels, the measures of `MEASURES` and `SCORING` at each pixel) from the chain's last map."""
     z = None
-    if host.softmax == "image":
-        z = host.scale * scores
+    if chain.host.softmax == "image":
+        z = chain.host.scale * scores
         scores = jax.nn.softmax(z, axis=-1)
-    q = merge_queries(scores, classes)
+    q = merge_queries(scores, chain.classes)
     h = entropy(q, z if q.shape == scores.shape else None)
     labels, best = best_of(q)
-    second = jnp.where(jnp.arange(q.shape[-1])[None, None, None] == labels[..., None], -1.0, q).max(-1)
+    second = jnp.where(jax.nn.one_hot(labels, q.shape[-1], dtype=bool), -1.0, q).max(-1)
     right = jnp.concatenate([labels[..., 1:], labels[..., -1:]], axis=-1)
     zero = jnp.zeros_like(best)
     values = [jnp.ones_like(best), h, best, best - second, labels == right, labels == ordinary[None]]
     values.append(zero if mirrored is None else labels == mirrored)
-    if truth is None:
-        values += [zero, zero]
-    else:
-        values += [labels == truth[None], jnp.broadcast_to(truth[None] != 255, labels.shape)]
-    return labels, [a.astype(jnp.float32) for a in values]
+    values += [zero, zero] if truth is None else [labels == truth[None], jnp.broadcast_to(truth != 255, labels.shape)]
+    return labels, jnp.stack([a.astype(jnp.float32) for a in values], -1)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("host", "classes", "grid", "flip", "scored", "chunk", "mesh", "background"),
-)
+@partial(jax.jit, static_argnames=("chain", "shape", "chunk", "mesh"))
 def _scan(
     table: Array,
     ordinary: Array,
     patches: Patches,
-    mirrored: Patches,
+    mirrored: Patches | None,
     rows: Array,
     columns: Array,
     mirrored_columns: Array,
     valid: Array,
-    labels: Array,
+    labels: Array | None,
     *,
-    host: HostConfig,
-    classes: tuple[int, ...],
-    grid: tuple[int, int],
-    flip: bool,
-    scored: bool,
+    chain: Chain,
+    shape: tuple[int, int],
     chunk: int,
     mesh: Mesh,
-    background: int | None,
 ) -> tuple[Array, Array, Array]:
     """Returns sums a band: measures [bands, M, K, S], mirrored counts [bands, M, K], ordinary counts [bands, K]."""
-    k = classes[-1] + 1
+    classes = chain.classes[-1] + 1
     bands = len(rows) // ROWS
-    cut = (rows.reshape(bands, ROWS, -1), valid.reshape(bands, ROWS, -1), labels.reshape(bands, ROWS, -1))
+    cut = jax.tree.map(lambda a: a.reshape(bands, ROWS, -1), (rows, valid, labels))
 
-    def maps(patches: Patches, classifiers: Array) -> Array:
-        p = patch_scores(host, patches, classifiers, softmax=host.softmax == "patch", background=background)
-        return jnp.moveaxis(side_by_side(p, grid), 2, 0)
+    def maps(patches: Patches, classifiers: Array) -> Float[Array, "T h w Q"]:
+        p = patch_scores(chain, patches, classifiers, softmax=chain.host.softmax == "patch")
+        return jnp.moveaxis(side_by_side(p, shape), 2, 0)
 
-    def stretch(p: Array, band: Array, across: Array) -> Array:
-        tall = jnp.einsum("rh,thwq->trwq", band, p, precision="highest")
-        return jnp.einsum("xw,trwq->trxq", across, tall, precision="highest")
+    def best_class(scores: Array) -> Array:
+        return best_of(merge_queries(scores, chain.classes))[0]
 
-    def count(predicted: Array, ok: Array) -> Array:
-        hot = (predicted[..., None] == jnp.arange(k).reshape((1,) * predicted.ndim + (k,))) & ok[..., None]
-        return hot.astype(jnp.float32)
+    def one_hot(predicted: Array, valid: Array) -> Float[Array, "T R W K"]:
+        return jax.nn.one_hot(predicted, classes) * jnp.broadcast_to(valid, predicted.shape)[..., None]
 
     whole = maps(patches, ordinary[None])
 
-    def local(table: Array, whole: Array, patches: Patches, mirrored: Patches, cut: tuple, across: tuple) -> tuple:
+    def ordinary_band(item: tuple[Array, Array]) -> tuple[Array, Array]:
+        row, valid = item
+        predicted = best_class(stretch(whole, row, columns))[0]
+        return predicted, one_hot(predicted, valid).sum((0, 1))
+
+    def local(
+        table: Array, ordinary: Array, patches: Patches, mirrored: Patches | None, cut: tuple, across: tuple
+    ) -> tuple:
         def templates(part: Array) -> tuple[Array, Array]:
             p = maps(patches, part)
-            p_mirrored = maps(mirrored, part) if flip else None
+            p_mirrored = None if mirrored is None else maps(mirrored, part)
 
-            def band(item: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
-                row, ok, truth, ordinary_labels = item
-                other = None
-                if p_mirrored is not None:
-                    turned = stretch(p_mirrored, row, across[1])
-                    other = best_of(merge_queries(turned, classes))[0]
-                predicted, values = measures(
-                    host, stretch(p, row, across[0]), classes, ordinary_labels, other, truth if scored else None
-                )
-                ok = jnp.broadcast_to(ok[None], predicted.shape)
-                sums = jnp.einsum("trxk,trxs->tks", count(predicted, ok), jnp.stack(values, -1), precision="highest")
-                turned_sums = count(other, ok).sum((1, 2)) if other is not None else jnp.zeros(sums.shape[:2])
-                return sums, turned_sums
+            def band(item: tuple[Array, Array, Array | None, Array]) -> tuple[Array, Array]:
+                row, valid, truth, ordinary = item
+                turned = None if p_mirrored is None else best_class(stretch(p_mirrored, row, across[1]))
+                predicted, values = measures(chain, stretch(p, row, across[0]), ordinary, turned, truth)
+                sums = jnp.einsum("trxk,trxs->tks", one_hot(predicted, valid), values, precision="highest")
+                counts = jnp.zeros(sums.shape[:2]) if turned is None else one_hot(turned, valid).sum((1, 2))
+                return sums, counts
 
-            return jax.lax.map(band, (*cut, whole))
+            return jax.lax.map(band, (*cut, ordinary))
 
-        sums, turned = jax.lax.map(templates, table.reshape(-1, chunk, *table.shape[1:]))
+        parts = jax.lax.map(templates, table.reshape(-1, chunk, *table.shape[1:]))
         # [chunks, bands, chunk, ...] -> [bands, templates, ...]
-        return tuple(jnp.moveaxis(a, 0, 1).reshape(bands, -1, *a.shape[3:]) for a in (sums, turned))
-
-    def ordinary_band(item: tuple[Array, Array]) -> tuple[Array, Array]:
-        row, ok = item
-        scores = stretch(whole, row, columns)
-        predicted = best_of(merge_queries(scores, classes))[0][0]
-        return predicted, count(predicted, ok).sum((0, 1))
+        return tuple(jnp.moveaxis(a, 0, 1).reshape(bands, -1, *a.shape[3:]) for a in parts)
 
     ordinary_labels, ordinary_counts = jax.lax.map(ordinary_band, cut[:2])
-    spread = P(("data", "fsdp"))
+    spread, whole_array = P(("data", "fsdp")), P()
     share = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(spread, P(), P(), P(), P(), P()),
-        out_specs=(P(None, ("data", "fsdp")), P(None, ("data", "fsdp"))),
+        in_specs=(spread, *(whole_array,) * 5),
+        out_specs=P(None, *spread),
         check_vma=False,
     )
     sums, turned = share(table, ordinary_labels, patches, mirrored, cut, (columns, mirrored_columns))
@@ -270,35 +234,29 @@ def _scan(
 
 
 def rank_images(
-    see: Callable[[Sequence[int]], Iterable[Seen]],
+    load: Callable[[Sequence[int]], Iterable[ImagePatches]],
     indices: Sequence[int],
     scanner: Scanner,
     *,
     state: Path,
     group: int = 1,
     save_every: int = 8,
-    progress: Callable[[Iterable[Sequence[int]]], Iterable[Sequence[int]]] = iter,
 ) -> Tally:
     """Returns the tally over the images `indices`, from where an earlier call stopped.
 
     With several processes, `indices` are this one's.
 
     Args:
-        see: reads images and runs the tower on them.
+        load: reads images and runs the tower on them.
         state: file of the sums so far; made if missing, complete at the end.
         group: images that go through the tower together.
-        save_every: groups between two writes of the file.
-        progress: wraps the remaining groups.
+        save_every: groups of images between two writes of the file.
     """
-    classes = scanner.classes[-1] + 1
-    if state.is_file():
-        tally = Tally.load(state)
-    else:
-        tally = Tally.empty(scanner.templates, classes)
+    tally = Tally.load(state) if state.is_file() else Tally.empty(scanner.templates, scanner.classes)
     groups = [indices[i : i + group] for i in range(tally.images, len(indices), group)]
-    for number, batch in enumerate(progress(groups), 1):
-        for image in see(batch):
-            tally.add(scanner.tally(image))
+    for number, batch in enumerate(track(groups, "rank templates", unit="groups"), 1):
+        for image in load(batch):
+            tally = tally.plus(scanner.tally(image))
         if number % save_every == 0:
             tally.save(state)
     tally.save(state)

@@ -13,7 +13,7 @@ from fmda.evaluate import Segmenter, evaluate_dataset
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.methods.floss import criteria
 from fmda.methods.floss.check import check
-from fmda.methods.floss.inputs import compared_images, predicted_classes, scored_images, unlabelled_images
+from fmda.methods.floss.inputs import compared_images, predicted_classes, unlabelled_images
 from fmda.methods.floss.label_maps import LabelMaps, segmenter
 from fmda.methods.floss.model import Chosen, Floss
 from fmda.methods.floss.model_file import read_model, write_model
@@ -23,7 +23,7 @@ from fmda.methods.floss.settings import Config
 from fmda.methods.floss.summary import plan
 from fmda.methods.floss.tally import Tally
 from fmda.methods.floss.text import template_hash
-from fmda.runs.stages import Stage
+from fmda.runs.stages import Stage, pending
 
 __all__ = ["Config", "check", "load_segmenter", "plan", "stages"]
 
@@ -39,16 +39,19 @@ def stages(config: Config) -> list[Stage]:
     @functools.cache
     def model() -> Floss:
         # the stages of one process share the weights
-        return Floss.load(config, predicted_classes(config))
+        return Floss(config, predicted_classes(config))
 
     facts = {"config": config, "files": _contents(config)}
-    made = [Stage("rank", lambda folder, done: _rank(config, folder, model), facts)]
+    images = config.ranking.file is None or config.n == "auto"
+    ranked = unlabelled_images(config).digest(labels=False) if images and not pending(config.ranked.root) else None
+    made = [Stage("rank", lambda folder, done: _rank(config, folder, model), facts | {"images": ranked})]
     if config.data is not None:
 
         def score(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
             return _score(config, folder.parent, read_model(done["rank"], model()))
 
-        made.append(Stage("score", score, facts, ("rank",), alone=True))
+        scored = None if pending(config.data.root) else config.data.open().digest()
+        made.append(Stage("score", score, facts | {"images": scored}, ("rank",), alone=True))
 
     def page(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
         from fmda.evaluate.report import report
@@ -98,9 +101,9 @@ def _ranking(config: Config, model: Floss, tally: Tally) -> Ranking:
         "seed": part.seed,
         "host": to_dict(model.host),
     }
-    risks = criteria.risk(config.ranking.criterion, tally)
+    risks = criteria.CRITERIA[config.ranking.criterion](tally)
     split = part.split or "train"
-    return Ranking(model.host.name, config.unlabelled_name, split, model.classes.names, risks, tally.share, meta)
+    return Ranking(model.host.name, str(config.ranked.name), split, model.classes.names, risks, tally.share, meta)
 
 
 def _write_experts(config: Config, folder: Path, ranking: Ranking, chosen: Chosen, templates: Sequence[str]) -> None:
@@ -122,7 +125,7 @@ def _score(config: Config, work: Path, opened: tuple[Floss, Chosen]) -> dict[str
     outputs: dict[str, Any] = {}
     if config.compare_criteria:
         outputs["criteria"] = _compare(config, work / "criteria", model, maps)
-    dataset = scored_images(config)
+    dataset = config.data.open()
     for name, member in (("host", maps.host), ("floss", maps.fused)):
         scores = evaluate_dataset(
             member, dataset, config.data.class_map, out=work / name, limit=config.data.limit,

@@ -1,6 +1,6 @@
 """Which templates make up the expert of each class, and how many of them, without labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,32 +55,15 @@ def select(
     return tuple(tuple(int(i) for i in ranked[: min(n, eligible[k]), k]) for k in range(risks.shape[1]))
 
 
-def flip_consistency(counts: Int[np.ndarray, "I K 3"]) -> float:
-    """Returns how alike an image and its mirror image are labelled: mean over classes of an IoU, in [0, 1].
-
-    Args:
-        counts: per image and class the pixels in (both, the one, the other turned back); `predict.agreement`.
-    """
-    both, first, second = np.moveaxis(counts.sum(0), -1, 0)
-    union = first + second - both
-    present = union > 0
-    return float((both[present] / union[present]).mean()) if present.any() else 0.0
-
-
 def choose_n(consistency: Mapping[int, float], slack: float = 0.005) -> int:
     """Returns how many templates an expert should have, without labels.
 
-    The rule: a segmenter that is right about an image is right about its mirror image, so among the candidates take the
-    one whose *fused* labels change least when the image is mirrored (IoU averaged over classes, so that a collapse onto
-    few classes does not pay). A single template is noisier and a mean of all is no expert any more; the paper's own
-    trade-off shows in this number. Candidates within `slack` of the best count as equal, and the smallest is taken.
+    The rule: a segmenter that is right about an image is right about its mirror image, so the fused labels of the best
+    candidate change least when the image is mirrored. IoU is averaged over classes, so that a collapse onto few classes
+    does not pay. Candidates within `slack` of the best count as equal, and the smallest is taken.
+
+    Args:
+        consistency: candidate -> mean IoU of the labels of images and of their mirror images, turned back.
     """
-    if not consistency:
-        raise UserError("n: no candidates to choose from")
     best = max(consistency.values())
     return min(n for n, value in consistency.items() if value >= best - slack)
-
-
-def overlap(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> float:
-    """Returns the mean number of templates that two selections share in a class."""
-    return float(np.mean([len(set(a) & set(b)) for a, b in zip(first, second, strict=True)]))

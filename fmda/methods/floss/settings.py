@@ -1,36 +1,26 @@
 """The settings of a FLOSS run, as frozen dataclasses."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fmda.config import FREE, FileOrName, FolderOrName, NonNegativeInt, PositiveInt
-from fmda.data import prompts, templates
-from fmda.data.classes import ClassList
+from fmda.data import ClassList, Dataset, open_dataset, prompts, templates
+from fmda.data.config import DataConfig
 from fmda.errors import UserError
 from fmda.methods.floss.chain import Resolution
-from fmda.methods.floss.criteria import CRITERIA
+from fmda.methods.floss.criteria import Criterion
 from fmda.methods.floss.hosts import HostConfig, host_for
 from fmda.methods.floss.predict import Fusion
 from fmda.methods.floss.selection import Guards
 from fmda.methods.floss.text import Queries
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """The labelled images that host and FLOSS are scored on.
+@dataclass(frozen=True, kw_only=True)
+class ScoredConfig(DataConfig):
+    """The labelled images that host and FLOSS are scored on."""
 
-    Attributes:
-        name, root, split: as `fmda.open_dataset` takes them.
-        class_map: leads from the classes that are predicted to those of the labels, where they differ.
-        limit: score only the first `limit` images.
-    """
-
-    name: str = "cityscapes"
-    root: Path | None = None
     split: str = "val"
-    class_map: FileOrName | None = None
-    limit: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +39,24 @@ class UnlabelledConfig:
     images: PositiveInt | None = None
     seed: NonNegativeInt = 0
 
+    def open(self) -> Dataset:
+        """Returns all images of the split, without labels."""
+        assert self.name is not None  # see `Config.ranked`
+        try:
+            return open_dataset(self.name, self.root, self.split or "train", labels=False)
+        except UserError:
+            if self.name != "folder" or self.split is not None:
+                raise
+            # a flat folder has no splits
+            return open_dataset(self.name, self.root, "all", labels=False)
+
 
 @dataclass(frozen=True)
 class RankingConfig:
     """How templates are ranked.
 
     Attributes:
-        criterion: one of `criteria.CRITERIA`.
+        criterion: see `criteria.CRITERIA`.
         resolution: where pixels are compared: at the size of the image, of the network's input, or of the patches.
         flip: also process mirrored images (for the criterion "flip"); doubles the work.
         chunk: templates at a time on a device.
@@ -63,7 +64,7 @@ class RankingConfig:
         file: an existing ranking; no image is ranked then.
     """
 
-    criterion: str = "entropy"
+    criterion: Criterion = "entropy"
     resolution: Resolution = "original"
     flip: bool = False
     chunk: PositiveInt = field(default=4, metadata=FREE)
@@ -96,7 +97,7 @@ class Config:
     heads: FolderOrName | None = None
     classes: FileOrName | None = None
     templates: FileOrName = "imagenet80"
-    data: DataConfig | None = None
+    data: ScoredConfig | None = None
     unlabelled: UnlabelledConfig = UnlabelledConfig()
     ranking: RankingConfig = RankingConfig()
     n: PositiveInt | Literal["auto"] = 4
@@ -112,10 +113,6 @@ class Config:
         if self.data is None and self.unlabelled.name is None:
             raise UserError("data: missing; name labelled images under data, or only unlabelled ones under unlabelled")
         host = self.host_config()
-        if self.ranking.criterion not in CRITERIA:
-            raise UserError(
-                f"ranking.criterion: '{self.ranking.criterion}' is none of the choices; known: {', '.join(CRITERIA)}"
-            )
         if self.ranking.criterion == "flip" and not self.ranking.flip and self.ranking.file is None:
             raise UserError("ranking.criterion: 'flip' needs mirrored images; set ranking.flip=true")
         if self.background is not None and host.features != "clip-dinoiser":
@@ -129,23 +126,20 @@ class Config:
             raise UserError("compare_criteria: needs labelled data and ranking.resolution=original")
 
     @property
-    def unlabelled_name(self) -> str:
-        """The dataset that templates are ranked on."""
-        if self.unlabelled.name is not None:
-            return self.unlabelled.name
-        assert self.data is not None  # checked above
-        return self.data.name
+    def ranked(self) -> UnlabelledConfig:
+        """The unlabelled data; name and root are those of the scored data unless it has a name of its own."""
+        if self.unlabelled.name is not None or self.data is None:
+            return self.unlabelled
+        return replace(self.unlabelled, name=self.data.name, root=self.unlabelled.root or self.data.root)
 
     @property
-    def unlabelled_root(self) -> Path | None:
-        """The folder of that dataset; None for its usual place."""
-        if self.unlabelled.root is None and self.unlabelled.name is None and self.data is not None:
-            return self.data.root
-        return self.unlabelled.root
+    def target(self) -> ScoredConfig | UnlabelledConfig:
+        """The data whose classes and published host settings are the default: scored, else unlabelled."""
+        return self.ranked if self.data is None else self.data
 
     def host_config(self) -> HostConfig:
         """Returns the host with its settings for the dataset and the configured changes."""
-        return host_for(self.host, self.unlabelled_name if self.data is None else self.data.name)
+        return host_for(self.host, str(self.target.name))
 
     def queries(self, classes: ClassList) -> Queries:
         """Returns the names that are put into the templates."""

@@ -5,11 +5,12 @@ Sums are over the pixels that a template's classifier gives to a class. They are
 continues to the same last bit.
 """
 
+import functools
 import io
+import operator
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,9 +28,8 @@ SCORING = ("hits", "labelled")
 """Per pixel with a true label: whether that is the class; 1. Read by `criteria.true_iou` alone, never by a ranking."""
 
 
-@dataclass
-class Tally:
-    """Sums over the images processed so far.
+class Tally(NamedTuple):
+    """Sums over the images processed so far; every field is added over images.
 
     Attributes:
         images, pixels: how many.
@@ -49,14 +49,9 @@ class Tally:
     @classmethod
     def empty(cls, templates: int, classes: int) -> "Tally":
         """Returns a tally of no images."""
-        return cls(
-            0,
-            0,
-            {m: np.zeros((templates, classes)) for m in (*MEASURES, *SCORING)},
-            np.zeros(classes, np.int64),
-            np.zeros((templates, classes), np.int64),
-            np.zeros(classes, np.int64),
-        )
+        sums = {m: np.zeros((templates, classes)) for m in (*MEASURES, *SCORING)}
+        none = np.zeros(classes, np.int64)
+        return cls(0, 0, sums, none, np.zeros((templates, classes), np.int64), none)
 
     def mean(self, measure: str) -> Float[np.ndarray, "M K"]:
         """Returns the mean of a measure over the pixels of each (template, class); 0 where there are none."""
@@ -68,42 +63,21 @@ class Tally:
         """Per cent of all pixels that each template gives to each class; each row sums to 100."""
         return 100 * self.sums["count"] / max(self.pixels, 1)
 
-    def add(self, other: "Tally") -> None:
-        """Adds the sums of other images."""
-        self.images += other.images
-        self.pixels += other.pixels
-        for measure, sums in other.sums.items():
-            self.sums[measure] += sums
-        self.ordinary += other.ordinary
-        self.mirrored += other.mirrored
-        self.truth += other.truth
+    def plus(self, other: "Tally") -> "Tally":
+        """Returns the tally of the images of both."""
+        return jax.tree.map(operator.add, self, other)
 
     def over_processes(self) -> "Tally":
         """Returns the sum of the tallies of all processes, in their order; every process gets the same."""
-        if jax.process_count() == 1:
-            return self
-        arrays = [np.asarray([self.images, self.pixels]), *self.sums.values(), self.ordinary, self.mirrored, self.truth]
-        local = np.concatenate([np.ascontiguousarray(a).view(np.uint8).ravel() for a in arrays])
-        # as bytes: jax would round float64
-        everyone = np.asarray(multihost_utils.process_allgather(local))
-        total = Tally.empty(*self.mirrored.shape)
-        for row in everyone:
-            parts = np.split(row, np.cumsum([a.nbytes for a in arrays])[:-1])
-            head, *rest = (
-                np.frombuffer(part.tobytes(), a.dtype).reshape(a.shape) for part, a in zip(parts, arrays, strict=True)
-            )
-            sums = dict(zip(self.sums, rest, strict=False))
-            total.add(Tally(int(head[0]), int(head[1]), sums, *rest[len(sums) :]))
-        return total
+        # as bytes, since jax would round float64; equal shapes make files of equal length
+        local = np.frombuffer(self._archive(), np.uint8)
+        rows = np.asarray(multihost_utils.process_allgather(local)).reshape(jax.process_count(), -1)
+        return functools.reduce(Tally.plus, (self._read(io.BytesIO(row.tobytes())) for row in rows))
 
     def save(self, path: Path) -> None:
         """Writes the tally so that a reader finds the old or the new one, also after a system crash."""
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {f"sum_{m}": a for m, a in self.sums.items()}
-        arrays |= {"ordinary": self.ordinary, "mirrored": self.mirrored, "truth": self.truth}
-        np.savez(buffer, head=np.asarray([self.images, self.pixels], np.int64), **arrays)
         with replacing(path) as part, open(part, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(self._archive())
             file.flush()
             os.fsync(file.fileno())
 
@@ -111,10 +85,20 @@ class Tally:
     def load(cls, path: Path) -> "Tally":
         """Returns a saved tally. Raises UserError for a damaged file."""
         try:
-            with np.load(path) as file:
-                images, pixels = (int(n) for n in file["head"])
-                sums = {m: file[f"sum_{m}"] for m in (*MEASURES, *SCORING)}
-                rest = [file[name] for name in ("ordinary", "mirrored", "truth")]
+            return cls._read(path)
         except (OSError, ValueError, KeyError) as fault:
             raise UserError(f"{path}: damaged ({fault}); delete it to rank the templates again") from None
-        return cls(images, pixels, sums, *rest)
+
+    def _archive(self) -> bytes:
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {f"sum_{m}": a for m, a in self.sums.items()}
+        arrays |= {"ordinary": self.ordinary, "mirrored": self.mirrored, "truth": self.truth}
+        np.savez(buffer, head=np.asarray([self.images, self.pixels], np.int64), **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def _read(cls, source: Path | io.BytesIO) -> "Tally":
+        with np.load(source) as file:
+            images, pixels = (int(n) for n in file["head"])
+            sums = {m: file[f"sum_{m}"] for m in (*MEASURES, *SCORING)}
+            return cls(images, pixels, sums, file["ordinary"], file["mirrored"], file["truth"])

@@ -5,16 +5,16 @@ M templates, Q queries (names; more than one a class where it has synonyms), K c
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
+from fmda.atomic import replacing
 from fmda.data import check_templates
 from fmda.data.prompting import SLOT
 from fmda.environment import cache_folder
@@ -81,11 +81,17 @@ def text_embeddings(
     base = cache_folder()
     folder = base / "text" if cache is None and base is not None else cache
     path = None if folder is None else folder / f"{text_fingerprint(clip, ids)}.safetensors"
-    table = _read(path)
-    if table is None:
-        unique, place = np.unique(ids.reshape(-1, ids.shape[-1]), axis=0, return_inverse=True)
-        table = _encode(clip, unique)[place].reshape(*ids.shape[:2], -1)
-        _write(path, table)
+    # any fault of a table that is only kept to save time: it is encoded again, and not kept
+    with contextlib.suppress(Exception):
+        if path is not None and path.is_file():
+            return load_file(str(path))["embeddings"]
+    unique, place = np.unique(ids.reshape(-1, ids.shape[-1]), axis=0, return_inverse=True)
+    table = _encode(clip, unique)[place].reshape(*ids.shape[:2], -1)
+    with contextlib.suppress(Exception):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as part:
+                save_file({"embeddings": np.ascontiguousarray(table)}, str(part))
     return table
 
 
@@ -102,47 +108,9 @@ def _encode(clip: Loaded, ids: Int[np.ndarray, "N T"]) -> Float[np.ndarray, "N D
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def _read(path: Path | None) -> Float[np.ndarray, "M Q D"] | None:
-    if path is None:
-        return None
-    try:
-        return load_file(str(path))["embeddings"] if path.is_file() else None
-    except Exception:  # a damaged table is encoded again
-        return None
-
-
-def _write(path: Path | None, table: Float[np.ndarray, "M Q D"]) -> None:
-    if path is None:
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": np.ascontiguousarray(table)}, str(part))
-        os.replace(part, path)
-    except Exception:  # no room or no right to write: the table is only kept to save time
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def default_classifier(table: Float[np.ndarray, "M Q D"], *, renormalise: bool = True) -> Float[np.ndarray, "Q D"]:
+def default_classifier(table: Float[np.ndarray, "M Q D"]) -> Float[np.ndarray, "Q D"]:
     """Returns the mean over templates for each name; at unit length again, as every host uses it alone."""
-    mean = table.mean(0, dtype=np.float32)
-    return _unit(mean) if renormalise else mean
-
-
-def expert_weights(chosen: Sequence[Sequence[int]], classes: Sequence[int], templates: int) -> Float[np.ndarray, "E M"]:
-    """Returns, for each query's expert, the share of each template in its mean; the last row takes all alike.
-
-    Args:
-        chosen: template ids per class; a class with none takes all templates.
-        classes: class of each query.
-    """
-    weights = np.zeros((len(classes) + 1, templates), np.float32)
-    for row, k in enumerate(classes):
-        ids = list(chosen[k]) or list(range(templates))
-        weights[row, ids] = 1 / len(ids)
-    weights[-1] = 1 / templates
-    return weights
+    return _unit(table.mean(0, dtype=np.float32))
 
 
 def expert_classifiers(
@@ -154,23 +122,20 @@ def expert_classifiers(
 ) -> Float[np.ndarray, "E Q D"]:
     """Returns Q experts and, last, the ordinary classifier; each a complete classifier over all names.
 
-    Expert e applies the templates chosen for the class of query e to every name. Without `renormalise` a row's length
-    stays below one, as MaskCLIP and CLIP-DINOiser have it in fusion.
+    Expert e applies the templates chosen for the class of query e to every name; a class with none takes all. Without
+    `renormalise` a row's length stays below one, as MaskCLIP and CLIP-DINOiser have it in fusion.
     """
     if len(chosen) != max(classes) + 1:
         raise UserError(f"experts for {len(chosen)} classes, but there are {max(classes) + 1}; rank these classes")
-    weights = expert_weights(chosen, classes, len(table))
+    # each query's expert as shares of the templates; last, all alike
+    weights = np.full((len(classes) + 1, len(table)), 1 / len(table), np.float32)
+    for row, k in enumerate(classes):
+        if chosen[k]:
+            weights[row] = 0
+            weights[row, list(chosen[k])] = 1 / len(chosen[k])
     flat = weights @ table.reshape(len(table), -1)
     experts = flat.reshape(len(weights), *table.shape[1:])
     return _unit(experts) if renormalise else experts
-
-
-def cosines(features: Float[Array, "*n D"], classifier: Float[Array, "*m D"]) -> Float[Array, "*m_then_n"]:
-    """Returns features . classifier for all pairs, the features' axes first, at full float32 precision.
-
-    Temperatures are low: an error of 1e-3 here is one of 0.1 in the logits.
-    """
-    return jnp.tensordot(features, classifier, axes=(-1, -1), precision="highest")
 
 
 def _unit(x: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:

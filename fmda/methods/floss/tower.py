@@ -13,12 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from fmda.errors import UserError
+from fmda.data.transforms import resize_image
 from fmda.mesh import batch_sharding, replicated
-from fmda.methods.floss.chain import Geometry, bucket, windows, zero_padded
+from fmda.methods.floss.chain import PatchGrid, bucket, zero_padded
 from fmda.methods.floss.features import Patches, Tokens, patches_of, reads_guide, tokens
-from fmda.methods.floss.hosts import HostConfig, network_image, padded_windows
-from fmda.models.clip import ClipConfig, VitConfig
+from fmda.methods.floss.hosts import HostConfig, normalised, vision_transformer, window_pixels
+from fmda.models.clip import ClipConfig
 from fmda.models.dinoiser import Heads
 
 BATCH = 8
@@ -75,59 +75,52 @@ class Tower:
         heads: Heads | None = None,
         weights: str | None = None,
     ) -> None:
-        if not isinstance(config.vision, VitConfig):
-            raise UserError("clip: FLOSS hosts read a vision transformer; this checkpoint has a convolutional tower")
         self.host, self.config, self.graphdef, self.mesh = host, config, graphdef, mesh
-        self.patch = config.vision.patch_size
+        self.patch = vision_transformer(config, "clip").patch_size
         self.params, self.heads = jax.device_put((params, heads), replicated(mesh))
-        # with the geometry, all that tokens depend on besides the image
+        # with the windows, all that tokens depend on besides the image
         self._origin = (weights, host.round_statistics, host.position_offset, reads_guide(host))
         self._cache = CACHE if weights else TokenCache(0)
 
-    def geometry(self, image: UInt8[np.ndarray, "H W 3"]) -> Geometry:
-        """Returns how the image is resized and cut."""
-        return self.host.geometry(image.shape[:2], self.patch)
+    def patch_grid(self, image: UInt8[np.ndarray, "H W 3"]) -> PatchGrid:
+        """Returns the windows and patches of the image."""
+        return self.host.patch_grid(image.shape[:2], self.patch)
 
     def network_image(self, image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "h w 3"]:
         """Returns the resized and normalised image."""
-        return network_image(image, self.geometry(image), self.host, self.config.image_mean, self.config.image_std)
+        return normalised(resize_image(image, self.patch_grid(image).network), self.host, self.config)
 
-    def see(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> list[Patches]:
+    def patches(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> list[Patches]:
         """Returns the patches of each image's windows [N, h, w, ...], held whole by every device.
 
         Windows of equal size are pooled over the images.
         """
-        keys = [(*self._origin, self.geometry(image), image_digest(image)) for image in images]
+        grids = [self.patch_grid(image) for image in images]
+        keys = [(*self._origin, grid, image_digest(image)) for grid, image in zip(grids, images, strict=True)]
         known = [self._cache.get(key) for key in keys]
         new = [i for i, cached in enumerate(known) if cached is None]
         for i, computed in zip(new, self._tokens([images[i] for i in new]), strict=True):
             known[i] = computed
             self._cache.put(keys[i], computed)
-        grids = [(w.rows.patches, w.columns.patches) for w in map(self.geometry, images)]
-        return self._pooled(
-            known, grids, lambda before_last, grid: _patches(*self._program(), before_last, grid, replicated(self.mesh))
-        )
+        shapes = [(grid.rows.patches, grid.columns.patches) for grid in grids]
+        network = (self.host, self.graphdef, self.params, self.heads)
+        return self._pooled(known, shapes, lambda shape, rows: _patches(*network, rows, shape, replicated(self.mesh)))
 
     def _tokens(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> list[Tokens]:
         """Returns the tokens of each image's windows [N, T, width] in host memory: one pass of the tower."""
-        cut = []
-        for image in images:
-            where = self.geometry(image)
-            pieces = windows(self.network_image(image), where)
-            cut.append(padded_windows(pieces, where, self.host, self.config.image_mean, self.config.image_std))
-        shapes = [c.shape[1:] for c in cut]
-        return jax.device_get(self._pooled(cut, shapes, lambda pixels, _: _tokens(*self._program(), pixels)))
+        cut = [window_pixels(image, self.patch_grid(image), self.host, self.config) for image in images]
+        network = (self.host, self.graphdef, self.params)
+        return jax.device_get(self._pooled(cut, [c.shape[1:] for c in cut], lambda _, rows: _tokens(*network, rows)))
 
-    def _program(self) -> tuple[Any, ...]:
-        return self.host, self.graphdef, self.params, self.heads
-
-    def _pooled(self, rows: Sequence[Any], kinds: Sequence[Hashable], function: Callable[[Any, Any], Any]) -> list[Any]:
-        """Returns function(rows, kind) for trees of arrays [N, ...], where all rows of one kind go in together."""
+    def _pooled(
+        self, rows: Sequence[Any], shapes: Sequence[Hashable], function: Callable[[Any, Any], Any]
+    ) -> list[Any]:
+        """Returns function(shape, rows) for trees of arrays [N, ...], where all rows of one shape go in together."""
         results: list[Any] = [None] * len(rows)
-        for kind in dict.fromkeys(kinds):
-            members = [i for i, one in enumerate(kinds) if one == kind]
+        for shape in dict.fromkeys(shapes):
+            members = [i for i, one in enumerate(shapes) if one == shape]
             joined = jax.tree.map(lambda *a: np.concatenate(a), *(rows[i] for i in members))
-            out, first = self._in_batches(joined, partial(_with_last, function, kind)), 0
+            out, first = self._in_batches(joined, partial(function, shape)), 0
             for i in members:
                 results[i] = _cut(out, first, _length(rows[i]))
                 first += _length(rows[i])
@@ -144,10 +137,6 @@ class Tower:
             out = function(jax.device_put(filled, batch_sharding(self.mesh)))
             parts.append(_cut(out, 0, _length(batch)))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-
-
-def _with_last(function: Callable[[Any, Any], Any], last: Any, rows: Any) -> Any:
-    return function(rows, last)
 
 
 def _cut(rows: Any, first: int, length: int) -> Any:
@@ -168,9 +157,7 @@ def _bytes(tokens: Tokens) -> int:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _tokens(
-    host: HostConfig, graphdef: nnx.GraphDef, params: dict[str, Any], heads: Heads | None, pixels: Array
-) -> Tokens:
+def _tokens(host: HostConfig, graphdef: nnx.GraphDef, params: dict[str, Any], pixels: Array) -> Tokens:
     return tokens(host, nnx.merge(graphdef, params).vision, pixels)
 
 
@@ -181,8 +168,8 @@ def _patches(
     params: dict[str, Any],
     heads: Heads | None,
     before_last: Tokens,
-    grid: tuple[int, int],
+    shape: tuple[int, int],
     whole: jax.sharding.NamedSharding,
 ) -> Patches:
-    out = patches_of(host, nnx.merge(graphdef, params).vision, heads, before_last, grid)
+    out = patches_of(host, nnx.merge(graphdef, params).vision, heads, before_last, shape)
     return jax.lax.with_sharding_constraint(out, whole)

@@ -10,9 +10,9 @@ from flax import nnx
 from floss_small import CONFIG, picture, small_clip, small_heads, small_tower, table
 
 from fmda.methods.floss.features import patches
-from fmda.methods.floss.hosts import HOSTS, host_for, statistics
+from fmda.methods.floss.hosts import HOSTS, host_for, normalised
 from fmda.methods.floss.pamr import pamr
-from fmda.methods.floss.predict import fused_labels, host_labels
+from fmda.methods.floss.predict import Chain, cropped, fused_maps, host_maps
 
 pytestmark = pytest.mark.parity
 
@@ -45,8 +45,9 @@ def test_host_labels_of_a_whole_image(name):
 
     host, image = _host(name), picture()
     tower, words = small_tower(host), table()[0]
-    (seen,) = tower.see([image])
-    labels, confidence = host_labels(host, seen, words, tower.geometry(image), tuple(range(5)))
+    (seen,) = tower.patches([image])
+    grid = tower.patch_grid(image)
+    labels, confidence = cropped(host_maps(Chain(host, tuple(range(5))), seen, words, grid), grid)
     expected = Plain(CONFIG.vision, small_clip()[1]).scores(host, image, words).max(0)
     np.testing.assert_allclose(confidence, expected.values, atol=1e-4)
     assert (labels != expected.indices.numpy()).mean() < 1e-3
@@ -63,13 +64,13 @@ def test_fused_labels_of_a_whole_image(name):
     host, image, words = _host(name), picture(3), table(seed=4)
     experts = np.stack([words[:2].mean(0), words[2], words[3], words[1:4].mean(0), words[5], words.mean(0)])
     tower = small_tower(host)
-    where = tower.geometry(image)
-    (seen,) = tower.see([image])
-    labels, _ = fused_labels(host, seen, experts, where, tuple(range(5)))
+    where = tower.patch_grid(image)
+    (seen,) = tower.patches([image])
+    chain = Chain(host, tuple(range(5)))
+    labels, _ = cropped(fused_maps(chain, seen, experts, where), where)
     plain = Plain(CONFIG.vision, small_clip()[1])
-    small = cv2.resize(image, where.network[::-1], interpolation=cv2.INTER_LINEAR).astype(np.float32)
-    mean, std = statistics(host, CONFIG.image_mean, CONFIG.image_std)
-    small = torch.from_numpy((small - mean) / std)
+    small = cv2.resize(image, where.network[::-1], interpolation=cv2.INTER_LINEAR)
+    small = torch.from_numpy(normalised(small, host, CONFIG))
     total, count = torch.zeros(5, *where.network), torch.zeros(where.network)
     for y, x in where.corners():
         box = (slice(y, y + where.rows.window), slice(x, x + where.columns.window))
@@ -85,7 +86,7 @@ def test_fused_labels_of_a_whole_image(name):
         count[box] += 1
     expected = F.interpolate((total / count)[None], image.shape[:2], mode="bilinear")[0].argmax(0).numpy()
     assert (labels != expected).mean() < 2e-3
-    reference, _ = fused_labels(host, seen, experts, where, tuple(range(5)), fusion="reference")
+    reference, _ = cropped(fused_maps(chain, seen, experts, where, "reference"), where)
     np.testing.assert_array_equal(labels, reference)
 
 

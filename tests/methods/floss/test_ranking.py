@@ -17,8 +17,8 @@ from floss_small import picture, small_tower, table
 from fmda.mesh import make_mesh
 from fmda.methods.floss.chain import side_by_side
 from fmda.methods.floss.hosts import host_for
-from fmda.methods.floss.predict import host_labels
-from fmda.methods.floss.ranking import Scanner, Seen, rank_images
+from fmda.methods.floss.predict import Chain, cropped, host_maps
+from fmda.methods.floss.ranking import ImagePatches, Scanner, rank_images
 from fmda.methods.floss.tally import Tally
 from fmda.methods.floss.text import default_classifier
 
@@ -28,12 +28,12 @@ SMALL = {"crop": 32, "stride": 16, "long_max": 60, "short_max": 40}
 
 def _scanner(host, words, devices=1, classes=CLASSES, **options):
     mesh = make_mesh(devices=jax.local_devices()[:devices])
-    return Scanner(host, words, default_classifier(words), classes, mesh, **options)
+    return Scanner(Chain(host, classes), words, default_classifier(words), mesh, **options)
 
 
 def _seen(tower, image, *, flip=False, labels=None):
-    other = tower.see([image[:, ::-1]])[0] if flip else None
-    return Seen(tower.see([image])[0], other, tower.geometry(image), labels)
+    other = tower.patches([image[:, ::-1]])[0] if flip else None
+    return ImagePatches(tower.patches([image])[0], other, tower.patch_grid(image), labels)
 
 
 def _softmax(z):
@@ -46,7 +46,7 @@ def _maps(host, patches, where, classifier):
     s = np.asarray(patches.features, np.float64) @ classifier.T.astype(np.float64)
     if host.softmax == "patch":
         s = _softmax(100 * s)
-    q = np.einsum("yh,hwk,xw->yxk", where.rows.matrix(), side_by_side(s, where.grid), where.columns.matrix())
+    q = np.einsum("yh,hwk,xw->yxk", where.rows.matrix(), side_by_side(s, where.shape), where.columns.matrix())
     return q if host.softmax == "patch" else _softmax(100 * q)
 
 
@@ -54,11 +54,11 @@ def _maps(host, patches, where, classifier):
 def test_sums_equal_plain_numpy(name):
     host, words, image = host_for({"name": name, **SMALL}), table(), picture(2)
     tower = small_tower(host)
-    where = tower.geometry(image)
+    where = tower.patch_grid(image)
     labels = np.random.default_rng(0).integers(0, 5, image.shape[:2]).astype(np.uint8)
     labels[:3] = 255
     tally = _scanner(host, words).tally(_seen(tower, image, flip=True, labels=labels))
-    patches, turned = tower.see([image])[0], tower.see([image[:, ::-1]])[0]
+    patches, turned = tower.patches([image])[0], tower.patches([image[:, ::-1]])[0]
     ordinary = _maps(host, patches, where, default_classifier(words)).argmax(-1)
     for m in range(len(words)):
         q = _maps(host, patches, where, words[m])
@@ -90,9 +90,10 @@ def test_sums_equal_plain_numpy(name):
 def test_one_template_counts_what_the_host_predicts_with_it():
     host, words, image = host_for({"name": "naclip", **SMALL}), table(), picture(5)
     tower = small_tower(host)
-    (seen,) = tower.see([image])
+    (seen,) = tower.patches([image])
     tally = _scanner(host, words).tally(_seen(tower, image))
-    labels, _ = host_labels(host, seen, words[3], tower.geometry(image), CLASSES)
+    grid = tower.patch_grid(image)
+    labels, _ = cropped(host_maps(Chain(host, CLASSES), seen, words[3], grid), grid)
     np.testing.assert_array_equal(tally.sums["count"][3], np.bincount(labels.ravel(), minlength=5))
     assert not tally.mirrored.any() and not tally.truth.any()
 
@@ -100,7 +101,7 @@ def test_one_template_counts_what_the_host_predicts_with_it():
 def test_synonyms_are_merged_by_the_largest_and_not_renormalised():
     host, words, image = host_for({"name": "naclip", **SMALL}), table(), picture(5)
     tower = small_tower(host)
-    where, (patches,) = tower.geometry(image), tower.see([image])
+    where, (patches,) = tower.patch_grid(image), tower.patches([image])
     tally = _scanner(host, words, classes=(0, 1, 1, 1, 2)).tally(_seen(tower, image))
     z = _maps(host, patches, where, words[0])
     q = np.stack([z[..., 0], z[..., 1:4].max(-1), z[..., 4]], -1)
@@ -131,7 +132,7 @@ def test_the_tower_pools_windows_of_several_images():
     host = host_for({"name": "naclip", **SMALL})
     tower = small_tower(host, 8)
     images = [picture(1), picture(2, (72, 48)), picture(3)]
-    together, alone = tower.see(images), [tower.see([i])[0] for i in images]
+    together, alone = tower.patches(images), [tower.patches([i])[0] for i in images]
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(a.features, b.features, atol=1e-5)
     assert together[1].features.shape[0] == 2 * 3

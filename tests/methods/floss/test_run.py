@@ -14,7 +14,7 @@ from fmda.evaluate import Segmenter
 from fmda.methods.floss import features
 from fmda.methods.floss.check import check
 from fmda.methods.floss.hosts import HOSTS, host_for
-from fmda.methods.floss.inputs import scored_images
+from fmda.methods.floss.inputs import predicted_classes
 from fmda.methods.floss.model import Floss
 from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.run import Config, plan, stages
@@ -69,9 +69,9 @@ def test_other_hosts_with_a_ranking_file(place, tmp_path, name):
 def test_the_trained_scale_is_the_checkpoints_own(place):
     host = {"name": "maskclip", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
     config = floss_config(place, host={**host, "trained_scale": True})
-    classes = scored_images(config).classes
+    classes = predicted_classes(config)
     own = float(np.exp(load_clip(config.clip).params["logit_scale"]))
-    model, fixed = Floss.load(config, classes), Floss.load(floss_config(place, host={**host, "scale": own}), classes)
+    model, fixed = Floss(config, classes), Floss(floss_config(place, host={**host, "scale": own}), classes)
     assert model.host.scale == pytest.approx(own) and own < 50
     image = picture(1, (40, 56))
     np.testing.assert_allclose(model.predict_host(image)[1], fixed.predict_host(image)[1], rtol=1e-6)
@@ -84,7 +84,7 @@ def test_background_takes_what_looks_like_no_object(place):
     shares = []
     for background in (None, "sky"):
         config = floss_config(place, host=host, background=background)
-        labels, _ = Floss.load(config, scored_images(config).classes).predict_host(image)
+        labels, _ = Floss(config, predicted_classes(config)).predict_host(image)
         shares.append((labels == 0).mean())
     assert shares[1] > shares[0]
 
@@ -97,7 +97,7 @@ def test_pamr_changes_the_host_alone(place):
     for steps in (0, 3):
         changed = {**host, "pamr_steps": steps, "pamr_dilations": [1, 2]}
         config = floss_config(place, host=changed, ranking={"file": "r.json"})
-        found.append(Floss.load(config, scored_images(config).classes).predict_host(image)[1])
+        found.append(Floss(config, predicted_classes(config)).predict_host(image)[1])
     assert found[0].shape == found[1].shape == (40, 56) and (found[0] != found[1]).any()
 
 
@@ -108,7 +108,10 @@ def test_pamr_changes_the_host_alone(place):
         ({"host": {"name": "maskclip", "crob": 3}}, "unknown key 'crob'"),
         ({"host": {"name": "maskclip", "stride": 900}}, "leave gaps"),
         ({"ranking": {"criterion": "flip"}}, r"ranking\.flip=true"),
-        ({"ranking": {"criterion": "entropi"}}, "none of the choices"),
+        (
+            {"ranking": {"criterion": "entropi"}},
+            "ranking.criterion: 'entropi' is none of the choices; did you mean 'entropy'",
+        ),
         ({"background": "sky"}, "only clip-dinoiser"),
         ({"host": {"name": "naclip", "pamr_steps": 2}}, "PAMR refines the host alone"),
         ({"n": 0}, "n: expected a whole number >= 1"),
@@ -188,7 +191,7 @@ def test_flops_of_the_published_windows():
     # 153 GFLOP a 448 window, 3 windows; 1520 prompts of 1.2 GFLOP
     assert flops["image tower, 3 windows"] == pytest.approx(3 * 153e9, rel=0.02)
     assert flops["text tower, once"] == pytest.approx(1.8e12, rel=0.05)
-    assert host_for("naclip", "cityscapes").geometry((1024, 2048), 16).grid == (4, 9)
+    assert host_for("naclip", "cityscapes").patch_grid((1024, 2048), 16).shape == (4, 9)
 
 
 def test_a_host_is_named_in_short():

@@ -167,6 +167,22 @@ def test_class_lists_and_rankings_that_changed_in_place_are_refused(place, tmp_p
         _run(floss_config(place, classes=str(names), templates=bank, n=2), tmp_path / "made")
 
 
+def test_a_finished_run_refuses_images_that_changed_in_place(place, tmp_path, bank):
+    shutil.copytree(place / "data", tmp_path / "data")
+    data = {"name": "folder", "root": str(tmp_path / "data"), "split": "val"}
+    config = floss_config(place, data=data, templates=bank, n=2)
+    _run(config, tmp_path / "run")
+    image, label = tmp_path / "data" / "train" / "images" / "0.png", tmp_path / "data" / "val" / "labels" / "0.png"
+    before = label.read_bytes()
+    shutil.copy(label.with_name("1.png"), label)
+    with pytest.raises(UserError, match="score: made from other inputs.*images"):
+        _run(config, tmp_path / "run")
+    label.write_bytes(before)
+    shutil.copy(image.with_name("1.png"), image)
+    with pytest.raises(UserError, match="rank: made from other inputs.*images"):
+        _run(config, tmp_path / "run")
+
+
 def test_other_weights_or_heads_in_the_same_folder_are_refused(place, tmp_path, bank):
     shutil.copytree(place / "clip", tmp_path / "clip")
     host = {"name": "clip-dinoiser", "crop": 32, "stride": 16, "long_max": 60, "short_max": 32}
@@ -191,7 +207,7 @@ def test_other_weights_or_heads_in_the_same_folder_are_refused(place, tmp_path, 
 def test_a_ranking_goes_on_with_other_devices_and_refuses_other_images(place, tmp_path, bank):
     images = open_dataset("folder", place / "data", "train", labels=False)
     first, second = (
-        Floss.load(
+        Floss(
             floss_config(place, templates=bank),
             open_dataset("folder", place / "data").classes,
             mesh=make_mesh(devices=jax.local_devices()[:n]),
@@ -250,10 +266,10 @@ def test_floss_computes_in_bfloat16(place, tmp_path, bank):
     work = tmp_path / "run"
     _run(floss_config(place, dtype="bfloat16", templates=bank, n=2), work)
     model = Segmenter.load(work)
-    exact = Floss.load(floss_config(place, templates=bank), model.classes)
+    exact = Floss(floss_config(place, templates=bank), model.classes)
     image = picture(3, (40, 56))
-    half = Floss.load(floss_config(place, templates=bank, dtype="bfloat16"), model.classes)
-    patches = [np.asarray(m.look(image).features) for m in (exact, half)]
+    half = Floss(floss_config(place, templates=bank, dtype="bfloat16"), model.classes)
+    patches = [np.asarray(m.patches(image).features) for m in (exact, half)]
     assert patches[1].dtype == np.float32
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.tower.params)} == {"bfloat16", "float32"}
     cosines = (patches[0] * patches[1]).sum(-1)

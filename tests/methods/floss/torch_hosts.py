@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from floss_small import CONFIG, small_heads
 
 from fmda import trees
-from fmda.methods.floss.hosts import statistics
+from fmda.methods.floss.hosts import normalised
 from fmda.models.clip import VitConfig
 
 torch.set_num_threads(1)  # eight fake devices already want the cores
@@ -94,10 +94,9 @@ class Plain:
 
     def scores(self, host, image, classifier):
         """The host's default chain, step by step, to scores at the original size [Q, H, W]."""
-        where = host.geometry(image.shape[:2], self.c.patch_size)
-        small = cv2.resize(image, where.network[::-1], interpolation=cv2.INTER_LINEAR).astype(np.float32)
-        mean, std = statistics(host, CONFIG.image_mean, CONFIG.image_std)
-        small = torch.from_numpy((small - mean) / std)
+        where = host.patch_grid(image.shape[:2], self.c.patch_size)
+        small = cv2.resize(image, where.network[::-1], interpolation=cv2.INTER_LINEAR)
+        small = torch.from_numpy(normalised(small, host, CONFIG))
         total, count = torch.zeros(len(classifier), *where.network), torch.zeros(where.network)
         for y, x in where.corners():
             box = (slice(y, y + where.rows.window), slice(x, x + where.columns.window))
