@@ -181,18 +181,16 @@ class Floss:
 
     def flip_consistency(self, images: Dataset, candidates: Mapping[int, Chosen]) -> dict[int, float]:
         """Returns, for each candidate, the mean IoU of the labels of images and of their mirror images, turned back."""
-        names, empty = self.classes.names, Scores.empty(self.classes.names)
+        names, counts = self.classes.names, dict[int, np.ndarray]()
         classifiers = {n: self.classifiers(chosen) for n, chosen in candidates.items()}
-        scores = dict.fromkeys(candidates, empty)
         for example in images:
             mirrored = np.ascontiguousarray(example.image[:, ::-1])
             patches, mirrored_patches = self.patches(example.image), self.patches(mirrored)
             for n, experts in classifiers.items():
                 labels, _ = self.predict(example.image, experts, patches)
                 turned = self.predict(mirrored, experts, mirrored_patches)[0][:, ::-1]
-                matrix = confusion_matrix(labels, turned, len(names))
-                scores[n] = scores[n].merge(Scores.from_confusion(matrix, names))
-        return {n: s.miou for n, s in scores.items()}
+                counts[n] = counts.get(n, 0) + confusion_matrix(labels, turned, len(names))
+        return {n: Scores.from_confusion(matrix, names).miou for n, matrix in counts.items()}
 
 
 def _first_device(patches: Patches) -> Patches:
