@@ -61,7 +61,7 @@ def passes(monkeypatch):
         ({"n": 81}, "n: 81 templates"),
         ({"n": "auto", "n_candidates": (2, 100)}, "n_candidates: 100 templates"),
         ({"n": "auto", "n_candidates": ()}, "n_candidates: empty"),
-        ({"classes": "cityscapes"}, "give a class map between them"),
+        ({"classes": "cityscapes"}, "give a class map"),
         ({"unlabelled": {"root": "nowhere"}}, "nowhere: no such folder"),
         ({"unlabelled": {"split": "test"}}, "split 'test'"),
         ({"data": {"name": "folder", "root": "nowhere"}}, "nowhere: no such folder"),
