@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from sides.record import record, write_record
 
-from fmda.methods.render import picture_keys
+from fmda.methods.render import image_keys
 from fmda.world import DOMAINS
 from fmda.world.renderer import render_batch
 
@@ -23,7 +23,7 @@ def speed(height: int, width: int, images: int, batch: int, threads: int) -> dic
 
     def draw(k: int) -> None:
         domain = DOMAINS[k % len(DOMAINS)]
-        keys = picture_keys(0, domain, list(range(k * batch, (k + 1) * batch)))
+        keys = image_keys(0, domain, list(range(k * batch, (k + 1) * batch)))
         found = render_batch(keys, np.full(batch, DOMAINS.index(domain), np.int32), height=height, width=width)
         jax.block_until_ready(found)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from sides.record import record, write_record
 
-from fmda.methods.render import picture_keys
+from fmda.methods.render import image_keys
 from fmda.world import CLASSES, DOMAINS
 from fmda.world.renderer import render_batch
 
@@ -26,7 +26,7 @@ def statistics(domains: list[str], images: int, height: int, width: int, seed: i
     counts = []
     for domain in domains:
         for start in range(0, images, batch):
-            keys = picture_keys(seed, domain, list(range(start, start + batch)))
+            keys = image_keys(seed, domain, list(range(start, start + batch)))
             found = render_batch(keys, np.full(batch, DOMAINS.index(domain), np.int32), height=height, width=width)
             counts.append(np.asarray(jax.device_get(found.facts["pixels"])))
     pixels = np.concatenate(counts)

@@ -80,7 +80,7 @@ def stages(config: RenderConfig) -> list[Stage]:
 
     def run(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
         write_world(config, folder)
-        return {"pictures": sum(config.domains.values())}
+        return {"images": sum(config.domains.values())}
 
     return [Stage("render", run, config, alone=True)]
 
@@ -93,7 +93,7 @@ def plan(config: RenderConfig) -> Plan:
     return Plan(stages=(("render", "draw datasets of the street world"),), notes=notes)
 
 
-def picture_keys(seed: int, domain: str, indices: list[int]) -> Any:
+def image_keys(seed: int, domain: str, indices: list[int]) -> Any:
     """Returns the random keys of images: the seed, folded with domain and index."""
     import jax
 
@@ -118,12 +118,12 @@ def _write_domain(root: Path, config: RenderConfig, domain: str, count: int) -> 
         except (KeyError, TypeError):
             raise UserError(f"{journal.path}: damaged; delete the folder and render it again") from None
         missing = [i for i in range(count) if f"{i:06d}" not in lines or not _complete(root, f"{i:06d}")]
-        for name, picture in track(pictures(config, domain, missing), f"render {domain}", len(missing)):
-            maps = {**{part: picture[part] for part in PARTS[1:]}, PARTS[0]: picture["image"]}
+        for name, image in track(rendered(config, domain, missing), f"render {domain}", len(missing)):
+            maps = {**{part: image[part] for part in PARTS[1:]}, PARTS[0]: image["image"]}
             list(pool.map(lambda item: write_png(root / item[0] / f"{name}.png", item[1]), maps.items()))  # noqa: B023
             if name not in lines:
                 # a line follows the files of its image, so it is written once they are whole
-                lines[name] = {"name": name, "domain": domain, "caption": picture["caption"], "facts": picture["facts"]}
+                lines[name] = {"name": name, "domain": domain, "caption": image["caption"], "facts": image["facts"]}
                 journal.append(lines[name])
     if [row["name"] for row in journal.rows] != sorted(lines):
         write_rows(journal.path, [lines[name] for name in sorted(lines)])
@@ -133,7 +133,7 @@ def _complete(root: Path, name: str) -> bool:
     return all((root / part / f"{name}.png").is_file() for part in PARTS)
 
 
-def pictures(config: RenderConfig, domain: str, indices: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+def rendered(config: RenderConfig, domain: str, indices: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields name and arrays, facts, caption of each image; the next batch is drawn while one is handed out."""
     from fmda.world.renderer import render_batch
 
@@ -146,7 +146,7 @@ def pictures(config: RenderConfig, domain: str, indices: Sequence[int]) -> Itera
         # the last batch is filled up, so that every call has the compiled shape
         full = [*group] + [group[-1]] * (batch - len(group))
         return render_batch(
-            picture_keys(config.seed, domain, full), np.full(batch, DOMAINS.index(domain), np.int32),
+            image_keys(config.seed, domain, full), np.full(batch, DOMAINS.index(domain), np.int32),
             height=config.height, width=config.width, supersample=config.supersample,
         )  # fmt: skip
 

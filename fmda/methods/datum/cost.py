@@ -29,11 +29,11 @@ def check_crop(config: Config, shapes: DiffusionConfig) -> None:
 def training(config: Config, shapes: DiffusionConfig) -> Training:
     """Returns the pieces of the training, by shapes alone."""
     params, text, vae = parameter_shapes(shapes), shapes.text_encoder, shapes.vae
-    pictures, tokens = len(config.prompts), text.context
+    images, tokens = len(config.prompts), text.context
     if "text_encoder" in config.trained_parts:
-        captions: Tree = {"ids": jax.ShapeDtypeStruct((pictures, tokens), jnp.int32)}
+        captions: Tree = {"ids": jax.ShapeDtypeStruct((images, tokens), jnp.int32)}
     else:
-        captions = {"context": jax.ShapeDtypeStruct((pictures, tokens, text.width), jnp.float32)}
+        captions = {"context": jax.ShapeDtypeStruct((images, tokens, text.width), jnp.float32)}
 
     def batch(rows: int) -> Tree:
         if config.bank:
@@ -42,8 +42,8 @@ def training(config: Config, shapes: DiffusionConfig) -> Training:
         else:
             name, shape, kind = "pixels", (config.crop, config.crop, 3), jnp.uint8
         return {
-            name: jax.ShapeDtypeStruct((rows, pictures, *shape), kind),
-            "seed": jax.ShapeDtypeStruct((rows, pictures), jnp.uint32),
+            name: jax.ShapeDtypeStruct((rows, images, *shape), kind),
+            "seed": jax.ShapeDtypeStruct((rows, images), jnp.uint32),
         }
 
     task = training_task(config, shapes, ScheduleConfig(), params, captions, Stream(range(1), None, config.batch))

@@ -22,10 +22,10 @@ from fmda.methods.datum.settings import Config, PriorConfig
 from fmda.methods.datum.snapshots import untouched
 from fmda.methods.datum.stop import probe_config
 from fmda.methods.datum.target import (
-    ClassPictures,
+    ClassImages,
     Encoded,
     Examples,
-    Picture,
+    Pixels,
     RandomCrops,
     contact_sheet,
     digest,
@@ -66,7 +66,7 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
             # before what takes long, so that an interrupted folder knows its image
             claim(folder, {"image": image}, remedy=remedy)
     if config.prior is not None and config.prior.images is None:
-        _draw_class_pictures(config, folder / "class")
+        _draw_class_images(config, folder / "class")
     if config.bank:
         _fill_bank(config, folder)
     height, width, _ = read_image(folder / "target.png").shape
@@ -83,7 +83,7 @@ def check(config: Config) -> None:
     make_optimizer(config.optim, config.steps)
     prior, probe = config.prior, config.probe
     if prior is not None and prior.images is not None and not pending(prior.images):
-        check_images(ClassPictures(prior.images, config.crop).paths)
+        check_images(ClassImages(prior.images, config.crop).paths)
     if probe is not None:
         check_weights(probe.clip)
     if pending(config.model):
@@ -114,7 +114,7 @@ def _class_drawing(config: Config, prior: PriorConfig) -> generate.Config:
     )  # fmt: skip
 
 
-def _draw_class_pictures(config: Config, folder: Path) -> None:
+def _draw_class_images(config: Config, folder: Path) -> None:
     """Draws the class with the untouched model; goes on where it was broken off."""
     prior = config.prior
     assert prior is not None
@@ -132,17 +132,17 @@ def _fill_bank(config: Config, folder: Path) -> None:
     vae = load_vae(config.model, config.revision, jnp.dtype(config.precision))
     claim(folder, {"weights": vae.fingerprint}, record=BANK, remedy=_remedy(config))
     moments: dict[str, np.ndarray] = {}
-    for number, (name, pictures) in enumerate(zip(("target", "class"), _pictures(config, folder), strict=False)):
+    for number, (name, images) in enumerate(zip(("target", "class"), _images(config, folder), strict=False)):
         rng = np.random.default_rng((config.seed, 2, number))
-        count = max(config.bank, len(pictures))
-        chosen = (pictures[index % len(pictures)] for index in range(count))
-        crops = (random_crop(picture, config.crop, rng) for picture in chosen)
+        count = max(config.bank, len(images))
+        chosen = (images[index % len(images)] for index in range(count))
+        crops = (random_crop(image, config.crop, rng) for image in chosen)
         moments[name] = np.stack([_moments(vae, crop) for crop in track(crops, f"encode {name}", count, "crops")])
     with replacing(path) as part, part.open("wb") as stream:
         np.savez(stream, **moments)  # type: ignore[arg-type]
 
 
-def _moments(vae: Loaded, crop: Picture) -> np.ndarray:
+def _moments(vae: Loaded, crop: Pixels) -> np.ndarray:
     pair = vae.encode(signed(crop[None]))
     return np.concatenate(jax.device_get(pair), axis=-1)[0]
 
@@ -167,11 +167,11 @@ def examples(config: Config, prepared: Path) -> tuple[Sequence[Any], Transform]:
         with np.load(prepared / "bank.npz") as file:
             columns = tuple(file[name] for name in ("target", "class") if name in file.files)
         return Examples(columns), Encoded()
-    return Examples(_pictures(config, prepared)), RandomCrops(config.crop)
+    return Examples(_images(config, prepared)), RandomCrops(config.crop)
 
 
-def _pictures(config: Config, prepared: Path) -> tuple[Sequence[Picture], ...]:
-    target: Sequence[Picture] = [read_image(prepared / "target.png")]
+def _images(config: Config, prepared: Path) -> tuple[Sequence[Pixels], ...]:
+    target: Sequence[Pixels] = [read_image(prepared / "target.png")]
     if config.prior is None:
         return (target,)
-    return target, ClassPictures(config.prior.images or prepared / "class", config.crop)
+    return target, ClassImages(config.prior.images or prepared / "class", config.crop)

@@ -88,13 +88,13 @@ def read_images(manifest: Manifest) -> np.ndarray:
     return np.stack([read_png(path) for path in manifest.paths])
 
 
-def target_crops(picture: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
+def target_crops(image: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
     """Returns `count` random crops uint8 [count, size, size, 3] of an image [H, W, 3], at its own scale.
 
     Raises ValueError for an image smaller than a crop.
     """
     rng = np.random.default_rng((seed, 6))
-    return np.stack([random_crop(picture, size, rng) for _ in range(count)])
+    return np.stack([random_crop(image, size, rng) for _ in range(count)])
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,6 @@ def found_classes(clip: Loaded, images: np.ndarray, asked: Sequence[str | None])
     return float(np.mean(hits / drawn)), float(np.sqrt(np.sum(likely * (1 - likely) / drawn)) / len(names))
 
 
-def choose(curves: Curves, floor: float) -> Choice:
-    """Returns the step that the curves speak for."""
-    measured = {name: values for name, values in vars(curves).items() if name != "nearest"}
-    return choose_step(**measured, coverage_floor=floor)
-
-
 def write_choice(
     probe: ProbeConfig, steps: Sequence[int], probes: Path, target: Path, crop: int, folder: Path
 ) -> dict[str, Any]:
@@ -174,19 +168,15 @@ def write_choice(
 
     `target` is the file of the image, `crop` the side of its crops in pixels.
     """
-    clip, picture = load_clip(probe.clip), read_image(target)
-    curves = measure(probe, steps, probes, target_crops(picture, crop, probe.crops, probe.seed), clip)
-    choice = choose(curves, probe.floor)
-    rows = {"gain": choice.gain, "kept": choice.kept, "score": choice.score, "admitted": choice.admitted}
-    record = {
-        "step": choice.step,
-        "reason": choice.reason,
-        "curves": dataclasses.asdict(curves),
-        **{name: np.asarray(values).tolist() for name, values in rows.items()},
-    }
+    clip, image = load_clip(probe.clip), read_image(target)
+    curves = measure(probe, steps, probes, target_crops(image, crop, probe.crops, probe.seed), clip)
+    measured = {name: values for name, values in vars(curves).items() if name != "nearest"}
+    choice = choose_step(**measured, coverage_floor=probe.floor)
+    rows = {name: getattr(choice, name).tolist() for name in ("gain", "kept", "score", "admitted")}
+    record = {"step": choice.step, "reason": choice.reason, "curves": vars(curves), **rows}
     write_atomic(folder / "curves.png", _chart(curves, choice))
     before, after = (read_images(Manifest.read(probes / str(step)).head(SHOWN)) for step in (0, choice.step))
-    write_png(folder / "before-after.png", _before_after(picture, before, after))
+    write_png(folder / "before-after.png", _before_after(image, before, after))
     write_sections(folder, _sections(curves, choice))
     write_json(folder / "choice.json", record)
     return {"step": choice.step, "reason": choice.reason}

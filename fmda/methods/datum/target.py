@@ -14,7 +14,7 @@ from fmda.data.listing import folder_images
 from fmda.errors import UserError
 from fmda.png import grid
 
-Picture = UInt8[np.ndarray, "H W 3"]
+Pixels = UInt8[np.ndarray, "H W 3"]
 
 MOST_PIXELS = 2**28
 """Of a target after resizing: three quarters of a GiB."""
@@ -28,7 +28,7 @@ _REFUSED = {
 }
 
 
-def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
+def open_target(path: str | Path, resize: int | None, crop: int) -> Pixels:
     """Returns the target image, RGB, its shorter side brought to `resize` pixels (None: as it is).
 
     Resized as the original does it: Pillow's bilinear filter, which averages where it shrinks, and the longer side
@@ -42,8 +42,8 @@ def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
         mode = "alpha" if file.has_transparency_data else "grey" if file.mode in ("1", "L") else file.mode
         if mode != "RGB":
             raise UserError(f"{path}: {_REFUSED.get(mode, _REFUSED['other']).format(mode=mode)}")
-        picture = ImageOps.exif_transpose(file)
-    width, height = picture.size
+        image = ImageOps.exif_transpose(file)
+    width, height = image.size
     if min(width, height) < crop:
         raise UserError(
             f"{path}: {width}x{height} pixels hold no crop of {crop}; give a larger image, or a model that is "
@@ -55,8 +55,8 @@ def open_target(path: str | Path, resize: int | None, crop: int) -> Picture:
             raise UserError(
                 f"resize: {resize} makes more than {MOST_PIXELS:,} pixels of {path}, {width}x{height}; choose less"
             )
-        picture = picture.resize((resize * width // scale, resize * height // scale), Image.Resampling.BILINEAR)
-    return np.asarray(picture)
+        image = image.resize((resize * width // scale, resize * height // scale), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 def digest(path: str | Path) -> str:
@@ -64,7 +64,7 @@ def digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
-class ClassPictures(Sequence[Picture]):
+class ClassImages(Sequence[Pixels]):
     """The images of a folder, RGB, read on access; each must hold a crop."""
 
     def __init__(self, folder: str | Path, crop: int) -> None:
@@ -79,7 +79,7 @@ class ClassPictures(Sequence[Picture]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Picture:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Pixels:  # type: ignore[override]
         return read_image(self.paths[index])
 
 
@@ -105,11 +105,11 @@ class Examples(Sequence[tuple[np.ndarray, ...]]):
         return tuple(column[index % len(column)] for column in self.columns)
 
 
-def random_crop(picture: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
+def random_crop(image: Pixels, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
     """Returns a square of the image at its own scale, every place as likely as any other."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
-    return picture[top : top + size, left : left + size]
+    return image[top : top + size, left : left + size]
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class RandomCrops:
 
     size: int
 
-    def __call__(self, pictures: tuple[Picture, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, images: tuple[Pixels, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the crops, and the seeds of their latents, noise and times."""
-        crops = np.stack([random_crop(picture, self.size, rng) for picture in pictures])
-        return {"pixels": crops, "seed": _seeds(len(pictures), rng)}
+        crops = np.stack([random_crop(image, self.size, rng) for image in images])
+        return {"pixels": crops, "seed": _seeds(len(images), rng)}
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def _seeds(count: int, rng: np.random.Generator) -> np.ndarray:
     return rng.integers(2**32, size=count, dtype=np.uint32)
 
 
-def contact_sheet(picture: Picture, size: int, seed: int, count: int = 8) -> Picture:
+def contact_sheet(image: Pixels, size: int, seed: int, count: int = 8) -> Pixels:
     """Returns `count` crops in two rows: what a step sees of the target."""
     rng = np.random.default_rng((seed, 1))
-    crops = [random_crop(picture, size, rng) for _ in range(count)]
+    crops = [random_crop(image, size, rng) for _ in range(count)]
     return grid(crops, (count + 1) // 2)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, UInt8
 from fmda.config import Bounds, NonNegativeInt, PositiveInt, Share, Side
 from fmda.errors import UserError
 from fmda.methods.pretrain.prompts import LOOKS, fitting, looks_of, needs
-from fmda.methods.render import RenderConfig, pictures
+from fmda.methods.render import RenderConfig, rendered
 from fmda.png import read_png
 from fmda.progress import track
 from fmda.runs.journal import read_rows
@@ -87,7 +87,7 @@ class Scenes(Sequence[dict[str, Any]]):
         self.rows: list[dict[str, Any] | tuple[Path, dict[str, Any]]] = []
         for drawn in sources:
             if isinstance(drawn, Drawn):
-                images = pictures(drawn.renderer(), drawn.domain, range(drawn.count))
+                images = rendered(drawn.renderer(), drawn.domain, range(drawn.count))
                 self.rows += [scene for _, scene in track(images, f"render {drawn.domain}", drawn.count)]
         for root in (Path(source) for source in sources if not isinstance(source, Drawn)):
             index = root / "captions.jsonl"

@@ -27,7 +27,7 @@ def shrink(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (Path.unlink, "target.png: no such"),
+        (Path.unlink, "target.png: cannot be read (No such file or directory)"),
         (cut, "target.png: "),
         (shrink, "target.png: 12x30 pixels hold no crop of 16"),
         (save_grey, "target.png: a grey image"),

@@ -6,7 +6,7 @@ from PIL import Image
 
 from fmda.errors import UserError
 from fmda.methods.datum.target import (
-    ClassPictures,
+    ClassImages,
     Encoded,
     Examples,
     RandomCrops,
@@ -95,13 +95,13 @@ def test_class_pictures_are_those_of_a_folder(tmp_path):
     one, two = picture(20, 20), picture(18, 40)
     saved(tmp_path / "images/a.png", one), saved(tmp_path / "images/b.png", two)
     (tmp_path / "images/.b.part.png").write_bytes(b"half")
-    found = ClassPictures(tmp_path, 16)
+    found = ClassImages(tmp_path, 16)
     assert len(found) == 2
     np.testing.assert_array_equal(found[1], two)
     with pytest.raises(UserError, match=r"b\.png: smaller than a crop of 19 pixels; give larger"):
-        ClassPictures(tmp_path, 19)
+        ClassImages(tmp_path, 19)
     with pytest.raises(UserError, match=r"prior\.images: .*nothing holds no images"):
-        ClassPictures(tmp_path / "nothing", 16)
+        ClassImages(tmp_path / "nothing", 16)
 
 
 def grey(path):
@@ -145,7 +145,7 @@ FAULTS = {
     deep: "more than 8 bits a channel",
     cut: "truncated",
     lambda path: saved(path, picture(15, 90)): "90x15 pixels hold no crop of 16; give a larger image",
-    lambda path: path: "no such",
+    lambda path: path: "cannot be read (No such file or directory)",
 }
 
 
