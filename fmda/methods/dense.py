@@ -19,6 +19,13 @@ from fmda.weights.network import family_of, load_clip, load_dino, weight_fingerp
 from fmda.weights.source import resolve
 
 
+def normalised(pixels: Any, mean: Any = IMAGENET_MEAN, std: Any = IMAGENET_STD) -> Any:
+    """Returns RGB in 0..255, [..., 3], as float32 with the mean and deviation of each channel in 0..1 taken out."""
+    shape = (1,) * (pixels.ndim - 1) + (3,)
+    mean, std = (np.asarray(values, np.float32).reshape(shape) for values in (mean, std))
+    return (pixels.astype(np.float32) / 255 - mean) / std
+
+
 class Encoder:
     """A frozen network that gives one feature per patch. Raises UserError for a network of another kind.
 
@@ -36,8 +43,7 @@ class Encoder:
             self._graphdef, self.params = abstract(lambda rngs: tower(rngs=rngs))[0], net.params["vision"]
         else:
             self._graphdef, self.params = net.graphdef, net.params
-        image = (net.config.image_mean, net.config.image_std) if family == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
-        self._mean, self._std = np.asarray(image, np.float32)[:, None, None, None]
+        self._image = (net.config.image_mean, net.config.image_std) if family == "clip" else ()
         self.fingerprint = weight_fingerprint(self.params, net.config)
         square = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
         self.width = jax.eval_shape(self.features, self.params, square).shape[-1]
@@ -45,7 +51,7 @@ class Encoder:
     def features(self, params: Any, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w width"]:
         """Returns features of RGB in 0..255; images are stretched to whole patches."""
         net = nnx.merge(self._graphdef, params)
-        x = (pixels.astype(jnp.float32) / 255.0 - self._mean) / self._std
+        x = normalised(pixels, *self._image)
         if not isinstance(net, VisionTransformer):
             return net.stages(x)[-1].astype(jnp.float32)
         patch = net.config.patch_size

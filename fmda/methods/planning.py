@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from fmda import trees
+from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.mesh import FSDP_RULES, REPLICATED_RULES, Rule, place
 from fmda.perf.memory import device_memory
@@ -58,11 +59,14 @@ class Training:
     example: str = "example"
 
     @staticmethod
-    def of(task: Task, steps: int, batch: Callable[[int], Any], **options: Any) -> "Training":
-        """Returns the pieces of a task whose frozen arrays may be shapes; `options` are further attributes."""
+    def of(task: Task, steps: int, batch: Callable[[int], Any] | None = None, **options: Any) -> "Training":
+        """Returns the pieces of a task whose frozen arrays may be shapes; `options` are further attributes.
+
+        Without `batch`, its shapes are those of one example of each stream.
+        """
         return Training(
-            task.objective, task.initial_state(steps), task.frozen, batch, task.rules, accumulate=task.accumulate,
-            **options,
+            task.objective, task.initial_state(steps), task.frozen, batch or _batches(task), task.rules,
+            accumulate=task.accumulate, **options,
         )  # fmt: skip
 
     @functools.cached_property
@@ -110,6 +114,15 @@ class Training:
 
     def _arguments(self, batch: int) -> tuple[Any, ...]:
         return self.state.params, self.state, self.frozen, self.batch(batch), _key()
+
+
+def _batches(task: Task) -> Callable[[int], Any]:
+    """Returns rows of each stream -> shapes of a batch; reads the first example of each."""
+    if isinstance(task.streams, Stream):
+        first = task.streams.rows(range(1), 0)
+    else:
+        first = {name: stream.rows(range(1), 0) for name, stream in task.streams.items()}
+    return lambda rows: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), first)
 
 
 def training_plan(

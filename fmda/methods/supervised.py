@@ -1,23 +1,22 @@
 """Supervised segmentation: a head on a frozen CLIP or DINO, trained on labelled images. Kind `supervised`."""
 
-import functools
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from fmda import trees
 from fmda.atomic import write_json
 from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict
-from fmda.data import ClassList, Dataset
+from fmda.data import ClassList
 from fmda.data.check import check_images
 from fmda.data.config import DataConfig
-from fmda.data.streams import RareClasses, Shuffled, Stream, class_pixels
+from fmda.data.dataset import Example
+from fmda.data.streams import Order, RareClasses, Shuffled, Stream, class_pixels
 from fmda.data.transforms import training_transform
 from fmda.errors import UserError
 from fmda.evaluate import Predictor, Protocol, SegmentationEvaluator, Segmenter, evaluate_dataset, score_on_mesh
@@ -25,14 +24,15 @@ from fmda.evaluate.maps import common_list
 from fmda.losses.pixelwise import cross_entropy
 from fmda.mesh import make_mesh
 from fmda.methods.dense import Encoder, init_head
-from fmda.methods.export import export
+from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.nn.resize import resize
-from fmda.perf.flops import count_flops
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
-from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState, run_task
+from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
 from fmda.weights.files import read_arrays, write_safetensors
 from fmda.weights.network import weight_fingerprint
+
+SHUFFLED = Shuffled()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,26 +88,23 @@ def make_objective(encoder: Encoder) -> Objective:
     return objective
 
 
-def training_task(config: Config, encoder: Encoder, data: Dataset, val: Dataset) -> Task:
-    """Returns the training task."""
+def make_task(
+    config: Config, encoder: Encoder, images: Sequence[Example], classes: int, order: Order = SHUFFLED, **options: Any
+) -> Task:
+    """Returns the task of training a head for so many classes; `options` are further attributes of the task."""
     transform = training_transform(
         (config.crop, config.crop), resize=config.resize, scale=config.scale, max_class_ratio=config.max_class_ratio,
         jitter=config.jitter,
     )  # fmt: skip
-    order = Shuffled() if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
-    evaluator = SegmentationEvaluator("val", config.evaluate_steps, lambda state: score_on_mesh(
-        encoder.scores, {"encoder": encoder.params, "head": state.params}, val, make_mesh(*config.mesh),
-        config.protocol, classes=data.classes, limit=config.val.limit,
-    ))  # fmt: skip
     return Task(
-        name="supervised", objective=make_objective(encoder), init=_init(config, encoder, data), optim=config.optim,
-        streams=Stream(data, transform, config.batch, order), frozen={"encoder": encoder.params},
-        evaluators=[evaluator], facts={"encoder": encoder.fingerprint, "data": data.digest()},
-    )  # fmt: skip
-
-
-def _init(config: Config, encoder: Encoder, data: Dataset) -> Callable[[Any], trees.Tree]:
-    return lambda key: init_head(key, encoder.width, config.hidden, len(data.classes.names))
+        name="supervised",
+        objective=make_objective(encoder),
+        init=lambda key: init_head(key, encoder.width, config.hidden, classes),
+        optim=config.optim,
+        streams=Stream(images, transform, config.batch, order),
+        frozen={"encoder": encoder.params},
+        **options,
+    )
 
 
 def check(config: Config) -> None:
@@ -120,30 +117,43 @@ def check(config: Config) -> None:
 
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (`model.json`, which `Segmenter.load` opens) and score (`scores.json`, figures)."""
-    return [
-        Stage("train", functools.partial(_train, config), config),
-        Stage("export", functools.partial(_export, config), config, inputs=("train",), alone=True),
-        Stage("score", functools.partial(_score, config), config.val, inputs=("export",), alone=True),
-    ]
+    return trainer_stages(
+        config, lambda _: _task(config), _write, exported=config, which="params", check=_score, checked=config.val,
+        check_name="score",
+    )  # fmt: skip
 
 
-def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    data = config.data.open()
+def plan(config: Config) -> Plan:
+    """Returns parameters, FLOPs and memory, where encoder and data are on this machine."""
+    steps = stages(config)
+    if without := plan_without_sizes(steps, encoder=config.encoder, **{"data.root": config.data.root}):
+        return without
+    blank = Example(np.zeros((config.crop, config.crop, 3), np.uint8), np.zeros((config.crop,) * 2, np.uint8), "")
+    task = make_task(config, Encoder(str(config.encoder)), [blank], len(config.data.open().classes.names))
+    return trainer_plan(config, task, steps, example="crop")
+
+
+def _task(config: Config) -> Task:
+    encoder, data, val = Encoder(str(config.encoder)), config.data.open(), config.val.open()
     check_images(data)
-    task = training_task(config, Encoder(str(config.encoder)), data, config.val.open())
-    return {"steps": int(run_task(task, config, folder).step)}
+    order = SHUFFLED if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
+    mesh, limit = make_mesh(*config.mesh), config.val.limit
+    evaluator = SegmentationEvaluator(
+        "val", config.evaluate_steps, lambda state: score_on_mesh(
+            encoder.scores, {"encoder": encoder.params, "head": state.params}, val, mesh, config.protocol,
+            classes=data.classes, limit=limit,
+        ),
+    )  # fmt: skip
+    facts = {"encoder": encoder.fingerprint, "data": data.digest()}
+    return make_task(config, encoder, data, len(data.classes.names), order, evaluators=[evaluator], facts=facts)
 
 
-def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+def _write(config: Config, folder: Path, done: dict[str, Path], head: Any) -> None:
     encoder, classes = Encoder(str(config.encoder)), config.data.open().classes
-
-    def write(head: Any) -> None:
-        write_safetensors(folder / "head.safetensors", trees.flatten(head))
-        model = {"encoder": str(config.encoder), "fingerprint": encoder.fingerprint, "classes": classes.to_dict()}
-        protocol = {"resize": config.resize, "crop": config.crop, "stride": config.stride}
-        write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model, "protocol": protocol})
-
-    return export(config, folder, done["train"], write, which="params")
+    write_safetensors(folder / "head.safetensors", trees.flatten(head))
+    model = {"encoder": str(config.encoder), "fingerprint": encoder.fingerprint, "classes": classes.to_dict()}
+    protocol = {"resize": config.resize, "crop": config.crop, "stride": config.stride}
+    write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model, "protocol": protocol})
 
 
 def load_segmenter(folder: Path) -> Segmenter:
@@ -162,18 +172,3 @@ def load_segmenter(folder: Path) -> Segmenter:
 def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     segmenter, val = load_segmenter(done["export"]), config.val
     return {"miou": evaluate_dataset(segmenter, val.open(), val.class_map, out=folder, limit=val.limit).miou}
-
-
-def plan(config: Config) -> Plan:
-    """Returns stages, parameters and FLOPs."""
-    encoder, data = Encoder(str(config.encoder)), config.data.open()
-    objective, head = make_objective(encoder), jax.eval_shape(_init(config, encoder, data), jax.random.key(0))
-    labels = jax.ShapeDtypeStruct((1, config.crop, config.crop), jnp.uint8)
-    batch = {"image": jax.ShapeDtypeStruct((*labels.shape, 3), jnp.uint8), "labels": labels}
-    nothing: Any = None
-    gradient = jax.grad(lambda head, frozen, batch: objective(head, nothing, frozen, batch, nothing).loss)
-    return Plan(
-        stages=tuple((stage.name, "") for stage in stages(config)),
-        parameters=(("encoder, frozen", trees.count(encoder.params)), ("head", trees.count(head))),
-        flops=(("one training crop", count_flops(gradient, head, {"encoder": encoder.params}, batch)),),
-    )

@@ -347,10 +347,17 @@ def test_latents_of_other_networks_are_not_trained_on(place, run, tmp_path):
             stages(config)[number].run(tmp_path / name, run)
 
 
-def test_the_plan_names_stages_and_networks(place):
-    text = plan(small(place)).text()
-    assert all(word in text for word in ("latents", "train", "export", "check", str(place / "vae"), "(8,)"))
-    assert "check" not in plan(small(place, held=())).text()
+def test_the_plan_counts_networks_and_memory_where_they_are_known(place):
+    networks, config = load_networks(small(place)), small(place)
+    known = plan(config)
+    assert [name for name, _ in known.stages] == ["latents", "train", "export", "check"]
+    text = sum(leaf.size for leaf in jax.tree.leaves(networks.text.params))
+    assert dict(known.parameters)["text, frozen"] == text and dict(known.flops)["one window in training"] > 0
+    memory = dict(known.memory)
+    assert memory["optimizer state"] > 2 * memory["parameters"] and memory["average of parameters"]
+    unknown = plan(small(place, vae="@vae/export", held=()))
+    assert "vae: @vae/export is not on this machine yet" in unknown.text() and not unknown.memory
+    assert [name for name, _ in unknown.stages] == ["latents", "train", "export"]
 
 
 @pytest.mark.parametrize(

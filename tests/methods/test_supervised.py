@@ -170,7 +170,8 @@ def test_every_image_is_decoded_before_the_first_step(place, tmp_path, monkeypat
 def test_the_plan_counts_the_head_and_the_encoder(place, monkeypatch):
     monkeypatch.chdir(place)
     plan = open_run(place / "run.yaml").plan()
-    assert dict(plan.parameters)["head"] == 16 * 3 + 3
+    assert dict(plan.parameters)["trained"] == 16 * 3 + 3 < dict(plan.parameters)["encoder, frozen"]
+    assert dict(plan.memory)["frozen parameters"] == 4 * dict(plan.parameters)["encoder, frozen"]
     # the gradient of a linear head: once forward, once for the kernel
     assert plan.flops[0][1] > 2 * 2 * 4 * 16 * 3
     assert [name for name, _ in plan.stages] == ["train", "export", "score"]

@@ -26,8 +26,8 @@ from fmda.methods.datum.setup import training_task
 from fmda.methods.datum.snapshots import snapshot_model, untouched, write_snapshot
 from fmda.methods.datum.stop import draw_probes, probe_config, write_choice
 from fmda.methods.datum.target import digest
-from fmda.methods.export import write_summary
 from fmda.methods.generate.run import ORIGIN
+from fmda.methods.trainer import write_summary
 from fmda.runs.identity import changes
 from fmda.runs.stages import Stage
 from fmda.train import Snapshot, Task, run_task

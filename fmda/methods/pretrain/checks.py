@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from fmda.errors import UserError
 from fmda.methods.pretrain.crops import Drawn, Scenes
 from fmda.methods.pretrain.dino_views import Pictures
 from fmda.progress import track
@@ -26,3 +28,9 @@ def check_pictures(folders: Sequence[Path]) -> None:
     folders = [folder for folder in folders if not pending(folder)]
     if folders:
         Pictures(folders)
+
+
+def check_held(data: Sequence[Any], held: Sequence[Any]) -> None:
+    """Raises UserError for sources that are both trained on and held out."""
+    if overlap := set(data) & set(held):
+        raise UserError(f"held: {', '.join(sorted(map(str, overlap)))} is also in data; name other folders")

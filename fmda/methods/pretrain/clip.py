@@ -8,6 +8,7 @@ Beside whole crops, patches are matched with class names (`patch_text`).
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,29 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool
 
-from fmda import trees
 from fmda.atomic import write_json
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.data import templates
 from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
-from fmda.methods.export import export
-from fmda.methods.planning import Training, training_plan
-from fmda.methods.pretrain.chain import check_held, trainer_stages
-from fmda.methods.pretrain.checks import check_scenes
-from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Drawn, Scenes
+from fmda.methods.dense import normalised
+from fmda.methods.judges import embed
+from fmda.methods.pretrain.checks import check_held, check_scenes
+from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Drawn, Scenes, Tokenize
 from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
 from fmda.methods.pretrain.tokenizer import train_tokenizer
+from fmda.methods.trainer import trainer_plan, trainer_stages
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import abstract, init
+from fmda.nn.norm import unit
 from fmda.progress import track
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
-from fmda.train.step import Objective, Outcome
+from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
 from fmda.weights.network import load_clip, save
 from fmda.weights.tokenizer import Tokenizer
+from fmda.world.captions import facts_of
 from fmda.world.names import CLASSES
 
 MAX_SCALE = float(np.log(100.0))
@@ -83,6 +84,12 @@ class Config(TrainerConfig):
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.1, b2=0.98, clip_norm=1.0)
     ema: Decay = 0.998
 
+    def __post_init__(self) -> None:
+        """Raises UserError for images that are both trained on and held out, and batches of parts of images."""
+        check_held(self.data, self.held)
+        if self.batch % self.crops:
+            raise UserError(f"batch: {self.batch} is no multiple of crops={self.crops}; choose one")
+
 
 def check(config: Config) -> None:
     """Raises UserError for scenes that are missing or damaged."""
@@ -91,92 +98,66 @@ def check(config: Config) -> None:
 
 def stages(config: Config) -> list[Stage]:
     """Returns tokenizer, train, export (Hugging Face layout) and, with held-out images, check."""
-    check_held(config.data, config.held)
-    if config.batch % config.crops:
-        raise UserError(f"batch: {config.batch} is no multiple of crops={config.crops}; choose one")
     words = [config.data, config.vocabulary, config.seed]
     tokenizer = Stage("tokenizer", functools.partial(_tokenizer, config), words, alone=True)
     return trainer_stages(
-        config, _train, _export, _check, exported=config.model, checked=config.held, before=[tokenizer]
-    )
+        config, functools.partial(_training, config), _write, exported=config.model, before=[tokenizer],
+        check=_check if config.held else None, checked=config.held,
+    )  # fmt: skip
 
 
 def plan(config: Config) -> Plan:
     """Returns parameters, FLOPs and memory at the configured sizes, for a tokenizer that fills its vocabulary."""
     text = dataclasses.replace(config.model.text, vocab_size=config.vocabulary)
-    model = dataclasses.replace(config.model, text=text)
-    shapes = abstract(lambda rngs: Clip(model, rngs=rngs))[1]
-    size, grid, tags = config.crop.size, _grid(model), len(TAGS)
-
-    def batch(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        kinds = {
-            "pixels": ((size, size, 3), jnp.uint8), "ids": ((text.context,), jnp.int32), "present": ((tags,), bool),
-            "stated": ((tags,), bool), "patches": ((grid * grid,), jnp.uint8),
-        }  # fmt: skip
-        return {name: jax.ShapeDtypeStruct((rows, config.crops, *shape), kind) for name, (shape, kind) in kinds.items()}
-
-    bank, rows = len(templates("imagenet80")), config.batch // config.crops
+    labels = np.zeros((64, 64), np.uint8)
+    facts = facts_of(labels, labels, dict.fromkeys(("domain", "style", "weather", "time", "street"), 0))
+    scene = {"image": np.zeros((64, 64, 3), np.uint8), "labels": labels, "instances": labels, "facts": facts}
+    bank = len(templates("imagenet80"))
     frozen = {
         "prompts": jax.ShapeDtypeStruct((bank, len(CLASSES), text.context), jnp.int32),
-        "needs": jax.ShapeDtypeStruct((bank, tags), bool),
+        "needs": jax.ShapeDtypeStruct((bank, len(TAGS)), bool),
     }
-    return training_plan(
-        Training.of(_task(config, model, frozen, Stream(range(1), None, rows)), config.steps, batch, example="image"),
-        stages=[(stage.name, "") for stage in stages(config)], batch=rows, steps=config.steps,
-        parameters={name: trees.count(shapes[name]) for name in ("vision", "text")},
-        notes=(f"an image gives {config.crops} crops",),
-    )  # fmt: skip
+    model = dataclasses.replace(config.model, text=text)
+    task = _task(config, model, frozen, [scene], functools.partial(_no_words, context=text.context))
+    notes = (f"an image gives {config.crops} crops",)
+    return trainer_plan(config, task, stages(config), parts=("vision", "text"), notes=notes)
 
 
 def _tokenizer(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     """Learns the vocabulary from captions as the trainer will see them, and from every template with every class."""
-    scenes = Scenes(config.data)
-    bank = templates("imagenet80")
-    heard: list[str] = []
+    scenes, bank = Scenes(config.data), templates("imagenet80")
+    texts = _prompts(bank)
 
-    def listen(texts: Any) -> np.ndarray:
-        heard.extend(texts)
-        return np.zeros((len(texts), 1), np.int32)
+    def collect(captions: Sequence[str]) -> np.ndarray:
+        texts.extend(captions)
+        return _no_words(captions)
 
-    crops = Crops(config.crop, bank, listen, 8, _grid(config.model))
+    crops = Crops(config.crop, bank, collect, 8, _grid(config.model))
     rng = np.random.default_rng((config.seed, 1))
     for _ in track(range(400), "captions for the tokenizer"):
         crops(scenes[int(rng.integers(len(scenes)))], rng)
-    heard += [template.format(name) for template in bank for name in CLASSES]
-    tokenizer = train_tokenizer(heard, config.vocabulary, folder)
-    return {"entries": len(tokenizer), "texts": len(heard)}
+    tokenizer = train_tokenizer(texts, config.vocabulary, folder)
+    return {"entries": len(tokenizer), "texts": len(texts)}
 
 
-def model_config(config: Config, tokenizer_folder: Path) -> ClipConfig:
-    """Returns the network's configuration with vocabulary and special ids of the tokenizer."""
+def _no_words(texts: Sequence[str], context: int = 1) -> np.ndarray:
+    return np.zeros((len(texts), context), np.int32)
+
+
+def _prompts(bank: Sequence[str]) -> list[str]:
+    """Returns each template with each class, by template."""
+    return [template.format(name) for template in bank for name in CLASSES]
+
+
+def _with_tokenizer(config: Config, folder: Path) -> tuple[ClipConfig, Tokenizer]:
+    """Returns the network's configuration with vocabulary and special ids of the tokenizer, and the tokenizer."""
     from transformers import CLIPTokenizer
 
-    words = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    words = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     text = dataclasses.replace(
-        config.model.text,
-        vocab_size=len(words),
-        eos_token_id=words.eos_token_id,
-        bos_token_id=words.bos_token_id,
+        config.model.text, vocab_size=len(words), eos_token_id=words.eos_token_id, bos_token_id=words.bos_token_id
     )
-    return dataclasses.replace(config.model, text=text)
-
-
-@dataclass(frozen=True)
-class Captions:
-    """Texts -> ids int32 [B, context]; picklable, for loader processes."""
-
-    folder: Path
-    eos: int
-    entries: int
-    context: int
-
-    def __call__(self, texts: Any) -> np.ndarray:
-        return _tokenizer_of(self)(texts, self.context, self.context)
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer_of(captions: Captions) -> Tokenizer:
-    return Tokenizer(captions.folder, captions.eos, captions.entries)
+    return dataclasses.replace(config.model, text=text), Tokenizer(folder, words.eos_token_id, len(words))
 
 
 def _grid(model: ClipConfig) -> int:
@@ -191,12 +172,10 @@ def make_objective(graphdef: nnx.GraphDef, model: ClipConfig, patch_weight: floa
 
     `frozen` holds "prompts", ids of every template with every class [m, k, t], and "needs", see `template_needs`.
     """
-    mean, std = np.asarray(model.image_mean, np.float32), np.asarray(model.image_std, np.float32)
-
     def objective(params: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array) -> Outcome:
         del state
         flat = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in batch.items()}
-        pixels = (flat["pixels"].astype(jnp.float32) / 255.0 - mean[None, None, None]) / std[None, None, None]
+        pixels = normalised(flat["pixels"], model.image_mean, model.image_std)
         clip = nnx.merge(graphdef, params)
         scale = jnp.exp(jnp.minimum(clip.logit_scale[...], MAX_SCALE))
         images, *readings = patch_features(clip.vision, pixels)
@@ -222,42 +201,34 @@ def also_true(present: Bool[Array, "b tags"], stated: Bool[Array, "b tags"]) -> 
     return missing < 0.5
 
 
-def _task(config: Config, model: ClipConfig, frozen: Any, stream: Stream) -> Task:
+def _task(config: Config, model: ClipConfig, frozen: Any, scenes: Sequence[Any], tokenize: Tokenize) -> Task:
     def make(rngs: nnx.Rngs) -> Clip:
         return Clip(model, rngs=rngs)
 
+    transform = Crops(config.crop, templates("imagenet80"), tokenize, config.crops, _grid(model))
     return Task(
         name="clip",
         objective=make_objective(abstract(make)[0], model, config.patch_weight, config.patch_templates),
         init=functools.partial(init, make),
         optim=config.optim,
-        streams=stream,
+        streams=Stream(scenes, transform, config.batch // config.crops),
         frozen=frozen,
         teacher_decay=config.ema,
     )
 
 
-def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    model = model_config(config, done["tokenizer"])
-    text, bank = model.text, templates("imagenet80")
-    words = Captions(done["tokenizer"], text.eos_token_id, text.vocab_size, text.context)
-    transform = Crops(config.crop, bank, words, config.crops, _grid(model))
-    prompts = [template.format(name) for template in bank for name in CLASSES]
-    ids = _tokenizer_of(words)(prompts, text.context)
-    frozen = {"prompts": ids.reshape(len(bank), len(CLASSES), -1), "needs": template_needs(bank, TAGS)}
-    stream = Stream(Scenes(config.data), transform, config.batch // config.crops)
-    state = run_task(_task(config, model, frozen, stream), config, folder)
-    return {"steps": int(state.step), "tags": len(TAGS)}
+def _training(config: Config, done: dict[str, Path]) -> Task:
+    (model, tokenizer), bank = _with_tokenizer(config, done["tokenizer"]), templates("imagenet80")
+    context = model.text.context
+    ids = tokenizer(_prompts(bank), context).reshape(len(bank), len(CLASSES), -1)
+    frozen = {"prompts": ids, "needs": template_needs(bank, TAGS)}
+    tokenize = functools.partial(tokenizer, limit=context, context=context)
+    return _task(config, model, frozen, Scenes(config.data), tokenize)
 
 
-def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    model = model_config(config, done["tokenizer"])
-    files = Tokenizer(done["tokenizer"], model.text.eos_token_id, model.text.vocab_size).files()
-
-    def write(params: Any) -> None:
-        save("clip", folder, model, params, files, dtype=np.float16)
-
-    return export(config, folder, done["train"], write)
+def _write(config: Config, folder: Path, done: dict[str, Path], params: Any) -> None:
+    model, tokenizer = _with_tokenizer(config, done["tokenizer"])
+    save("clip", folder, model, params, tokenizer.files(), dtype=np.float16)
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
@@ -274,23 +245,16 @@ def zero_shot(
     {"top1": share of crops whose best class is present with at least `crop.least` of the crop, "chance": the same for
     the class that is present most often, "crops": their number}.
     """
-    clip = load_clip(model)
-    scenes = Scenes([root])
+    clip, scenes = load_clip(model), Scenes([root])
     crops = Crops(dataclasses.replace(crop, spoiled=0.0), templates("imagenet80"), _no_words, 8, 8)
     rng = np.random.default_rng((seed, 2))
     cropped = [crops(scenes[i], rng) for i in track(range(min(most, len(scenes))), f"zero-shot on {root}")]
     present = np.concatenate([row["present"] for row in cropped])[:, : len(CLASSES)]
-    raw = np.concatenate([row["pixels"] for row in cropped]).astype(np.float32) / 255.0
-    pixels = (raw - np.asarray(clip.config.image_mean, np.float32)) / np.asarray(clip.config.image_std, np.float32)
-    images = np.concatenate([clip.encode_image(part) for part in np.array_split(pixels, max(1, len(pixels) // 64))])
-    texts = np.asarray(clip.encode_text(clip.tokenize([f"a photo of a {name}." for name in CLASSES])))
-    best = (images @ (texts / np.linalg.norm(texts, axis=1, keepdims=True)).T).argmax(1)
+    images = embed(clip, np.concatenate([row["pixels"] for row in cropped]))
+    texts = np.asarray(unit(clip.encode_text(clip.tokenize([f"a photo of a {name}." for name in CLASSES]))))
+    best = (images @ texts.T).argmax(1)
     return {
         "top1": float(present[np.arange(len(best)), best].mean()),
         "chance": float(present.mean(0).max()),
         "crops": len(best),
     }
-
-
-def _no_words(texts: Any) -> np.ndarray:
-    return np.zeros((len(texts), 1), np.int32)

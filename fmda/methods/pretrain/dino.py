@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,11 +20,9 @@ from fmda.atomic import write_json
 from fmda.config import PositiveInt
 from fmda.data.streams import Stream
 from fmda.errors import UserError
-from fmda.methods.export import export
-from fmda.methods.planning import Training, training_plan
-from fmda.methods.pretrain.chain import trainer_stages
+from fmda.methods.dense import normalised
 from fmda.methods.pretrain.checks import check_pictures, check_scenes
-from fmda.methods.pretrain.dino_check import agreement_on, normalised_float
+from fmda.methods.pretrain.dino_check import agreement_on
 from fmda.methods.pretrain.dino_net import (
     DistillConfig,
     HeadConfig,
@@ -36,12 +32,13 @@ from fmda.methods.pretrain.dino_net import (
     momentum_schedule,
 )
 from fmda.methods.pretrain.dino_views import Image, Pictures, ViewConfig, Views
+from fmda.methods.trainer import trainer_plan, trainer_stages
 from fmda.models.clip import VitConfig
 from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, Task, TrainerConfig, run_task
+from fmda.train import OptimConfig, Task, TrainerConfig
 from fmda.weights.network import load_dino, save
 
 
@@ -110,30 +107,19 @@ def check(config: Config) -> None:
 
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (Hugging Face layout) and, with held-out images, check."""
-    checked = [config.held, config.check_size, config.check_thresholds]
-    return trainer_stages(config, _train, _export, _check, exported=config.model, checked=checked)
+    return trainer_stages(
+        config, lambda _: _task(config, Pictures(config.data)), _write, exported=config.model,
+        check=_check if config.held else None, checked=[config.held, config.check_size, config.check_thresholds],
+    )  # fmt: skip
 
 
 def plan(config: Config) -> Plan:
     """Returns parameters, FLOPs and memory at the configured sizes."""
-    shapes = abstract(lambda rngs: Pupil(config.vit, config.head, rngs=rngs))[1]
-    views, patches = config.views, config.vit.side**2
-
-    def batch(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        kinds = {
-            "globals": ((2, views.size, views.size, 3), jnp.uint8), "masks": ((2, patches), bool),
-            "locals": ((views.locals, views.local_size, views.local_size, 3), jnp.uint8),
-        }  # fmt: skip
-        return {name: jax.ShapeDtypeStruct((rows, *shape), kind) for name, (shape, kind) in kinds.items()}
-
-    return training_plan(
-        Training.of(_task(config, [np.zeros((1, 1, 3), np.uint8)]), config.steps, batch, example="image"),
-        stages=[(stage.name, "") for stage in stages(config)], batch=config.batch, steps=config.steps,
-        parameters={name: trees.count(shapes[name]) for name in ("backbone", "head")},
-    )  # fmt: skip
+    blank = np.zeros((config.views.size, config.views.size, 3), np.uint8)
+    return trainer_plan(config, _task(config, [blank]), stages(config), parts=("backbone", "head"))
 
 
-def _task(config: Config, pictures: Sequence[Image]) -> Task:
+def _task(config: Config, images: Sequence[Image]) -> Task:
     def make(rngs: nnx.Rngs) -> Pupil:
         return Pupil(config.vit, config.head, rngs=rngs)
 
@@ -142,23 +128,15 @@ def _task(config: Config, pictures: Sequence[Image]) -> Task:
         objective=make_objective(abstract(make)[0], config.distill),
         init=functools.partial(init, make),
         optim=config.optim,
-        streams=Stream(pictures, Views(config.views, config.vit.side), config.batch),
+        streams=Stream(images, Views(config.views, config.vit.side), config.batch),
         aux=initial_centres(config.head.prototypes),
         teacher_decay=momentum_schedule(config.distill.teacher_momentum, config.steps),
     )
 
 
-def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    pictures = Pictures(config.data)
-    state = run_task(_task(config, pictures), config, folder)
-    return {"steps": int(state.step), "pictures": len(pictures)}
-
-
-def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    def write(params: Any) -> None:
-        save("dino", folder, config.vit, params, dtype=np.float16)
-
-    return export(config, folder, done["train"], write, part="backbone")
+def _write(config: Config, folder: Path, done: dict[str, Path], params: Any) -> dict[str, Any]:
+    save("dino", folder, config.vit, params["backbone"], dtype=np.float16)
+    return {"parameters": trees.count(params["backbone"])}
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
@@ -166,7 +144,7 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     teacher = load_dino(done["export"])
 
     def values(pixels: np.ndarray) -> np.ndarray:
-        return np.asarray(teacher.last_layer(normalised_float(pixels), part="value"))
+        return np.asarray(teacher.last_layer(normalised(pixels), part="value"))
 
     patch = config.model.patch_size
     size = config.check_size - config.check_size % patch

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from fmda.data import IGNORE
-from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
+from fmda.methods.dense import normalised
 from fmda.methods.pretrain.crops import Scenes, patch_classes
 from fmda.methods.pretrain.dino_views import random_square, resized_window
 from fmda.progress import track
@@ -18,17 +18,11 @@ THINGS = (*CLASSES[5:8], *CLASSES[11:])
 Look = Callable[[UInt8[np.ndarray, "n s s 3"]], np.ndarray]
 
 
-def normalised_float(pixels: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n s s 3"]:
-    """Returns RGB as DINO wants it, float32."""
-    mean, std = np.asarray([IMAGENET_MEAN, IMAGENET_STD], np.float32)
-    return (pixels.astype(np.float32) / 255 - mean) / std
-
-
 def raw_patches(pixels: UInt8[np.ndarray, "n s s 3"], patch: int) -> Float[np.ndarray, "n h w d"]:
     """Returns the normalised pixels of each patch as one vector: the baseline that has learned nothing."""
     n, size = pixels.shape[:2]
     side = size // patch
-    cut = normalised_float(pixels).reshape(n, side, patch, side, patch, 3)
+    cut = normalised(pixels).reshape(n, side, patch, side, patch, 3)
     return cut.transpose(0, 1, 3, 2, 4, 5).reshape(n, side, side, -1)
 
 

@@ -19,8 +19,9 @@ from fmda.losses.self_distillation import (
     updated_centre,
     view_loss,
 )
+from fmda.methods.dense import normalised
 from fmda.models.clip import VisionTransformer, VitConfig
-from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD, dino
+from fmda.models.dino import dino
 from fmda.nn.norm import unit
 from fmda.train import Objective, Outcome, TrainState
 
@@ -109,12 +110,6 @@ class Logits(NamedTuple):
 
     views: Float[Array, "b 2 k"]
     patches: Float[Array, "n p k"]
-
-
-def normalised(pixels: Array) -> Float[Array, "n H W 3"]:
-    """Returns uint8 images as the backbone wants them."""
-    mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def initial_centres(prototypes: int) -> trees.Tree:

@@ -4,7 +4,7 @@ CLIP stays as it is. `obj_proj` learns which patches the teacher's values hold t
 not background by the teacher's attention and keys (Wysoczanska et al. 2024; Simeoni et al. 2023).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,22 +23,20 @@ from fmda.data.streams import Stream
 from fmda.data.transforms import ColourJitter
 from fmda.errors import UserError
 from fmda.mesh import REPLICATED_RULES
-from fmda.methods.export import export
+from fmda.methods.dense import normalised
 from fmda.methods.generate.checks import check_weights
-from fmda.methods.pretrain.chain import trainer_stages
 from fmda.methods.pretrain.checks import check_pictures, check_scenes
 from fmda.methods.pretrain.dino_check import agreement_on, object_overlap
-from fmda.methods.pretrain.dino_net import normalised
 from fmda.methods.pretrain.dino_views import Image, Pictures, random_square, resized_window
 from fmda.methods.pretrain.dinoiser_targets import Reading, background, read_teacher, same_object
+from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.models.clip import VitConfig, vision_tower
 from fmda.models.dinoiser import LEAST_BLOCKS, guide_features, init_heads, object_features, saliency
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
-from fmda.train.step import Objective, Outcome
+from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
 from fmda.weights.dinoiser import load_heads, save_heads
 from fmda.weights.network import Loaded, load_clip, load_dino, weight_fingerprint
 
@@ -109,14 +107,18 @@ def check(config: Config) -> None:
 
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (`dinoiser.safetensors`) and, with held-out images, check."""
-    return trainer_stages(config, _train, _export, _check, exported=None, checked=config.held)
+    return trainer_stages(
+        config, lambda _: _task(config, load_networks(config), Pictures(config.data)), _write, which="params",
+        summary="dinoiser.json", check=_check if config.held else None, checked=config.held,
+    )  # fmt: skip
 
 
 def plan(config: Config) -> Plan:
-    """Returns the stages; sizes follow from the CLIP and the teacher, which are not opened for a plan."""
-    return Plan(
-        stages=tuple((stage.name, "") for stage in stages(config)),
-        notes=(f"heads of {config.channels} channels on {config.clip}, taught by {config.teacher}",),
+    """Returns parameters, FLOPs and memory, where CLIP and teacher are on this machine."""
+    steps = stages(config)
+    blank = np.zeros((config.size, config.size, 3), np.uint8)
+    return plan_without_sizes(steps, clip=config.clip, teacher=config.teacher) or trainer_plan(
+        config, _task(config, load_networks(config), [blank]), steps, example="crop"
     )
 
 
@@ -159,12 +161,11 @@ See = Callable[[Any, Array], tuple[Float[Array, "b h w width"], Reading]]
 def make_see(networks: Networks) -> See:
     """Returns see(frozen, uint8 crops) -> (CLIP's guide features, the teacher's reading), both without gradients."""
     image, offset = networks.clip.config, networks.teacher.config.position_offset
-    mean, std = np.asarray([image.image_mean, image.image_std], np.float32)[:, None, None, None]
     graphdef = abstract(lambda rngs: vision_tower(networks.tower, image.embed_dim, rngs=rngs))[0]
 
     def see(frozen: Any, pixels: Array) -> tuple[Array, Reading]:
         tower, teacher = nnx.merge(graphdef, frozen["vision"]), nnx.merge(networks.teacher.graphdef, frozen["teacher"])
-        guide = guide_features(tower, (pixels.astype(jnp.float32) / 255.0 - mean) / std)
+        guide = guide_features(tower, normalised(pixels, image.image_mean, image.image_std))
         reading = read_teacher(
             teacher, resize(normalised(pixels), (networks.teacher_side,) * 2), position_offset=offset
         )
@@ -217,27 +218,21 @@ def heads_optim(config: Config) -> OptimConfig:
     )
 
 
-def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    networks = load_networks(config)
-    task = Task(
+def _task(config: Config, networks: Networks, images: Sequence[Image]) -> Task:
+    return Task(
         name="dinoiser",
         objective=make_objective(networks, config),
         init=lambda key: init_heads(key, networks.tower.width, config.channels),
         optim=heads_optim(config),
-        streams=Stream(Pictures(config.data), Crop(networks.clip_side, config.side, config.jitter), config.batch),
+        streams=Stream(images, Crop(networks.clip_side, config.side, config.jitter), config.batch),
         frozen=networks.frozen,
         rules=REPLICATED_RULES,
         facts={"weights": networks.digest},
     )
-    state = run_task(task, config, folder)
-    return {"steps": int(state.step)}
 
 
-def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    def write(heads: Any) -> None:
-        save_heads(folder, heads, np.float16)
-
-    return export(config, folder, done["train"], write, which="params", summary="dinoiser.json")
+def _write(config: Config, folder: Path, done: dict[str, Path], heads: Any) -> None:
+    save_heads(folder, heads, np.float16)
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fmda.atomic import write_json
 from fmda.config import Bounds, Decay, FolderOrName, PositiveFloat, PositiveInt, Share
@@ -25,23 +25,21 @@ from fmda.diffusion.load import StableDiffusion, load_stable_diffusion, save_sta
 from fmda.diffusion.schedule import ScheduleConfig, add_noise, alphas_cumprod, training_target
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
-from fmda.methods.export import export
 from fmda.methods.generate.checks import check_weights
-from fmda.methods.pretrain.chain import check_held, trainer_stages
-from fmda.methods.pretrain.checks import check_scenes
+from fmda.methods.pretrain.checks import check_held, check_scenes
 from fmda.methods.pretrain.crops import Drawn
 from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
 from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, check_networks, write_latents
+from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.models.module import abstract, init
 from fmda.models.sd_unet import UNet, UNetConfig
 from fmda.png import write_png
 from fmda.progress import track
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
-from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
-from fmda.train.step import Objective, Outcome, rising
+from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
+from fmda.train.step import rising
 from fmda.weights.network import Loaded, load_clip, load_vae, part_folder, weight_fingerprint
-from fmda.weights.tokenizer import Tokenizer
 
 SHOWN = 16
 """Images in the overview of the check."""
@@ -108,18 +106,6 @@ class Config(TrainerConfig):
 
 
 @dataclass(frozen=True)
-class Padded:
-    """Texts -> ids int32 [B, context], padded as the UNet will see them."""
-
-    tokenizer: Tokenizer
-    context: int
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns the ids."""
-        return self.tokenizer.padded(texts, self.context)[0]
-
-
-@dataclass(frozen=True)
 class Networks:
     """What the UNet is trained with: text tower, autoencoder, and the configurations that follow from them."""
 
@@ -139,11 +125,10 @@ class Networks:
         """12 hex digits that change with any frozen parameter: a run goes on only with the networks it began with."""
         return weight_fingerprint({"vae": self.vae.params, "text": self.text.params}, self.vae.config)
 
-    @property
-    def padded(self) -> Padded:
-        """The tokenizer, at the text tower's whole context."""
+    def padded(self, texts: Sequence[str]) -> Int[np.ndarray, "b t"]:
+        """Returns the ids of texts at the text tower's whole context, padded as the UNet reads them."""
         assert self.clip.tokenizer is not None
-        return Padded(self.clip.tokenizer, self.clip.config.text.context)
+        return self.clip.tokenizer.padded(texts, self.clip.config.text.context)[0]
 
 
 def load_networks(config: Config) -> Networks:
@@ -178,16 +163,21 @@ def stages(config: Config) -> list[Stage]:
     """Returns latents, train, export (diffusers' layout) and, with held-out images, check."""
     bank = [config.data, config.vae, config.clip, config.windows, config.seed]
     latents = Stage("latents", functools.partial(_latents, config), bank, alone=True)
-    checked = [config.held, config.check_images, config.check_sample]
-    return trainer_stages(config, _train, _export, _check, exported=config.model, checked=checked, before=[latents])
+    return trainer_stages(
+        config, functools.partial(_training, config), _write, exported=config.model, before=[latents],
+        check=_check if config.held else None, checked=[config.held, config.check_images, config.check_sample],
+    )  # fmt: skip
 
 
 def plan(config: Config) -> Plan:
-    """Returns the stages; sizes follow from the CLIP and the autoencoder, which are not opened for a plan."""
-    return Plan(
-        stages=tuple((stage.name, "") for stage in stages(config)),
-        notes=(f"a UNet of {config.model.channels} on latents of {config.vae}, read to by {config.clip}",),
-    )
+    """Returns parameters, FLOPs and memory, where CLIP and autoencoder are on this machine."""
+    steps = stages(config)
+    if without := plan_without_sizes(steps, clip=config.clip, vae=config.vae):
+        return without
+    networks = load_networks(config)
+    side, channels = networks.unet.sample_size, networks.unet.in_channels
+    window = {"moments": np.zeros((side, side, 2 * channels), np.float16), "ids": networks.padded([""])[0]}
+    return trainer_plan(config, _task(config, networks, [window]), steps, example="window")
 
 
 def loss_weights(schedule: ScheduleConfig, min_snr: float | None) -> Float[np.ndarray, " t"]:
@@ -240,50 +230,45 @@ def make_objective(
 def _latents(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     networks = load_networks(config)
     captions = caption_maker(config.windows, networks.padded)
-    count = write_latents(
-        config.windows, networks.vae, captions, config.data, folder, config.seed, networks.digest
-    )  # fmt: skip
+    digest = networks.digest
+    count = write_latents(config.windows, networks.vae, captions, config.data, folder, config.seed, digest)
     return {"windows": count}
 
 
-def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    networks = load_networks(config)
-    check_networks(done["latents"], networks.digest)
-
+def _task(config: Config, networks: Networks, windows: Sequence[Any]) -> Task:
     def make(rngs: nnx.Rngs) -> UNet:
         return UNet(networks.unet, rngs=rngs)
 
-    text = networks.text
-    source = Latents(done["latents"])
-    task = Task(
+    text, scale = networks.text, networks.vae.config.scale
+    return Task(
         name="latent diffusion",
         objective=make_objective(
-            abstract(make)[0], text.graphdef, networks.schedule, networks.vae.config.scale, config.drop, config.min_snr
+            abstract(make)[0], text.graphdef, networks.schedule, scale, config.drop, config.min_snr
         ),
         init=functools.partial(init, make),
         optim=config.optim,
-        streams=Stream(source, None, config.batch),
+        streams=Stream(windows, None, config.batch),
         frozen={"text": text.params, "empty": networks.padded([""])[0]},
         teacher_decay=rising(config.ema),
         facts={"weights": networks.digest},
     )
-    state = run_task(task, config, folder)
-    return {"steps": int(state.step), "windows": len(source)}
 
 
-def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+def _training(config: Config, done: dict[str, Path]) -> Task:
     networks = load_networks(config)
     check_networks(done["latents"], networks.digest)
+    return _task(config, networks, Latents(done["latents"]))
 
-    def write(params: Any) -> None:
-        unet = Loaded("unet", networks.unet, params)
-        tokenizer = networks.padded.tokenizer
-        model = StableDiffusion(unet, networks.vae, networks.text, tokenizer, networks.schedule, folder)
-        if not (folder / "model").is_dir():
-            # it appears whole: what is there was written before an interruption
-            save_stable_diffusion(folder / "model", model, dtype=np.float16)
 
-    return export(config, folder, done["train"], write)
+def _write(config: Config, folder: Path, done: dict[str, Path], params: Any) -> None:
+    networks = load_networks(config)
+    check_networks(done["latents"], networks.digest)
+    assert networks.clip.tokenizer is not None
+    unet, text = Loaded("unet", networks.unet, params), networks.text
+    model = StableDiffusion(unet, networks.vae, text, networks.clip.tokenizer, networks.schedule, folder)
+    if not (folder / "model").is_dir():
+        # it appears whole: what is there was written before an interruption
+        save_stable_diffusion(folder / "model", model, dtype=np.float16)
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

@@ -18,24 +18,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from fmda import trees
 from fmda.atomic import write_json
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
 from fmda.data.streams import Stream
 from fmda.errors import UserError
-from fmda.methods.export import export
-from fmda.methods.planning import Training, training_plan
-from fmda.methods.pretrain.chain import check_held, trainer_stages
-from fmda.methods.pretrain.checks import check_pictures
+from fmda.methods.pretrain.checks import check_held, check_pictures
 from fmda.methods.pretrain.dino_views import Image, Pictures
+from fmda.methods.trainer import trainer_plan, trainer_stages
 from fmda.models.module import abstract, init
 from fmda.models.sd_vae import Vae, VaeConfig, signed
 from fmda.png import write_png
 from fmda.progress import track
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
-from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, run_task
-from fmda.train.step import Objective, Outcome
+from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
 from fmda.weights.network import Loaded, load_vae, save
 
 
@@ -114,51 +110,36 @@ def check(config: Config) -> None:
 
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (diffusers' layout) and, with held-out images, check."""
-    return trainer_stages(config, _train, _export, _check, exported=config.model, checked=config.held)
+    return trainer_stages(
+        config, lambda _: _task(config, Pictures(config.data)), _write, exported=config.model,
+        check=_check if config.held else None, checked=config.held,
+    )  # fmt: skip
 
 
 def plan(config: Config) -> Plan:
     """Returns parameters, FLOPs and memory at the configured sizes."""
-    shapes = abstract(_make(config))[1]
-
-    def batch(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"pixels": jax.ShapeDtypeStruct((rows, config.crop, config.crop, 3), jnp.uint8)}
-
-    return training_plan(
-        Training.of(_task(config, [np.zeros((1, 1, 3), np.uint8)]), config.steps, batch, example="crop"),
-        stages=[(stage.name, "") for stage in stages(config)], batch=config.batch, steps=config.steps,
-        parameters={name: trees.count(shapes[name]) for name in ("encoder", "decoder")},
-    )  # fmt: skip
+    blank = np.zeros((config.crop, config.crop, 3), np.uint8)
+    return trainer_plan(config, _task(config, [blank]), stages(config), parts=("encoder", "decoder"), example="crop")
 
 
-def _make(config: Config) -> Any:
-    return lambda rngs: Vae(config.model, rngs=rngs)
+def _task(config: Config, images: Sequence[Image]) -> Task:
+    def make(rngs: nnx.Rngs) -> Vae:
+        return Vae(config.model, rngs=rngs)
 
-
-def _task(config: Config, pictures: Sequence[Image]) -> Task:
-    make = _make(config)
     return Task(
         name="vae",
         objective=make_objective(abstract(make)[0], config.edges, config.kl),
         init=functools.partial(init, make),
         optim=config.optim,
-        streams=Stream(pictures, Crop(config.crop), config.batch),
+        streams=Stream(images, Crop(config.crop), config.batch),
         teacher_decay=config.ema,
     )
 
 
-def _train(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    state = run_task(_task(config, Pictures(config.data)), config, folder)
-    return {"steps": int(state.step)}
-
-
-def _export(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    def write(params: Any) -> dict[str, Any]:
-        scale = measured_scale(Loaded("vae", config.model, params), Pictures(config.data), config.seed)
-        save("vae", folder, dataclasses.replace(config.model, scale=scale), params, dtype=np.float16)
-        return {"scale": scale}
-
-    return export(config, folder, done["train"], write)
+def _write(config: Config, folder: Path, done: dict[str, Path], params: Any) -> dict[str, Any]:
+    scale = measured_scale(Loaded("vae", config.model, params), Pictures(config.data), config.seed)
+    save("vae", folder, dataclasses.replace(config.model, scale=scale), params, dtype=np.float16)
+    return {"scale": scale}
 
 
 def measured_scale(vae: Loaded, pictures: Pictures, seed: int, count: int = 100) -> float:
