@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +6,7 @@ from hypothesis import strategies as st
 from numpy_windows import resize_scores, sliding_window
 
 from fmda.errors import UserError
-from fmda.evaluate import Predictor, Protocol
+from fmda.evaluate import Predictor, Protocol, windows
 from fmda.evaluate.windows import Side, window_starts
 
 
@@ -110,6 +109,17 @@ def test_predictions_are_those_of_windows_in_numpy(size, protocol):
     np.testing.assert_allclose(best, scores.max(-1), atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_the_size_of_blocks_changes_no_label(monkeypatch, rows):
+    image = np.random.default_rng(1).integers(0, 256, (120, 90, 3), np.uint8)
+    protocol = Protocol(resize=(100, 80), crop=32, stride=20)
+    labels, best = Predictor(coarse, PARAMS, protocol)(image)
+    monkeypatch.setattr(windows, "ROWS", rows)
+    others, scores = Predictor(coarse, PARAMS, protocol)(image)
+    np.testing.assert_array_equal(others, labels)
+    np.testing.assert_allclose(scores, best, atol=2e-5)
+
+
 def test_mirrored_windows_are_turned_back():
     image = np.random.default_rng(1).integers(0, 256, (32, 48, 3), np.uint8)
     protocol = Protocol(flip=True)
@@ -145,4 +155,4 @@ def test_scores_of_another_form_are_refused():
 def test_the_numpy_reference_resizes_like_torch():
     scores = np.arange(4, dtype=np.float32).reshape(1, 2, 2)
     np.testing.assert_allclose(resize_scores(scores, (1, 4))[0, :, 0], [0, 0.5, 1.5, 2])
-    assert jax.default_backend() == "cpu"
+    
