@@ -9,7 +9,7 @@ ordinary classifier predicts most often.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from fmda.methods.floss.chain import Taps
 from fmda.methods.floss.fusion import Cells
@@ -41,7 +41,7 @@ def expert_probabilities(
     h, w, _ = features.shape
     flat, cells = features.reshape(h * w, -1), Cells(rows, columns, (h, w))
     ordinary = jax.nn.softmax(scale * _cosines(flat, classifiers[-1]), axis=-1)
-    lost = lost_cells(flat, classifiers, scale, ordinary.argmax(-1), cells)
+    lost = _lost_cells(flat, classifiers, scale, ordinary.argmax(-1), cells)
     needed = jnp.zeros((len(lost), h * w), bool)
     for patch in cells.corner_patches:
         needed = needed.at[:, patch].max(~lost)
@@ -64,26 +64,24 @@ def expert_probabilities(
     return jnp.concatenate([p, ordinary[None]]).reshape(len(classifiers), h, w, -1), rows, columns, lost
 
 
-def lost_cells(
+def _lost_cells(
     features: Float[Array, "P D"],
     classifiers: Float[Array, "E K D"],
     scale: float,
-    likely: Float[Array, " P"],
+    likely: Int[Array, " P"],
     cells: Cells,
 ) -> Bool[Array, "K cells"]:
     """Returns the cells in which a witness beats each expert's own class at all four corners."""
-    experts = classifiers.shape[1]
-    k = jnp.arange(experts)
+    k = jnp.arange(classifiers.shape[1])
     own_scores = scale * jnp.einsum("kd,pd->kp", classifiers[k, k], features, precision="highest")
-    counts = jnp.zeros(experts, jnp.int32).at[likely].add(1)
-    frequent, witnesses = jax.lax.top_k(counts, min(WITNESSES, experts))
+    counts = jnp.zeros_like(k).at[likely].add(1)
+    frequent, witnesses = jax.lax.top_k(counts, min(WITNESSES, len(k)))
 
     def against(number: Array, lost: Array) -> Array:
         beaten = scale * _cosines(classifiers[:-1, witnesses[number]], features) > own_scores + MARGIN
-        corners = [beaten[:, patch] for patch in cells.corner_patches]
-        return lost | (corners[0] & corners[1] & corners[2] & corners[3])
+        return lost | beaten[:, cells.corner_patches].all(1)
 
-    return jax.lax.fori_loop(0, (frequent > 0).sum(), against, jnp.zeros((experts, cells.count), bool))
+    return jax.lax.fori_loop(0, (frequent > 0).sum(), against, jnp.zeros((len(k), cells.count), bool))
 
 
 def _cosines(a: Float[Array, "n D"], b: Float[Array, "m D"]) -> Float[Array, "n m"]:

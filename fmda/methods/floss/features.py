@@ -51,11 +51,9 @@ def patches(
     """Returns features and foreground of each patch.
 
     Args:
-        tower: CLIP's image tower; patch size, depth and width are its own.
-        heads: CLIP-DINOiser's two convolutions (`fmda.weights.dinoiser.load_heads`); not read by the other hosts.
+        tower: CLIP's image tower.
+        heads: CLIP-DINOiser's; not read by the other hosts.
         pixels: normalised; a remainder smaller than a patch is dropped.
-
-    Raises UserError where CLIP-DINOiser has no heads.
     """
     return patches_of(host, tower, heads, tokens(host, tower, pixels), tower.grid(*pixels.shape[1:3]))
 
@@ -70,12 +68,7 @@ def tokens(host: HostConfig, tower: VisionTransformer, pixels: Float[Array, "B H
         return Tokens(x, None)
     x, guide = up_to_guide(blocks, x)
     x = x + blocks[-LEAST_BLOCKS].mlp(guide)
-    return Tokens(blocks[-2](x), guide if reads_guide(host) else None)
-
-
-def reads_guide(host: HostConfig) -> bool:
-    """Returns whether the host's tokens may serve CLIP-DINOiser."""
-    return host.features != "naclip"
+    return Tokens(blocks[-2](x), None if host.features == "naclip" else guide)
 
 
 def patches_of(

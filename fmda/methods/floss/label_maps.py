@@ -1,6 +1,7 @@
 """Label maps of host and FLOSS out of one pass of the tower over each image."""
 
 import zlib
+from functools import partial
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,8 +19,7 @@ def segmenter(model: Floss, chosen: Chosen | None) -> Segmenter:
     """Returns FLOSS with these experts as a segmenter, or its host alone for None."""
     if chosen is None:
         return _segmenter(model, None, model.predict_host)
-    classifiers = model.classifiers(chosen)
-    return _segmenter(model, chosen, lambda image: model.predict(image, classifiers))
+    return _segmenter(model, chosen, partial(model.predict, classifiers=model.classifiers(chosen)))
 
 
 class LabelMaps:

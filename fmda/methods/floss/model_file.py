@@ -1,8 +1,6 @@
-"""`model.json`: the experts of a run with all that they depend on, so that the file alone opens the same model.
+"""`model.json`: the experts of a run with templates and class names as text, and fingerprints of the weights.
 
-Templates and class names are stored as text, folders of weights as absolute paths (as configurations hold them),
-weights by their fingerprints. A run folder may therefore move, a template file may change, and a call may come from
-any working directory. Other weights or another tokenizer under the same path are an error.
+The file alone opens the same model, also where the run folder moved or a template file changed.
 """
 
 import json

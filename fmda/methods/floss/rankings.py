@@ -8,7 +8,9 @@
 Published files have no `meta`. There, a template that never predicts a class has entropy 0; it is ranked last here.
 """
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,42 +51,33 @@ class Ranking:
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
         ranked = order(self.risks, self.share)
-        classes = {
-            name: {
-                "entropy_ranking": [
-                    {
-                        "template_id": int(m),
-                        "entropy": float(self.risks[m, k]),
-                        "pixel_percentage": float(self.share[m, k]),
-                        "rank": place,
-                    }
-                    for place, m in enumerate(ranked[:, k], 1)
-                ]
-            }
-            for k, name in enumerate(self.classes)
-        }
+
+        def rows(k: int) -> list[dict[str, Any]]:
+            values = zip(ranked[:, k], self.risks[ranked[:, k], k], self.share[ranked[:, k], k], strict=True)
+            return [
+                {"template_id": int(m), "entropy": float(risk), "pixel_percentage": float(share), "rank": place}
+                for place, (m, risk, share) in enumerate(values, 1)
+            ]
+
+        classes = {name: {"entropy_ranking": rows(k)} for k, name in enumerate(self.classes)}
         head = {"model": self.host, "dataset": self.dataset, "split": self.split}
         write_json(path, {**head, "classes": classes, "meta": self.meta})
 
     def for_classes(self, classes: ClassList, where: str | Path = "ranking") -> "Ranking":
-        """Returns the ranking with its columns in the order of a class list.
+        """Returns the ranking with its columns in the order of a class list, such as that of another dataset.
 
-        Names are matched as written, then as synonyms of the list's classes. Rankings thus carry over to another data
-        set with the same classes. Raises UserError for a class without a ranking.
+        Names are matched as written, then as synonyms of the list's classes. Raises UserError for a class without a
+        ranking.
         """
         places = {name: k for k, name in enumerate(self.classes)}
-        for name, k in list(places.items()):
-            if name not in classes.names:
-                try:
-                    places.setdefault(classes.names[classes.index(name)], k)
-                except UserError:
-                    continue
+        for k, name in enumerate(self.classes):
+            with contextlib.suppress(UserError):
+                places.setdefault(classes.names[classes.index(name)], k)
         missing = [name for name in classes.names if name not in places]
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UserError(
-                f"{where}: ranks other classes ({', '.join(self.classes[:3])}, ...): nothing for "
-                f"{', '.join(missing[:3])}{more}; rank these classes, or name their file"
+                f"{where}: ranks other classes ({', '.join(self.classes[:3])}, ...) and lacks {len(missing)}: "
+                f"{', '.join(missing[:3])}; rank these classes, or name their file"
             )
         columns = [places[name] for name in classes.names]
         return replace(self, classes=classes.names, risks=self.risks[:, columns], share=self.share[:, columns])
@@ -96,12 +89,10 @@ def read_ranking(path: str | Path, templates: Sequence[str] | None = None) -> Ra
     Args:
         templates: those that the ids stand for; default "imagenet80", of which published files are.
 
-    Raises UserError, naming file and class, for a missing or broken file, a ranking of other or reordered templates, a
-    class whose template ids are not 0..M-1 once each, and values that are not numbers or out of range.
+    Raises UserError for a missing or broken file and for a ranking of other or reordered templates.
     """
     path, published = Path(path), known_templates()
     templates = published if templates is None else templates
-    count = len(templates)
     if not path.is_file():
         raise UserError(f"{path}: no such ranking file; name one with ranking.file=, or remove the key to rank images")
     try:
@@ -111,9 +102,8 @@ def read_ranking(path: str | Path, templates: Sequence[str] | None = None) -> Ra
     except KeyError as fault:
         raise UserError(f"{path}: class {fault} occurs twice; keep one of them") from None
     try:
-        classes = content["classes"]
         host, dataset, split = (str(content[key]) for key in ("model", "dataset", "split"))
-        lists = {str(name): entry["entropy_ranking"] for name, entry in classes.items()}
+        lists = {str(name): entry["entropy_ranking"] for name, entry in content["classes"].items()}
     except (KeyError, TypeError, AttributeError) as fault:
         raise UserError(f"{path}: no ranking file: {fault} is missing; see the form of published ones") from None
     if not lists:
@@ -124,7 +114,8 @@ def read_ranking(path: str | Path, templates: Sequence[str] | None = None) -> Ra
             f"{path}: ranks other templates, or the same in another order; name the templates it was made from with "
             "templates=, or rank again"
         )
-    risks, share = np.zeros((count, len(lists))), np.zeros((count, len(lists)))
+    count = len(templates)
+    risks, share = np.zeros((2, count, len(lists)))
     for k, (name, rows) in enumerate(lists.items()):
         try:
             ids = [int(row["template_id"]) for row in rows]
@@ -133,19 +124,17 @@ def read_ranking(path: str | Path, templates: Sequence[str] | None = None) -> Ra
             raise UserError(f"{path}: class '{name}': {fault} is missing or not a number; fix that entry") from None
         if sorted(ids) != list(range(count)):
             raise UserError(
-                f"{path}: class '{name}' ranks {len(set(ids))} different templates of ids {min(ids, default=0)} to "
-                f"{max(ids, default=0)}, not 0 to {count - 1} once each; it belongs to other templates"
+                f"{path}: class '{name}' ranks {len(set(ids))} templates, not each of 0 to {count - 1} once; "
+                "name the templates it was made from with templates="
             )
-        if not np.isfinite(values).all() or (values[:, 1] < 0).any() or (values[:, 1] > 100).any():
+        if not (np.isfinite(values).all() and ((values[:, 1] >= 0) & (values[:, 1] <= 100)).all()):
             raise UserError(f"{path}: class '{name}' has a value out of range; fix that entry")
         risks[ids, k], share[ids, k] = values.T
     return Ranking(host, dataset, split, tuple(lists), risks, share, meta)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
             raise KeyError(key)
-        content[key] = value
-    return content
+    return dict(pairs)

@@ -81,15 +81,13 @@ def _rank(config: Config, folder: Path, load: Callable[[], Floss]) -> dict[str, 
         consistency = model.flip_consistency(images, candidates)
         n = choose_n(consistency)
     chosen = select(ranking.risks, ranking.share, n, config.guards)
-    experts = {"n": n, "consistency": consistency, "chosen": [list(c) for c in chosen]}
-    write_json(folder / "experts.json", experts)
+    write_json(folder / "experts.json", {"n": n, "consistency": consistency, "chosen": [list(c) for c in chosen]})
     write_model(folder, model, chosen)
     _write_experts(config, folder, ranking, chosen, model.templates)
     return {"n": n, "images": ranking.meta.get("images"), "classes_without_expert": sum(not c for c in chosen)}
 
 
 def _ranking(config: Config, model: Floss, tally: Tally) -> Ranking:
-    part = config.unlabelled
     meta = {
         "criterion": config.ranking.criterion,
         "weights": model.weights,
@@ -98,21 +96,21 @@ def _ranking(config: Config, model: Floss, tally: Tally) -> Ranking:
         "resolution": config.ranking.resolution,
         "images": tally.images,
         "pixels": tally.pixels,
-        "seed": part.seed,
+        "seed": config.unlabelled.seed,
         "host": to_dict(model.host),
     }
     risks = criteria.CRITERIA[config.ranking.criterion](tally)
-    split = part.split or "train"
+    split = config.unlabelled.split or "train"
     return Ranking(model.host.name, str(config.ranked.name), split, model.classes.names, risks, tally.share, meta)
 
 
 def _write_experts(config: Config, folder: Path, ranking: Ranking, chosen: Chosen, templates: Sequence[str]) -> None:
-    rows = tuple(
-        (name, f"{ranking.risks[ids[0], k]:.4f}", ", ".join(map(str, ids)), templates[ids[0]])
-        if ids
-        else (name, None, "all", None)
-        for k, (name, ids) in enumerate(zip(ranking.classes, chosen, strict=True))
-    )
+    def row(name: str, ids: tuple[int, ...], risks: Any) -> tuple[str | None, ...]:
+        if not ids:
+            return name, None, "all", None
+        return name, f"{risks[ids[0]]:.4f}", ", ".join(map(str, ids)), templates[ids[0]]
+
+    rows = tuple(map(row, ranking.classes, chosen, ranking.risks.T))
     columns = ("class", f"{config.ranking.criterion} of the first", "template ids", "first template")
     text = "The templates that make up each class's expert, chosen on unlabelled images."
     write_sections(folder, [Section("Experts", text, Table(columns, rows))])

@@ -57,7 +57,7 @@ class RankingConfig:
 
     Attributes:
         criterion: see `criteria.CRITERIA`.
-        resolution: where pixels are compared: at the size of the image, of the network's input, or of the patches.
+        resolution: where pixels are compared: at the size of the image, the network's input, or the patches.
         flip: also process mirrored images (for the criterion "flip"); doubles the work.
         chunk: templates at a time on a device.
         save_every: groups of images between two writes of the resumable state.

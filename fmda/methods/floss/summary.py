@@ -51,20 +51,19 @@ def plan(config: Config) -> Plan:
     """
     clip, host = clip_shapes(config), config.host_config()
     vision, classes, dataset = vision_transformer(clip, str(config.clip)), predicted_classes(config), config.target.name
-    queries, templates = len(config.queries(classes).names), len(config.template_list())
+    names, templates = config.queries(classes).classes, len(config.template_list())
+    chain, queries = Chain(host, names), len(names)
     size = _SIZES.get(str(dataset), _TYPICAL)
     grid = host.patch_grid(size, vision.patch_size)
     count, dim = len(grid.corners()), clip.embed_dim
-    chain = Chain(host, config.queries(classes).classes)
     graph, shapes = network_graph("clip", clip)
     kernels = {"vision": shapes["vision"], "text": shapes["text"]}
     if host.features == "clip-dinoiser":
         kernels["heads"] = jax.eval_shape(lambda: init_heads(jax.random.key(0), vision.width, GUIDE_CHANNELS))
 
     def tower(params: Tree, pixels: Array) -> Patches:
-        return patches(
-            host, nnx.merge(graph, shapes | {"vision": params["vision"]}).vision, params.get("heads"), pixels
-        )
+        vision = nnx.merge(graph, shapes | {"vision": params["vision"]}).vision
+        return patches(host, vision, params.get("heads"), pixels)
 
     def windows(number: int) -> tuple[Tree, jax.ShapeDtypeStruct]:
         return kernels, _floats(number, grid.rows.covered, grid.columns.covered, 3)
@@ -76,10 +75,8 @@ def plan(config: Config) -> Plan:
     )  # fmt: skip
 
     def experts(fusion: Fusion) -> Program:
-        def fused(p: Patches, classifiers: Array) -> Any:
-            return fused_maps(chain, p, classifiers, grid, fusion)
-
-        return _traced(fused, patch_maps, _floats(len(classes) + 1, queries, dim))
+        classifiers = _floats(len(classes) + 1, queries, dim)
+        return _traced(lambda p, c: fused_maps(chain, p, c, grid, fusion), patch_maps, classifiers)
 
     look = Program(tower, windows)
     maps = {
@@ -101,17 +98,14 @@ def plan(config: Config) -> Plan:
         **{name: program.peak(1) for name, program in maps.items()},
     }  # fmt: skip
     counts = {name: trees.count(tree) for name, tree in kernels.items()}
-    what = {
-        "rank": f"{templates} templates x {len(classes)} classes on {config.ranked.name} "
-        f"{config.unlabelled.split or 'train'}, by {config.ranking.criterion}"
-        if config.ranking.file is None
-        else f"read {config.ranking.file}",
-    }
+    what = {"rank": f"read {config.ranking.file}"}
+    if config.ranking.file is None:
+        images = f"{config.ranked.name} {config.unlabelled.split or 'train'}"
+        what["rank"] = f"{templates} templates x {len(classes)} classes on {images}, by {config.ranking.criterion}"
     if config.data is not None:
-        what["score"] = (
-            f"{host.name} alone and with {config.n} templates an expert, {config.fusion} fusion, on {dataset} "
-            f"{config.data.split}" + (", and label-free criteria against true IoU" if config.compare_criteria else "")
-        )
+        what["score"] = f"{host.name} alone and with {config.n} templates an expert, {config.fusion} fusion, "
+        what["score"] += f"on {dataset} {config.data.split}"
+        what["score"] += ", and label-free criteria against true IoU" if config.compare_criteria else ""
     what["page"] = "report.html"
     return Plan(
         stages=tuple(what.items()),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from fmda.data.transforms import resize_image
 from fmda.mesh import batch_sharding, replicated
 from fmda.methods.floss.chain import PatchGrid, bucket, zero_padded
-from fmda.methods.floss.features import Patches, Tokens, patches_of, reads_guide, tokens
+from fmda.methods.floss.features import Patches, Tokens, patches_of, tokens
 from fmda.methods.floss.hosts import HostConfig, normalised, vision_transformer, window_pixels
 from fmda.models.clip import ClipConfig
 from fmda.models.dinoiser import Heads
@@ -79,7 +79,7 @@ class Tower:
         self.patch = vision_transformer(config, "clip").patch_size
         self.params, self.heads = jax.device_put((params, heads), replicated(mesh))
         # with the windows, all that tokens depend on besides the image
-        self._origin = (weights, host.round_statistics, host.position_offset, reads_guide(host))
+        self._origin = (weights, host.round_statistics, host.position_offset, host.features == "naclip")
         self._cache = CACHE if weights else TokenCache(0)
 
     def patch_grid(self, image: UInt8[np.ndarray, "H W 3"]) -> PatchGrid:
