@@ -10,7 +10,7 @@ Patterns are globs over the whole path: `*` also crosses slashes, and a leading 
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,36 +61,14 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
     return tree
 
 
-def merge(*trees: Mapping[Any, Any]) -> Tree:
-    """Returns one tree with the leaves of all; no path may come twice (ValueError names it)."""
-    flat: dict[str, Any] = {}
-    for tree in trees:
-        for path, leaf in flatten(tree).items():
-            if path in flat:
-                raise ValueError(f"'{path}' is in more than one of the trees to merge")
-            flat[path] = leaf
-    return unflatten(flat)
-
-
 def matches(path: str, pattern: str) -> bool:
     """Returns whether the glob `pattern` covers the whole `path` (see the head of this file)."""
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase("/" + path, pattern)
 
 
-def select(tree: Mapping[Any, Any], pattern: str) -> Tree:
-    """Returns the part of the tree whose leaf paths match; empty if none does."""
-    return partition(tree, (pattern,))[0]
-
-
-def partition(tree: Mapping[Any, Any], patterns: str | Iterable[str]) -> tuple[Tree, Tree]:
-    """Returns (leaves that match any pattern, all others); `merge` puts them together again."""
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    matching: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    for path, leaf in flatten(tree).items():
-        target = matching if any(matches(path, pattern) for pattern in patterns) else rest
-        target[path] = leaf
-    return unflatten(matching), unflatten(rest)
+def select(tree: Mapping[Any, Any], *patterns: str) -> Tree:
+    """Returns the part of the tree whose leaf paths match any pattern; empty if none does."""
+    return unflatten({path: leaf for path, leaf in flatten(tree).items() if any(matches(path, p) for p in patterns)})
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:

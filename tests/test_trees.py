@@ -1,4 +1,4 @@
-"""Trees: paths, patterns, merging, sizes."""
+"""Trees: paths, patterns, sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -48,15 +48,6 @@ def test_unflatten_refuses_a_leaf_that_is_also_a_node(flat):
         trees.unflatten(flat)
 
 
-def test_merge_joins_disjoint_trees_at_depth():
-    assert trees.merge({"a": {"x": 1}}, {"a": {"y": 2}, "b": 3}) == {"a": {"x": 1, "y": 2}, "b": 3}
-
-
-def test_merge_names_the_path_that_comes_twice():
-    with pytest.raises(ValueError, match="'a/x'"):
-        trees.merge({"a": {"x": 1}}, {"a": {"x": 2}})
-
-
 @pytest.mark.parametrize(
     ("pattern", "paths"),
     [
@@ -71,10 +62,8 @@ def test_select_takes_what_the_glob_covers(pattern, paths):
     assert set(trees.flatten(trees.select(TREE, pattern))) == paths
 
 
-def test_partition_splits_and_merge_joins():
-    matching, rest = trees.partition(TREE, ("*/scale", "text/blocks/1/*"))
-    assert trees.flatten(rest) == {"text/blocks/0/kernel": 1}
-    assert trees.merge(matching, rest) == TREE
+def test_select_takes_the_leaves_of_any_pattern():
+    assert set(trees.flatten(trees.select(TREE, "norm/*", "text/blocks/1/*"))) == {"norm/scale", "text/blocks/1/kernel"}
 
 
 def test_leaf_paths_of_an_optimizer_state_end_with_the_parameter_path():

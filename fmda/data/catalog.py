@@ -1,4 +1,4 @@
-"""What is known of each dataset: where its files lie, which splits it has, what its labels mean.
+"""The known datasets: where their files lie, which splits they have, what their labels mean.
 
 A path pattern is relative to the dataset's folder. `{key}` is the image's name (sub-folders included), `{split}` the
 folder of the split, `{name}` the split's own name, `{ext}` png, jpg or jpeg; any other word in braces is one folder.
@@ -14,8 +14,8 @@ from fmda.data.classes import class_list
 class Labels:
     """One place where labels may lie.
 
-    `class_map` leads from the ids in the file to the set's class list; `red16` is SYNTHIA's form; `lacks_255`: the
-    published files never hold 255, the sign of ids that were lowered by one.
+    `class_map` leads from the ids in the file to the class list; `red16` is SYNTHIA's form; `lacks_255`: 255
+    does not occur in the published files, so that it is a sign of ids that were reduced by one.
     """
 
     pattern: str
@@ -49,7 +49,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Entry:
-    """A dataset. `places` are its usual folders below the data root; `free` sets name their own splits."""
+    """A dataset. `places` are its usual folders below the data root; a `free` one has splits of the user's names."""
 
     title: str
     classes: str
@@ -62,12 +62,13 @@ class Entry:
 
 
 _IDS = "cityscapes-ids-to-cityscapes"
-_CONDITIONS = ("fog", "night", "rain", "snow")
+_CAMVID = ("train", "val", "test")
 
 
-def _folders(**sizes: int | None) -> dict[str, Split]:
+def _splits(train: int, val: int, unlabelled_test: int | None = None) -> dict[str, Split]:
     """Returns splits whose folder has their own name."""
-    return {name: Split((name,), size) for name, size in sizes.items()}
+    splits = {"train": Split(("train",), train), "val": Split(("val",), val)}
+    return splits if unlabelled_test is None else splits | {"test": Split(("test",), unlabelled_test, labelled=False)}
 
 
 def _listed(folder: str, train: int, val: int) -> dict[str, Split]:
@@ -87,24 +88,20 @@ def _by_map(images: str, labels: str, class_map: str, red16: bool = False) -> La
     return Layout(images, (Labels(f"{labels}_labelTrainIds.png"), Labels(f"{labels}.png", class_map, red16)))
 
 
-def _acdc(condition: str) -> Entry:
-    """Returns ACDC, or one of its conditions; `condition` may be the placeholder for all of them."""
-    all_of_them = condition == "{condition}"
-    count = 1 if not all_of_them else len(_CONDITIONS)
-    images, ids = f"rgb_anon/{condition}/{{split}}/{{key}}_rgb_anon.png", f"gt/{condition}/{{split}}/{{key}}_gt_label"
-    layout = _by_ids(images, ids)
-    val = 406 if all_of_them else 106 if condition == "night" else 100
+_ANONYMOUS = _by_ids("rgb_anon/{split}/{key}_rgb_anon.png", "gt/{split}/{key}_gt_label")
+
+def _acdc(condition: str, val: int, count: int = 1, *flat: Layout) -> Entry:
+    """Returns ACDC of one condition, or of all `count` by the placeholder {condition}."""
+    place = f"{condition}/{{split}}/{{key}}"
     return Entry(
-        title="ACDC, adverse conditions" + ("" if all_of_them else f": {condition}"),
+        title="ACDC, adverse conditions" + (f": {condition}" if count == 1 else ""),
         classes="cityscapes",
         places=("acdc", "ACDC"),
-        layouts=(layout, _ANONYMOUS) if all_of_them else (layout,),
-        splits=_folders(train=400 * count, val=val) | {"test": Split(("test",), 500 * count, labelled=False)},
+        layouts=(_by_ids(f"rgb_anon/{place}_rgb_anon.png", f"gt/{place}_gt_label"), *flat),
+        splits=_splits(400 * count, val, unlabelled_test=500 * count),
         home="https://acdc.vision.ee.ethz.ch",
     )
 
-
-_ANONYMOUS = _by_ids("rgb_anon/{split}/{key}_rgb_anon.png", "gt/{split}/{key}_gt_label")
 
 _VOC = Entry(
     title="PASCAL VOC 2012, 20 classes without background",
@@ -114,6 +111,7 @@ _VOC = Entry(
     splits=_listed("Segmentation", 1464, 1449),
     home="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
 )
+_ADE20K_FILES = Labels("annotations/{split}/{key}.png", "ade20k-ids-to-ade20k", lacks_255=True)
 _CONTEXT_FILES = "SegmentationClassContext/{key}.png"
 _CONTEXT = Entry(
     title="PASCAL-Context, 59 classes without background",
@@ -156,7 +154,7 @@ CATALOG: dict[str, Entry] = {
         classes="cityscapes",
         places=("cityscapes", "samples/cityscapes"),
         layouts=(_by_ids("leftImg8bit/{split}/{key}_leftImg8bit.png", "gtFine/{split}/{key}_gtFine_label"),),
-        splits=_folders(train=2975, val=500) | {"test": Split(("test",), 1525, labelled=False)},
+        splits=_splits(2975, 500, unlabelled_test=1525),
         home="https://www.cityscapes-dataset.com",
     ),
     "gta5": Entry(
@@ -181,13 +179,13 @@ CATALOG: dict[str, Entry] = {
         classes="cityscapes",
         places=("bdd10k", "bdd100k", "bdd", "samples/bdd10k"),
         layouts=(Layout("images/10k/{split}/{key}.{ext}", (Labels("labels/sem_seg/masks/{split}/{key}.png"),)),),
-        splits=_folders(train=7000, val=1000) | {"test": Split(("test",), 2000, labelled=False)},
+        splits=_splits(7000, 1000, unlabelled_test=2000),
         home="https://bdd-data.berkeley.edu",
     ),
     "mapillary": _mapillary("mapillary-ids-to-cityscapes", "classes matched by name, generously"),
     "mapillary-strict": _mapillary("mapillary-ids-to-cityscapes-strict", "only plain counterparts"),
-    "acdc": _acdc("{condition}"),
-    **{f"acdc-{condition}": _acdc(condition) for condition in _CONDITIONS},
+    "acdc": _acdc("{condition}", 406, 4, _ANONYMOUS),
+    **{f"acdc-{name}": _acdc(name, 106 if name == "night" else 100) for name in ("fog", "night", "rain", "snow")},
     "dark-zurich": Entry(
         title="Dark Zurich; train is by night",
         classes="cityscapes",
@@ -220,12 +218,7 @@ CATALOG: dict[str, Entry] = {
         title="ADE20K scene parsing, 150 classes",
         classes="ade20k",
         places=("ade20k", "ADEChallengeData2016", "ade/ADEChallengeData2016"),
-        layouts=(
-            Layout(
-                "images/{split}/{key}.{ext}",
-                (Labels("annotations/{split}/{key}.png", "ade20k-ids-to-ade20k", lacks_255=True),),
-            ),
-        ),
+        layouts=(Layout("images/{split}/{key}.{ext}", (_ADE20K_FILES,)),),
         splits={"train": Split(("training",), 20210), "val": Split(("validation",), 2000)},
         home="https://groups.csail.mit.edu/vision/datasets/ADE20K/",
     ),
@@ -255,18 +248,16 @@ CATALOG: dict[str, Entry] = {
             Layout("{split}/images/{key}.{ext}", (Labels("{split}/labels/{key}.png"),)),
             Layout("{split}/{key}.{ext}", (Labels("{split}annot/{key}.png"),)),
         ),
-        splits=_folders(train=367, val=101, test=233)
+        splits=_splits(367, 101)
         | {
-            name: Split(("train", "val", "test"), size, starts=starts)
-            for name, size, starts in (
-                ("all", 701, ()),
-                ("dusk", 124, ("0001TP",)),
-                ("day", 577, ("0006R0", "0016E5", "Seq05VD")),
-                ("0001TP", 124, ("0001TP",)),
-                ("0006R0", 101, ("0006R0",)),
-                ("0016E5", 305, ("0016E5",)),
-                ("Seq05VD", 171, ("Seq05VD",)),
-            )
+            "test": Split(("test",), 233),
+            "all": Split(_CAMVID, 701),
+            "dusk": Split(_CAMVID, 124, starts=("0001TP",)),
+            "day": Split(_CAMVID, 577, starts=("0006R0", "0016E5", "Seq05VD")),
+            "0001TP": Split(_CAMVID, 124, starts=("0001TP",)),
+            "0006R0": Split(_CAMVID, 101, starts=("0006R0",)),
+            "0016E5": Split(_CAMVID, 305, starts=("0016E5",)),
+            "Seq05VD": Split(_CAMVID, 171, starts=("Seq05VD",)),
         },
         home="http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/",
     ),
@@ -321,21 +312,19 @@ ALIASES = {
 
 def known_datasets() -> list[dict[str, Any]]:
     """Returns one row per dataset: name, title, classes (count), splits, layout, places, home, note."""
-    rows: list[dict[str, Any]] = []
-    for name, entry in CATALOG.items():
-        rows.append(
-            {
-                "name": name,
-                "title": entry.title,
-                "classes": len(class_list(entry.classes)) if entry.classes else 0,
-                "splits": {split: part.size for split, part in entry.splits.items()} or {"any": None},
-                "layout": describe(entry),
-                "places": list(entry.places),
-                "home": entry.home,
-                "note": entry.note,
-            }
-        )
-    return rows
+    return [
+        {
+            "name": name,
+            "title": entry.title,
+            "classes": len(class_list(entry.classes)) if entry.classes else 0,
+            "splits": {split: part.size for split, part in entry.splits.items()} or {"any": None},
+            "layout": describe(entry),
+            "places": list(entry.places),
+            "home": entry.home,
+            "note": entry.note,
+        }
+        for name, entry in CATALOG.items()
+    ]
 
 
 def describe(entry: Entry) -> str:

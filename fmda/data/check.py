@@ -64,24 +64,19 @@ class DataReport:
             return f"not fit for a run: {len(self.faults)} faults"
         return "fit for a run" if self.labelled else "fit only as unlabelled images: no label found"
 
-    def table(self) -> str:
-        """Returns the classes with their pixels and shares, as aligned text."""
-        width = max((len(name) for name in self.classes.names), default=5)
-        rows = [f"{'class':<{width}}  {'pixels':>14}  {'share':>7}"]
-        for name, count, share in zip(self.classes.names, self.pixels, self.shares, strict=True):
-            rows.append(f"{name:<{width}}  {int(count):>14,}  {100 * share:>6.2f}%")
-        total = max(1, int(self.pixels.sum()) + self.ignored)
-        rows.append(f"{'no class':<{width}}  {self.ignored:>14,}  {100 * self.ignored / total:>6.2f}% of all")
-        return "\n".join(rows)
-
     def text(self) -> str:
         """Returns the whole report for a terminal: counts, sizes, notes, classes, faults."""
         sizes = ", ".join(f"{w}x{h} ({n})" for (h, w), n in Counter(self.sizes).most_common(4))
         more = f", and {len(self.sizes) - 4} more" if len(self.sizes) > 4 else ""
         lines = [f"{self.name} {self.split}: {self.images} images, {sizes or 'no size'}{more}"]
         lines += [f"note: {note}" for note in self.notes]
-        if self.pixels.any() or self.ignored:
-            lines += ["", self.table()]
+        total = int(self.pixels.sum()) + self.ignored
+        if total:
+            width = max((len(name) for name in self.classes.names), default=5)
+            lines += ["", f"{'class':<{width}}  {'pixels':>14}  {'share':>7}"]
+            for name, count, share in zip(self.classes.names, self.pixels, self.shares, strict=True):
+                lines.append(f"{name:<{width}}  {int(count):>14,}  {100 * share:>6.2f}%")
+            lines.append(f"{'no class':<{width}}  {self.ignored:>14,}  {100 * self.ignored / total:>6.2f}% of all")
         lines += ["", *(f"{kind}: {count}" for kind, count in Counter(f.kind for f in self.faults).items())]
         lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
         if len(self.faults) > SHOWN_FAULTS:

@@ -35,23 +35,20 @@ def check_templates(lines: tuple[str, ...], where: str = "templates") -> None:
     """
     if not lines:
         raise UserError(f"{where}: holds no template; write one a line, with {SLOT} for the class name")
-    first: dict[str, int] = {}
-    for i, template in enumerate(lines):
-        if _slots(template) != [("", "", None)]:
+    texts = [composed(line) for line in lines]
+    for i, template in enumerate(texts):
+        if _slots(template) != [["", "", None]]:
             raise UserError(
                 f"{where}: template {i} '{template}' needs exactly one slot {SLOT} for the class name; "
                 "write other braces twice"
             )
-        if composed(template) in first:
-            earlier = first[composed(template)]
-            raise UserError(f"{where}: template {i} '{template}' occurs twice (also {earlier}); remove one")
-        first[composed(template)] = i
+        if (first := texts.index(template)) < i:
+            raise UserError(f"{where}: template {i} '{template}' occurs twice (also {first}); remove one")
 
 
-def _slots(template: str) -> list[tuple[str, str | None, str | None]] | None:
-    """Returns (name, format, conversion) of each slot, None for braces without partner."""
+def _slots(template: str) -> list[list]:
+    """Returns (name, format, conversion) of each slot, none for braces without partner."""
     try:
-        parts = list(string.Formatter().parse(template))
+        return [slot for _, *slot in string.Formatter().parse(template) if slot[0] is not None]
     except ValueError:
-        return None
-    return [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+        return []

@@ -4,7 +4,6 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from fmda.data.catalog import Entry, Layout, Split, describe
 from fmda.data.listing import IMAGE_SUFFIXES, hidden, walk
@@ -21,18 +20,10 @@ _EXTENSION = "(?i:" + "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES) + ")"
 Fields = dict[str, str]
 
 
-class Images(NamedTuple):
-    """The first folder and layout that hold images, and these with what the pattern's placeholders stand for."""
-
-    folder: Path
-    layout: Layout
-    files: list[tuple[Path, Fields]]
-
-
 def locate(
     name: str, entry: Entry, root: Path | None, split: str, part: Split, *, labels: bool, needs_labels: bool
-) -> Images:
-    """Returns where the images of a split lie.
+) -> tuple[Path, Layout, list[tuple[Path, Fields]]]:
+    """Returns the first folder and layout with images of a split, and these with the values of the placeholders.
 
     Args:
         name, entry: the dataset.
@@ -60,7 +51,7 @@ def locate(
                 continue
             files = _images(folder, layout, split, part)
             if files:
-                return Images(folder, layout, files)
+                return folder, layout, files
     pattern = part.listed or entry.layouts[0].images.replace("{split}", part.folders[0]).replace("{name}", split)
     below = ", ".join(str(folder.relative_to(root)) for folder in folders[1:])
     where = f"{root}" + (f" (and {below} below it)" if below else "")

@@ -21,7 +21,7 @@ TARGETS = tuple(f"*attention/{name}/kernel" for name in ("query", "key", "value"
 
 def target_kernels(weights: Mapping[Any, Any]) -> dict[str, Any]:
     """Returns {path of the layer: kernel} of the kernels that get adapters; leaves need only a shape."""
-    kernels = trees.flatten(trees.partition(weights, TARGETS)[0])
+    kernels = trees.flatten(trees.select(weights, *TARGETS))
     return {path.removesuffix("/kernel"): kernel for path, kernel in kernels.items()}
 
 
