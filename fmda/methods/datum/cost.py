@@ -76,42 +76,28 @@ def check_memory(config: Config, shapes: DiffusionConfig) -> None:
 
 def plan(config: Config) -> Plan:
     """Returns stages and, where the model's sizes are known, parameters, FLOPs and memory; writes nothing."""
+    prior, probe, last = config.prior, config.probe, config.snapshot_steps[-1]
+    drawn = f", {prior.count} class images" if prior is not None and prior.images is None else ""
+    encoded = f", {config.bank} crops encoded" if config.bank else ""
     kept = ", ".join(map(str, config.snapshot_steps))
-    stages = (
-        ("prepare", _preparation(config)),
+    stages = [
+        ("prepare", f"{config.image}, crops of {config.crop}{drawn}{encoded}"),
         ("train", f"{config.trained} of {config.model}, {config.steps} steps of {config.batch}, kept at {kept}"),
-        *_probing(config),
-        ("export", f"{_exported(config)} in diffusers' layout, {config.store}"),
-    )
+    ]
+    if probe is not None:
+        stages.append(("probe", f"{probe.count} images of each of {len(config.probed_steps)} steps"))
+        stages.append(("choose", f"a step by alignment, diversity and coverage, measured by {probe.clip}"))
+    exported = f"step {last}" if probe is None else "the chosen step"
+    if config.export is not None:
+        exported = f"steps {', '.join(map(str, config.export))}"
+    stages.append(("export", f"{exported} in diffusers' layout, {config.store}"))
     try:
         shapes = read_shapes(config.model)
     except UnknownModel as unknown:
-        return Plan(stages=stages, notes=(f"no sizes are known: {unknown}",))
+        return Plan(stages=tuple(stages), notes=(f"no sizes are known: {unknown}",))
     check_crop(config, shapes)
     return training_plan(
         training(config, shapes), stages=stages, batch=config.batch, steps=config.steps,
         parameters={part: trees.count(tree) for part, tree in parameter_shapes(shapes).items()},
         shardings=shardings(shapes, 8),
     )  # fmt: skip
-
-
-def _preparation(config: Config) -> str:
-    words = [f"{config.image}, crops of {config.crop}"]
-    if config.prior is not None and config.prior.images is None:
-        words.append(f"{config.prior.count} class images")
-    if config.bank:
-        words.append(f"{config.bank} crops encoded")
-    return ", ".join(words)
-
-
-def _probing(config: Config) -> tuple[tuple[str, str], ...]:
-    if config.probe is None:
-        return ()
-    each = f"{config.probe.count} images of each of {len(config.probed_steps)} steps"
-    return ("probe", each), ("choose", f"a step by alignment, diversity and coverage, seen by {config.probe.clip}")
-
-
-def _exported(config: Config) -> str:
-    if config.export is not None:
-        return f"steps {', '.join(map(str, config.export))}"
-    return f"step {config.snapshot_steps[-1]}" if config.probe is None else "the chosen step"

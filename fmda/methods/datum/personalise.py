@@ -44,18 +44,17 @@ def stages(config: Config) -> list[Stage]:
     crops. train: `snapshots/`, which `snapshot_model` opens. probe: images of each step. choose: `choice.json` and what
     the report shows. export: folders in diffusers' layout, `chosen` or named by the step.
     """
-    chain = [
+    probing = [
+        Stage("probe", functools.partial(_probe, config), config.probe, ("train",)),
+        Stage("choose", functools.partial(_choose, config), config.probe, ("probe",), alone=True),
+    ]
+    inputs = ("train",) if config.probe is None else ("train", "choose")
+    return [
         # always: it is cheap when done, and refuses a folder of another image
         Stage("prepare", lambda folder, done: prepare(config, folder), config, always=True),
         Stage("train", lambda folder, done: train(config, folder, done["prepare"]), config, ("prepare",)),
-    ]
-    if config.probe is None:
-        return [*chain, Stage("export", functools.partial(_export, config), config.export, ("train",), alone=True)]
-    return [
-        *chain,
-        Stage("probe", functools.partial(_probe, config), config.probe, ("train",)),
-        Stage("choose", functools.partial(_choose, config), config.probe, ("probe",), alone=True),
-        Stage("export", functools.partial(_export, config), config.export, ("train", "choose"), alone=True),
+        *(probing if config.probe is not None else []),
+        Stage("export", functools.partial(_export, config), config.export, inputs, alone=True),
     ]
 
 
@@ -98,11 +97,8 @@ def personalisation(config: Config, model: StableDiffusion, rows: Stream) -> Tas
 def _probe(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     assert config.probe is not None
     base = untouched(config, jnp.dtype(config.precision))
-
-    def model_after(step: int) -> StableDiffusion:
-        return snapshot_model(config, done["train"], step, base)
-
     drawing = probe_config(config.probe, config.token, config.precision, config.device_memory)
+    model_after = functools.partial(snapshot_model, config, done["train"], base=base)
     return {"images": draw_probes(drawing, model_after, config.probed_steps, folder)}
 
 

@@ -54,17 +54,13 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
     begun = (folder / RECORD).is_file()
     if not begun:
         check(config)
-    if not begun or Path(config.image).is_file():
         target = open_target(config.image, config.resize, config.crop)
-        image = digest(config.image)
+        write_png(folder / "target.png", target)
+        write_png(folder / "crops.png", contact_sheet(target, config.crop, config.seed))
+    if not begun or Path(config.image).is_file():
+        # before what takes long, so that an interrupted folder knows its image
         remedy = f"{config.image} is not the image that it was prepared for; choose another work_dir="
-        if begun:
-            claim(folder, {"image": image}, remedy=remedy)
-        else:
-            write_png(folder / "target.png", target)
-            write_png(folder / "crops.png", contact_sheet(target, config.crop, config.seed))
-            # before what takes long, so that an interrupted folder knows its image
-            claim(folder, {"image": image}, remedy=remedy)
+        claim(folder, {"image": digest(config.image)}, remedy=remedy)
     if config.prior is not None and config.prior.images is None:
         _draw_class_images(config, folder / "class")
     if config.bank:

@@ -89,13 +89,11 @@ def snapshot_model(config: Config, train: Path, step: int, base: StableDiffusion
     begun = files.read_json(train / RECORD)["weights"]
     if base.fingerprint != begun:
         raise UserError(f"{config.model}: its weights are not those that {train} began with; give the same model again")
-    return base.with_params({part: _whole(config, base.params[part], weights) for part, weights in trained.items()})
+    if config.trained == "lora":
+        scale = config.lora.alpha / config.lora.rank
+        trained = {part: merged(base.params[part], adapters, scale) for part, adapters in trained.items()}
 
+    def in_format(new: Any, old: Any) -> np.ndarray:
+        return np.asarray(new).astype(old.dtype, copy=False)
 
-def _whole(config: Config, initial: Tree, trained: Tree) -> Tree:
-    """Returns a network's weights after training, on the host, in the number format of its own.
-
-    They are those stored, or its own with adapters merged into them.
-    """
-    whole = merged(initial, trained, config.lora.alpha / config.lora.rank) if config.trained == "lora" else trained
-    return jax.tree.map(lambda new, old: np.asarray(new).astype(old.dtype, copy=False), whole, initial)
+    return base.with_params({part: jax.tree.map(in_format, tree, base.params[part]) for part, tree in trained.items()})

@@ -1,6 +1,6 @@
 """What a set of generated images may say, and the prompts it is drawn from."""
 
-import string
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -121,12 +121,7 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
         return [Prompt(text) for text in texts]
     if not config.classes:
         raise UserError("prompts.classes: names no class; give some, or a file or texts")
-    try:
-        parsed = string.Formatter().parse(config.form)
-        slots = {f"{slot}{spec}{how or ''}" for _, slot, spec, how in parsed if slot is not None}
-    except ValueError:
-        slots = {config.form}
-    if not slots <= {"token", "class", "classes"}:
+    if re.search("[{}]", re.sub(r"\{(token|class|classes)\}", "", config.form)):
         raise UserError(
             f"prompts.form: '{config.form}' has another slot than {{token}}, {{class}}, {{classes}}; fix it"
         )
@@ -134,6 +129,6 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
     for index, name in enumerate(config.classes):
         if name not in THINGS:
             raise UserError(f"prompts.classes: '{name}' is not one of {', '.join(THINGS)}; correct it or give texts")
-        text = config.form.format(**{"token": config.token, "class": name, "classes": THINGS[name]})
+        text = config.form.format_map({"token": config.token, "class": name, "classes": THINGS[name]})
         prompts.append(Prompt(" ".join(text.split()), index, name))
     return prompts
