@@ -31,8 +31,8 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
-        # the array store of checkpoints reports the system's error number in its own message
-        code = re.search(r"os_error_code='(\d+)'", str(fault))
+        # the libraries of checkpoints report the system's error number in messages of their own
+        code = re.search(r"(?:os_error_code='|\(os error )(\d+)", str(fault))
         if not isinstance(fault, OSError) and code is None:
             raise
         reason = os.strerror(int(code[1])) if code else getattr(fault, "strerror", None) or fault

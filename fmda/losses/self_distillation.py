@@ -1,7 +1,7 @@
 """Self-distillation losses: the student's prediction for one view should match the teacher's for another view.
 
-"Told" means a distribution over K prototypes. Teacher and student may differ in the view, in what is masked and in
-temperature; the teacher is an average of students. Sources: Caron et al. 2021 (DINO), Zhou et al. 2022 (iBOT), and
+Predictions are distributions over K prototypes. Teacher and student differ in view, masking and temperature; the
+teacher is an average of students. Sources: Caron et al. 2021 (DINO), Zhou et al. 2022 (iBOT), and
 Sablayrolles et al. 2019 (KoLeo).
 """
 
@@ -15,8 +15,7 @@ def teacher_distribution(
 ) -> Float[Array, "... k"]:
     """Returns softmax((logits - centre) / temperature), without a gradient (DINO, eq. 1 and algorithm 1).
 
-    Centring alone drives all outputs to one flat distribution, a low temperature alone to one prototype; together they
-    hold each other up.
+    Centring alone collapses all outputs to the flat distribution, a low temperature alone to one prototype.
     """
     centred = logits.astype(jnp.float32) - jnp.expand_dims(centre, tuple(range(logits.ndim - 1)))
     return jax.lax.stop_gradient(jax.nn.softmax(centred / temperature, axis=-1))
@@ -54,8 +53,7 @@ def masked_patch_loss(
 ) -> Float[Array, ""]:
     """Returns the cross-entropy (nats) of the student's masked patches against the teacher, which sees them.
 
-    The mean over the masked patches of a view, then over the views in which anything is masked; 0 where nothing is.
-    Every view weighs the same, however much of it is hidden (iBOT, eq. 2).
+    The mean over the masked patches of a view, then over the views with any masked patch; 0 without any (iBOT, eq. 2).
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
     each = -(targets * log_probs).sum(-1)

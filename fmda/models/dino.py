@@ -1,8 +1,4 @@
-"""DINO's vision transformers (Caron et al. 2021): CLIP's blocks without the first norm and without a projection.
-
-The network is `VisionTransformer(config, None)`. What dense methods read from it are the queries, keys or values of the
-last block.
-"""
+"""DINO's vision transformers (Caron et al. 2021): CLIP's blocks without the first norm and without a projection."""
 
 from typing import Literal
 

@@ -1,6 +1,6 @@
 """CLIP-DINOiser's two convolutions on the inside of CLIP's image tower (Wysoczanska et al. 2024).
 
-`obj_proj` (3x3) gives patches of one object like features, `bkg_decoder` (1x1) tells objects from background.
+`obj_proj` (3x3) gives similar features to patches of one object, `bkg_decoder` (1x1) separates objects and background.
 """
 
 from collections.abc import Sequence

@@ -187,7 +187,7 @@ class Pooling(nnx.Module):
 
 
 class Skip(nnx.Module):
-    """Adds an encoder map to a decoder map: a grouped convolution of the one, gated by its global average."""
+    """Activated sum of an encoder map x, convolved and gated by its mean, and a decoder map y of half its size."""
 
     def __init__(self, before: int, after: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.gate = conv(before, after, 1, use_bias=False, dtype=dtype, rngs=rngs)
@@ -197,7 +197,6 @@ class Skip(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w before"], y: Float[Array, "b h2 w2 after"]
     ) -> Float[Array, "b h w after"]:
-        """Returns the activated sum of the gated encoder map `x` and the decoder map `y` at twice its size."""
         gate = jax.nn.sigmoid(self.gate(x.mean((1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)))
         return self.sum(self.expand(x) * gate + resize(y, (x.shape[1], x.shape[2]), align_corners=True))
 
@@ -233,15 +232,12 @@ class EspNetV2(nnx.Module):
             )
         image = pixels.astype(self.dtype)
         maps = {"x1": self.stem(image)}
-        maps["x2"] = self.down2(maps["x1"], image)
-        x = maps["x3_0"] = self.down3(maps["x2"], image)
-        for block in self.blocks3:
-            x = block(x)
-        maps["x3"] = x
-        x = maps["x4_0"] = self.down4(x, image)
-        for block in self.blocks4:
-            x = block(x)
-        maps["x4"] = x
+        x = maps["x2"] = self.down2(maps["x1"], image)
+        for level, down, blocks in (("x3", self.down3, self.blocks3), ("x4", self.down4, self.blocks4)):
+            x = maps[f"{level}_0"] = down(x, image)
+            for block in blocks:
+                x = block(x)
+            maps[level] = x
         y = maps["y1"] = self.pool[0](x)
         for step, skipped in enumerate(("x3", "x2", "x1")):
             maps[f"m{step + 2}"] = self.skip[step](maps[skipped], y)

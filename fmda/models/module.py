@@ -19,8 +19,7 @@ class _Keys:
     """
 
     def __init__(self, key: Array) -> None:
-        self._key = key
-        self._count = 0
+        self._key, self._count = key, 0
 
     def __getattr__(self, stream: str) -> Callable[[], Array]:
         if stream.startswith("__"):

@@ -98,25 +98,16 @@ def fusible(
 ) -> bool:
     """Returns whether `fused_attention` is worth trying: a CUDA device, a half type, sizes that cuDNN serves well.
 
-    Args:
-        platform: of the device: "cuda" or "gpu"; all others are refused.
-        capability: its compute capability, such as (9, 0); None where it has none.
-        dtype: of queries, keys and values.
-        head: size of a head, a multiple of 8; at most 256 from Hopper on (9.0), 128 on Ampere and Ada (8.x).
-        queries, keys: how many there are; `FUSED_LENGTH` at least, in multiples of `FUSED_MULTIPLE`.
+    `capability` is the device's compute capability, such as (9, 0), `head` the size of a head; `queries` and `keys` are
+    counts.
     """
     if platform not in ("cuda", "gpu") or capability is None:
         return False
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return False
     largest = next((size for least, size in FUSED_HEADS if capability >= least), 0)
-    lengths = (queries, keys)
-    return (
-        0 < head <= largest
-        and head % 8 == 0
-        and min(lengths) >= FUSED_LENGTH
-        and all(length % FUSED_MULTIPLE == 0 for length in lengths)
-    )
+    fits = min(queries, keys) >= FUSED_LENGTH and queries % FUSED_MULTIPLE == keys % FUSED_MULTIPLE == 0
+    return fits and 0 < head <= largest and head % 8 == 0
 
 
 def _default_device() -> jax.Device:

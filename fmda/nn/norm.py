@@ -63,6 +63,5 @@ class LayerScale(nnx.Module):
         self.gamma = nnx.Param(jnp.full((width,), initial, jnp.float32))
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        """Returns x * gamma."""
         gamma = self.gamma[...].astype(self.dtype)
         return x.astype(self.dtype) * jnp.expand_dims(gamma, tuple(range(x.ndim - 1)))

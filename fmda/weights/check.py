@@ -54,12 +54,10 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
         faults = self.missing or self.surplus or self.misshapen or self.not_finite
         return not faults and self.tokenizer_ok and all(d <= TOLERANCE for d in self.deviations.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the report as plain values, `ok` included."""
         return asdict(self) | {"ok": self.ok}
 
     def text(self) -> str:
@@ -94,7 +92,6 @@ def verify(source: str | os.PathLike[str], revision: str | None = None) -> Check
 
 
 def verify_network(checkpoint: Checkpoint) -> CheckReport:
-    """Returns the report on an opened checkpoint."""
     row, folder, config = FAMILIES[checkpoint.family], checkpoint.folder, checkpoint.config
     arrays, shapes = checkpoint.arrays(), network_graph(checkpoint.family, config)[1]
     flat, faults = checkpoint.table.match(arrays, shapes)
@@ -121,7 +118,7 @@ def verify_network(checkpoint: Checkpoint) -> CheckReport:
 
 
 def _tokenizer(folder: Path, text: Any) -> tuple[str, bool]:
-    """Returns (what is known of the tokenizer in a folder, whether nothing is wrong with it)."""
+    """Returns (state of the tokenizer in a folder, whether it can be used)."""
     if not has_tokenizer(folder):
         return "none, prompts cannot be encoded", True
     try:

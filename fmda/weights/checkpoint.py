@@ -1,11 +1,11 @@
-"""An opened checkpoint: family, configuration and layout are known, arrays are read on access."""
+"""An opened checkpoint: family, configuration and layout are known; arrays are read on access."""
 
 import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,7 @@ from fmda.weights.source import named_pair, weight_file
 from fmda.weights.table import Table
 
 
+@functools.lru_cache(maxsize=64)
 def network_graph(
     family: str, config: Any, dtype: DTypeLike = jnp.float32, **options: Any
 ) -> tuple[nnx.GraphDef, trees.Tree]:
@@ -28,12 +29,7 @@ def network_graph(
 
     `options` are the builder's, such as `remat` of a UNet.
     """
-    return _graph(family, config, cast(Any, dtype), tuple(sorted(options.items())))
-
-
-@functools.lru_cache(maxsize=64)
-def _graph(family: str, config: Any, dtype: Any, options: tuple[Any, ...]) -> tuple[nnx.GraphDef, trees.Tree]:
-    return abstract(lambda rngs: FAMILIES[family].build(config, dtype=dtype, rngs=rngs, **dict(options)))
+    return abstract(lambda rngs: FAMILIES[family].build(config, dtype=dtype, rngs=rngs, **options))
 
 
 @dataclass(frozen=True)

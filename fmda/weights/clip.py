@@ -31,27 +31,28 @@ def _token_id(fields: Fields, key: str, default: int) -> int:
     return fields.index(key, default, 2**31)
 
 
+def _transformer_keys(width: int, heads: int, mlp_width: int) -> Keys:
+    return {
+        "width": ("hidden_size", Fields.size, width),
+        "layers": ("num_hidden_layers", Fields.size, 12),
+        "heads": ("num_attention_heads", Fields.size, heads),
+        "mlp_width": ("intermediate_size", Fields.size, mlp_width),
+        "activation": ("hidden_act", _activation, "quick_gelu"),
+        "norm_eps": ("layer_norm_eps", Fields.number, 1e-5),
+    }
+
+
 VIT_KEYS: Keys = {
     "image_size": ("image_size", Fields.size, 224),
     "patch_size": ("patch_size", Fields.size, 32),
-    "width": ("hidden_size", Fields.size, 768),
-    "layers": ("num_hidden_layers", Fields.size, 12),
-    "heads": ("num_attention_heads", Fields.size, 12),
-    "mlp_width": ("intermediate_size", Fields.size, 3072),
-    "activation": ("hidden_act", _activation, "quick_gelu"),
-    "norm_eps": ("layer_norm_eps", Fields.number, 1e-5),
+    **_transformer_keys(768, 12, 3072),
 }
 """Of transformers' CLIPVisionConfig."""
 
 TEXT_KEYS: Keys = {
     "vocab_size": ("vocab_size", Fields.size, 49408),
     "context": ("max_position_embeddings", Fields.size, 77),
-    "width": ("hidden_size", Fields.size, 512),
-    "layers": ("num_hidden_layers", Fields.size, 12),
-    "heads": ("num_attention_heads", Fields.size, 8),
-    "mlp_width": ("intermediate_size", Fields.size, 2048),
-    "activation": ("hidden_act", _activation, "quick_gelu"),
-    "norm_eps": ("layer_norm_eps", Fields.number, 1e-5),
+    **_transformer_keys(512, 8, 2048),
     "bos_token_id": ("bos_token_id", _token_id, 49406),
     "eos_token_id": ("eos_token_id", _token_id, 49407),
 }
@@ -122,11 +123,8 @@ def image_processor(
 
 def open_clip_table(config: ClipConfig) -> Table:
     """Returns the table of OpenCLIP's names for the kind of image tower that `config` has."""
-    if isinstance(config.vision, ResNetConfig):
-        return clip_tables.OPEN_CLIP_RESNET
-    if isinstance(config.vision, ConvNextConfig):
-        return clip_tables.OPEN_CLIP_CONVNEXT
-    return clip_tables.OPEN_CLIP_VIT
+    tables = {ResNetConfig: clip_tables.OPEN_CLIP_RESNET, ConvNextConfig: clip_tables.OPEN_CLIP_CONVNEXT}
+    return tables.get(type(config.vision), clip_tables.OPEN_CLIP_VIT)
 
 
 def read_text(fields: Fields) -> TextConfig:

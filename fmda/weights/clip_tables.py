@@ -1,7 +1,4 @@
-"""Names of CLIP's arrays in the three layouts that repositories hold.
-
-Which leaves a layer has, and how they lie in the file, is the business of `layers`.
-"""
+"""Names of CLIP's arrays in the three layouts that repositories hold."""
 
 from fmda.weights.layers import Layer, flax_rows, torch_rows
 from fmda.weights.table import Row, Table, drop, row

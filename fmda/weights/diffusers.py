@@ -125,7 +125,7 @@ def read_unet(file: Path, names: Names) -> tuple[UNetConfig, Table]:
         groups=groups,
         # the first releases of 1.x name 32, which diffusers' pipeline overrides too
         sample_size=max(64, sample_size) if _before_0_9(config) else sample_size,
-        # each library's own arithmetic, so that a checkpoint gives here what it gave there
+        # the arithmetic of the library that wrote the checkpoint, so that outputs agree
         gate="gelu_tanh" if flax else "gelu",
         transformer_eps=1e-5 if flax else 1e-6,
     )

@@ -1,38 +1,30 @@
-"""CLIP-DINOiser's two heads on disk: `dinoiser.safetensors`, beside the weights of the CLIP they were trained on."""
+"""CLIP-DINOiser's two convolutions under the names of its authors (PyTorch's) and under ours."""
 
 from pathlib import Path
 
-import numpy as np
-from jax.typing import DTypeLike
-
 from fmda.errors import UserError
-from fmda.models.dinoiser import HEADS_FILE, Heads, HeadsConfig
-from fmda.weights.checkpoint import open_checkpoint
-from fmda.weights.network import restore, save
+from fmda.models.dinoiser import HEADS_FILE, HeadsConfig
+from fmda.weights.layers import torch_rows
+from fmda.weights.table import Export, Names, Table, row
+
+_HEADS = ("obj_proj", "bkg_decoder")
+
+TORCH = Table(torch_rows((head, head, "conv") for head in _HEADS), "CLIP-DINOiser heads")
+PLAIN = Table(
+    (row(f"{head}/{leaf}", f"{head}/{leaf}") for head in _HEADS for leaf in ("kernel", "bias")),
+    "CLIP-DINOiser heads, our names",
+)
 
 
-def load_heads(folder: str | Path, width: int) -> Heads:
-    """Returns CLIP-DINOiser's heads {"obj_proj", "bkg_decoder"}, each {"kernel" [k, k, width, out], "bias" [out]}.
-
-    Reads `dinoiser.safetensors` in `folder` (or the file itself), with torch's names (`obj_proj.weight`, OIHW) or ours.
-    Raises UserError for a missing file, for tensors that are missing, surplus or misshapen, and for heads of a tower of
-    another width.
-    """
-    path = Path(folder) / HEADS_FILE if Path(folder).is_dir() else Path(folder)
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; CLIP-DINOiser needs its two heads, obj_proj and bkg_decoder, trained on this CLIP; "
-            "heads= names their folder"
-        )
-    opened = open_checkpoint("dinoiser", path.parent, path)
-    if opened.config.width != width:
-        raise UserError(
-            f"{path}: its heads read a tower {opened.config.width} wide, not {width}; they belong to another checkpoint"
-        )
-    return restore(opened, on_host=True).params
+def read(file: Path, names: Names) -> tuple[HeadsConfig, Table]:
+    """Returns the sizes of the heads, from the shapes of their arrays, and the table of the layout."""
+    plain = any("/" in name for name in names)
+    shape = names.get("obj_proj/kernel" if plain else "obj_proj.weight", ())
+    if len(shape) != 4:
+        raise UserError(f"{file}: holds no obj_proj of CLIP-DINOiser; these heads belong to another network")
+    width, channels = shape[2:] if plain else (shape[1], shape[0])
+    return HeadsConfig(width, channels), PLAIN if plain else TORCH
 
 
-def save_heads(folder: str | Path, heads: Heads, dtype: DTypeLike = np.float32) -> Path:
-    """Writes the heads as `dinoiser.safetensors` in `folder`, under torch's names; returns the file."""
-    width, channels = np.shape(heads["obj_proj"]["kernel"])[2:]
-    return save("dinoiser", folder, HeadsConfig(width, channels), heads, dtype=dtype) / HEADS_FILE
+def export(config: HeadsConfig, layout: str | None = None) -> Export:
+    return Export(HEADS_FILE, TORCH, {})

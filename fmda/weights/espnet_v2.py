@@ -103,7 +103,6 @@ def read(file: Path, names: Names) -> tuple[EspNetV2Config, Table]:
 
 
 def export(config: EspNetV2Config, layout: str | None = None) -> Export:
-    """Returns the files of a saved network."""
     value = written(config, {}, _FIXED) | {
         "model_type": KIND,
         "encoder_channels": list(config.channels),

@@ -13,11 +13,12 @@ from typing import Any
 import msgpack
 import numpy as np
 from flax import serialization
+from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fmda import atomic
-from fmda.errors import UserError
+from fmda.errors import UserError, disk_errors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
@@ -75,7 +76,6 @@ def read_names(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_kind(path: Path) -> None:
-    """Raises UserError for pickles, files that are missing, and kinds that are not read."""
     if path.suffix in PICKLES:
         target = path.with_name(_safetensors_name(path.name))
         raise UserError(
@@ -161,17 +161,7 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds {type(tree).__name__}, not a tree of arrays; give a Flax checkpoint")
-    flat: dict[str, np.ndarray] = {}
-
-    def visit(node: Mapping[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                visit(value, f"{prefix}{key}.")
-            else:
-                flat[f"{prefix}{key}"] = np.asarray(value)
-
-    visit(tree, "")
-    return flat
+    return {name: np.asarray(array) for name, array in flatten_dict(tree, sep=".").items()}
 
 
 @contextlib.contextmanager
@@ -186,18 +176,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
     home = folder.absolute()
     part = home.with_name(f".{home.name}.part")
     try:
-        if home.is_dir():
-            # an empty folder is replaced, unless its owner closed it
-            atomic.check_writable(home / part.name)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        if home.exists():
-            home.rmdir()
-        os.replace(part, home)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{folder}: cannot be written ({reason}); free the disk or choose another folder") from None
+        with disk_errors(folder):
+            if home.is_dir():
+                # an empty folder is replaced, unless its owner closed it
+                atomic.check_writable(home / part.name)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            yield part
+            if home.exists():
+                home.rmdir()
+            os.replace(part, home)
     except UserError as error:
         raise UserError(str(error).replace(str(part), str(folder))) from None
     finally:
@@ -209,15 +197,12 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     Raises UserError where the disk does not take it.
     """
-    try:
-        with atomic.replacing(path) as part:
-            part.touch()
-            mode = part.stat().st_mode  # what the umask asks for; the library's own is for the owner alone
-            # The marker says "torch's axis order"; transformers refuses a file without it.
-            save_file({name: arrays[name] for name in sorted(arrays)}, part, metadata={"format": "pt"})
-            part.chmod(mode)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); free the disk or choose another folder") from None
+    with disk_errors(path), atomic.replacing(path) as part:
+        part.touch()
+        mode = part.stat().st_mode  # of the umask; the library writes files for their owner alone
+        # The marker says "torch's axis order"; transformers refuses a file without it.
+        save_file({name: arrays[name] for name in sorted(arrays)}, part, metadata={"format": "pt"})
+        part.chmod(mode)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -237,7 +222,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes an object as indented JSON; the file appears whole or not at all. Raises UserError as the other writer."""
-    try:
+    with disk_errors(path):
         atomic.write_json(path, value)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); free the disk or choose another folder") from None

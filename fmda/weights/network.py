@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from fmda import trees
-from fmda.errors import UserError
+from fmda.errors import UserError, disk_errors
+from fmda.models.dinoiser import HEADS_FILE, Heads, HeadsConfig
 from fmda.models.sd_unet import Remat
 from fmda.nn.attention import attention
 from fmda.weights import files
@@ -57,25 +58,26 @@ class Loaded:
     @property
     def graphdef(self) -> nnx.GraphDef:
         """The network without its parameters: `nnx.merge(graphdef, params)` is the module."""
-        return network_graph(self.family, self.config, self.dtype, **dict(self.options))[0]
+        return network_graph(self.family, self.config, jnp.dtype(self.dtype), **dict(self.options))[0]
 
     def module(self) -> Any:
         """Returns the module with its parameters in place."""
         return nnx.merge(self.graphdef, self.params)
 
     def __call__(self, *inputs: Any, **static: Any) -> Any:
-        """Returns what the network makes of its inputs."""
         return self._call("__call__")(*inputs, **static)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("__") or name not in FAMILIES[self.__dict__["family"]].calls:
-            raise AttributeError(f"a network of family '{self.__dict__.get('family')}' has no '{name}'")
+        if name.startswith("__"):
+            raise AttributeError(name)
         return self._call(name)
 
     def _call(self, name: str) -> Callable[..., Any]:
         row = FAMILIES[self.family]
         if name not in row.calls:
-            raise TypeError(f"a network of family '{self.family}' is called by {', '.join(row.calls)}")
+            raise AttributeError(
+                f"a network of family '{self.family}' has no '{name}'; its calls: {', '.join(row.calls)}"
+            )
 
         @functools.wraps(row.calls[name])
         def call(*inputs: Any, **static: Any) -> Any:
@@ -190,20 +192,15 @@ def save(
         raise UserError(f"{folder}: parameters do not fit the configuration at {', '.join(wrong)}; nothing written")
     if dtype is not None:
         flat = {path: rounded(f"{folder}: {path}", leaf, _storage(path, leaf, dtype)) for path, leaf in flat.items()}
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error}); choose another folder") from None
-    # The large file goes first: where the disk does not take it, what was there before is untouched.
-    files.write_safetensors(folder / export.weights, export.table.write(trees.unflatten(flat)))
-    for name, value in export.objects.items():
-        files.write_json(folder / name, value)
-    try:
+        # the large file goes first: where the disk does not take it, the files there before are untouched
+        files.write_safetensors(folder / export.weights, export.table.write(trees.unflatten(flat)))
+        for name, value in export.objects.items():
+            files.write_json(folder / name, value)
         for file in map(Path, tokenizer_files):
             if file.resolve() != (folder / file.name).resolve():
                 shutil.copyfile(file, folder / file.name)
-    except OSError as error:
-        raise UserError(f"{folder}: tokenizer cannot be copied ({error}); fix that and save again") from None
     return folder
 
 
@@ -248,10 +245,6 @@ def part_folder(source: str | os.PathLike[str], part: str, revision: str | None 
 def _load(
     family: str, source: str | os.PathLike[str], revision: str | None, dtype: DTypeLike, **options: Any
 ) -> Loaded:
-    """Returns the network of a folder, of a model that comes with the package, or of a hub id.
-
-    Raises UserError for anything missing, surplus, misshapen, damaged or unsupported.
-    """
     folder = part_folder(source, family, revision) if family in PARTS else resolve(source, revision)
     return restore(open_checkpoint(family, folder), dtype, **options)
 
@@ -328,3 +321,29 @@ def load_segmentation(
         known = ", ".join(name for name, row in FAMILIES.items() if row.segments)
         raise UserError(f"{source}: holds a network of family '{family}', which does not segment; known: {known}")
     return restore(open_checkpoint(family, folder, single), dtype)
+
+
+def load_heads(folder: str | Path, width: int) -> Heads:
+    """Returns CLIP-DINOiser's heads {"obj_proj", "bkg_decoder"}, each {"kernel" [k, k, width, out], "bias" [out]}.
+
+    Reads `dinoiser.safetensors` in `folder` (or the file itself). Raises UserError for a missing file, for arrays that
+    are missing, surplus or misshapen, and for heads of a tower of another width.
+    """
+    path = Path(folder) / HEADS_FILE if Path(folder).is_dir() else Path(folder)
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; CLIP-DINOiser needs its two heads, obj_proj and bkg_decoder, trained on this CLIP; "
+            "heads= names their folder"
+        )
+    opened = open_checkpoint("dinoiser", path.parent, path)
+    if opened.config.width != width:
+        raise UserError(
+            f"{path}: its heads read a tower {opened.config.width} wide, not {width}; they belong to another checkpoint"
+        )
+    return restore(opened, on_host=True).params
+
+
+def save_heads(folder: str | Path, heads: Heads, dtype: DTypeLike = np.float32) -> Path:
+    """Writes the heads as `dinoiser.safetensors` in `folder`, under torch's names; returns the file."""
+    width, channels = np.shape(heads["obj_proj"]["kernel"])[2:]
+    return save("dinoiser", folder, HeadsConfig(width, channels), heads, dtype=dtype) / HEADS_FILE

@@ -1,17 +1,15 @@
 """The images that a CLIP was trained on: resized, cropped and normalised by its checkpoint's image processor."""
 
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from fmda.errors import UserError
-from fmda.weights.files import read_json
 from fmda.weights.network import Loaded
+from fmda.weights.reader import Fields, is_size
 
 _OPEN_CLIP_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -35,28 +33,21 @@ class Preprocess:
 
     def __call__(self, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n h w 3"]:
         """Returns float32 pixels of the size that the tower reads."""
-        pixels = np.stack([self._cropped(self._resized(image)) for image in images]).astype(np.float32) / 255
-        return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        pixels = np.stack([np.asarray(self._prepared(Image.fromarray(image))) for image in images])
+        return (pixels.astype(np.float32) / 255 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
-    def _resized(self, image: np.ndarray) -> np.ndarray:
-        height, width = image.shape[:2]
+    def _prepared(self, image: Image.Image) -> Image.Image:
         if isinstance(self.resize, int):
             # the longer side is rounded down
-            short = min(height, width)
-            size = (self.resize * height // short, self.resize * width // short)
+            height, width = (self.resize * side // min(image.size) for side in (image.height, image.width))
         else:
-            size = self.resize
-        resized = Image.fromarray(image).resize(size[::-1], Image.Resampling(self.resample))
-        return np.asarray(resized)
-
-    def _cropped(self, image: np.ndarray) -> np.ndarray:
+            height, width = self.resize
+        image = image.resize((width, height), Image.Resampling(self.resample))
         if self.crop is None:
             return image
-        missing = [max(0, want - have) for want, have in zip(self.crop, image.shape[:2], strict=True)]
-        if any(missing):
-            image = np.pad(image, [*(((n + 1) // 2, n // 2) for n in missing), (0, 0)])
-        top, left = ((have - want) // 2 for want, have in zip(self.crop, image.shape[:2], strict=True))
-        return image[top : top + self.crop[0], left : left + self.crop[1]]
+        top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
+        # black beyond the image
+        return image.crop((left, top, left + self.crop[1], top + self.crop[0]))
 
 
 def preprocess_of(clip: Loaded) -> Preprocess:
@@ -65,33 +56,31 @@ def preprocess_of(clip: Loaded) -> Preprocess:
     What is not named: shorter side to the size that the tower reads, bicubic, centre crop.
     Raises UserError for values that are no size or filter.
     """
-    side = clip.config.vision.image_size
-    mean, std = clip.config.image_mean, clip.config.image_std
-    folder = clip.folder or Path()
-    hugging_face, open_clip = folder / "preprocessor_config.json", folder / "open_clip_config.json"
-    if clip.folder is None or not (hugging_face.is_file() or open_clip.is_file()):
-        return Preprocess(side, (side, side), int(Image.Resampling.BICUBIC), mean, std)
-    if not hugging_face.is_file():
-        named = read_json(open_clip).get("preprocess_cfg") or {}
-        squash = named.get("resize_mode", "shortest") == "squash"
-        resample = _OPEN_CLIP_FILTERS.get(named.get("interpolation", "bicubic"))
-        if named.get("resize_mode", "shortest") not in ("shortest", "squash") or resample is None:
-            raise UserError(f"{open_clip}: preprocess_cfg {named} is not supported; use resize_mode shortest or squash")
-        return Preprocess((side, side) if squash else side, (side, side), int(resample), mean, std)
-    named = read_json(hugging_face)
-    resize = _size(named.get("size", side), hugging_face, "size")
-    crop = _size(named.get("crop_size", side), hugging_face, "crop_size")
-    resample = named.get("resample", int(Image.Resampling.BICUBIC))
-    if resample not in list(Image.Resampling):
-        raise UserError(f"{hugging_face}: resample is {resample!r}, not one of Pillow's filters 0-5; correct the file")
-    square = (crop, crop) if isinstance(crop, int) else crop
-    return Preprocess(resize, square if named.get("do_center_crop", True) else None, resample, mean, std)
+    side, folder = clip.config.vision.image_size, clip.folder or Path(os.devnull)
+    resize: int | tuple[int, int] = side
+    crop: tuple[int, int] | None = (side, side)
+    resample = int(Image.Resampling.BICUBIC)
+    processor, open_clip = folder / "preprocessor_config.json", folder / "open_clip_config.json"
+    if processor.is_file():
+        fields = Fields.read(processor, "correct the file")
+        resize, size = (_size(fields, key, side) for key in ("size", "crop_size"))
+        resample = fields.index("resample", resample, len(Image.Resampling))
+        crop = size if isinstance(size, tuple) else (size, size)
+        if not fields.flag("do_center_crop", True):
+            crop = None
+    elif open_clip.is_file():
+        fields = Fields.read(open_clip, "correct the file").section("preprocess_cfg")
+        if fields.word("resize_mode", "shortest", ("shortest", "squash")) == "squash":
+            resize = (side, side)
+        resample = int(_OPEN_CLIP_FILTERS[fields.word("interpolation", "bicubic", _OPEN_CLIP_FILTERS)])
+    return Preprocess(resize, crop, resample, clip.config.image_mean, clip.config.image_std)
 
 
-def _size(value: Any, where: Path, key: str) -> int | tuple[int, int]:
+def _size(fields: Fields, key: str, default: int) -> int | tuple[int, int]:
     """Returns a side, or (height, width), from the forms in which processors write sizes."""
-    sides = value if isinstance(value, Mapping) else {"shortest_edge": value}
+    value = fields.values.get(key, default)
+    sides = value if isinstance(value, dict) else {"shortest_edge": value}
     numbers = [sides[name] for name in ("shortest_edge", "height", "width") if name in sides]
-    if len(numbers) not in (1, 2) or not all(type(number) is int and number > 0 for number in numbers):
-        raise UserError(f"{where}: {key} is {value!r}; give shortest_edge, or height and width, as whole numbers")
+    if len(numbers) not in (1, 2) or not all(map(is_size, numbers)):
+        raise fields.fault(key, "shortest_edge, or height and width, as whole numbers")
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])

@@ -26,11 +26,9 @@ class Fields:
 
     @classmethod
     def read(cls, path: Path, fix: str = "take weights and configuration from the same source") -> "Fields":
-        """Returns the fields of a JSON file."""
         return cls(read_json(path), path, fix)
 
     def fault(self, key: str, expected: str) -> UserError:
-        """Returns the error of a key whose value is not what is expected."""
         value = f"is {self.values[key]!r}, not {expected}" if key in self.values else f"is missing: {expected}"
         return UserError(f"{self.where}: {self.prefix}{key} {value}; {self.fix}")
 
@@ -41,7 +39,6 @@ class Fields:
         return value
 
     def size(self, key: str, default: Any = MISSING) -> int:
-        """Returns a whole number above 0."""
         return self._checked(key, default, is_size, "one whole number above 0")
 
     def size_or_null(self, key: str, default: int) -> int:
@@ -49,10 +46,8 @@ class Fields:
         return default if self.values.get(key) is None else self.size(key)
 
     def index(self, key: str, default: Any, below: int) -> int:
-        """Returns a whole number from 0 to `below` - 1."""
-        return self._checked(
-            key, default, lambda v: v == 0 or (is_size(v) and v < below), f"one whole number from 0 to {below - 1}"
-        )
+        expected = f"one whole number from 0 to {below - 1}"
+        return self._checked(key, default, lambda v: v == 0 or (is_size(v) and v < below), expected)
 
     def sizes(self, key: str, default: Any = MISSING, *, count: int | None = None) -> tuple[int, ...]:
         """Returns whole numbers above 0, at least one, or exactly `count`."""
@@ -65,7 +60,6 @@ class Fields:
         return tuple(self._checked(key, default, valid, f"a list of {number}whole numbers above 0"))
 
     def number(self, key: str, default: Any = MISSING) -> float:
-        """Returns a finite number above 0."""
         return self._checked(key, default, lambda v: is_number(v) and v > 0, "one finite number above 0")
 
     def triple(self, key: str, default: Any, *, positive: bool) -> tuple[float, float, float]:
@@ -79,18 +73,15 @@ class Fields:
         return r, g, b
 
     def flag(self, key: str, default: bool) -> bool:
-        """Returns a truth value."""
         return self._checked(key, default, lambda v: isinstance(v, bool), "true or false")
 
     def word(self, key: str, default: Any, choices: Iterable[str]) -> str:
-        """Returns one of some words."""
         known = tuple(choices)
         value = self.values.get(key, default)
         hint = did_you_mean(value, known) if isinstance(value, str) else f"; known: {', '.join(known)}"
         return self._checked(key, default, lambda v: isinstance(v, str) and v in known, f"a known word{hint}")
 
     def of(self, keys: Keys) -> dict[str, Any]:
-        """Returns {field: value} of all keys."""
         return {field: method(self, key, default) for field, (key, method, default) in keys.items()}
 
     def section(self, *keys: str) -> "Fields":
@@ -123,10 +114,8 @@ def written(config: Any, keys: Keys, fixed: Mapping[str, tuple[Any, ...]]) -> di
 
 
 def is_size(value: Any) -> bool:
-    """Returns whether a JSON value is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

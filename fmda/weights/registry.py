@@ -21,7 +21,7 @@ from fmda.models.dinoiser import HEADS_FILE, heads_module
 from fmda.models.espnet_v2 import EspNetV2
 from fmda.models.sd_unet import UNet
 from fmda.models.sd_vae import Vae
-from fmda.weights import clip, diffusers, dinoiser_tables, espnet_v2
+from fmda.weights import clip, diffusers, dinoiser, espnet_v2
 from fmda.weights import dino as dino_weights
 from fmda.weights.source import DIFFUSION_FILES, TEXT_FILES, WEIGHT_FILES
 from fmda.weights.table import Export, Names, Table
@@ -90,7 +90,6 @@ def _check_ids(config: TextConfig, ids: Array | np.ndarray) -> None:
 
 
 def _replay_clip(network: Any, recorded: Mapping[str, np.ndarray]) -> Outputs:
-    """Returns L2-normalised embeddings."""
     image = np.asarray(network.encode_image(recorded["pixel_values"].transpose(0, 2, 3, 1)))
     text = np.asarray(network.encode_text(recorded["input_ids"]))
     return {
@@ -169,8 +168,8 @@ FAMILIES: dict[str, Family] = {
     "dinoiser": Family(
         kinds=(),
         files=(HEADS_FILE,),
-        read=dinoiser_tables.read,
-        export=dinoiser_tables.export,
+        read=dinoiser.read,
+        export=dinoiser.export,
         build=heads_module,
         calls={},
     ),

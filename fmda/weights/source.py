@@ -43,7 +43,6 @@ _NETWORK_FILES = (*DIFFUSION_FILES, *TEXT_FILES)
 
 Layout = Literal["single", "diffusers", "any"]
 
-_SMALL_FILES = ("*.json", "*.txt", "*.model")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -189,15 +188,10 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _wanted(files: list[str], at: str, layout: Layout) -> list[str]:
-    """Returns the patterns of what is to be fetched of a repository's files."""
-    if layout != "single" and "model_index.json" in files:
-        return _parts_wanted(files, at)
-    names = {"single": WEIGHT_FILES, "diffusers": _NETWORK_FILES, "any": (*WEIGHT_FILES, *_NETWORK_FILES)}[layout]
-    return [*_SMALL_FILES, *_weights_wanted(files, at, names)]
-
-
-def _parts_wanted(files: list[str], at: str) -> list[str]:
-    """Returns the patterns of a Stable Diffusion's small files and of the best weight file of each part."""
+    """Returns the patterns of a repository's small files and of its best weight file, or that of each part."""
+    if layout == "single" or "model_index.json" not in files:
+        names = {"single": WEIGHT_FILES, "diffusers": _NETWORK_FILES, "any": (*WEIGHT_FILES, *_NETWORK_FILES)}[layout]
+        return ["*.json", "*.txt", "*.model", *_weights_wanted(files, at, names)]
     wanted = ["model_index.json", "tokenizer/*", "scheduler/*"]
     for part, names in PARTS.items():
         inside = [file.removeprefix(f"{part}/") for file in files if file.startswith(f"{part}/")]
@@ -210,9 +204,7 @@ def _weights_wanted(files: list[str], at: str, names: Sequence[str] = WEIGHT_FIL
     """Returns the patterns of the best weight file among a repository's files, with all its shards."""
     for name in _ranked(files, names, at)[:1]:
         return [name, *(file for file in files if is_index(name) and _shard_of(name, file))]
-    # A pickle is not fetched: the error that names it needs no more than an empty place.
-    pickles = [file for file in files if Path(file).suffix in PICKLES]
-    if pickles:
+    if pickles := [file for file in files if Path(file).suffix in PICKLES]:
         raise UserError(
             f"{at}: holds its weights only as a torch pickle ({pickles[0]}), which is not read; "
             "download it and convert it to model.safetensors with safetensors.torch.save_file, then give the folder"

@@ -56,15 +56,8 @@ class Tokenizer:
         """
         if context is not None and not 2 <= context <= limit:
             raise UserError(f"context: {context} is not in 2..{limit}, the positions that the model has")
-        length = limit if context is None else context
-        rows = []
-        if len(texts):  # the library fails on an empty list
-            rows = self._inner(list(texts), truncation=True, max_length=length, padding=False)["input_ids"]
-        width = context or max((len(row) for row in rows), default=2)
-        ids = np.zeros((len(rows), width), np.int32)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = row
-        return ids
+        rows = self._encode(texts)
+        return self._joined(rows, context or min(limit, max(map(len, rows), default=2)), padding=0)
 
     def padded(self, texts: Sequence[str], context: int) -> tuple[Int[np.ndarray, "b t"], list[str]]:
         """Returns (int32 ids [B, context], what was cut off each text, "" for nothing).
@@ -72,20 +65,25 @@ class Tokenizer:
         Padding has the id that the tokenizer's files name, by default that of the end: Stable Diffusion's UNet reads
         the padded places too.
         """
-        end, pad = self._inner.eos_token_id, self._inner.pad_token_id
-        ids = np.full((len(texts), context), end if pad is None else pad, np.int32)
-        lost = []
-        rows = self._inner(list(texts), truncation=False, padding=False, verbose=False)["input_ids"] if texts else []
+        rows, padding = self._encode(texts), self._inner.pad_token_id
+        lost = [self._inner.decode(row[context - 1 : -1]).strip() if len(row) > context else "" for row in rows]
+        return self._joined(rows, context, self._inner.eos_token_id if padding is None else padding), lost
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        # the library fails on an empty list
+        return self._inner(list(texts), truncation=False, verbose=False)["input_ids"] if len(texts) else []
+
+    def _joined(self, rows: list[list[int]], context: int, padding: int) -> Int[np.ndarray, "b t"]:
+        ids = np.full((len(rows), context), padding, np.int32)
         for index, row in enumerate(rows):
-            rest = row[context - 1 : -1] if len(row) > context else []
-            kept = [*row[: context - 1], end] if rest else row
-            ids[index, : len(kept)] = kept
-            lost.append(self._inner.decode(rest).strip() if rest else "")
-        return ids, lost
+            ids[index, : len(row)] = row[:context]
+            if len(row) > context:
+                ids[index, -1] = self._inner.eos_token_id
+        return ids
 
     def length(self, text: str) -> int:
         """Returns how many ids a text has, start and end included."""
-        return len(self._inner(text, truncation=False, verbose=False)["input_ids"])
+        return len(self._encode([text])[0])
 
     @property
     def vocab_size(self) -> int:
@@ -98,7 +96,7 @@ class Tokenizer:
         Raises UserError where they are gone since they were read.
         """
         if not has_tokenizer(self.folder):
-            raise UserError(f"{self.folder}: its tokenizer files are gone; put them back, they are to be copied")
+            raise UserError(f"{self.folder}: its tokenizer files are gone; put them back")
         return [self.folder / name for name in FILES if (self.folder / name).is_file()]
 
 
@@ -117,7 +115,7 @@ def _load(folder: Path) -> Any:
         raise UserError(
             f"{folder}: its tokenizer files cannot be read ({error}); copy or download them again"
         ) from None
-    # the library takes anything, and fails when it compares with it; huge numbers are its own, for no limit
+    # the library accepts any type and fails later; its huge default means no limit
     limit = inner.model_max_length
     if not isinstance(limit, int | float) or isinstance(limit, bool):
         raise UserError(

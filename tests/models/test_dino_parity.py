@@ -67,9 +67,9 @@ def test_packed_names_give_the_same_network(tmp_path):
     model, pixels, _ = model_and_pixels((32, 32))
     model.save_pretrained(tmp_path / "hf")
     hf = load_dino(tmp_path / "hf")
-    from fmda.weights import dino_tables
+    from fmda.weights import dino
 
-    packed = dino_tables.DINO.write(hf.params)
+    packed = dino.DINO.write(hf.params)
     (tmp_path / "timm").mkdir()
     import torch
 

@@ -147,7 +147,7 @@ def test_a_file_instead_of_a_folder(folder):
 
 def test_an_unwritable_place_is_named_and_nothing_is_left(config, params, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="file/clip: cannot be made"):
+    with pytest.raises(UserError, match="file/clip: Not a directory"):
         save("clip", tmp_path / "file" / "clip", config, params)
     assert (tmp_path / "file").read_text() == "x"
 
@@ -159,7 +159,7 @@ def test_a_disk_that_does_not_take_the_weights_leaves_the_old_ones(folder, confi
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fmda.weights.files.save_file", full)
-    with pytest.raises(UserError, match="model.safetensors: cannot be written .*No space left"):
+    with pytest.raises(UserError, match="model.safetensors: No space left"):
         save("clip", folder, config, params)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

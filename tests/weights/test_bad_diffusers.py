@@ -415,11 +415,11 @@ def test_a_disk_that_fills_up_leaves_nothing_and_the_same_command_goes_on(place,
 
     with monkeypatch.context() as patch:
         patch.setattr("fmda.diffusion.load.shutil.copyfile", full)
-        assert "new: cannot be written" in fails(capsys, place, "convert sd new")[1]
+        assert "new: No space left" in fails(capsys, place, "convert sd new")[1]
     with monkeypatch.context() as patch:
         patch.setattr("fmda.weights.files.save_file", full)
         line = fails(capsys, place, "convert sd new")[1]
-        assert f"new/unet/{WEIGHTS}: cannot be written" in line and ".part" not in line
+        assert f"new/unet/{WEIGHTS}: No space left" in line and ".part" not in line
     (place / ".new.part").mkdir()  # what a killed try left
     cli.main("convert sd new".split())
     assert (place / "new" / "model_index.json").is_file() and not list(place.glob(".*"))

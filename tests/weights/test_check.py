@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 from fmda.errors import UserError
 from fmda.models.dino import dino, vit_config
 from fmda.models.module import init
-from fmda.weights import dino_tables
 from fmda.weights.check import verify
+from fmda.weights.dino import DINO
 from fmda.weights.network import load_clip, load_dino
 from fmda.weights.registry import FAMILIES
 
@@ -79,7 +79,7 @@ def test_a_damaged_record_is_a_user_error(folder):
 def test_dino_by_its_authors_names(tmp_path):
     config = vit_config(8, 128, layers=2, image_size=32)
     params = init(lambda rngs: dino(config, rngs=rngs), jax.random.key(0))
-    save_file(dino_tables.DINO.write(params), tmp_path / "model.safetensors")
+    save_file(DINO.write(params), tmp_path / "model.safetensors")
     report = verify(tmp_path)
     assert report.ok and report.layout == "DINO"
     loaded = load_dino(tmp_path)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fmda import trees
 from fmda.errors import UserError
-from fmda.weights import clip_tables, dino_tables
+from fmda.weights import clip_tables, dino
 from fmda.weights.table import Table, drop, row
 from fmda.weights.transforms import BATCH, BATCH_TOKEN, CONV, COPY, LINEAR, QKV_BIAS, QKV_WEIGHT
 
@@ -164,8 +164,8 @@ def test_every_transform_inverts(transform):
         clip_tables.OPEN_CLIP_VIT,
         clip_tables.OPEN_CLIP_RESNET,
         clip_tables.OPEN_CLIP_CONVNEXT,
-        dino_tables.DINO,
-        dino_tables.HF_VIT,
+        dino.DINO,
+        dino.HF_VIT,
     ],
 )
 def test_no_two_rows_of_a_table_share_a_name(table):

@@ -30,8 +30,7 @@ from fmda.methods.floss.text import (
 )
 from fmda.methods.floss.tower import Tower
 from fmda.runs.identity import claim
-from fmda.weights.dinoiser import load_heads
-from fmda.weights.network import load_clip, weight_fingerprint
+from fmda.weights.network import load_clip, load_heads, weight_fingerprint
 
 Chosen = tuple[tuple[int, ...], ...]
 Image = UInt8[np.ndarray, "H W 3"]

@@ -37,8 +37,7 @@ from fmda.nn.resize import resize
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
-from fmda.weights.dinoiser import load_heads, save_heads
-from fmda.weights.network import Loaded, load_clip, load_dino, weight_fingerprint
+from fmda.weights.network import Loaded, load_clip, load_dino, load_heads, save_heads, weight_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,20 +3,16 @@
 from fmda.models.clip.clip import Clip, vision_tower
 from fmda.models.clip.config import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.models.clip.convnext import ConvNext
-from fmda.models.clip.resnet import ModifiedResNet
 from fmda.models.clip.text import TextTransformer
-from fmda.models.clip.transformer import Attention, Block, Mlp
+from fmda.models.clip.transformer import Block
 from fmda.models.clip.vision import VisionTransformer
 
 __all__ = [
-    "Attention",
     "Block",
     "Clip",
     "ClipConfig",
     "ConvNext",
     "ConvNextConfig",
-    "Mlp",
-    "ModifiedResNet",
     "ResNetConfig",
     "TextConfig",
     "TextTransformer",

@@ -91,6 +91,5 @@ class ConvNext(nnx.Module):
         return self.projection(ACTIVATIONS[self.config.activation](self.up(self.norm_post(x))))
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b embed"]:
-        """Returns the mean of the last stage, projected."""
         last = self.stages(pixels)[-1]
         return self.project(last.mean((1, 2), dtype=jnp.float32).astype(last.dtype))

@@ -120,5 +120,4 @@ class ModifiedResNet(nnx.Module):
         return tuple(maps)
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b embed"]:
-        """Returns the last stage, attention-pooled and projected."""
         return self.pool(self.stages(pixels)[-1])

@@ -75,5 +75,4 @@ class VisionTransformer(nnx.Module):
         return x if self.projection is None else self.projection(x)
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b embed"]:
-        """Returns the class token of the last block, normalised and projected."""
         return self.project(self.hidden(pixels)[:, 0])

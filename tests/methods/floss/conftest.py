@@ -9,8 +9,7 @@ from floss_small import CONFIG, picture, small_clip, small_heads
 from PIL import Image
 
 from fmda.methods.pretrain.tokenizer import train_tokenizer
-from fmda.weights.dinoiser import save_heads
-from fmda.weights.network import save
+from fmda.weights.network import save, save_heads
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,7 @@ from fmda.methods.floss.model import Floss
 from fmda.methods.floss.run import stages
 from fmda.methods.floss.tower import TokenCache, Tower
 from fmda.runs.stages import run_stages
-from fmda.weights.dinoiser import save_heads
-from fmda.weights.network import load_clip, save
+from fmda.weights.network import load_clip, save, save_heads
 
 TEMPLATES = ("a photo of the {}.", "the {}.", "a {} road.", "sky and {}.")
 
