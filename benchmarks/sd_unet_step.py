@@ -108,6 +108,7 @@ def our_step(options: argparse.Namespace) -> dict[str, Any]:
         "found": found,
         "compile_s": seconds,
         "compiled_bytes": compiled_memory(compiled),
+        "traced_bytes": training(options).need(*options.batch),
         "dispatch": dispatch(leaves),
     }
 

@@ -120,30 +120,23 @@ class Stream:
             where workers are used (a class of `transforms`, or a function at the top of a module).
         batch: examples of a batch, over all processes.
         order: which example stands at a position.
-        resident: batches hold {"index": int32 [b]} in place of arrays; whoever consumes them holds all examples on the
-            devices. For small sources without transform.
     """
 
     source: Sequence[Any]
     transform: Transform | None
     batch: int
     order: Order = Shuffled()
-    resident: bool = False
 
     def __post_init__(self) -> None:
-        """Raises UserError for an empty source, a batch below 1, or a transform of resident examples."""
+        """Raises UserError for an empty source or a batch below 1."""
         if len(self.source) == 0:
             raise UserError("the dataset is empty: there are no examples to draw; check its folder and split")
         if self.batch < 1:
             raise UserError(f"batch: {self.batch}; give at least 1")
-        if self.resident and self.transform is not None:
-            raise UserError("a resident stream has no transform: its examples lie on the devices as they are")
 
     def rows(self, positions: range, seed: int) -> Batch:
         """Returns the examples at these positions as one batch."""
         indices = [self.order(position, len(self.source), seed) for position in positions]
-        if self.resident:
-            return {"index": np.asarray(indices, np.int32)}
         return stack([self._example(*pair, seed) for pair in zip(positions, indices, strict=True)])
 
     def _example(self, position: int, index: int, seed: int) -> Any:

@@ -2,7 +2,7 @@
 
 from fmda.perf.flops import count_flops
 from fmda.perf.memory import compiled_memory, device_memory
-from fmda.perf.peaks import device_peak, peak_flops
+from fmda.perf.peaks import peak_flops
 from fmda.perf.trace import Program, residual_bytes, training_flops
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "compiled_memory",
     "count_flops",
     "device_memory",
-    "device_peak",
     "peak_flops",
     "residual_bytes",
     "training_flops",

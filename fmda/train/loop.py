@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 import fmda
 from fmda.data.loader import Batches
-from fmda.data.streams import Stream, batches
+from fmda.data.streams import batches
 from fmda.errors import UserError, did_you_mean, disk_errors
-from fmda.mesh import batch_sharding, make_mesh, place, replicate, replicated, shard_batch
+from fmda.mesh import make_mesh, place, replicate, replicated, shard_batch
 from fmda.perf.peaks import peak_flops
 from fmda.progress import Line
 from fmda.runs import identity
@@ -23,7 +23,7 @@ from fmda.train.checkpoints import Checkpoints, starting_state
 from fmda.train.metrics import Meter, MetricLog, status
 from fmda.train.step import Step, TrainState, step_flops
 from fmda.train.stop import Stopped, StopSignals, Watch
-from fmda.train.task import Task, TrainerConfig, on_devices, whole_source
+from fmda.train.task import Task, TrainerConfig
 
 MIB = 2**20
 
@@ -81,7 +81,7 @@ def fit(
         if data:
             loader.set_state(data["position"])
         key, frozen = replicate((key, task.frozen), mesh)
-        feed = _Feed(loader, mesh, task.residents, clock)
+        feed = _Feed(loader, mesh, clock)
         batch = feed.draw()
         position = None if limit is None else _position(begin, 0.0, steps, mesh)
         line.note(f"{task.name}: compiling the training step ...")
@@ -199,18 +199,11 @@ class _Placed(NamedTuple):
 
 
 class _Feed:
-    """Draws batches and places them on the mesh; `waited` sums the seconds that `next` of the loader took.
+    """Draws batches and places them on the mesh; `waited` sums the seconds that `next` of the loader took."""
 
-    Resident examples are placed once, whole, and gathered by index on the devices.
-    """
-
-    def __init__(
-        self, loader: Batches, mesh: Mesh, residents: Mapping[str, Stream], clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, loader: Batches, mesh: Mesh, clock: Callable[[], float]) -> None:
         self._loader, self._mesh, self._clock = loader, mesh, clock
         self.waited = 0.0
-        self._arrays = replicate({name: whole_source(stream) for name, stream in residents.items()}, mesh)
-        self._gather = jax.jit(on_devices, out_shardings=batch_sharding(mesh))
 
     def draw(self) -> _Placed:
         """Returns the next batch, on its way to the devices."""
@@ -221,7 +214,5 @@ class _Feed:
         self.waited += self._clock() - start
         position = json.dumps(self._loader.get_state(), default=int)
         arrays = shard_batch(batch, self._mesh)
-        if self._arrays:
-            arrays = self._gather(self._arrays, arrays)
         examples = max((leaf.shape[0] for leaf in jax.tree.leaves(arrays) if leaf.ndim), default=1)
         return _Placed(arrays, examples, position)

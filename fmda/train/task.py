@@ -4,8 +4,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from fmda.config import FREE, NonNegativeInt, PositiveFloat, PositiveInt
 from fmda.data.streams import Stream
 from fmda.mesh import FSDP_RULES, Rule
@@ -132,25 +130,3 @@ class Task:
             self.objective, make_optimizer(self.optim, steps), teacher_decay=self.teacher_decay,
             teacher_when=self.teacher_when, accumulate=self.accumulate, schedule=make_schedule(self.optim, steps),
         )  # fmt: skip
-
-    @property
-    def residents(self) -> dict[str, Stream]:
-        """The streams whose examples lie on the devices, by name; "" is a stream without a name."""
-        streams = {"": self.streams} if isinstance(self.streams, Stream) else self.streams
-        return {name: stream for name, stream in streams.items() if stream.resident}
-
-
-def on_devices(arrays: Mapping[str, Any], batch: Any) -> Any:
-    """Returns a batch with the rows of resident `arrays` in place of their indices; pure, runs on the devices."""
-
-    def rows(name: str, part: Any) -> Any:
-        return {key: leaf[part["index"]] for key, leaf in arrays[name].items()} if name in arrays else part
-
-    return rows("", batch) if "" in arrays else {name: rows(name, part) for name, part in batch.items()}
-
-
-def whole_source(stream: Stream) -> dict[str, np.ndarray]:
-    """Returns all examples of a stream as arrays [n, ...]."""
-    from fmda.data.loader import stack
-
-    return stack([stream.source[index] for index in range(len(stream.source))])

@@ -175,8 +175,6 @@ def test_bad_settings_are_refused() -> None:
         Stream([], None, 2)
     with pytest.raises(UserError, match="batch: 0; give at least 1"):
         Stream(SOURCE, None, 0)
-    with pytest.raises(UserError, match="has no transform"):
-        Stream(SOURCE, add_noise, 2, resident=True)
     with pytest.raises(UserError, match="target.batch: 3 cannot be split over 2 processes"):
         batches({"source": stream(2), "target": stream(3)}, 0, process_count=2)
     with pytest.raises(UserError, match="factors: 2 for 10 examples"):
@@ -203,12 +201,6 @@ def test_joined_streams_have_one_position_and_orders_of_their_own() -> None:
         next(batches({"source": stream(2), "target": stream(4)}, 5, process_index=p, process_count=2)) for p in (0, 1)
     ]
     np.testing.assert_array_equal(np.concatenate([h["target"]["labels"] for h in halves]), whole[0]["target"]["labels"])
-
-
-def test_resident_streams_give_indices_of_the_same_order() -> None:
-    numbers = drawn(batches(stream(4), 3), 5)
-    indices = [batch["index"].tolist() for batch in itertools.islice(batches(stream(4, resident=True), 3), 5)]
-    assert indices == numbers
 
 
 def test_repeated_examples_occur_as_often_as_their_factor_says() -> None:

@@ -14,34 +14,31 @@ from fmda.errors import UserError
 from fmda.perf import (
     compiled_memory,
     device_memory,
-    device_peak,
     peak_flops,
 )
 
 
 @pytest.mark.parametrize(
-    ("kind", "teraflops", "terabytes"),
+    ("kind", "teraflops"),
     [
-        ("NVIDIA H200", 989, 4.8),
-        ("NVIDIA H100 80GB HBM3", 989, 3.35),
-        ("NVIDIA H100 PCIe", 756, 2.0),
-        ("NVIDIA A100-SXM4-40GB", 312, 1.555),
-        ("NVIDIA A100-SXM4-80GB", 312, 2.039),
-        ("NVIDIA L40S", 181, 0.864),
-        ("NVIDIA L4", 121, 0.3),
-        ("TPU v4", 275, 1.2288),
-        ("TPU v5 lite", 197, 0.819),
-        ("TPU v5p", 459, 2.765),
-        ("TPU v6 lite", 918, 1.64),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 181),
+        ("NVIDIA L4", 121),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
     ],
 )
-def test_data_sheets(kind, teraflops, terabytes):
-    peak = device_peak(kind)
-    assert (peak.bfloat16 / 1e12, peak.bandwidth / 1e12) == (teraflops, terabytes)
+def test_data_sheets(kind, teraflops):
+    assert peak_flops(kind) == teraflops * 1e12
 
 
 def test_unknown_device_has_no_peak_but_can_be_measured():
-    assert device_peak("cpu") is None
     assert peak_flops() is None
     assert peak_flops("NVIDIA H200", "float32") == 495e12
     assert 1e7 < measured_peak(size=64, repeats=10) < 1e14

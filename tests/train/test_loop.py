@@ -281,10 +281,9 @@ def test_progress_says_where_it_begins_and_what_it_costs(tmp_path, capsys, monke
     assert lines[-1].startswith("clip: step 4/4, loss ") and "MFU" in lines[-1] and "images/s" in lines[-1]
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_streams_resume_and_resident_examples_give_the_same_bits(tmp_path, streamed, resident):
+def test_streams_resume_to_the_same_bits(tmp_path, streamed):
     rows = [take_row(regression.batch(number, 1), None) for number in range(16)]
-    task = regression.task(streams=Stream(rows, None, 8, resident=resident))
+    task = regression.task(streams=Stream(rows, None, 8))
     settings = regression.settings(6, batch=8, save_steps=2, mesh=(4, 2))
 
     def stop(state):
@@ -312,7 +311,7 @@ def test_joined_streams_reach_the_objective_by_name(tmp_path):
         parts = [regression.objective(params, state, frozen, batch[name], key).loss for name in ("source", "target")]
         return Outcome(parts[0] + parts[1], {"source": parts[0]}, {})
 
-    streams = {"source": Stream(rows, None, 8), "target": Stream(rows[:4], None, 4, resident=True)}
+    streams = {"source": Stream(rows, None, 8), "target": Stream(rows[:4], None, 4)}
     task = regression.task(streams=streams, objective=both)
     run_task(task, regression.settings(4, mesh=(4, 1)), tmp_path)
     assert all(line["loss"] > line["source"] > 0 for line in records(tmp_path))
