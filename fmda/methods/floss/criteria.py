@@ -72,7 +72,7 @@ CRITERIA: dict[Criterion, Callable[[Tally], Risk]] = {
 
 
 def shrunk(risks: Risk, share: Float[np.ndarray, "M K"], prior: float = PRIOR_SHARE) -> Risk:
-    """Returns risks drawn towards each template's own mean, weighted by share / (share + prior), both in per cent."""
+    """Returns risks drawn towards each template's mean, weighted by share / (share + prior), both in per cent."""
     total = share.sum(1, keepdims=True)
     mean = (risks * share).sum(1, keepdims=True) / np.maximum(total, 1e-12)
     weight = share / (share + prior)
@@ -119,9 +119,9 @@ def comparison(tally: Tally, n: int) -> list[dict[str, float | str]]:
     for name, criterion in CRITERIA.items():
         if name == "flip" and not tally.mirrored.any():
             continue
-        risks = np.where(count > 0, criterion(tally), np.inf)
-        correlation = rank_correlation(criterion(tally), iou, count)[present]
-        first = risks.argsort(0, kind="stable")[:n]
+        risks = criterion(tally)
+        correlation = rank_correlation(risks, iou, count)[present]
+        first = np.where(count > 0, risks, np.inf).argsort(0, kind="stable")[:n]
         known = correlation[np.isfinite(correlation)]
         table.append(
             {

@@ -1,7 +1,7 @@
 """Patch probabilities of all experts, computed only where an expert may claim a pixel.
 
 K experts of K classes are K^2 scores a patch: for 171 classes a sixth of the image tower's work. Most are never read,
-because fusion reads an expert only where its own class may win. The softmax is monotone, so raw scores decide: if some
+because fusion reads an expert only where its class may win. The softmax is monotone, so raw scores decide: if some
 class (a *witness*) beats e by a margin at all four corners of a cell, expert e claims nothing there, and its other
 scores at a patch are needed only where a cell beside that patch stays open. Witnesses are the classes that the
 ordinary classifier predicts most often.
@@ -15,7 +15,7 @@ from fmda.methods.floss.chain import Taps
 from fmda.methods.floss.fusion import Cells
 
 WITNESSES = 16
-"""Classes tried as witnesses; the most frequent ones of a window find nearly all that can be found."""
+"""Classes tried as witnesses; the most frequent ones of a window decide nearly all cells."""
 
 MARGIN = 1e-3
 """Lead of a witness, in logits; far above what rounding does to them."""
@@ -71,14 +71,14 @@ def _lost_cells(
     likely: Int[Array, " P"],
     cells: Cells,
 ) -> Bool[Array, "K cells"]:
-    """Returns the cells in which a witness beats each expert's own class at all four corners."""
+    """Returns the cells in which a witness beats each expert's class at all four corners."""
     k = jnp.arange(classifiers.shape[1])
-    own_scores = scale * jnp.einsum("kd,pd->kp", classifiers[k, k], features, precision="highest")
+    confidences = scale * jnp.einsum("kd,pd->kp", classifiers[k, k], features, precision="highest")
     counts = jnp.zeros_like(k).at[likely].add(1)
     frequent, witnesses = jax.lax.top_k(counts, min(WITNESSES, len(k)))
 
     def against(number: Array, lost: Array) -> Array:
-        beaten = scale * _cosines(classifiers[:-1, witnesses[number]], features) > own_scores + MARGIN
+        beaten = scale * _cosines(classifiers[:-1, witnesses[number]], features) > confidences + MARGIN
         return lost | beaten[:, cells.corner_patches].all(1)
 
     return jax.lax.fori_loop(0, (frequent > 0).sum(), against, jnp.zeros((len(k), cells.count), bool))

@@ -73,7 +73,7 @@ def fuse(
         jnp.full((cells.count, cells.pixels), -1.0, p.dtype),
         jnp.full((cells.count, cells.pixels), experts, jnp.int32),
     )
-    for kind, confidence, values in ((WHOLE, cells.own, 4), (OPEN, cells.claim, experts)):
+    for kind, confidence, values in ((WHOLE, cells.confidence, 4), (OPEN, cells.claim, experts)):
         size = max(1, ELEMENTS // (cells.pixels * values))
         state = _over_pairs(verdict == kind, state, size, functools.partial(confidence, flat))
     winner = state[1][cells.cell_of_pixel, cells.place_of_pixel]
@@ -101,14 +101,14 @@ def _by_corners(
     """
     experts = p.shape[-1]
     k = jnp.arange(experts)
-    own_scores = p[k, :, k]
-    at = [own_scores[:, c] for c in cells.corner_patches]
+    confidences = p[k, :, k]
+    at = [confidences[:, c] for c in cells.corner_patches]
     if lost is None:
         lost = jnp.zeros((experts, cells.count), bool)
     likely = p[experts].argmax(-1)
     for witness in cells.corner_patches:
         rivals = [p[k[:, None], c[None, :], likely[witness][None, :]] for c in cells.corner_patches]
-        lost |= functools.reduce(jnp.logical_and, [r > UP * own for r, own in zip(rivals, at, strict=True)])
+        lost |= functools.reduce(jnp.logical_and, [r > UP * c for r, c in zip(rivals, at, strict=True)])
     size = max(1, ELEMENTS // (4 * experts))
 
     def judge(verdict: Array, chunk: Array, valid: Array) -> Array:
@@ -123,10 +123,10 @@ def _by_corners(
 
 def _verdict(corners: Float[Array, "S 4 K"], e: Int[Array, " S"]) -> Int[Array, " S"]:
     """Returns what the vectors at a cell's corners say about expert e there."""
-    own_scores = jnp.take_along_axis(corners, e[:, None, None], axis=2)
-    lost = (corners > UP * own_scores).all(1).any(1)
+    confidences = jnp.take_along_axis(corners, e[:, None, None], axis=2)
+    lost = (corners > UP * confidences).all(1).any(1)
     rivals = jnp.where(jnp.arange(corners.shape[-1])[None, None] == e[:, None, None], -1.0, corners)
-    whole = (own_scores[..., 0] > UP * rivals.max(2)).all(1)
+    whole = (confidences[..., 0] > UP * rivals.max(2)).all(1)
     return jnp.where(lost, OUT, jnp.where(whole, WHOLE, OPEN))
 
 
@@ -168,9 +168,9 @@ def _over_pairs(
         best = best.at[c].max(value)
         after = best[c]
         # a raised pixel forgets its winner; then the lowest expert with the new best takes it
-        nobody = jnp.iinfo(jnp.int32).max
-        winner = winner.at[c].max(jnp.where(after > before, nobody, -1))
-        winner = winner.at[c].min(jnp.where((value >= 0) & (value == after), e[:, None], nobody))
+        no_winner = jnp.iinfo(jnp.int32).max
+        winner = winner.at[c].max(jnp.where(after > before, no_winner, -1))
+        winner = winner.at[c].min(jnp.where((value >= 0) & (value == after), e[:, None], no_winner))
         return best, winner
 
     return _in_chunks(mask, size, enter, state)
@@ -210,18 +210,20 @@ class Cells:
         """Returns expert e's vectors [S, K] at the four corners of cell c."""
         return [p[e, jnp.asarray(patch)[c]] for patch in self.corner_patches]
 
-    def own(self, p: Float[Array, "E P K"], e: Int[Array, " S"], c: Int[Array, " S"]) -> Float[Array, "S pixels"]:
+    def confidence(
+        self, p: Float[Array, "E P K"], e: Int[Array, " S"], c: Int[Array, " S"]
+    ) -> Float[Array, "S pixels"]:
         """Returns p_e[e] at the pixels of each (expert, cell) pair."""
         corners = [p[e, jnp.asarray(patch)[c], e] for patch in self.corner_patches]
         return self._spread([v[:, None] for v in corners], c)[:, 0]
 
     def claim(self, p: Float[Array, "E P K"], e: Int[Array, " S"], c: Int[Array, " S"]) -> Float[Array, "S pixels"]:
         """Returns p_e[e] at the pixels of each pair where expert e claims, else -1."""
-        values, own_scores = self._spread(self.gathered(p, e, c), c), self.own(p, e, c)
+        values, confidences = self._spread(self.gathered(p, e, c), c), self.confidence(p, e, c)
         k, e = jnp.arange(p.shape[-1])[None, :, None], e[:, None, None]
         earlier = jnp.where(k < e, values, -1.0).max(1)
         later = jnp.where(k > e, values, -1.0).max(1)
-        return jnp.where((own_scores > earlier) & (own_scores >= later), own_scores, -1.0)
+        return jnp.where((confidences > earlier) & (confidences >= later), confidences, -1.0)
 
     def _spread(self, corners: list[Float[Array, "S K"]], c: Int[Array, " S"]) -> Float[Array, "S K pixels"]:
         """Returns corner values interpolated over the pixels of their cell, rows first, as `interpolate` does."""

@@ -2,7 +2,7 @@
 
 The image tower runs once for each window. Then templates are scanned a few at a time and images a band of rows at a
 time; what leaves the device is one small table of sums a band. Windows are spread over devices for the tower, and
-templates over devices for the scan; with several processes each takes its own images.
+templates over devices for the scan; with several processes each takes a part of the images.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -60,7 +60,7 @@ class Scanner:
     Args:
         chain: of the host.
         table: unit-length text embeddings of every name in every template.
-        ordinary: the host's own classifier.
+        ordinary: the host's classifier.
         mesh: devices that share the templates.
         resolution: where entropies are taken: at the image's size (the paper), the network's, or the patches.
         chunk: templates at a time on a device.
@@ -98,14 +98,14 @@ class Scanner:
         )
 
     def scan(self, image: ImagePatches) -> tuple[Array, Array, Array]:
-        """Returns the sums of each band: measures [bands, M, K, S], mirrored counts, and the host's own counts."""
+        """Returns the sums of each band: measures [bands, M, K, S], mirrored counts, and the host's counts."""
         rows, columns = (side.matrix(self.resolution) for side in (image.grid.rows, image.grid.columns))
         # filled up to a few sizes, with pixels that count nowhere
         below, right = (bucket(n, step) - n for n, step in ((len(rows), ROWS), (len(columns), 16)))
         labels = image.labels
         if labels is not None:
             labels = np.pad(labels, ((0, below), (0, right)), constant_values=255)
-        # the last column is repeated, so that it counts as its own neighbour
+        # the last column is repeated, so that it is its neighbour
         across, mirrored_across = (np.pad(c, ((0, right), (0, 0)), mode="edge") for c in (columns, columns[::-1]))
         return _scan(
             self.table,

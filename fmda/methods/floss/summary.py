@@ -78,7 +78,7 @@ def plan(config: Config) -> Plan:
         classifiers = _floats(len(classes) + 1, queries, dim)
         return _traced(lambda p, c: fused_maps(chain, p, c, grid, fusion), patch_maps, classifiers)
 
-    look = Program(tower, windows)
+    tower_program = Program(tower, windows)
     maps = {
         "host's maps": _traced(lambda p, one: host_maps(chain, p, one, grid), patch_maps, _floats(queries, dim)),
         "experts' maps": experts(config.fusion),
@@ -88,13 +88,16 @@ def plan(config: Config) -> Plan:
         lambda text, ids: nnx.merge(graph, shapes | {"text": text}).text(ids), shapes["text"],
         jax.ShapeDtypeStruct((1, PROMPT_TOKENS), jnp.int32),
     )  # fmt: skip
-    flops = {"text tower, once": templates * queries * prompt, f"image tower, {count} windows": look.flops(count)}
+    flops = {
+        "text tower, once": templates * queries * prompt,
+        f"image tower, {count} windows": tower_program.flops(count),
+    }
     # with many names, exact fusion computes the scores that the image needs: at most those of the reference
     bound = {"experts' maps": experts("reference")} if config.fusion == "exact" and queries >= MANY else {}
     flops |= {name: program.flops(1) for name, program in (maps | bound).items()}
     memory = {
         "parameters": trees.size_bytes(kernels), "text table": 4 * templates * queries * dim,
-        f"image tower, {min(BATCH, count)} windows at once": look.peak(min(BATCH, count)),
+        f"image tower, {min(BATCH, count)} windows at once": tower_program.peak(min(BATCH, count)),
         **{name: program.peak(1) for name, program in maps.items()},
     }  # fmt: skip
     counts = {name: trees.count(tree) for name, tree in kernels.items()}

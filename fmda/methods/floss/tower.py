@@ -91,7 +91,7 @@ class Tower:
         return normalised(resize_image(image, self.patch_grid(image).network), self.host, self.config)
 
     def patches(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> list[Patches]:
-        """Returns the patches of each image's windows [N, h, w, ...], held whole by every device.
+        """Returns the patches of each image's windows [N, h, w, ...], replicated on all devices.
 
         Windows of equal size are pooled over the images.
         """
