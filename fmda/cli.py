@@ -347,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as fault:
         _refuse(fault)
     except BrokenPipeError:
-        # the reader of our output (head, less) has seen enough
+        # the reader of stdout (head, less) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as fault:

@@ -73,7 +73,7 @@ class Plain(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose unquoted scalars are `Plain` text; a key given twice is an error."""
+    """YAML whose unquoted scalars are `Plain` text; a repeated key is an error."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012
 

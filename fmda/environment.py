@@ -1,4 +1,4 @@
-"""What the environment decides: where caches lie, and whether jax finds the devices it is asked for.
+"""Settings of the environment: the cache folder, and the devices that jax may use.
 
 Nothing here imports jax before a caller needs it.
 """

@@ -56,7 +56,7 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
             if not isinstance(node, dict):
                 raise ValueError(f"'{path}' lies below a leaf")
         if keys[-1] in node:
-            raise ValueError(f"'{path}' is given twice, or is the beginning of another path")
+            raise ValueError(f"'{path}' occurs twice, or is the beginning of another path")
         node[keys[-1]] = leaf
     return tree
 

@@ -12,7 +12,7 @@ from fmda.data.classes import class_list
 
 @dataclass(frozen=True)
 class Labels:
-    """One place where labels may lie.
+    """One possible place of the labels.
 
     `class_map` leads from the ids in the file to the class list; `red16` is SYNTHIA's form; `lacks_255`: 255
     does not occur in the published files, so that it is a sign of ids that were reduced by one.

@@ -62,7 +62,7 @@ class DataReport:
         """One line: fit for a run, fit as unlabelled images alone, or not fit."""
         if self.faults:
             return f"not fit for a run: {len(self.faults)} faults"
-        return "fit for a run" if self.labelled else "fit only as unlabelled images: no label found"
+        return "fit for a run" if self.labelled else "fit only as unlabelled images: there are no labels"
 
     def text(self) -> str:
         """Returns the whole report for a terminal: counts, sizes, notes, classes, faults."""

@@ -92,7 +92,7 @@ def test_a_flat_folder_is_every_default_split_without_labels(tmp_path, put) -> N
     with pytest.raises(UserError, match="bare images open with labels=False"):
         open_dataset("folder", tmp_path / "flat")
     report = check(open_dataset("folder", tmp_path / "flat", strict=False))
-    assert report.verdict == "fit only as unlabelled images: no label found"
+    assert report.verdict == "fit only as unlabelled images: there are no labels"
     assert report.to_json()["fit"] is False and report.to_json()["fit_unlabelled"] is True
 
 
@@ -108,7 +108,7 @@ def test_check_says_where_it_looked_for_labels(street) -> None:
     os.rename(street / "labels", street / "masks")
     (street / "classes.yaml").unlink()
     report = check(open_dataset("folder", street, strict=False))
-    assert report.text().endswith("fit only as unlabelled images: no label found")
+    assert report.text().endswith("fit only as unlabelled images: there are no labels")
     assert report.notes == (f"looked for labels labels/{{key}}.png in {street}",)
 
 
