@@ -27,7 +27,7 @@ Check = Callable[[Any, Path, dict[str, Path]], dict[str, Any]]
 
 
 def trainer_stages(
-    config: Any,
+    config: TrainerConfig,
     task: MakeTask,
     write: Write,
     *,
@@ -45,7 +45,7 @@ def trainer_stages(
     summary of its training. It records the number of parameters, what `write` returns, and the "step" of the best one.
 
     Args:
-        config: a `TrainerConfig`.
+        config: also what the last two stages receive.
         task, write, check: what the stages do.
         exported, checked: settings that the last two stages depend on besides those of the stages that they read.
         before: stages that the training reads.
@@ -56,7 +56,7 @@ def trainer_stages(
     names = tuple(stage.name for stage in before)
 
     def train(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-        return {"steps": int(run_task(task(done), config, folder).step)}
+        return {"steps": int(run_task(task(done), config.of_loop(), folder).step)}
 
     def export(folder: Path, done: dict[str, Path]) -> dict[str, Any]:
         step = None if config.best is None else best_step(done["train"], config.best, config.best_mode)

@@ -1,7 +1,7 @@
 """What a method hands over to be trained, and the settings that all trainers share."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from fmda.config import FREE, NonNegativeInt, PositiveFloat, PositiveInt
@@ -43,6 +43,10 @@ class TrainerConfig:
     best: str | None = field(default=None, metadata=FREE)
     best_mode: Literal["max", "min"] = field(default="max", metadata=FREE)
     tensorboard: bool = field(default=False, metadata=FREE)
+
+    def of_loop(self) -> "TrainerConfig":
+        """Returns the settings of the loop alone, for a run folder that records the others, with references as text."""
+        return TrainerConfig(**{one.name: getattr(self, one.name) for one in fields(TrainerConfig)})
 
 
 class Evaluator(Protocol):

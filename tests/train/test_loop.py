@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import signal
+import sys
+import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +15,13 @@ import pytest
 import regression
 from regression import RULES, NumberedBatches, run, stopping, take_row
 
+from fmda.atomic import write_atomic
 from fmda.data.streams import Stream
 from fmda.errors import UserError
-from fmda.train import OptimConfig, Outcome, Snapshot, Stopped, loop, run_task
+from fmda.methods import kinds
+from fmda.methods.trainer import trainer_stages
+from fmda.runs.stages import Stage
+from fmda.train import OptimConfig, Outcome, Snapshot, Stopped, TrainerConfig, loop, run_task
 
 
 def interrupted(folder, step, **changes):
@@ -325,3 +333,42 @@ def test_tensorboard_on_request(tmp_path):
 def test_state_without_teacher(tmp_path):
     options = {"optim": OptimConfig(method="sgd", learning_rate=0.01), "teacher_decay": None}
     assert run(tmp_path, steps=2, **options).teacher == {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaled(TrainerConfig):
+    """A kind of run that trains the small task at a scale from a file."""
+
+    scale: Path
+
+
+def test_a_moved_pipeline_resumes_its_training(tmp_path, monkeypatch, capfd):
+    def write(config):
+        return [Stage("file", lambda folder, _: write_atomic(folder / "scale.txt", "1.5"))]
+
+    def stages(config):
+        def task(_):
+            steps = Snapshot((3,), lambda state: signal.raise_signal(signal.SIGTERM)) if stopped else None
+            frozen = {"scale": np.float32(config.scale.read_text())}
+            return regression.task(frozen=frozen, snapshots=steps)
+
+        return trainer_stages(config, task, lambda *_: None)
+
+    for kind, module in (
+        ("write", types.SimpleNamespace(Config=regression.OptimConfig, stages=write)),
+        ("scaled", types.SimpleNamespace(Config=Scaled, stages=stages)),
+    ):
+        monkeypatch.setitem(sys.modules, kind, module)
+        monkeypatch.setitem(kinds.KINDS, kind, (kind, kind))
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(
+        "kind: pipeline\nruns:\n  first: {kind: write}\n"
+        "  second: {kind: scaled, steps: 6, batch: 8, scale: '@first/file/scale.txt'}\n"
+    )
+    stopped = True
+    with pytest.raises(Stopped):
+        kinds.open_run(recipe, [f"work_dir={tmp_path / 'out'}"]).execute(print)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    stopped = False
+    kinds.open_run(recipe, [f"work_dir={tmp_path / 'moved'}"]).execute(print)
+    assert "resuming at step 3" in capfd.readouterr().err and not (tmp_path / "out").exists()

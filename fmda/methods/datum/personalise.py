@@ -75,7 +75,7 @@ def train(config: Config, folder: Path, prepared: Path) -> dict[str, Any]:
         facts={"target": digest(prepared / "target.png"), "weights": model.fingerprint},
         snapshots=Snapshot(config.snapshot_steps, functools.partial(write_snapshot, config, folder)),
     )
-    state = run_task(task, config, folder)
+    state = run_task(task, config.of_loop(), folder)
     return {"steps": int(state.step), "snapshots": list(config.snapshot_steps), "trained": trees.count(state.params)}
 
 
