@@ -90,11 +90,7 @@ def make_step(
     into n parts.
     """
 
-    def loss(params: Tree, state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[Any, tuple[Metrics, Tree]]:
-        value, metrics, aux = objective(params, state, frozen, batch, key)
-        return value, ({**metrics, "loss": value}, aux)
-
-    gradient = jax.grad(loss, has_aux=True)
+    gradient = jax.grad(scalar_loss(objective), has_aux=True)
     tx = optax.with_extra_args_support(tx)
 
     def in_parts(state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[Tree, tuple[Metrics, Tree]]:
@@ -164,12 +160,12 @@ def _parts(leaf: Any, count: int) -> Any:
     return leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]).swapaxes(0, 1)
 
 
-def scalar_loss(objective: Objective) -> Callable[..., Any]:
-    """Returns the objective as (loss, (metrics, auxiliary state)), as `jax.value_and_grad(has_aux=True)` takes it."""
+def scalar_loss(objective: Objective) -> Callable[..., tuple[Any, tuple[Metrics, Tree]]]:
+    """Returns the objective as (loss, (metrics with the loss, auxiliary state)), for `jax.grad(has_aux=True)`."""
 
-    def loss(params: Tree, state: TrainState, frozen: Any, batch: Any, key: Any) -> Any:
-        value, *rest = objective(params, state, frozen, batch, key)
-        return value, rest
+    def loss(params: Tree, state: TrainState, frozen: Any, batch: Any, key: Any) -> tuple[Any, tuple[Metrics, Tree]]:
+        value, metrics, aux = objective(params, state, frozen, batch, key)
+        return value, ({**metrics, "loss": value}, aux)
 
     return loss
 

@@ -1,4 +1,4 @@
-"""The CLIP trainer: truthful captions, tags, a run from pictures to a checkpoint that loads."""
+"""The CLIP trainer: truthful captions, tags, a run from images to a checkpoint that loads."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ BANK = templates("imagenet80")
 
 
 def drawn(folder: Path, count: int = 6) -> Path:
-    """A folder in the layout of rendered pictures: sky over road, a car in the middle."""
+    """A folder in the layout of rendered images: sky over road, a car in the middle."""
     rng = np.random.default_rng(0)
     for part in ("images", "labels", "instances"):
         (folder / part).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The self-supervised trainer: views and masks, the step by hand, a run from pictures to a teacher that loads."""
+"""The self-supervised trainer: views and masks, the step by hand, a run from images to a teacher that loads."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from fmda.methods.pretrain.dino_net import (
     momentum_schedule,
     normalised,
 )
-from fmda.methods.pretrain.dino_views import Pictures, ViewConfig, Views, block_mask, random_crop, random_square
+from fmda.methods.pretrain.dino_views import ImageFolders, ViewConfig, Views, block_mask, random_crop, random_square
 from fmda.models.dino import vit_config
 from fmda.models.module import abstract, init
 from fmda.perf.flops import count_flops
@@ -41,7 +41,7 @@ VIEWS = ViewConfig(size=16, local_size=8, locals=2)
 
 
 def drawn(folder, count=6):
-    """A folder in the layout of rendered pictures: sky over road, a car in the middle."""
+    """A folder in the layout of rendered images: sky over road, a car in the middle."""
     rng = np.random.default_rng(0)
     for part in ("images", "labels", "instances"):
         (folder / part).mkdir(parents=True)
@@ -104,8 +104,8 @@ def test_masks_are_blocks():
 
 
 def test_views_have_their_sizes_and_repeat_with_the_generator():
-    picture = np.random.default_rng(1).integers(0, 255, (48, 96, 3), dtype=np.uint8)
-    first, second = (Views(VIEWS, 2)(picture, np.random.default_rng(7)) for _ in range(2))
+    image = np.random.default_rng(1).integers(0, 255, (48, 96, 3), dtype=np.uint8)
+    first, second = (Views(VIEWS, 2)(image, np.random.default_rng(7)) for _ in range(2))
     assert first["globals"].shape == (2, 16, 16, 3) and first["locals"].shape == (2, 8, 8, 3)
     assert first["globals"].dtype == first["locals"].dtype == np.uint8
     assert first["masks"].shape == (2, 4) and first["masks"].dtype == bool
@@ -231,7 +231,7 @@ def test_eight_devices_train_like_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole run on drawn pictures: (its configuration, the folders of its stages)."""
+    """A whole run on drawn images: (its configuration, the folders of its stages)."""
     place = tmp_path_factory.mktemp("dino")
     config = small(drawn(place / "photo"), held=(str(place / "photo"),))
     return config, run_stages(stages(config), place / "work", config, lambda _: None)
@@ -278,7 +278,7 @@ def test_published_configurations_open(name):
 
 
 def test_agreement_by_hand():
-    # two pictures of four patches; the first feature tells the class, one patch is of no class
+    # two images of four patches; the first feature tells the class, one patch is of no class
     classes = np.array([[0, 0, 1, 255], [0, 1, 1, 0]], np.uint8)
     features = np.where(classes[..., None] == 1, [[[0.0, 1.0]]], [[[1.0, 0.0]]])
     found = agreement(features, classes, (0.5,), share=0.2)
@@ -303,14 +303,14 @@ def test_faults_are_one_line(tmp_path):
     root = drawn(tmp_path / "photo", 1)
     (root / "images/000000.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match="000000.png"):
-        Pictures([root])[0]
+        ImageFolders([root])[0]
 
 
 def test_a_broken_image_is_named_before_the_first_step(tmp_path):
     for name in "abc":
         cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((8, 8, 3), np.uint8))
     (tmp_path / ".hidden.png").write_bytes(b"")
-    assert len(Pictures([tmp_path])) == 3
+    assert len(ImageFolders([tmp_path])) == 3
     (tmp_path / "b.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 of 3 images cannot be used: .*b\.png: an empty file"):
-        Pictures([tmp_path])
+        ImageFolders([tmp_path])

@@ -1,4 +1,4 @@
-"""CLIP-DINOiser's heads: targets by hand, the loss by hand, a run from pictures to heads that the segmenter loads."""
+"""CLIP-DINOiser's heads: targets by hand, the loss by hand, a run from images to heads that the segmenter loads."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def small_dino(folder, patch=4):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a CLIP, a teacher of another patch size, and pictures: sky over road, a car in the middle."""
+    """A folder with a CLIP, a teacher of another patch size, and images: sky over road, a car in the middle."""
     place = tmp_path_factory.mktemp("dinoiser")
     small_clip(place / "clip")
     small_dino(place / "teacher")
@@ -169,12 +169,12 @@ def test_each_head_has_its_rate_and_both_fall_to_a_tenth():
 
 
 def test_crops_are_squares_of_the_asked_size():
-    picture = RNG.integers(0, 255, (32, 64, 3), dtype=np.uint8)
-    first, second = (Crop(24, (0.5, 1.0), 1.0)(picture, np.random.default_rng(5))["pixels"] for _ in range(2))
+    image = RNG.integers(0, 255, (32, 64, 3), dtype=np.uint8)
+    first, second = (Crop(24, (0.5, 1.0), 1.0)(image, np.random.default_rng(5))["pixels"] for _ in range(2))
     assert first.shape == (24, 24, 3) and first.dtype == np.uint8 and np.array_equal(first, second)
-    plain = [Crop(32, (1.0, 1.0), 0.0)(picture, np.random.default_rng(seed))["pixels"] for seed in range(20)]
-    windows = {picture[:, i : i + 32].tobytes() for i in range(33)}
-    mirrored = {np.ascontiguousarray(picture[:, i : i + 32][:, ::-1]).tobytes() for i in range(33)}
+    plain = [Crop(32, (1.0, 1.0), 0.0)(image, np.random.default_rng(seed))["pixels"] for seed in range(20)]
+    windows = {image[:, i : i + 32].tobytes() for i in range(33)}
+    mirrored = {np.ascontiguousarray(image[:, i : i + 32][:, ::-1]).tobytes() for i in range(33)}
     assert all(crop.tobytes() in windows | mirrored for crop in plain)
     assert {crop.tobytes() in windows for crop in plain} == {True, False}
 

@@ -52,7 +52,7 @@ def quick_compilation():
 
 
 def draw_scenes(folder, count, side=64):
-    """Writes rendered pictures of 32 x `side` pixels: sky over road, a car in the left quarter."""
+    """Writes rendered images of 32 x `side` pixels: sky over road, a car in the left quarter."""
     for part in ("images", "labels", "instances"):
         (folder / part).mkdir(parents=True)
     rows = []
@@ -115,7 +115,7 @@ def listened(config, heard):
 
 
 def find(window, encoded):
-    """Returns row and column, in latents, of a window that is a slice of the moments of a picture."""
+    """Returns row and column, in latents, of a window that is a slice of the moments of an image."""
     side = len(window)
     rows, columns = (length - side + 1 for length in encoded.shape[:2])
     places = [
@@ -145,7 +145,7 @@ def test_windows_are_slices_of_the_encoded_picture_with_captions_of_what_is_in_t
             present = set(np.unique(labels[top : top + SIZE, left : left + SIZE]).tolist())
             absent = [name for index, name in enumerate(CLASSES) if index not in present and name != "sky"]
             named = [w for name in absent for w in (name, *SYNONYMS[name]) if f" {w} " in f" {heard[row].strip('.')} "]
-            # "a street" is also what is said of a picture of nothing in particular
+            # "a street" is also what is said of an image of nothing in particular
             assert set(named) <= {"street"}, (heard[row], named)
             seen.add((top, left, CAR in present))
     tops, lefts, cars = (set(column) for column in zip(*seen, strict=True))

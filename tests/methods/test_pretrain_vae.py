@@ -1,4 +1,4 @@
-"""The autoencoder's trainer: crops, the loss by hand, a run from pictures to a checkpoint that others open."""
+"""The autoencoder's trainer: crops, the loss by hand, a run from images to a checkpoint that others open."""
 
 import json
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fmda.errors import UserError
-from fmda.methods.pretrain.dino_views import Pictures
+from fmda.methods.pretrain.dino_views import ImageFolders
 from fmda.methods.pretrain.vae import Config, Crop, make_objective, measured_scale, plan, signed, stages
 from fmda.models.sd_vae import VaeConfig
 from fmda.perf.flops import count_flops
@@ -29,23 +29,23 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def draw_pictures(folder, sizes):
-    """Writes pictures of smooth colours with noise."""
+def draw_images(folder, sizes):
+    """Writes images of smooth colours with noise."""
     (folder / "images").mkdir(parents=True)
     for number, (height, width) in enumerate(sizes):
         rows, columns = np.mgrid[:height, :width]
         smooth = np.stack([rows * 200 / height, columns * 200 / width, (rows + columns) % 100], axis=-1)
-        picture = (smooth + RNG.integers(0, 50, smooth.shape)).astype(np.uint8)
-        cv2.imwrite(str(folder / f"images/{number}.png"), picture)
+        image = (smooth + RNG.integers(0, 50, smooth.shape)).astype(np.uint8)
+        cv2.imwrite(str(folder / f"images/{number}.png"), image)
     return folder
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with pictures to train on, and held ones of several sizes."""
+    """A folder with images to train on, and held ones of several sizes."""
     place = tmp_path_factory.mktemp("vae")
-    draw_pictures(place / "photo", [(32, 48)] * 4)
-    draw_pictures(place / "held", [(32, 48), (21, 33), (32, 48)])
+    draw_images(place / "photo", [(32, 48)] * 4)
+    draw_images(place / "held", [(32, 48), (21, 33), (32, 48)])
     return place
 
 
@@ -66,25 +66,25 @@ def run(place):
 
 def test_crops_lie_inside_the_picture_at_its_scale_and_half_are_mirrored():
     rows, columns = np.mgrid[:20, :27]
-    picture = np.stack([rows, columns, rows + columns], axis=-1).astype(np.uint8)
-    cut = [Crop(16)(picture, np.random.default_rng(seed))["pixels"] for seed in range(200)]
+    image = np.stack([rows, columns, rows + columns], axis=-1).astype(np.uint8)
+    cut = [Crop(16)(image, np.random.default_rng(seed))["pixels"] for seed in range(200)]
     places = set()
     for crop in cut:
         mirrored = crop[0, 0, 1] > crop[0, 1, 1]
         plain = crop[:, ::-1] if mirrored else crop
         top, left = int(plain[0, 0, 0]), int(plain[0, 0, 1])
-        np.testing.assert_array_equal(plain, picture[top : top + 16, left : left + 16])
+        np.testing.assert_array_equal(plain, image[top : top + 16, left : left + 16])
         places.add((top, left, bool(mirrored)))
     assert {top for top, _, _ in places} == set(range(5)) and {left for _, left, _ in places} == set(range(12))
     assert 80 < sum(crop[0, 0, 1] > crop[0, 1, 1] for crop in cut) < 120
 
 
 def test_a_picture_that_the_crop_just_fits_is_taken_whole():
-    picture = RNG.integers(0, 255, (16, 16, 3), dtype=np.uint8)
-    crop = Crop(16)(picture, np.random.default_rng(1))["pixels"]
-    assert np.array_equal(crop, picture) or np.array_equal(crop, picture[:, ::-1])
+    image = RNG.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    crop = Crop(16)(image, np.random.default_rng(1))["pixels"]
+    assert np.array_equal(crop, image) or np.array_equal(crop, image[:, ::-1])
     with pytest.raises(UserError, match="crop: 17 pixels, but an image is 16x16; choose a smaller crop"):
-        Crop(17)(picture, np.random.default_rng(1))
+        Crop(17)(image, np.random.default_rng(1))
 
 
 def test_pictures_are_brought_to_minus_one_to_one():
@@ -113,8 +113,8 @@ def test_the_loss_by_hand_on_a_net_that_always_answers_the_same():
 def test_a_run_ends_in_a_checkpoint_whose_latents_have_deviation_one(place, run):
     vae = load_vae(run["export"])
     assert vae.config == VaeConfig(**{**MODEL.__dict__, "scale": vae.config.scale})
-    pictures = [image for image in Pictures([place / "photo"])]
-    means = [np.asarray(vae.encode(signed(picture)[None])[0]) for picture in pictures]
+    images = [image for image in ImageFolders([place / "photo"])]
+    means = [np.asarray(vae.encode(signed(image)[None])[0]) for image in images]
     assert np.std(np.concatenate(means) * vae.config.scale) == pytest.approx(1.0, rel=2e-3)
     outputs = json.loads((run["export"] / "stage.json").read_text())["outputs"]
     count = sum(leaf.size for leaf in jax.tree.leaves(vae.params))
@@ -139,9 +139,9 @@ def test_the_decoder_sees_latents_drawn_from_the_posterior(run):
 
 def test_the_scale_is_measured_on_pictures_of_any_size(place, run):
     vae = load_vae(run["export"])
-    pictures = [image[: len(image) // 2 * 2, : image.shape[1] // 2 * 2] for image in Pictures([place / "held"])]
-    latents = [np.asarray(vae.encode(signed(picture)[None])[0]).ravel() for picture in pictures]
-    scale = measured_scale(vae, Pictures([place / "held"]), seed=0)
+    images = [image[: len(image) // 2 * 2, : image.shape[1] // 2 * 2] for image in ImageFolders([place / "held"])]
+    latents = [np.asarray(vae.encode(signed(image)[None])[0]).ravel() for image in images]
+    scale = measured_scale(vae, ImageFolders([place / "held"]), seed=0)
     assert scale == pytest.approx(1 / np.std(np.concatenate(latents)), rel=1e-3)
 
 
@@ -157,13 +157,13 @@ def test_the_check_measures_and_shows_held_pictures(place, run):
     vae, held = load_vae(run["export"]), str(place / "held")
     found = json.loads((run["check"] / "reconstruction.json").read_text())[held]["psnr"]
     decibels, shown = [], []
-    for picture in Pictures([held]):
-        picture = picture[: len(picture) // 2 * 2, : picture.shape[1] // 2 * 2]
-        again = np.asarray(vae.decode(vae.encode(signed(picture)[None])[0]))[0] * 127.5 + 127.5
+    for image in ImageFolders([held]):
+        image = image[: len(image) // 2 * 2, : image.shape[1] // 2 * 2]
+        again = np.asarray(vae.decode(vae.encode(signed(image)[None])[0]))[0] * 127.5 + 127.5
         again = np.floor(np.clip(again + 0.5, 0, 255)).astype(np.uint8)
-        decibels.append(20 * np.log10(255 / np.sqrt(((again.astype(float) - picture) ** 2).mean())))
-        if picture.shape == (32, 48, 3):
-            shown.append(np.concatenate([picture, again], axis=1))
+        decibels.append(20 * np.log10(255 / np.sqrt(((again.astype(float) - image) ** 2).mean())))
+        if image.shape == (32, 48, 3):
+            shown.append(np.concatenate([image, again], axis=1))
     assert found == pytest.approx(np.mean(decibels), abs=0.02)
     sheet = cv2.imread(str(run["check"] / "0-held.png"))[..., ::-1].astype(int)
     assert sheet.shape == (64, 96, 3) and np.abs(sheet - np.concatenate(shown)).max() <= 1
@@ -179,12 +179,12 @@ def test_diffusers_opens_the_export_and_computes_the_same(run):
     with torch.no_grad(), jax.default_matmul_precision("highest"):
         posterior = theirs.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist
         mean, logvar = ours.encode(images)
-        pictures = theirs.decode(posterior.mean).sample.numpy().transpose(0, 2, 3, 1)
+        images = theirs.decode(posterior.mean).sample.numpy().transpose(0, 2, 3, 1)
         again = ours.decode(mean)
     for found, expected in ((mean, posterior.mean), (logvar, posterior.logvar)):
         expected = expected.numpy().transpose(0, 2, 3, 1)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-    np.testing.assert_allclose(again, pictures, rtol=0, atol=1e-4 * np.abs(pictures).max())
+    np.testing.assert_allclose(again, images, rtol=0, atol=1e-4 * np.abs(images).max())
     assert theirs.config.scaling_factor == ours.config.scale
 
 

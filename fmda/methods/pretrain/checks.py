@@ -7,7 +7,7 @@ from typing import Any
 
 from fmda.errors import UserError
 from fmda.methods.pretrain.crops import Drawn, Scenes
-from fmda.methods.pretrain.dino_views import Pictures
+from fmda.methods.pretrain.dino_views import ImageFolders
 from fmda.progress import track
 from fmda.runs.stages import pending
 
@@ -23,14 +23,14 @@ def check_scenes(sources: Sequence[Path | Drawn]) -> None:
             pass
 
 
-def check_pictures(folders: Sequence[Path]) -> None:
+def check_image_folders(folders: Sequence[Path]) -> None:
     """Decodes the images of folders once. Raises UserError for a folder without images, and for damaged ones."""
     folders = [folder for folder in folders if not pending(folder)]
     if folders:
-        Pictures(folders)
+        ImageFolders(folders)
 
 
-def check_held(data: Sequence[Any], held: Sequence[Any]) -> None:
+def check_disjoint(data: Sequence[Any], held_out: Sequence[Any]) -> None:
     """Raises UserError for sources that are both trained on and held out."""
-    if overlap := set(data) & set(held):
+    if overlap := set(data) & set(held_out):
         raise UserError(f"held: {', '.join(sorted(map(str, overlap)))} is also in data; name other folders")

@@ -27,7 +27,7 @@ from fmda.errors import UserError
 from fmda.losses.alignment import contrastive_loss
 from fmda.methods.dense import normalised
 from fmda.methods.judges import embed
-from fmda.methods.pretrain.checks import check_held, check_scenes
+from fmda.methods.pretrain.checks import check_disjoint, check_scenes
 from fmda.methods.pretrain.crops import TAGS, CropConfig, Crops, Drawn, Scenes, Tokenize
 from fmda.methods.pretrain.patch_text import chosen_templates, patch_features, patch_text_loss, template_needs
 from fmda.methods.pretrain.tokenizer import train_tokenizer
@@ -86,7 +86,7 @@ class Config(TrainerConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for images that are both trained on and held out, and batches of parts of images."""
-        check_held(self.data, self.held)
+        check_disjoint(self.data, self.held)
         if self.batch % self.crops:
             raise UserError(f"batch: {self.batch} is no multiple of crops={self.crops}; choose one")
 

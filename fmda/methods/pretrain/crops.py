@@ -21,8 +21,8 @@ from fmda.world.names import CLASSES, VOID
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 
-TAGS = (*CLASSES, *LOOKS, "untold")
-"""What a caption can state of a crop. "untold" is true of none: it marks captions that say more than tags hold."""
+TAGS = (*CLASSES, *LOOKS, "untagged")
+"""What a caption can state of a crop. "untagged" is true of none: it marks captions that state more than tags do."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class CropConfig:
         size: side of a crop after resizing, pixels.
         side: smallest and largest side in the image, as a share of its height; drawn log-uniformly.
         centred: probability that a crop is centred on a pixel of a random class of the image, so that rare classes
-            are seen.
-        spoiled: probability that the crop is blurred, pixelated, darkened, ..., and called so.
+            occur.
+        spoiled: probability that the crop is blurred, pixelated, darkened, ..., and described so.
         prompted: probability of a caption made from a prompt template; else a free sentence.
         noise: probability that the template is drawn from all of them, true or not.
         least: share of the crop below which a class is not part of it.
@@ -76,7 +76,7 @@ class Drawn:
         return f"{self.domain} ({self.count} drawn from seed {self.seed})"
 
     def renderer(self) -> RenderConfig:
-        """Returns what the renderer is asked for."""
+        """Returns the renderer's configuration."""
         return RenderConfig({self.domain: self.count}, self.height, self.width, self.seed, self.batch)
 
 
@@ -138,7 +138,7 @@ class Crops:
     """The transform (scene, generator) -> `count` captioned crops.
 
     The result holds "pixels" uint8 [count, size, size, 3], "ids" int32 [count, T], the tags "present" (true of the
-    crop) and "stated" (what the caption says), bool [count, len(TAGS)], and "patches" uint8 [count, grid * grid], the
+    crop) and "stated" (by the caption), bool [count, len(TAGS)], and "patches" uint8 [count, grid * grid], the
     class that fills most of a patch, 255 where none does.
     """
 
@@ -183,7 +183,7 @@ class Crops:
     ) -> tuple[str, Bool[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
         """Returns a caption of a crop, the tags that are true of it, and those that the caption states.
 
-        labels: of the crop. facts: of the crop, from `crop_facts`. extra: looks that labels and facts do not tell.
+        labels: of the crop. facts: of the crop, from `crop_facts`. extra: looks that follow from neither.
         """
         shares = np.bincount(labels.ravel(), minlength=VOID + 1)[: len(CLASSES)] / labels.size
         classes = np.flatnonzero(shares >= self.config.least)
@@ -194,16 +194,23 @@ class Crops:
         text, stated = self._caption(facts, named, looks, rng)
         return text, _tags([CLASSES[c] for c in classes], looks), stated
 
+    def of_window(
+        self, scene: dict[str, Any], box: tuple[int, int, int, int], rng: np.random.Generator
+    ) -> tuple[str, Bool[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
+        """Returns what `described` does, of the window (top, left, bottom, right) of a scene."""
+        facts = crop_facts(scene["labels"], scene["instances"], scene["facts"], box)
+        return self.described(scene["labels"][box[0] : box[2], box[1] : box[3]], facts, rng, set())
+
     def _caption(
         self, facts: dict[str, Any], named: list[int], looks: frozenset[str], rng: np.random.Generator
     ) -> tuple[str, Bool[np.ndarray, " t"]]:
         if not named or rng.random() >= self.config.prompted:
-            return caption(facts, rng), _tags([], {"untold"})
+            return caption(facts, rng), _tags([], {"untagged"})
         if rng.random() < self.config.noise:
             template = self.templates[rng.integers(len(self.templates))]
         else:
             choices = fitting(self.templates, looks)
-            # a template that says something of the look is worth more than one that does not
+            # a template that states a look is drawn more often than one that states none
             weights = np.array([3.0 if needs(self.templates[i]) else 1.0 for i in choices])
             template = self.templates[rng.choice(choices, p=weights / weights.sum())]
         names = [CLASSES[c] for c in named]
@@ -229,7 +236,7 @@ def _box(labels: UInt8[np.ndarray, "h w"], rng: np.random.Generator, config: Cro
 
 
 def _named(shares: np.ndarray, classes: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Returns one or two classes of the crop to speak of, large ones more often."""
+    """Returns one or two classes of the crop to name, large ones more often."""
     if not len(classes):
         return []
     weights = np.sqrt(shares[classes])
@@ -239,7 +246,7 @@ def _named(shares: np.ndarray, classes: np.ndarray, rng: np.random.Generator) ->
 
 
 def _object_looks(shares: np.ndarray, inside: np.ndarray, facts: dict[str, Any], named: list[int]) -> set[str]:
-    """Returns what is true of the size and number of the first class spoken of."""
+    """Returns looks that follow from the size and number of the first named class."""
     if not named:
         return set()
     first = named[0]
@@ -276,14 +283,14 @@ def patch_classes(labels: UInt8[np.ndarray, "s s"], grid: int, cells: int = 4) -
 
 
 def _tags(names: Sequence[str], looks: frozenset[str] | set[str]) -> Bool[np.ndarray, " t"]:
-    said = {*names, *looks}
-    return np.array([tag in said for tag in TAGS])
+    present = {*names, *looks}
+    return np.array([tag in present for tag in TAGS])
 
 
 def spoiled(
     pixels: UInt8[np.ndarray, "s s 3"], rng: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, "s s 3"], set[str]]:
-    """Returns the crop after one random mishap, and what a person would call it."""
+    """Returns the crop after one random degradation, and the looks that name it."""
     side = len(pixels)
     pixels = np.ascontiguousarray(pixels)
     match int(rng.integers(7)):

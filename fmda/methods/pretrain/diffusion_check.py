@@ -1,4 +1,4 @@
-"""Do drawn street scenes look like held ones, and show what their captions say? Measured with the small CLIP."""
+"""Distances of drawn from held-out street scenes, and how well drawn ones show what their captions state, by a CLIP."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,13 @@ from fmda.methods.pretrain.latents import WindowConfig
 from fmda.png import captioned, grid
 from fmda.progress import track
 from fmda.weights.network import Loaded
-from fmda.world.captions import crop_facts
 
 Images = UInt8[np.ndarray, "n H W 3"]
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of rendered images with what is known of them."""
+    """Windows of rendered images, their captions, and the tags of both."""
 
     images: Images
     captions: tuple[str, ...]
@@ -35,23 +34,18 @@ def cut_windows(config: WindowConfig, captions: Crops, roots: Sequence[Path | Dr
     """Returns `count` windows, taken from all images in turn, with captions that are true of them."""
     scenes, rng = Scenes(roots), np.random.default_rng((seed, 5))
     order = rng.permutation(len(scenes))
-    images, texts, present, stated = [], [], [], []
+    rows: list[tuple] = []
     for k in track(range(count), "windows"):
         scene = scenes[int(order[k % len(order)])]
-        labels = scene["labels"]
-        top, left = (int(rng.integers(side - config.size + 1)) for side in labels.shape)
-        window = slice(top, top + config.size), slice(left, left + config.size)
-        facts = crop_facts(labels, scene["instances"], scene["facts"], (top, left, window[0].stop, window[1].stop))
-        text, true, said = captions.described(np.ascontiguousarray(labels[window]), facts, rng, set())
-        images.append(scene["image"][window])
-        texts.append(text)
-        present.append(true)
-        stated.append(said)
-    return Windows(np.stack(images), tuple(texts), np.stack(present), np.stack(stated))
+        top, left = (int(rng.integers(side - config.size + 1)) for side in scene["labels"].shape)
+        box = top, left, top + config.size, left + config.size
+        rows.append((scene["image"][top : box[2], left : box[3]], *captions.of_window(scene, box, rng)))
+    images, texts, present, stated = zip(*rows, strict=True)
+    return Windows(np.stack(images), texts, np.stack(present), np.stack(stated))
 
 
 def described(clip: Loaded, images: Images) -> Float[np.ndarray, "n d"]:
-    """Returns what the probe reads: embeddings of the image and of its four quarters, side by side."""
+    """Returns features for the probe: embeddings of the image and of its four quarters, side by side."""
     half = images.shape[1] // 2
     quarters = [images[:, y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
     return np.concatenate([embed(clip, part) for part in (images, *quarters)], axis=1)
@@ -80,7 +74,7 @@ class Probe:
         return cls(weights, threshold)
 
     def __call__(self, features: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, "n tags"]:
-        """Returns which tags the probe finds."""
+        """Returns the predicted tags."""
         x = np.concatenate([features, np.ones((len(features), 1))], axis=1)
         return x @ self.weights > self.threshold
 
@@ -88,26 +82,25 @@ class Probe:
 def caption_accuracy(
     shown: Bool[np.ndarray, "n tags"], stated: Bool[np.ndarray, "n tags"], seed: int = 0
 ) -> dict[str, float]:
-    """Returns {"stated": share of stated tags that are found, "shuffled": the same for other images' captions}."""
-    known = np.array([tag != "untold" for tag in TAGS])
-    said = stated & known[None]
-    other = said[np.random.default_rng(seed).permutation(len(said))]
+    """Returns {"stated": share of stated tags that are predicted, "shuffled": the same for other images' captions}."""
+    known = np.array([tag != "untagged" for tag in TAGS])
+    stated = stated & known[None]
+    other = stated[np.random.default_rng(seed).permutation(len(stated))]
     return {
-        "stated": round(float((shown & said).sum() / max(said.sum(), 1)), 4),
+        "stated": round(float((shown & stated).sum() / max(stated.sum(), 1)), 4),
         "shuffled": round(float((shown & other).sum() / max(other.sum(), 1)), 4),
     }
 
 
-def compare(clip: Loaded, train: Windows, held: Windows, drawn: Images) -> dict[str, Any]:
-    """Returns distances and caption accuracy of images drawn from the captions of `held`, beside those of real ones.
+def compare(clip: Loaded, train: Windows, held_out: Windows, drawn: Images) -> dict[str, Any]:
+    """Returns distances and caption accuracy of images drawn from the captions of `held_out`, and of real ones.
 
     "cmmd" and "frechet" are between held-out windows and drawn images; the floors between held-out and training
-    windows.
-    The probe is fitted to `train`.
+    windows. The probe is fitted to `train`.
     """
-    reals, fakes, trained = (embed(clip, images) for images in (held.images, drawn, train.images))
+    reals, fakes, trained = (embed(clip, images) for images in (held_out.images, drawn, train.images))
     probe = Probe.fit(described(clip, train.images), train.present)
-    drawn_tags, real_tags = probe(described(clip, drawn)), probe(described(clip, held.images))
+    drawn_tags, real_tags = probe(described(clip, drawn)), probe(described(clip, held_out.images))
     return {
         "images": len(drawn),
         "cmmd": round(cmmd(reals, fakes), 4),
@@ -116,9 +109,9 @@ def compare(clip: Loaded, train: Windows, held: Windows, drawn: Images) -> dict[
         "frechet_floor": round(frechet_distance(reals, trained), 4),
         "diversity": round(pairwise_diversity(fakes), 4),
         "diversity_real": round(pairwise_diversity(reals), 4),
-        "caption_accuracy": caption_accuracy(drawn_tags, held.stated),
-        "caption_accuracy_real": caption_accuracy(real_tags, held.stated),
-        "probe_accuracy_real": round(float((real_tags == held.present).mean()), 4),
+        "caption_accuracy": caption_accuracy(drawn_tags, held_out.stated),
+        "caption_accuracy_real": caption_accuracy(real_tags, held_out.stated),
+        "probe_accuracy_real": round(float((real_tags == held_out.present).mean()), 4),
     }
 
 

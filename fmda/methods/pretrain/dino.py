@@ -21,7 +21,7 @@ from fmda.config import PositiveInt
 from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.methods.dense import normalised
-from fmda.methods.pretrain.checks import check_pictures, check_scenes
+from fmda.methods.pretrain.checks import check_image_folders, check_scenes
 from fmda.methods.pretrain.dino_check import agreement_on
 from fmda.methods.pretrain.dino_net import (
     DistillConfig,
@@ -31,7 +31,7 @@ from fmda.methods.pretrain.dino_net import (
     make_objective,
     momentum_schedule,
 )
-from fmda.methods.pretrain.dino_views import Image, Pictures, ViewConfig, Views
+from fmda.methods.pretrain.dino_views import Image, ImageFolders, ViewConfig, Views
 from fmda.methods.trainer import trainer_plan, trainer_stages
 from fmda.models.clip import VitConfig
 from fmda.models.dino import vit_config
@@ -101,14 +101,14 @@ class Config(TrainerConfig):
 
 def check(config: Config) -> None:
     """Raises UserError for images or scenes that are missing or damaged."""
-    check_pictures(config.data)
+    check_image_folders(config.data)
     check_scenes(config.held)
 
 
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (Hugging Face layout) and, with held-out images, check."""
     return trainer_stages(
-        config, lambda _: _task(config, Pictures(config.data)), _write, exported=config.model,
+        config, lambda _: _task(config, ImageFolders(config.data)), _write, exported=config.model,
         check=_check if config.held else None, checked=[config.held, config.check_size, config.check_thresholds],
     )  # fmt: skip
 

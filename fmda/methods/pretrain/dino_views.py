@@ -14,13 +14,13 @@ from fmda.data.check import check_images
 from fmda.data.dataset import Example
 from fmda.data.files import read_image
 from fmda.data.listing import folder_images
-from fmda.data.transforms import ColourJitter
+from fmda.data.transforms import ColourJitter, Compose, RandomFlip
 from fmda.errors import UserError
 
 Image = UInt8[np.ndarray, "h w 3"]
 
 
-class Pictures(Sequence[Image]):
+class ImageFolders(Sequence[Image]):
     """The images of several folders as a random-access source of RGB arrays; labels beside them are not read.
 
     A folder holds images itself or in `images/`, as rendered datasets do.
@@ -87,9 +87,9 @@ class Views:
     config: ViewConfig
     grid: int
 
-    def __call__(self, picture: Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         config = self.config
-        square = random_square(picture, (1.0, 1.0), rng)
+        square = random_square(image, (1.0, 1.0), rng)
         lists: dict[str, list[np.ndarray]] = {"globals": [], "locals": [], "masks": []}
         for number in range(2):
             view = random_crop(square, config.size, config.global_side, config.aspect, rng)
@@ -106,9 +106,8 @@ class Views:
     def _changed(self, view: Image, blur: float, second: bool, rng: np.random.Generator) -> Image:
         """Returns the view, perhaps mirrored, with other colours, grey, blurred or solarised."""
         config = self.config
-        if rng.random() < 0.5:
-            view = np.ascontiguousarray(view[:, ::-1])
-        view = ColourJitter(0.3, 0.3, 0.2, 0.1, config.jitter)(Example(view, None, ""), rng).image
+        steps = Compose((RandomFlip(), ColourJitter(0.3, 0.3, 0.2, 0.1, config.jitter)))
+        view = steps(Example(view, None, ""), rng).image
         if rng.random() < config.grey:
             view = np.repeat(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=-1)
         if rng.random() < blur:
@@ -118,23 +117,23 @@ class Views:
         return view
 
 
-def random_square(picture: Image, side: tuple[float, float], rng: np.random.Generator) -> Image:
+def random_square(image: Image, side: tuple[float, float], rng: np.random.Generator) -> Image:
     """Returns a square window; its side is a share of the shorter side, drawn log-uniformly from `side`."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     length = max(1, int(round(min(height, width) * np.exp(rng.uniform(*np.log(side))))))
     top, left = int(rng.integers(height - length + 1)), int(rng.integers(width - length + 1))
-    return picture[top : top + length, left : left + length]
+    return image[top : top + length, left : left + length]
 
 
-def random_crop(picture: Image, size: int, side: tuple[float, float], aspect: float, rng: np.random.Generator) -> Image:
+def random_crop(image: Image, size: int, side: tuple[float, float], aspect: float, rng: np.random.Generator) -> Image:
     """Returns a window of about `side` (share of the shorter side) and a ratio up to `aspect`, resized to a square."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     length = min(height, width) * np.exp(rng.uniform(*np.log(side)))
     stretch = np.exp(0.5 * rng.uniform(-np.log(aspect), np.log(aspect)))
     h = int(np.clip(round(length * stretch), 1, height))
     w = int(np.clip(round(length / stretch), 1, width))
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-    return resized_window(picture[top : top + h, left : left + w], size)
+    return resized_window(image[top : top + h, left : left + w], size)
 
 
 def resized_window(window: Image, size: int) -> Image:

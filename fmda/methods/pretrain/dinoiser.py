@@ -20,14 +20,14 @@ from fmda.atomic import write_json
 from fmda.config import FolderOrName, NonNegativeFloat, PositiveInt, Share, Side
 from fmda.data.dataset import Example
 from fmda.data.streams import Stream
-from fmda.data.transforms import ColourJitter
+from fmda.data.transforms import ColourJitter, Compose, RandomFlip
 from fmda.errors import UserError
 from fmda.mesh import REPLICATED_RULES
 from fmda.methods.dense import normalised
 from fmda.methods.generate.checks import check_weights
-from fmda.methods.pretrain.checks import check_pictures, check_scenes
+from fmda.methods.pretrain.checks import check_image_folders, check_scenes
 from fmda.methods.pretrain.dino_check import agreement_on, object_overlap
-from fmda.methods.pretrain.dino_views import Image, Pictures, random_square, resized_window
+from fmda.methods.pretrain.dino_views import Image, ImageFolders, random_square, resized_window
 from fmda.methods.pretrain.dinoiser_targets import Reading, background, read_teacher, same_object
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.models.clip import VitConfig, vision_tower
@@ -98,7 +98,7 @@ class Networks(NamedTuple):
 
 def check(config: Config) -> None:
     """Raises UserError for images, scenes or networks that are missing or damaged."""
-    check_pictures(config.data)
+    check_image_folders(config.data)
     check_scenes(config.held)
     check_weights(config.clip)
     check_weights(config.teacher)
@@ -107,7 +107,7 @@ def check(config: Config) -> None:
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (`dinoiser.safetensors`) and, with held-out images, check."""
     return trainer_stages(
-        config, lambda _: _task(config, load_networks(config), Pictures(config.data)), _write, which="params",
+        config, lambda _: _task(config, load_networks(config), ImageFolders(config.data)), _write, which="params",
         summary="dinoiser.json", check=_check if config.held else None, checked=config.held,
     )  # fmt: skip
 
@@ -146,12 +146,11 @@ class Crop:
     side: tuple[float, float]
     jitter: float
 
-    def __call__(self, picture: Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the crop."""
-        square = resized_window(random_square(picture, self.side, rng), self.size)
-        if rng.random() < 0.5:
-            square = np.ascontiguousarray(square[:, ::-1])
-        return {"pixels": ColourJitter(0.2, 0.3, 0.3, 0.05, self.jitter)(Example(square, None, ""), rng).image}
+        square = resized_window(random_square(image, self.side, rng), self.size)
+        steps = Compose((RandomFlip(), ColourJitter(0.2, 0.3, 0.3, 0.05, self.jitter)))
+        return {"pixels": steps(Example(square, None, ""), rng).image}
 
 
 See = Callable[[Any, Array], tuple[Float[Array, "b h w width"], Reading]]

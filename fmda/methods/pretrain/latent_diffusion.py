@@ -26,7 +26,7 @@ from fmda.diffusion.schedule import ScheduleConfig, add_noise, alphas_cumprod, t
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
 from fmda.methods.generate.checks import check_weights
-from fmda.methods.pretrain.checks import check_held, check_scenes
+from fmda.methods.pretrain.checks import check_disjoint, check_scenes
 from fmda.methods.pretrain.crops import Drawn
 from fmda.methods.pretrain.diffusion_check import compare, cut_windows, sheet
 from fmda.methods.pretrain.latents import Latents, WindowConfig, caption_maker, check_networks, write_latents
@@ -102,7 +102,7 @@ class Config(TrainerConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for folders that are both trained on and held out."""
-        check_held(self.data, self.held)
+        check_disjoint(self.data, self.held)
 
 
 @dataclass(frozen=True)
@@ -276,15 +276,15 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     networks = load_networks(config)
     model = load_stable_diffusion(done["export"] / "model")
     captions = caption_maker(config.windows, networks.padded)
-    held = cut_windows(config.windows, captions, config.held, config.check_images, config.seed)
+    held_out = cut_windows(config.windows, captions, config.held, config.check_images, config.seed)
     train = cut_windows(config.windows, captions, config.data, 4 * config.check_images, config.seed)
     draw = make_draw(model, config.check_sample, make_mesh(devices=jax.local_devices()))
     batch, parts = 16, []
-    for first in track(range(0, len(held.captions), batch), "draw", unit="batches"):
-        texts = held.captions[first : first + batch]
+    for first in track(range(0, len(held_out.captions), batch), "draw", unit="batches"):
+        texts = held_out.captions[first : first + batch]
         parts.append(draw(texts, range(first, first + len(texts))))
     drawn = np.concatenate(parts)
-    result = compare(networks.clip, train, held, drawn)
-    write_png(folder / "samples.png", sheet(drawn, held.captions, SHOWN))
+    result = compare(networks.clip, train, held_out, drawn)
+    write_png(folder / "samples.png", sheet(drawn, held_out.captions, SHOWN))
     write_json(folder / "quality.json", result)
     return result

@@ -18,7 +18,6 @@ from fmda.models.sd_vae import signed
 from fmda.progress import track
 from fmda.runs.identity import RECORD, claim
 from fmda.weights.network import Loaded
-from fmda.world.captions import crop_facts
 
 PART = 100
 """Images between two files: what an interruption costs."""
@@ -52,8 +51,8 @@ def write_latents(
 ) -> int:
     """Returns the number of windows in the folder: files of moments float16 [n, h, w, 2c] and ids int32 [n, T].
 
-    An image is encoded whole, and windows are cut from its latents, at whole latents. Files that are there already
-    stay: an interrupted call goes on where it stopped. Raises UserError where `digest`, of the networks, is another.
+    An image is encoded whole, and windows are cut from its latents, at whole latents. Existing files
+    stay, so that an interrupted call resumes. Raises UserError where `digest`, of the networks, is another.
     """
     scenes = Scenes(roots)
     if (folder / RECORD).is_file():
@@ -84,31 +83,29 @@ def _windows(
     config: WindowConfig, vae: Loaded, captions: Crops, scene: dict[str, Any], rng: np.random.Generator
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     factor = vae.config.factor
-    maps = [scene[name] for name in ("image", "labels", "instances")]
-    height, width = maps[1].shape
+    height, width = scene["labels"].shape
     if config.size > min(height, width) or config.size % factor or height % factor or width % factor:
         raise UserError(
             f"windows.size: {config.size} of a {height}x{width} image is no window of whole latents; choose a "
             f"multiple of {factor} that fits, and images whose sides are multiples too"
         )
-    mirrored = [np.ascontiguousarray(x[:, ::-1]) for x in maps]
-    mean, logvar = vae.encode(signed(np.stack([maps[0], mirrored[0]])))
+    mirrored = {name: np.ascontiguousarray(scene[name][:, ::-1]) for name in ("image", "labels", "instances")}
+    pair = scene, scene | mirrored
+    mean, logvar = vae.encode(signed(np.stack([one["image"] for one in pair])))
     moments = np.concatenate(jax.device_get((mean, logvar)), axis=-1).astype(np.float16)
     side, rows = config.size // factor, []
-    for latents, (_, labels, instances) in zip(moments, (maps, mirrored), strict=True):
+    for latents, one in zip(moments, pair, strict=True):
         for _ in range(config.count):
             top = int(rng.integers(height // factor - side + 1))
             left = int(rng.integers(width // factor - side + 1))
             box = (top * factor, left * factor, top * factor + config.size, left * factor + config.size)
-            facts = crop_facts(labels, instances, scene["facts"], box)
-            inside = np.ascontiguousarray(labels[box[0] : box[2], box[1] : box[3]])
-            text = captions.described(inside, facts, rng, set())[0]
+            text = captions.of_window(one, box, rng)[0]
             rows.append((latents[top : top + side, left : left + side], captions.tokenize([text])[0]))
     return rows
 
 
 def caption_maker(config: WindowConfig, tokenize: Any) -> Crops:
-    """Returns what captions windows: no mishaps, and only templates that are true."""
+    """Returns what captions windows: no degradations, and only templates that are true."""
     crop = CropConfig(size=config.size, spoiled=0.0, prompted=config.prompted, noise=0.0, least=config.least)
     return Crops(crop, templates("imagenet80"), tokenize, 1, 1)
 

@@ -20,10 +20,12 @@ from jaxtyping import Array
 
 from fmda.atomic import write_json
 from fmda.config import Decay, NonNegativeFloat, PositiveInt
+from fmda.data.dataset import Example
 from fmda.data.streams import Stream
+from fmda.data.transforms import Compose, RandomCrop, RandomFlip
 from fmda.errors import UserError
-from fmda.methods.pretrain.checks import check_held, check_pictures
-from fmda.methods.pretrain.dino_views import Image, Pictures
+from fmda.methods.pretrain.checks import check_disjoint, check_image_folders
+from fmda.methods.pretrain.dino_views import Image, ImageFolders
 from fmda.methods.trainer import trainer_plan, trainer_stages
 from fmda.models.module import abstract, init
 from fmda.models.sd_vae import Vae, VaeConfig, signed
@@ -66,7 +68,7 @@ class Config(TrainerConfig):
         """Raises UserError for crops that the network cannot halve, or images that are trained on and held."""
         if self.crop < self.model.factor or self.crop % self.model.factor:
             raise UserError(f"crop: {self.crop} is no multiple of {self.model.factor}, the pixels of a latent's side")
-        check_held(self.data, self.held)
+        check_disjoint(self.data, self.held)
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,13 @@ class Crop:
 
     size: int
 
-    def __call__(self, picture: Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, image: Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the crop."""
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         if min(height, width) < self.size:
             raise UserError(f"crop: {self.size} pixels, but an image is {height}x{width}; choose a smaller crop")
-        top, left = rng.integers(height - self.size + 1), rng.integers(width - self.size + 1)
-        square = picture[top : top + self.size, left : left + self.size]
-        return {"pixels": np.ascontiguousarray(square[:, ::-1] if rng.random() < 0.5 else square)}
+        steps = Compose((RandomCrop((self.size, self.size)), RandomFlip()))
+        return {"pixels": steps(Example(image, None, ""), rng).image}
 
 
 def make_objective(graphdef: nnx.GraphDef, edges: float, kl: float) -> Objective:
@@ -105,13 +106,13 @@ def make_objective(graphdef: nnx.GraphDef, edges: float, kl: float) -> Objective
 
 def check(config: Config) -> None:
     """Raises UserError for images that are missing or damaged."""
-    check_pictures((*config.data, *config.held))
+    check_image_folders((*config.data, *config.held))
 
 
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (diffusers' layout) and, with held-out images, check."""
     return trainer_stages(
-        config, lambda _: _task(config, Pictures(config.data)), _write, exported=config.model,
+        config, lambda _: _task(config, ImageFolders(config.data)), _write, exported=config.model,
         check=_check if config.held else None, checked=config.held,
     )  # fmt: skip
 
@@ -137,22 +138,22 @@ def _task(config: Config, images: Sequence[Image]) -> Task:
 
 
 def _write(config: Config, folder: Path, done: dict[str, Path], params: Any) -> dict[str, Any]:
-    scale = measured_scale(Loaded("vae", config.model, params), Pictures(config.data), config.seed)
+    scale = measured_scale(Loaded("vae", config.model, params), ImageFolders(config.data), config.seed)
     save("vae", folder, dataclasses.replace(config.model, scale=scale), params, dtype=np.float16)
     return {"scale": scale}
 
 
-def measured_scale(vae: Loaded, pictures: Pictures, seed: int, count: int = 100) -> float:
+def measured_scale(vae: Loaded, images: ImageFolders, seed: int, count: int = 100) -> float:
     """Returns 1 / deviation of the latents of some images (Rombach et al. 2022, appendix G)."""
-    rows = np.random.default_rng((seed, 3)).permutation(len(pictures))[:count]
-    means = [np.asarray(vae.encode(signed(_whole(pictures[int(i)], vae))[None])[0]) for i in track(rows, "latents")]
+    rows = np.random.default_rng((seed, 3)).permutation(len(images))[:count]
+    means = [np.asarray(vae.encode(signed(_whole(images[int(i)], vae))[None])[0]) for i in track(rows, "latents")]
     return round(1.0 / float(np.std(np.concatenate([m.ravel() for m in means]))), 4)
 
 
-def _whole(picture: Image, vae: Loaded) -> Image:
+def _whole(image: Image, vae: Loaded) -> Image:
     """Returns the image without what fills no whole latent."""
-    height, width = (side - side % vae.config.factor for side in picture.shape[:2])
-    return picture[:height, :width]
+    height, width = (side - side % vae.config.factor for side in image.shape[:2])
+    return image[:height, :width]
 
 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
@@ -160,15 +161,15 @@ def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
     vae = load_vae(done["export"])
     result = {}
     for number, root in enumerate(config.held):
-        pictures = Pictures([root])
+        images = ImageFolders([root])
         errors: list[float] = []
         shown: list[Image] = []
-        for i in track(range(min(len(pictures), 50)), f"reconstruct {Path(root).name}"):
-            picture = _whole(pictures[i], vae)
-            decoded = np.asarray(vae.decode(vae.encode(signed(picture)[None])[0]))[0]
+        for i in track(range(min(len(images), 50)), f"reconstruct {Path(root).name}"):
+            image = _whole(images[i], vae)
+            decoded = np.asarray(vae.decode(vae.encode(signed(image)[None])[0]))[0]
             decoded = np.clip((decoded + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-            errors.append(float(np.mean((decoded.astype(np.float32) - picture) ** 2)))
-            pair = np.concatenate([picture, decoded], axis=1)
+            errors.append(float(np.mean((decoded.astype(np.float32) - image) ** 2)))
+            pair = np.concatenate([image, decoded], axis=1)
             if len(shown) < 4 and pair.shape == (shown or [pair])[0].shape:
                 shown.append(pair)
         result[str(root)] = {"psnr": round(float(np.mean(10 * np.log10(255**2 / np.array(errors)))), 2)}
