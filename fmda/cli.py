@@ -6,6 +6,7 @@ FMDA_TRACEBACK=1 also prints its traceback and cause.
 
 import json
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -323,7 +324,7 @@ def _words(arguments: list[str]) -> list[str]:
     two = " ".join(arguments[:2])
     words = [two, *arguments[2:]] if two in VERBS else arguments
     parts = [word.rpartition("=") if word.startswith("--") else ("", "", word) for word in words]
-    return [f"{name}{sign}{user_path(path) if path.startswith('~') else path}" for name, sign, path in parts]
+    return [name + sign + (str(user_path(path)) if re.match("~(/|$)", path) else path) for name, sign, path in parts]
 
 
 def _warning_line(

@@ -111,7 +111,7 @@ def test_a_traceback_shows_the_hidden_cause_if_asked_for(monkeypatch, capsys, as
     assert ("invalid literal for int()" in err) == asked
 
 
-def test_paths_of_the_command_line_know_the_home_folder(monkeypatch, tmp_path):
+def test_paths_of_the_command_line_know_the_home_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     calls = []
 
@@ -121,6 +121,9 @@ def test_paths_of_the_command_line_know_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setitem(cli.VERBS, "report", report)
     cli.main(["report", "~/run", "other", "--out=~/page.html"])
     assert calls == [((tmp_path / "run", Path("other")), tmp_path / "page.html")]
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(Path(__file__).parents[1] / "configs/demo.yaml"), "~n"])
+    assert "'~n': an override reads key.sub=value" in capsys.readouterr().err
 
 
 def test_a_start_says_at_once_that_it_loads_at_a_terminal_alone(tmp_path):
