@@ -24,15 +24,15 @@ _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
 
 class FileFault(UserError):
-    """A file that cannot be used. `kind` is a short name of the fault, `path` the file."""
+    """A file that cannot be used. `kind` names the fault in tables; `message` is the line without `path`."""
 
     def __init__(self, path: str | Path, kind: str, message: str) -> None:
         super().__init__(f"{path}: {message}")
-        self.path, self.kind, self._message = str(path), kind, message
+        self.path, self.kind, self.message = str(path), kind, message
 
     def __reduce__(self) -> tuple:
         # worker processes send faults back by pickle, which would call __init__ with the joined line alone
-        return type(self), (self.path, self.kind, self._message)
+        return type(self), (self.path, self.kind, self.message)
 
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
