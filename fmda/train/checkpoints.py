@@ -128,7 +128,7 @@ class Checkpoints:
             opening.enter_context(disk_errors(self.folder))
             self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
             for step in list(self._manager.all_steps()):
-                if not self._whole(step):
+                if not _whole(self.folder, step):
                     self._manager.delete(step)
             # Stays open until the manager is closed: the filter for its background threads, and the naming of faults.
             self._open = opening.pop_all()
@@ -147,16 +147,9 @@ class Checkpoints:
         _collect_tasks(fault)
         self._open.close()
 
-    def _whole(self, step: int) -> bool:
-        return all((self.folder / str(step) / name).is_file() for name in _FILES)
-
     def latest(self) -> int | None:
         """Returns the step of the newest checkpoint, None without any."""
         return self._manager.latest_step()
-
-    def best(self) -> int | None:
-        """Returns the step of the best checkpoint by the named metric, None where no metric was saved."""
-        return self._manager.best_step() if self._tracks_best else None
 
     def save(
         self,
@@ -197,12 +190,16 @@ class Checkpoints:
         except Exception as fault:
             if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
                 raise
-            path = self.folder / str(step)
+            path, reason = self.folder / str(step), " ".join(str(fault).split()) or type(fault).__name__
             raise UserError(
-                f"{path}: cannot be restored ({_brief(fault)}); it is damaged or of another model: move it away to "
+                f"{path}: cannot be restored ({reason:.240}); it is damaged or of another model: move it away to "
                 "resume at an earlier checkpoint, or choose another work_dir="
             ) from fault
         return TrainState(**loaded["state"]), loaded["data"]
+
+
+def _whole(root: Path, step: int) -> bool:
+    return all((root / str(step) / name).is_file() for name in _FILES)
 
 
 def read_params(folder: str | Path, which: Literal["params", "teacher"] = "params", *, step: int | None = None) -> Tree:
@@ -213,7 +210,7 @@ def read_params(folder: str | Path, which: Literal["params", "teacher"] = "param
     """
     root = Path(folder) / "checkpoints"
     steps = sorted(int(path.name) for path in root.glob("*") if path.name.isdecimal())
-    whole = [number for number in steps if all((root / str(number) / name).is_file() for name in _FILES)]
+    whole = [number for number in steps if _whole(root, number)]
     if step is None and whole:
         step = whole[-1]
     if step not in whole:
@@ -244,7 +241,7 @@ def best_step(folder: str | Path, name: str, mode: Literal["max", "min"] = "max"
     """
     root = Path(folder) / "checkpoints"
     rows = [row for row in read_rows(Path(folder) / METRICS) if isinstance(row.get(name), int | float)]
-    scores = {row["step"]: row[name] for row in rows if (root / str(row["step"]) / _FILES[0]).is_file()}
+    scores = {row["step"]: row[name] for row in rows if _whole(root, row["step"])}
     if not scores:
         raise UserError(f"{folder}: no checkpoint has a score '{name}'; train with best={name}")
     return (max if mode == "max" else min)(sorted(scores), key=lambda step: scores[step])
@@ -297,8 +294,3 @@ def _check_weights(weights: Tree, params: Tree) -> None:
             raise UserError(f"initial weights: '{path}' is not a parameter of the model{did_you_mean(path, shapes)}")
         if leaf.shape != shapes[path].shape:
             raise UserError(f"initial weights: '{path}' has shape {leaf.shape}, the model {shapes[path].shape}")
-
-
-def _brief(fault: Exception) -> str:
-    text = " ".join(str(fault).split()) or type(fault).__name__
-    return text if len(text) <= 240 else text[:240] + "..."

@@ -57,7 +57,7 @@ def small(root: Path, **changes) -> Config:
     return Config(**(given | changes))
 
 
-def test_templates_are_said_of_pictures_they_are_true_of():
+def test_templates_describe_images_that_match_them():
     night = looks_of("photo", "clear", "night")
     texts = [BANK[i] for i in fitting(BANK, night)]
     assert "a dark photo of a {}." in texts and "a photo of a {}." in texts
@@ -78,16 +78,16 @@ def test_every_template_can_be_true_and_every_style_has_looks():
 
 def test_captions_state_only_what_is_present(tmp_path):
     scenes = Scenes([drawn(tmp_path / "game")])
-    heard = []
-    listen = lambda t: heard.extend(t) or np.zeros((len(t), 4))  # noqa: E731
-    crops = Crops(CropConfig(size=16, noise=0.0, prompted=1.0), BANK, listen, 16, 2)
+    captions_drawn = []
+    record = lambda t: captions_drawn.extend(t) or np.zeros((len(t), 4))  # noqa: E731
+    crops = Crops(CropConfig(size=16, noise=0.0, prompted=1.0), BANK, record, 16, 2)
     batch = crops(scenes[0], np.random.default_rng(1))
     assert batch["pixels"].shape == (16, 16, 16, 3) and batch["pixels"].dtype == np.uint8
     assert batch["present"].shape == batch["stated"].shape == (16, len(TAGS))
     own = also_true(batch["present"], batch["stated"])
     assert np.asarray(own).diagonal().all()
     absent = {"bus", "person", "building", "vegetation"}
-    assert not any(name in text for text in heard for name in absent)
+    assert not any(name in text for text in captions_drawn for name in absent)
 
 
 def test_free_sentences_are_never_taken_for_true_of_others(tmp_path):

@@ -163,16 +163,16 @@ def test_the_step_is_what_numpy_says():
         return e / e.sum(-1, keepdims=True)
 
     masked = batch["masks"].reshape(16, 4)
-    said = logits(other, batch["globals"])
+    raw_logits = logits(other, batch["globals"])
     student = logits(state.params, batch["globals"], masked)
     local = logits(state.params, batch["locals"])[:, 0].reshape(8, 2, 24)
-    views = said[:, 0].reshape(8, 2, 24)
+    views = raw_logits[:, 0].reshape(8, 2, 24)
     temperature = (0.04 + 0.07) / 2
     targets = softmax((views - np.asarray(centre["views"])) / temperature)
-    told = np.log(softmax(np.concatenate([student[:, 0].reshape(8, 2, 24), local], 1) / 0.1))
+    log_predictions = np.log(softmax(np.concatenate([student[:, 0].reshape(8, 2, 24), local], 1) / 0.1))
     pairs = [(t, s) for t in range(2) for s in range(4) if t != s]
-    view = np.mean([-(targets[:, t] * told[:, s]).sum(-1).mean() for t, s in pairs])
-    patch_targets = softmax((said[:, 1:] - np.asarray(centre["patches"])) / temperature)
+    view = np.mean([-(targets[:, t] * log_predictions[:, s]).sum(-1).mean() for t, s in pairs])
+    patch_targets = softmax((raw_logits[:, 1:] - np.asarray(centre["patches"])) / temperature)
     each = -(patch_targets * np.log(softmax(student[:, 1:] / 0.1))).sum(-1)
     patch = np.mean([row[hidden].mean() for row, hidden in zip(each, masked, strict=True) if hidden.any()])
     assert float(metrics["view_loss"]) == pytest.approx(view, rel=1e-4)
@@ -180,7 +180,8 @@ def test_the_step_is_what_numpy_says():
     assert float(metrics["loss"]) == pytest.approx(view + patch, rel=1e-4)
     moved = after.aux
     np.testing.assert_allclose(moved["views"], 0.9 * centre["views"] + 0.1 * views.mean((0, 1)), atol=1e-6)
-    np.testing.assert_allclose(moved["patches"], 0.9 * centre["patches"] + 0.1 * said[:, 1:].mean((0, 1)), atol=1e-6)
+    patch_logits = raw_logits[:, 1:].mean((0, 1))
+    np.testing.assert_allclose(moved["patches"], 0.9 * centre["patches"] + 0.1 * patch_logits, atol=1e-6)
     keep = float(momentum_schedule(0.8, 4)(1))
     new, old, mixed = (t["backbone"]["patch"]["kernel"] for t in (after.params, other, after.teacher))
     np.testing.assert_allclose(mixed, keep * old + (1 - keep) * new, atol=1e-6)
@@ -256,8 +257,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(finished, tmp_path):
     for name in ("train", "export", "check"):
         (work / name / "stage.json").unlink()
     (work / "export/model.safetensors").unlink()
-    said = []
-    again = run_stages(stages(config), work, config, said.append)
+    again = run_stages(stages(config), work, config, lambda _: None)
     one, two = (folders["export"] / "model.safetensors" for folders in (done, again))
     assert one.read_bytes() == two.read_bytes() and (work / "train/checkpoints/4").is_dir()
 

@@ -86,9 +86,9 @@ def test_background_is_what_is_like_the_least_attended_patch():
         share = (a > a.mean()).mean(1)
         weight = np.log((share + 1e-10).sum() / (share + 1e-10))
         seed = (a * weight[:, None]).sum(0).argmin()
-        told = (k * weight[None, :, None]).reshape(6, -1)
-        told /= np.linalg.norm(told, axis=1, keepdims=True)
-        np.testing.assert_array_equal(mask, told @ told[seed] > 0.3)
+        weighted_keys = (k * weight[None, :, None]).reshape(6, -1)
+        weighted_keys /= np.linalg.norm(weighted_keys, axis=1, keepdims=True)
+        np.testing.assert_array_equal(mask, weighted_keys @ weighted_keys[seed] > 0.3)
         assert mask[seed]
 
 

@@ -109,9 +109,14 @@ def run(place):
     return run_stages(stages(config), place / "work", config, lambda _: None)
 
 
-def listened(config, heard):
-    """What captions windows, and notes the captions."""
-    return caption_maker(config, lambda texts: heard.extend(texts) or np.full((len(texts), 3), len(heard), np.int32))
+def recording(config, captions):
+    """Returns the caption maker of windows; it appends the captions to a list."""
+
+    def tokenize(texts):
+        captions.extend(texts)
+        return np.full((len(texts), 3), len(captions), np.int32)
+
+    return caption_maker(config, tokenize)
 
 
 def find(window, encoded):
@@ -128,12 +133,12 @@ def find(window, encoded):
     return places[0]
 
 
-def test_windows_are_slices_of_the_encoded_picture_with_captions_of_what_is_in_them(place, tmp_path):
-    config, heard, seen, vae = WindowConfig(SIZE, 12), [], set(), load_vae(place / "vae")
+def test_windows_are_slices_of_the_encoded_image_with_captions_of_what_is_in_them(place, tmp_path):
+    config, captions, seen, vae = WindowConfig(SIZE, 12), [], set(), load_vae(place / "vae")
     roots = [place / "scenes"]
-    assert write_latents(config, vae, listened(config, heard), roots, tmp_path, 0, "digest") == 2 * 12 * 4
+    assert write_latents(config, vae, recording(config, captions), roots, tmp_path, 0, "digest") == 2 * 12 * 4
     bank = Latents(tmp_path)
-    assert bank.moments.shape == (96, 8, 8, 8) and bank.moments.dtype == np.float16 and len(heard) == 96
+    assert bank.moments.shape == (96, 8, 8, 8) and bank.moments.dtype == np.float16 and len(captions) == 96
     assert bank.ids[:, 0].tolist() == list(range(1, 97)) and bank[5]["moments"].shape == (8, 8, 8)
     for number, scene in enumerate(Scenes(roots)):
         turned = [np.ascontiguousarray(scene["image"][:, ::step]) for step in (1, -1)]
@@ -144,21 +149,22 @@ def test_windows_are_slices_of_the_encoded_picture_with_captions_of_what_is_in_t
             labels = scene["labels"][:, :: 1 - 2 * (k // 12)]
             present = set(np.unique(labels[top : top + SIZE, left : left + SIZE]).tolist())
             absent = [name for index, name in enumerate(CLASSES) if index not in present and name != "sky"]
-            named = [w for name in absent for w in (name, *SYNONYMS[name]) if f" {w} " in f" {heard[row].strip('.')} "]
-            # "a street" is also what is said of an image of nothing in particular
-            assert set(named) <= {"street"}, (heard[row], named)
+            caption = f" {captions[row].strip('.')} "
+            named = [word for name in absent for word in (name, *SYNONYMS[name]) if f" {word} " in caption]
+            # "a street" also captions an image of nothing in particular
+            assert set(named) <= {"street"}, (captions[row], named)
             seen.add((top, left, CAR in present))
     tops, lefts, cars = (set(column) for column in zip(*seen, strict=True))
     assert tops == set(range(0, 17, 2)) and min(lefts) == 0 and max(lefts) == 48 and cars == {True, False}
-    assert sum("car" in text for text in heard) > 10
+    assert sum("car" in text for text in captions) > 10
 
 
-def test_mirrored_windows_are_told_mirrored(tmp_path):
-    root, heard = draw_scenes(tmp_path / "square", 3, side=32), []
+def test_mirrored_windows_have_mirrored_captions(tmp_path):
+    root, captions = draw_scenes(tmp_path / "square", 3, side=32), []
     config = WindowConfig(32, 40, prompted=0.0)
-    write_latents(config, small_diffusion.vae(), listened(config, heard), [root], tmp_path, 0, "digest")
-    plain = [text for k, text in enumerate(heard) if k % 80 < 40]
-    mirrored = [text for k, text in enumerate(heard) if k % 80 >= 40]
+    write_latents(config, small_diffusion.vae(), recording(config, captions), [root], tmp_path, 0, "digest")
+    plain = [text for k, text in enumerate(captions) if k % 80 < 40]
+    mirrored = [text for k, text in enumerate(captions) if k % 80 >= 40]
     assert sum("the left" in text for text in plain) > 5 and not any("the right" in text for text in plain)
     assert sum("the right" in text for text in mirrored) > 5 and not any("the left" in text for text in mirrored)
 
@@ -256,17 +262,17 @@ def test_the_loss_by_hand(networks, losses, unet, frozen, batch, prediction, min
 
 @pytest.mark.parametrize(("drop", "masks"), [(1.0, {(True,) * 3}), (0.5, None)])
 def test_dropped_captions_are_empty_ones(losses, unet, frozen, batch, drop, masks):
-    found, told = set(), []
+    found, differs = set(), []
     for seed in range(6):
         key = jax.random.key(seed)
         mask = np.asarray(jax.random.bernoulli(jax.random.split(key, 4)[3], drop, (3,)))
         emptied = {**batch, "ids": np.where(mask[:, None], frozen["empty"][None], batch["ids"])}
         value = float(losses(drop=drop)(unet.params, frozen, batch, key))
         assert value == pytest.approx(float(losses()(unet.params, frozen, emptied, key)), rel=1e-5)
-        told.append(abs(value - float(losses()(unet.params, frozen, batch, key))) > 1e-5)
+        differs.append(abs(value - float(losses()(unet.params, frozen, batch, key))) > 1e-5)
         found.add(tuple(mask.tolist()))
     assert found == masks if masks else len(found) > 2
-    assert any(told)
+    assert any(differs)
 
 
 def test_the_loss_of_one_window_falls(losses, unet, frozen, batch):
