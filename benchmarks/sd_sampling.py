@@ -28,7 +28,7 @@ from sides.networks import networks, random_parameters, torch_compiled, torch_de
 from sides.processes import AGREE, BATCHES, answer, arguments, check_memory, parsed, shown, sweep, timed
 
 from fmda import trees
-from fmda.diffusion.draw import Graphs, Program, SamplerConfig, make_program
+from fmda.diffusion.draw import Program, SamplerConfig, make_graphs, make_program
 from fmda.diffusion.schedule import CLASSES, SAMPLERS, ScheduleConfig
 from fmda.perf import compiled_memory, count_flops
 from fmda.trees import Tree
@@ -44,8 +44,7 @@ SAMPLES_AGREE = AGREE | {"bfloat16": 0.25}
 def shapes(options: argparse.Namespace) -> dict[str, Tree]:
     """Returns the parameters' shapes of all three networks."""
     config = networks(options)
-    graphs = [network_graph(part, getattr(config, part)) for part in ("unet", "vae", "text_encoder")]
-    return {part: tree for part, (_, tree) in zip(PARTS, graphs, strict=True)}
+    return {part: network_graph(part, getattr(config, part))[1] for part in PARTS}
 
 
 def inputs(options: argparse.Namespace) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
@@ -59,14 +58,11 @@ def inputs(options: argparse.Namespace) -> tuple[np.ndarray, list[tuple[np.ndarr
 
 
 def drawing(options: argparse.Namespace, sampler: str) -> Program:
-    """Returns the program that draws pictures."""
-    config, dtype = networks(options), options.dtype
-    graphs = {part: network_graph(part, getattr(config, part), dtype)[0] for part in PARTS}
+    """Returns the program that draws images."""
+    config = networks(options)
     shape = (options.latent, options.latent, config.unet.in_channels)
-    return make_program(
-        Graphs(**graphs, schedule=ScheduleConfig(), scale=config.vae.scale),
-        SamplerConfig(sampler, options.steps, GUIDANCE), shape,
-    )  # fmt: skip
+    graphs = make_graphs(config, ScheduleConfig(), options.dtype)
+    return make_program(graphs, SamplerConfig(sampler, options.steps, GUIDANCE), shape)
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from sides.networks import networks, random_parameters, torch_compiled, torch_de
 from sides.processes import BATCHES, answer, arguments, check_memory, parsed, sweep, timed
 
 from fmda import trees
-from fmda.diffusion.draw import Graphs
+from fmda.diffusion.draw import Graphs, make_graphs
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.methods.datum.dreambooth import make_objective, noised
 from fmda.methods.datum.settings import Optimizer
@@ -51,11 +51,10 @@ COMPARED = 3
 
 def graphs(options: argparse.Namespace) -> tuple[Graphs, dict[str, Tree]]:
     """Returns the networks and the shapes of what trains."""
-    config, dtype = networks(options), jnp.dtype(options.dtype)
-    unet, shapes = network_graph("unet", config.unet, dtype, remat=options.remat)
-    text, text_shapes = network_graph("text_encoder", config.text_encoder, dtype)
-    trained = {"unet": shapes} | ({"text_encoder": text_shapes} if options.trained == "unet+text" else {})
-    return Graphs(unet, network_graph("vae", config.vae, dtype)[0], text, ScheduleConfig(), config.vae.scale), trained
+    config = networks(options)
+    parts = ("unet", "text_encoder") if options.trained == "unet+text" else ("unet",)
+    trained = {part: network_graph(part, getattr(config, part))[1] for part in parts}
+    return make_graphs(config, ScheduleConfig(), options.dtype, options.remat), trained
 
 
 def inputs(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int, UInt8, UInt32
 
 from fmda.config import PositiveInt
@@ -19,8 +20,9 @@ from fmda.diffusion.samplers import SAMPLERS, Denoise, make_table, sample
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError, did_you_mean
 from fmda.mesh import FSDP_RULES, batch_sharding, place, replicated
-from fmda.models.sd_unet import UNetConfig
-from fmda.models.sd_vae import VaeConfig
+from fmda.models.catalog import DiffusionConfig
+from fmda.models.sd_unet import Remat
+from fmda.weights.checkpoint import network_graph
 
 Program = Callable[[Any, Int[Array, "n t"], Int[Array, "t"], UInt32[Array, "n"]], UInt8[Array, "n H W 3"]]
 
@@ -61,14 +63,14 @@ def make_draw(
     There are as many seeds as prompts, at least one, each from 0 to 2^32 - 1; `draw` raises UserError for others.
     Raises UserError for sizes that do not fit the networks, or steps that do not fit the schedule.
     """
-    height, width = image_size(config, model.unet.config, model.vae.config)
+    shape = latent_shape(config, model.networks)
     make_table(model.schedule, config.sampler, config.steps)
-    shape = (height // model.vae.config.factor, width // model.vae.config.factor, model.unet.config.in_channels)
     split, whole = batch_sharding(mesh), replicated(mesh)
     params = jax.device_put(model.params, place(model.params, FSDP_RULES, mesh))
     empty = jax.device_put(model.tokenize([config.negative])[0], whole)
+    graphs = make_graphs(model.networks, model.schedule, model.unet.dtype)
     # what the program does not depend on is left out, so that no other value of it compiles anew
-    program = _compiled(graphs(model), replace(config, negative="", size=None), shape, split)
+    program = _compiled(graphs, replace(config, negative="", size=None), shape, split)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n H W 3"]:
         count = len(prompts)
@@ -85,22 +87,26 @@ def make_draw(
     return draw
 
 
-def image_size(config: SamplerConfig, unet: UNetConfig, vae: VaeConfig) -> tuple[int, int]:
+def image_size(config: SamplerConfig, networks: DiffusionConfig) -> tuple[int, int]:
     """Returns height and width of the images, pixels. Raises UserError for a size that does not fit the networks."""
-    side = unet.sample_size * vae.factor
+    side = networks.unet.sample_size * networks.vae.factor
     size = config.size or (side, side)
-    check_size(size, vae.factor * unet.factor)
+    check_size(size, networks)
     return size
 
 
-def check_size(size: tuple[int, int], multiple: int, name: str = "size") -> None:
-    """Raises UserError for a height and width, in pixels, that the networks cannot halve down to whole places.
+def latent_shape(config: SamplerConfig, networks: DiffusionConfig) -> tuple[int, int, int]:
+    """Returns the shape of the latents of an image; raises UserError as `image_size`."""
+    height, width = (side // networks.vae.factor for side in image_size(config, networks))
+    return height, width, networks.unet.in_channels
 
-    `name` is the option that gives them.
-    """
-    height, width = size
-    if height < multiple or width < multiple or height % multiple or width % multiple:
+
+def check_size(size: tuple[int, int], networks: DiffusionConfig, name: str = "size") -> None:
+    """Raises UserError unless the networks can halve a height and width, in pixels; `name` is the option of them."""
+    multiple = networks.vae.factor * networks.unet.factor
+    if any(side < multiple or side % multiple for side in size):
         near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+        height, width = size
         raise UserError(f"{name}: {height}x{width} are no multiples of {multiple} pixels; {near} would be")
 
 
@@ -115,10 +121,16 @@ class Graphs:
     scale: float
 
 
-def graphs(model: StableDiffusion) -> Graphs:
-    """Returns the graphs of a model's networks, its schedule and the scale of its latents."""
-    networks = model.unet.graphdef, model.vae.graphdef, model.text_encoder.graphdef
-    return Graphs(*networks, model.schedule, model.vae.config.scale)
+def make_graphs(
+    networks: DiffusionConfig, schedule: ScheduleConfig, dtype: DTypeLike = jnp.float32, remat: Remat = "none"
+) -> Graphs:
+    """Returns the graphs of networks that compute in `dtype`; `remat` is that of the UNet."""
+    kind = jnp.dtype(dtype)
+    return Graphs(
+        network_graph("unet", networks.unet, kind, remat=remat)[0],
+        network_graph("vae", networks.vae, kind)[0],
+        network_graph("text_encoder", networks.text_encoder, kind)[0], schedule, networks.vae.scale,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4)

@@ -133,8 +133,7 @@ class _Work:
         pending: indices without an image, a heap.
         lost: indices whose tries are used up.
         position: the first index that is not compared yet.
-        kept: embeddings of the images below `position`.
-        ahead: embeddings of images from `position` on.
+        embeddings: of the images by index; valid at the indices in `embedded`.
     """
 
     draw: Draw
@@ -151,8 +150,8 @@ class _Work:
     pending: list[int] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     position: int = 0
-    kept: Float[np.ndarray, "n d"] = field(default_factory=lambda: np.empty((0, 0)))
-    ahead: dict[int, Float[np.ndarray, " d"]] = field(default_factory=dict)
+    embeddings: Float[np.ndarray, "n d"] = field(default_factory=lambda: np.empty((0, 0)))
+    embedded: set[int] = field(default_factory=set)
 
     def fill(self, task: str) -> None:
         """Generates the missing images; with `duplicates`, which needs all indices, compares each with those before it.
@@ -219,30 +218,31 @@ class _Work:
         images = self.progress.images
         while self.position < len(self.indices) and self.position in images:
             index = self.position
-            if index not in self.ahead:
+            if index not in self.embedded:
                 self._embed(duplicates)
-            image, embedding = images[index], self.ahead.pop(index)
-            if index == 0:
-                self.kept = np.empty((len(self.indices), len(embedding)), embedding.dtype)
-            if duplicates.name not in image.scores:
-                verdict = duplicates.compare(embedding, self.kept[:index])
+            if duplicates.name not in images[index].scores:
+                verdict = duplicates.compare(self.embeddings[index], self.embeddings[:index])
                 if verdict.why is not None:
-                    self._refuse(image, duplicates.name, verdict)
+                    self.embedded.remove(index)
+                    self._refuse(images[index], duplicates.name, verdict)
                     return
-                self.progress.keep(replace(image, scores={**image.scores, duplicates.name: verdict.score}))
+                scores = {**images[index].scores, duplicates.name: verdict.score}
+                self.progress.keep(replace(images[index], scores=scores))
                 yield index
-            self.kept[index] = embedding
             self.position += 1
 
     def _embed(self, duplicates: NearDuplicate) -> None:
         """Reads the next images, a batch at most, and embeds them."""
         images = self.progress.images
         last = min(self.position + self.batch, len(self.indices))
-        ahead = [j for j in range(self.position, last) if j in images and j not in self.ahead]
+        ahead = [j for j in range(self.position, last) if j in images and j not in self.embedded]
         pixels = [read_png(self.progress.folder / images[j].file) for j in ahead]
         # filled up, so that networks are compiled once
-        embedded = duplicates.embeddings(np.stack(pixels + pixels[-1:] * (self.batch - len(pixels))))
-        self.ahead.update(zip(ahead, embedded, strict=False))
+        rows = duplicates.embeddings(np.stack(pixels + pixels[-1:] * (self.batch - len(pixels))))[: len(ahead)]
+        if not len(self.embeddings):
+            self.embeddings = np.empty((len(self.indices), rows.shape[1]), rows.dtype)
+        self.embeddings[ahead] = rows
+        self.embedded.update(ahead)
 
     def _refuse(self, image: GeneratedImage, by: str, verdict: Verdict) -> None:
         self.progress.refuse(image, by, verdict)

@@ -72,11 +72,6 @@ class StableDiffusion:
             return self
         return replace(self, unet=unet, schedule=schedule)
 
-    @property
-    def size(self) -> int:
-        """Side of the images it was trained on, pixels."""
-        return self.unet.config.sample_size * self.vae.config.factor
-
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b t"]:
         """Returns int32 ids [B, T], padded to the text encoder's whole context as the checkpoint was trained.
 

@@ -160,10 +160,7 @@ def training_plan(
         notes=(
             f"activations kept for the gradient: {kept:,.1f} MiB with one {training.example}",
             *(f"the whole run, {name}: {share:,.4g} PFLOP per device" for name, share in work),
-            *(
-                fit_line(functools.partial(training.need, shards=devices), training.example, name, devices, limit)
-                for name, devices, limit in MACHINES
-            ),
+            *fit_lines(training.need, training.example),
             *notes,
         ),
     )
@@ -206,12 +203,21 @@ def check_need(
     )
 
 
-def fit_line(need: Callable[[int], int], row: str, machine: str, devices: int, limit: float) -> str:
-    """Returns a line that says how many rows each device of a machine holds at once; arguments as of `check_need`."""
-    one, most = need(1), _most(need, limit)
-    if not most:
-        return f"{machine}: does not fit, {(one - limit) / GIB:.2f} GiB short on each of {devices} with one {row}"
-    return f"{machine}: {one / GIB:.2f} of {limit / GIB:.2f} GiB with one {row} a device; {most} fit at once"
+def fit_lines(need: Callable[..., int], row: str) -> list[str]:
+    """Returns a line for each of `MACHINES` that says how many rows each device holds at once.
+
+    `need` is (rows on a device at once, shards=number of devices) -> bytes of it.
+    """
+    lines = []
+    for machine, devices, limit in MACHINES:
+        rows_need = functools.partial(need, shards=devices)
+        one, most = rows_need(1), _most(rows_need, limit)
+        if most:
+            text = f"{one / GIB:.2f} of {limit / GIB:.2f} GiB with one {row} a device; {most} fit at once"
+        else:
+            text = f"does not fit, {(one - limit) / GIB:.2f} GiB short on each of {devices} with one {row}"
+        lines.append(f"{machine}: {text}")
+    return lines
 
 
 def sharding(shapes: Tree, rules: Sequence[Rule], shards: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_diffusion
 
-from fmda.diffusion.draw import SamplerConfig, graphs, make_draw, make_program
+from fmda.diffusion.draw import SamplerConfig, make_draw, make_graphs, make_program
 from fmda.diffusion.load import load_stable_diffusion
 from fmda.diffusion.samplers import sample
 from fmda.errors import UserError
@@ -122,7 +122,8 @@ def test_the_noise_of_a_seed_does_not_depend_on_the_default_generator(model):
     texts = []
     for generator in ("rbg", "threefry2x32"):
         jax.config.update("jax_default_prng_impl", generator)
-        texts.append(str(jax.make_jaxpr(make_program(graphs(model), SAMPLER, (8, 8, 4)))(*given)))
+        program = make_program(make_graphs(model.networks, model.schedule), SAMPLER, (8, 8, 4))
+        texts.append(str(jax.make_jaxpr(program)(*given)))
     assert texts[0] == texts[1] and "random" in texts[0]
 
 

@@ -21,7 +21,7 @@ from fmda.errors import UserError
 from fmda.evaluate.runs import read_run
 from fmda.mesh import make_mesh
 from fmda.methods.generate import Config, PromptConfig, draw_images, plan
-from fmda.methods.generate.cost import check_memory, memory, read_shapes
+from fmda.methods.generate.cost import check_memory, memory, read_networks
 from fmda.methods.generate.settings import THINGS, FilterConfig, make_prompts
 from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.methods.kinds import open_run
@@ -370,7 +370,7 @@ def test_the_plan_reads_a_folder_and_knows_when_it_does_not_know(place, capsys):
 
 def test_a_device_that_is_too_small_is_told_by_how_much():
     config = Config("CompVis/stable-diffusion-v1-4", batch=64, device_memory=16)
-    shapes = read_shapes(config.model)
+    shapes = read_networks(config.model)
     with pytest.raises(UserError, match="batch: 64 needs about") as caught:
         check_memory(config, shapes, 4, 1)
     need = sum(memory(config, shapes, 16, 1).values()) / 2**30

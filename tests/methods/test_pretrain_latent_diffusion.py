@@ -292,7 +292,8 @@ def test_the_loss_of_one_window_falls(losses, unet, frozen, batch):
 
 def test_a_run_ends_in_a_checkpoint_that_loads_and_draws(place, run):
     model = load_stable_diffusion(run["export"] / "model")
-    assert model.schedule.prediction == "v_prediction" and model.size == SIZE
+    assert model.schedule.prediction == "v_prediction"
+    assert model.unet.config.sample_size * model.vae.config.factor == SIZE
     assert model.vae.config.scale == small_diffusion.VAE.scale
     images = make_draw(model, SAMPLER, make_mesh())(["a car", "a road"] * 8, range(16))
     assert images.shape == (16, SIZE, SIZE, 3) and images.std() > 5

@@ -14,21 +14,16 @@ from fmda.errors import UserError
 from fmda.mesh import FSDP_RULES, make_mesh
 from fmda.methods.datum.settings import Config
 from fmda.methods.datum.setup import training_task
-from fmda.methods.generate.cost import UnknownModel, parameter_shapes, read_shapes, shardings
+from fmda.methods.generate.cost import UnknownModel, parameter_shapes, read_networks, shardings
 from fmda.methods.planning import Training, check_need, training_plan
 from fmda.models.catalog import DiffusionConfig
 from fmda.runs.plan import Plan
 from fmda.trees import Tree
 
 
-def check_crop(config: Config, shapes: DiffusionConfig) -> None:
-    """Raises UserError for crops that the networks cannot halve down to whole places."""
-    check_size((config.crop, config.crop), shapes.vae.factor * shapes.unet.factor, "crop")
-
-
-def training(config: Config, shapes: DiffusionConfig) -> Training:
+def training(config: Config, networks: DiffusionConfig) -> Training:
     """Returns the pieces of the training, by shapes alone."""
-    params, text, vae = parameter_shapes(shapes), shapes.text_encoder, shapes.vae
+    params, text, vae = parameter_shapes(networks), networks.text_encoder, networks.vae
     images, tokens = len(config.prompts), text.context
     if "text_encoder" in config.trained_parts:
         captions: Tree = {"ids": jax.ShapeDtypeStruct((images, tokens), jnp.int32)}
@@ -46,7 +41,7 @@ def training(config: Config, shapes: DiffusionConfig) -> Training:
             "seed": jax.ShapeDtypeStruct((rows, images), jnp.uint32),
         }
 
-    task = training_task(config, shapes, ScheduleConfig(), params, captions, Stream(range(1), None, config.batch))
+    task = training_task(config, networks, ScheduleConfig(), params, captions, Stream(range(1), None, config.batch))
     return Training.of(task, config.steps, batch, frozen_rules=FSDP_RULES)
 
 
@@ -61,14 +56,14 @@ def check_batch(config: Config) -> None:
         )
 
 
-def check_memory(config: Config, shapes: DiffusionConfig) -> None:
+def check_memory(config: Config, networks: DiffusionConfig) -> None:
     """Raises UserError where a device cannot hold its share of a batch, with the largest batch that fits.
 
     Checked where the device's memory is known: from `device_memory`, or from the device.
     """
     mesh = make_mesh(*config.mesh)
     check_need(
-        functools.partial(training(config, shapes).need, shards=mesh.shape["fsdp"]), config.batch,
+        functools.partial(training(config, networks).need, shards=mesh.shape["fsdp"]), config.batch,
         config.accumulate * mesh.size, mesh.size, config.device_memory, "example", "batch",
         "accumulate=, remat=dots or remat=blocks, precision=bfloat16, trained=lora or more devices (mesh=)",
     )  # fmt: skip
@@ -92,12 +87,12 @@ def plan(config: Config) -> Plan:
         exported = f"steps {', '.join(map(str, config.export))}"
     stages.append(("export", f"{exported} in diffusers' layout, {config.store}"))
     try:
-        shapes = read_shapes(config.model)
+        networks = read_networks(config.model)
     except UnknownModel as unknown:
         return Plan(stages=tuple(stages), notes=(f"no sizes are known: {unknown}",))
-    check_crop(config, shapes)
+    check_size((config.crop, config.crop), networks, "crop")
     return training_plan(
-        training(config, shapes), stages=stages, batch=config.batch, steps=config.steps,
-        parameters={part: trees.count(tree) for part, tree in parameter_shapes(shapes).items()},
-        shardings=shardings(shapes, 8),
+        training(config, networks), stages=stages, batch=config.batch, steps=config.steps,
+        parameters={part: trees.count(tree) for part, tree in parameter_shapes(networks).items()},
+        shardings=shardings(networks, 8),
     )  # fmt: skip

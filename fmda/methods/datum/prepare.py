@@ -12,12 +12,12 @@ from fmda.atomic import replacing
 from fmda.data.check import check_images
 from fmda.data.files import read_image
 from fmda.data.loader import Transform
-from fmda.diffusion.draw import image_size
+from fmda.diffusion.draw import check_size, image_size
 from fmda.diffusion.load import StableDiffusion, check_stable_diffusion
 from fmda.diffusion.manifest import Manifest
 from fmda.errors import UserError
 from fmda.methods import generate
-from fmda.methods.datum.cost import check_batch, check_crop, check_memory
+from fmda.methods.datum.cost import check_batch, check_memory
 from fmda.methods.datum.settings import Config, PriorConfig
 from fmda.methods.datum.snapshots import untouched
 from fmda.methods.datum.stop import probe_config
@@ -85,11 +85,11 @@ def check(config: Config) -> None:
     if pending(config.model):
         return
     model = check_stable_diffusion(config.model, config.revision)
-    check_crop(config, model.networks)
+    check_size((config.crop, config.crop), model.networks, "crop")
     check_batch(config)
     check_memory(config, model.networks)
     if prior is not None and prior.images is None:
-        size = image_size(prior.sampler, model.networks.unet, model.networks.vae)
+        size = image_size(prior.sampler, model.networks)
         if min(size) < config.crop:
             raise UserError(
                 f"prior.sampler.size: class images of {size[0]}x{size[1]} hold no crop of {config.crop}; "

@@ -1,18 +1,10 @@
-"""What a personalisation may say; the defaults are the paper's."""
+"""Configuration of a personalisation; the defaults are the paper's."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fmda.config import (
-    FREE,
-    Decay,
-    FolderOrName,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+from fmda.config import FREE, Decay, FolderOrName, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
 from fmda.methods.datum.dreambooth import NoiseConfig
@@ -71,18 +63,18 @@ class PriorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainerConfig):
-    """One target image, one latent diffusion model, and how the one is learned by the other.
+    """Personalisation of a latent diffusion model on one target image.
 
     Attributes:
         image: the target image.
         model, revision: the diffusion model: a folder in diffusers' layout, a model of the package, or a hub id.
-        token: the rare word that comes to stand for the target.
-        prompt: the caption of every crop; holds the token.
+        token: the rare word that will stand for the target.
+        prompt: the caption of every crop; contains the token.
         trained: all weights of UNet and text encoder, of the UNet alone, or low-rank adapters.
         lora: the adapters, where they are what is trained.
         prior: prior preservation; None for none.
         noise: what is added to the latents, and when.
-        resize: what the image's shorter side is brought to, pixels; None leaves the image as it is.
+        resize: the image's shorter side, pixels; None leaves the image as it is.
         crop: side of the crops, pixels.
         bank: crops that are drawn and encoded once, before training; 0 draws and encodes new ones at each step.
         accumulate: parts that a batch is taken in.
@@ -94,7 +86,7 @@ class Config(TrainerConfig):
         store: number format of snapshots and exported models.
         precision: "bfloat16" computes in it; parameters, moments and losses stay in float32.
         remat: what is kept for the backward pass of the UNet.
-        device_memory: GiB of a device; None asks the device, and checks nothing where it does not tell.
+        device_memory: GiB of a device; None reads it from the device, if it has a limit.
     """
 
     image: Path

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fmda.data.streams import Stream
-from fmda.diffusion.draw import Graphs
+from fmda.diffusion.draw import make_graphs
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.mesh import FSDP_RULES
 from fmda.methods.datum.dreambooth import make_objective
@@ -18,7 +18,6 @@ from fmda.models.catalog import DiffusionConfig
 from fmda.precision import cast
 from fmda.train.task import Task
 from fmda.trees import Tree
-from fmda.weights.network import network_graph
 
 
 def training_task(
@@ -35,11 +34,7 @@ def training_task(
     model's, adapters from random numbers. `captions` holds "ids" or "context", see `make_objective`.
     """
     dtype = jnp.dtype(config.precision)
-    graphs = Graphs(
-        network_graph("unet", networks.unet, dtype, remat=config.remat)[0],
-        network_graph("vae", networks.vae, dtype)[0],
-        network_graph("text_encoder", networks.text_encoder, dtype)[0], schedule, networks.vae.scale,
-    )  # fmt: skip
+    graphs = make_graphs(networks, schedule, dtype, config.remat)
     objective = make_objective(
         graphs, lora_scale=config.lora.alpha / config.lora.rank,
         prior_weight=1.0 if config.prior is None else config.prior.weight, noise=config.noise,

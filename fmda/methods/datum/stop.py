@@ -1,8 +1,8 @@
-"""When to stop a personalisation: probe images of every snapshot, label-free curves, and the step they speak for.
+"""When to stop a personalisation: probe images of every snapshot, label-free curves, and the step chosen by them.
 
 The published 200 steps were tuned with labels of the target. Here each snapshot draws the same prompts with the same
-seeds; how near the images come to crops of the one target image, how diverse they stay, and how many of the prompted
-classes a CLIP still finds in them, decide (`fmda.evaluate.stopping.choose_step`).
+seeds. The step is chosen by the images' distance to crops of the target, their diversity, and the share of prompted
+classes that a CLIP detects in them (`fmda.evaluate.stopping.choose_step`).
 """
 
 import dataclasses
@@ -127,34 +127,34 @@ def measure(probe: ProbeConfig, steps: Sequence[int], folder: Path, crops: np.nd
 
     `crops`, uint8 [n, S, S, 3], are those of the target.
     """
-    near = embed(clip, crops)
+    target = embed(clip, crops)
     rows = []
     for step in steps:
         manifest = Manifest.read(folder / str(step))
         images = read_images(manifest)
         embedded = embed(clip, images)
-        covered, covered_error = found_classes(clip, images, [image.class_name for image in manifest])
-        near_error = standard_error(lambda x: alignment(x, near).mean, embedded, seed=probe.seed)
-        wide_error = standard_error(pairwise_diversity, embedded, seed=probe.seed)
-        both = alignment(embedded, near)
-        wide = pairwise_diversity(embedded)
-        rows.append((both.mean, both.nearest, wide, covered, near_error, wide_error, covered_error))
-    values = np.array(rows, np.float64).T.tolist()
-    measured = dict(zip(MEASURES, map(tuple, values), strict=True))
-    return Curves(steps=tuple(steps), repeated=float(pairwise_diversity(near)), **measured)
+        covered, covered_error = class_coverage(clip, images, [image.class_name for image in manifest])
+        distance, diversity = alignment(embedded, target), pairwise_diversity(embedded)
+        distance_error = standard_error(lambda x: alignment(x, target).mean, embedded, seed=probe.seed)
+        diversity_error = standard_error(pairwise_diversity, embedded, seed=probe.seed)
+        values = (distance.mean, distance.nearest, diversity, covered, distance_error, diversity_error, covered_error)
+        rows.append(values)
+    columns = np.array(rows, np.float64).T.tolist()
+    measured = dict(zip(MEASURES, map(tuple, columns), strict=True))
+    return Curves(steps=tuple(steps), repeated=float(pairwise_diversity(target)), **measured)
 
 
-def found_classes(clip: Loaded, images: np.ndarray, asked: Sequence[str | None]) -> tuple[float, float]:
+def class_coverage(clip: Loaded, images: np.ndarray, class_names: Sequence[str | None]) -> tuple[float, float]:
     """Returns the share of images in which the prompted class is detected, and its standard error.
 
     The share is the mean over the classes; 1 where none was prompted. The error of a class with no image, or all,
     among few is computed as if one more of each kind had been drawn (Laplace's rule).
     """
-    names = sorted({name for name in asked if name})
+    names = sorted({name for name in class_names if name})
     if not names:
         return 1.0, 0.0
     there = grid_share(clip, names, images) > 0
-    chosen = np.array([names.index(name) if name else -1 for name in asked])
+    chosen = np.array([names.index(name) if name else -1 for name in class_names])
     drawn = np.array([np.sum(chosen == k) for k in range(len(names))])
     hits = np.array([there[chosen == k, k].sum() for k in range(len(names))])
     likely = (hits + 1) / (drawn + 2)

@@ -1,14 +1,11 @@
 """What is refused of a set of images before any network is loaded."""
 
-from collections.abc import Sequence
-
 import jax
 from jax.sharding import Mesh
 
 from fmda.diffusion.draw import image_size
 from fmda.diffusion.filters import PromptFilter, banned_words, choose_prompts, duplicate_prompt
 from fmda.diffusion.load import Checked, check_stable_diffusion
-from fmda.diffusion.manifest import Prompt
 from fmda.diffusion.samplers import make_table
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
@@ -28,7 +25,11 @@ def check(config: Config) -> Checked | None:
     if not pending(config.prompts.file):
         prompts = make_prompts(config.prompts)
         choose_prompts(prompts, text_filters(config.filters))
-        check_filters(config.filters, prompts)
+        if config.filters.class_presence is not None and not any(prompt.class_name for prompt in prompts):
+            raise UserError(
+                "filters.class_presence: the prompts name no class, as those of prompts.file and prompts.texts never "
+                "do; leave the filter out, or give prompts.classes"
+            )
     if config.filters.judge_images:
         check_weights(config.filters.clip)
     if pending(config.model):
@@ -43,18 +44,9 @@ def check_drawing(config: Config, model: Checked, devices: int, shards: int, pre
 
     `prefix` is the place of the settings in the configuration, as `check_memory` takes it.
     """
-    image_size(config.sample, model.networks.unet, model.networks.vae)
+    image_size(config.sample, model.networks)
     make_table(model.schedule, config.sample.sampler, config.sample.steps)
     check_memory(config, model.networks, devices, shards, prefix)
-
-
-def check_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError for a filter of classes where the prompts name none."""
-    if config.class_presence is not None and not any(prompt.class_name for prompt in prompts):
-        raise UserError(
-            "filters.class_presence: the prompts name no class, as those of prompts.file and prompts.texts never do; "
-            "leave the filter out, or give prompts.classes"
-        )
 
 
 def check_weights(source: str) -> None:

@@ -17,7 +17,7 @@ from fmda.diffusion.generate import generate
 from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
 from fmda.diffusion.manifest import SHEET, Prompt
 from fmda.evaluate.sections import Section, write_sections
-from fmda.methods.generate.checks import check, check_filters, local_mesh, text_filters
+from fmda.methods.generate.checks import check, local_mesh, text_filters
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
 from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.runs.stages import Stage
@@ -59,14 +59,12 @@ def draw_images(
 ) -> dict[str, Any]:
     """Fills a folder with the images of a model that is loaded already; returns counts.
 
-    `origin` is the content of `ORIGIN` where the model was personalised, `task` what the progress line says.
+    `origin` is the content of `ORIGIN` where the model was personalised, `task` the name in the progress line.
     """
-    prompts, sample = make_prompts(config.prompts), config.sample
-    draw = make_draw(model, sample, local_mesh(config))
-    size = image_size(sample, model.unet.config, model.vae.config)
-    facts = Facts(
-        **vars(replace(sample, size=size)), dtype=config.dtype, checkpoint=model.fingerprint, personalised=origin
-    )
+    prompts = make_prompts(config.prompts)
+    draw = make_draw(model, config.sample, local_mesh(config))
+    sample = replace(config.sample, size=image_size(config.sample, model.networks))
+    facts = Facts(**vars(sample), dtype=config.dtype, checkpoint=model.fingerprint, personalised=origin)
     prompt_filters = text_filters(config.filters)
     if config.filters.long_prompt:
         prompt_filters.append(long_prompt(model.tokenizer.length, model.text_encoder.config.context))
@@ -82,7 +80,7 @@ def draw_images(
 
 
 def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    # before the networks are loaded, which takes long and might be too much already
+    # checked before the networks are loaded, which takes long and may exceed the memory
     model = load_stable_diffusion(check(config) or config.model, dtype=jnp.dtype(config.dtype), on_host=True)
     origin = model.folder / ORIGIN
     counts = draw_images(config, model, folder, files.read_json(origin) if origin.is_file() else None)
@@ -95,11 +93,9 @@ def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
 
 
 def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> tuple[list[ImageFilter], NearDuplicate | None]:
-    """Returns the configured filters of images, all with one CLIP. Raises UserError as `check_filters`."""
-    check_filters(config, prompts)
-    filters: list[ImageFilter] = []
+    """Returns the configured filters of images, all with one CLIP."""
     if not config.judge_images:
-        return filters, None
+        return [], None
     clip = load_clip(config.clip)
     names = list(dict.fromkeys(prompt.class_name for prompt in prompts if prompt.class_name))
 
@@ -110,12 +106,14 @@ def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> tuple[list
         rows = grid_share(clip, names, images).tolist()
         return [row[names.index(p.class_name)] if p.class_name else None for row, p in zip(rows, prompts, strict=True)]
 
-    for name, what, score, least in (
-        ("clip_score", "cosine of image and prompt", cosines, config.clip_score),
-        ("class_presence", "share of the prompt's class", shares, config.class_presence),
-    ):
-        if least is not None:
-            filters.append(ImageFilter(name, what, score, least, clip.fingerprint))
+    filters = [
+        ImageFilter(name, what, score, least, clip.fingerprint)
+        for name, what, score, least in (
+            ("clip_score", "cosine of image and prompt", cosines, config.clip_score),
+            ("class_presence", "share of the prompt's class", shares, config.class_presence),
+        )
+        if least is not None
+    ]
     if config.near_duplicate is None:
         return filters, None
     return filters, NearDuplicate(functools.partial(embed, clip), config.near_duplicate, clip.fingerprint)

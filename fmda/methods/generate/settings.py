@@ -1,4 +1,4 @@
-"""What a set of generated images may say, and the prompts it is drawn from."""
+"""Configuration of a set of generated images, and the prompts that follow from it."""
 
 import re
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ THINGS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """What to draw. Give `form` and `classes`, or `file`, or `texts`.
+    """Prompts of the images. Give `form` and `classes`, or `file`, or `texts`.
 
     Attributes:
         form: prompt with the slots {token} and {classes} (plural) or {class} (singular).
@@ -54,7 +54,7 @@ class FilterConfig:
         clip_score: least cosine of an image and its prompt.
         near_duplicate: largest cosine of two images.
         class_presence: least share of a 4 x 4 grid of crops in which the prompt's class is the likeliest of all.
-        banned: words that no prompt may hold.
+        banned: words that no prompt may contain.
         long_prompt: whether prompts that the text encoder does not read to their end are refused; else they are cut,
             with a warning that shows what was lost.
     """
@@ -74,12 +74,12 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A set of images.
+    """A set of generated images.
 
     Attributes:
         model: a latent diffusion model: folder in diffusers' layout, model of the package, or hub id.
         revision: of a hub id.
-        prompts: what to draw.
+        prompts: of the images.
         count: images; image j shows prompt j modulo their number. A later run may ask for more.
         batch: images drawn at once, on all devices of a process.
         seed: decides every image, together with its index.
@@ -88,7 +88,7 @@ class Config:
         tries: images of one index at most.
         dtype: that the networks compute in.
         mesh: sizes of the axes data and fsdp within a process; -1 takes the rest of its devices.
-        device_memory: GiB of a device; None asks the device, and checks nothing where it does not tell.
+        device_memory: GiB of a device; None reads it from the device, if it has a limit.
     """
 
     model: FolderOrName

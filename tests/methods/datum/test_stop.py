@@ -11,7 +11,7 @@ from fmda.data.files import read_image
 from fmda.diffusion.generate import generate
 from fmda.diffusion.manifest import Prompt
 from fmda.methods.datum import stop
-from fmda.methods.datum.stop import ProbeConfig, found_classes, target_crops, write_choice
+from fmda.methods.datum.stop import ProbeConfig, class_coverage, target_crops, write_choice
 from fmda.methods.render import RenderConfig, write_world
 from fmda.weights.network import load_clip
 
@@ -79,8 +79,8 @@ def test_a_class_that_is_not_there_is_not_found(streets):
     clip, sky = load_clip("street-clip"), np.full((4, 64, 64, 3), (150, 190, 230), np.uint8)
     # (0 + 1) / (2 + 2) is as likely as two images let a class be that was found in none
     error = (2 * 1 / 4 * 3 / 4 / 2) ** 0.5 / 2
-    assert found_classes(clip, sky, ["train", "train", "bicycle", "bicycle"]) == (0, pytest.approx(error))
-    assert found_classes(clip, sky, [None] * 4) == (1, 0)
+    assert class_coverage(clip, sky, ["train", "train", "bicycle", "bicycle"]) == (0, pytest.approx(error))
+    assert class_coverage(clip, sky, [None] * 4) == (1, 0)
 
 
 def test_the_progress_of_probes_names_the_snapshot(monkeypatch, tmp_path):
