@@ -2,7 +2,7 @@
 
 Every sampler here is a linear multistep method. With the noisy image x and the network's prediction p, a step
 remembers one quantity, r = a x + b p, and goes to x' = c x + d p + sum of weights x (r, and those of the steps
-before). The numbers depend on the schedule alone, so they are worked out beforehand, on the host, in float64.
+before). The numbers depend on the schedule alone, so they are computed beforehand, on the host, in float64.
 """
 
 from collections.abc import Callable
@@ -129,8 +129,8 @@ def make_table(config: ScheduleConfig, sampler: str, steps: int) -> Table:
         table = make(config, times, config.train_steps // steps)
     if not all(np.isfinite(column).all() for column in table):
         raise UserError(
-            f"{sampler}: '{config.prediction}' prediction tells nothing at timestep {times[0]:g}, where the schedule "
-            "leaves nothing of the image; take euler or dpm++2m, or 'leading' spacing"
+            f"{sampler}: '{config.prediction}' prediction is undefined at timestep {times[0]:g}, where the signal is "
+            "zero; take euler or dpm++2m, or 'leading' spacing"
         )
     return table
 

@@ -244,8 +244,8 @@ def test_samplers_agree_where_steps_are_many():
         ("euler", 1001, {}, "steps: 1001 do not fit into 1000 timesteps"),
         ("plms", 1000, {}, "steps: 1000 with 'leading' spacing do not fit into 1000 timesteps; take fewer"),
         ("dpm++2m", 1000, {}, "steps: 1000 with 'linspace' spacing"),
-        ("ddim", 5, {"zero_terminal_snr": True, "spacing": "trailing"}, "ddim: 'epsilon' prediction tells nothing"),
-        ("plms", 5, {"zero_terminal_snr": True, "spacing": "linspace"}, "plms: 'epsilon' prediction tells nothing"),
+        ("ddim", 5, {"zero_terminal_snr": True, "spacing": "trailing"}, "ddim: 'epsilon' prediction is undefined"),
+        ("plms", 5, {"zero_terminal_snr": True, "spacing": "linspace"}, "plms: 'epsilon' prediction is undefined"),
     ],
 )
 def test_impossible_requests(sampler, steps, options, message):

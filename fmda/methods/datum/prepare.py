@@ -40,7 +40,7 @@ from fmda.progress import track
 from fmda.runs.identity import RECORD, claim, compare
 from fmda.runs.stages import pending
 from fmda.train import make_optimizer
-from fmda.weights.network import Loaded, load_vae
+from fmda.weights.network import load_vae
 
 BANK = "bank.json"
 """Record of the weights that encoded `bank.npz`."""
@@ -111,7 +111,7 @@ def _class_drawing(config: Config, prior: PriorConfig) -> generate.Config:
 
 
 def _draw_class_images(config: Config, folder: Path) -> None:
-    """Draws the class with the untouched model; goes on where it was broken off."""
+    """Draws images of the class with the untouched model; resumes after an interruption."""
     prior = config.prior
     assert prior is not None
     if (folder / "manifest.jsonl").is_file():
@@ -132,19 +132,15 @@ def _fill_bank(config: Config, folder: Path) -> None:
         rng = np.random.default_rng((config.seed, 2, number))
         count = max(config.bank, len(images))
         chosen = (images[index % len(images)] for index in range(count))
-        crops = (random_crop(image, config.crop, rng) for image in chosen)
-        moments[name] = np.stack([_moments(vae, crop) for crop in track(crops, f"encode {name}", count, "crops")])
+        crops = track((random_crop(image, config.crop, rng) for image in chosen), f"encode {name}", count, "crops")
+        pairs = (jax.device_get(vae.encode(signed(crop[None]))) for crop in crops)
+        moments[name] = np.stack([np.concatenate(pair, axis=-1)[0] for pair in pairs])
     with replacing(path) as part, part.open("wb") as stream:
         np.savez(stream, **moments)  # type: ignore[arg-type]
 
 
-def _moments(vae: Loaded, crop: Pixels) -> np.ndarray:
-    pair = vae.encode(signed(crop[None]))
-    return np.concatenate(jax.device_get(pair), axis=-1)[0]
-
-
 def check_prepared(config: Config, prepared: Path, model: StableDiffusion) -> None:
-    """Raises UserError for class images or latents that other weights made, whose folder was replaced since."""
+    """Raises UserError for class images or latents of other weights, where the model's folder was replaced."""
     if config.bank:
         compare(prepared / BANK, {"weights": model.vae.fingerprint}, remedy=_remedy(config))
     if config.prior is not None and config.prior.images is None:

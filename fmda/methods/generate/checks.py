@@ -1,4 +1,4 @@
-"""What is refused of a set of images before any network is loaded."""
+"""Checks of a set of generated images before any network is loaded."""
 
 import jax
 from jax.sharding import Mesh
@@ -17,7 +17,7 @@ from fmda.weights.source import resolve, weight_file
 
 
 def check(config: Config) -> Checked | None:
-    """Returns the checked model; None where it is `fmda.runs.stages.pending`, as is whatever else is not checked.
+    """Returns the checked model, or None where it is pending; values that are `fmda.runs.stages.pending` are left out.
 
     Raises UserError for prompts, filters, sizes or batches that cannot work, and for damaged checkpoint folders.
     """
