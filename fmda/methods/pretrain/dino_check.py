@@ -15,7 +15,7 @@ from fmda.progress import track
 from fmda.world.names import CLASSES
 
 THINGS = (*CLASSES[5:8], *CLASSES[11:])
-Look = Callable[[UInt8[np.ndarray, "n s s 3"]], np.ndarray]
+PatchEncoder = Callable[[UInt8[np.ndarray, "n s s 3"]], np.ndarray]
 
 
 def raw_patches(pixels: UInt8[np.ndarray, "n s s 3"], patch: int) -> Float[np.ndarray, "n h w d"]:
@@ -44,18 +44,18 @@ def labelled_squares(
 
 def agreement_on(
     root: Path,
-    looks: Mapping[str, Look],
+    encoders: Mapping[str, PatchEncoder],
     size: int,
     patch: int,
     thresholds: Sequence[float],
     seed: int,
     most: int = 64,
 ) -> dict[str, dict[str, float]]:
-    """Returns `agreement` of each network in `looks`, and of "raw pixels", on squares of a rendered folder."""
+    """Returns `agreement` of each network in `encoders`, and of "raw pixels", on squares of a rendered folder."""
     pixels, classes = labelled_squares(root, size, patch, seed, most)
     if len(pixels) < 2:
         raise UserError(f"{root}: the check compares images and needs at least two; draw more")
-    outputs = {"raw pixels": raw_patches(pixels, patch), **_seen(pixels, looks)}
+    outputs = {"raw pixels": raw_patches(pixels, patch), **_patch_features(pixels, encoders)}
     flat = {name: features.reshape(*classes.shape, -1) for name, features in outputs.items()}
     return {name: agreement(features, classes, thresholds) for name, features in flat.items()}
 
@@ -92,16 +92,18 @@ def agreement(
         result |= {f"alike>{threshold:g}": float(alike.mean()), f"agree>{threshold:g}": _share(equal, alike)}
     half = len(classes) // 2
     bank, bank_classes = unit[:half][known[:half]], classes[:half][known[:half]]
-    asked, asked_classes = unit[half:][known[half:]], classes[half:][known[half:]]
-    nearest = [int(i) for part in np.array_split(asked, max(1, len(asked) // 512)) for i in (part @ bank.T).argmax(1)]
+    queries, query_classes = unit[half:][known[half:]], classes[half:][known[half:]]
+    nearest = [
+        int(i) for part in np.array_split(queries, max(1, len(queries) // 512)) for i in (part @ bank.T).argmax(1)
+    ]
     return result | {
         "agree_top": _share(equal, cosine >= np.quantile(cosine, 1 - share)),
-        "nearest": float((bank_classes[nearest] == asked_classes).mean()),
+        "nearest": float((bank_classes[nearest] == query_classes).mean()),
     }
 
 
 def object_overlap(
-    root: Path, looks: Mapping[str, Look], size: int, patch: int, seed: int, most: int = 64
+    root: Path, encoders: Mapping[str, PatchEncoder], size: int, patch: int, seed: int, most: int = 64
 ) -> dict[str, float]:
     """Returns {"share": patches that show things, name: their IoU with the patches that a network takes for objects}.
 
@@ -110,15 +112,17 @@ def object_overlap(
     pixels, classes = labelled_squares(root, size, patch, seed, most)
     known = classes != IGNORE
     truth = np.isin(classes, [CLASSES.index(name) for name in THINGS])[known]
-    masks = {name: mask.reshape(classes.shape)[known] for name, mask in _seen(pixels, looks).items()}
+    masks = {name: mask.reshape(classes.shape)[known] for name, mask in _patch_features(pixels, encoders).items()}
     overlap = {name: float((mask & truth).sum() / max(1, (mask | truth).sum())) for name, mask in masks.items()}
     return {"share": float(truth.mean()), **overlap}
 
 
-def _seen(pixels: UInt8[np.ndarray, "n s s 3"], looks: Mapping[str, Look]) -> dict[str, np.ndarray]:
+def _patch_features(
+    pixels: UInt8[np.ndarray, "n s s 3"], encoders: Mapping[str, PatchEncoder]
+) -> dict[str, np.ndarray]:
     """Returns the outputs of each network for the images, a few at a time."""
     parts = np.array_split(pixels, max(1, len(pixels) // 16))
-    return {name: np.concatenate([look(part) for part in parts]) for name, look in looks.items()}
+    return {name: np.concatenate([encode(part) for part in parts]) for name, encode in encoders.items()}
 
 
 def _share(of: Bool[np.ndarray, " n"], among: Bool[np.ndarray, " n"]) -> float:
