@@ -153,15 +153,15 @@ class Crop:
         return {"pixels": steps(Example(square, None, ""), rng).image}
 
 
-See = Callable[[Any, Array], tuple[Float[Array, "b h w width"], Reading]]
+Guides = Callable[[Any, Array], tuple[Float[Array, "b h w width"], Reading]]
 
 
-def make_see(networks: Networks) -> See:
-    """Returns see(frozen, uint8 crops) -> (CLIP's guide features, the teacher's reading), both without gradients."""
+def make_guides(networks: Networks) -> Guides:
+    """Returns guides(frozen, uint8 crops) -> (CLIP's guide features, the teacher's reading), both without gradients."""
     image, offset = networks.clip.config, networks.teacher.config.position_offset
     graphdef = abstract(lambda rngs: vision_tower(networks.tower, image.embed_dim, rngs=rngs))[0]
 
-    def see(frozen: Any, pixels: Array) -> tuple[Array, Reading]:
+    def guides(frozen: Any, pixels: Array) -> tuple[Array, Reading]:
         tower, teacher = nnx.merge(graphdef, frozen["vision"]), nnx.merge(networks.teacher.graphdef, frozen["teacher"])
         guide = guide_features(tower, normalised(pixels, image.image_mean, image.image_std))
         reading = read_teacher(
@@ -169,7 +169,7 @@ def make_see(networks: Networks) -> See:
         )
         return jax.lax.stop_gradient((guide, reading))
 
-    return see
+    return guides
 
 
 def make_objective(networks: Networks, config: Config) -> Objective:
@@ -181,11 +181,11 @@ def make_objective(networks: Networks, config: Config) -> Objective:
     share of patches that are no background: near 0 or 1 they teach nothing.
     """
 
-    see = make_see(networks)
+    guides = make_guides(networks)
 
     def objective(heads: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Any) -> Outcome:
         del state, key
-        guide, reading = see(frozen, batch["pixels"])
+        guide, reading = guides(frozen, batch["pixels"])
         together = same_object(reading.values, config.floor).astype(jnp.float32)
         objects = 1.0 - background(reading.attention, reading.keys, config.background).astype(jnp.float32)
         features = object_features(heads, guide).reshape(*objects.shape, -1)
@@ -236,11 +236,11 @@ def _write(config: Config, folder: Path, done: dict[str, Path], heads: Any) -> N
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     """Compares what heads, CLIP alone and teacher hold together with the classes, and saliency with things."""
     networks = load_networks(config)
-    heads, see = load_heads(done["export"], networks.tower.width), make_see(networks)
+    heads, guides = load_heads(done["export"], networks.tower.width), make_guides(networks)
 
     @jax.jit
     def look(frozen: Any, heads: Any, pixels: Array) -> dict[str, Array]:
-        guide, reading = see(frozen, pixels)
+        guide, reading = guides(frozen, pixels)
         b, h, w, _ = guide.shape
         return {
             "clip": guide,
