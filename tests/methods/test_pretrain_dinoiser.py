@@ -18,7 +18,7 @@ from fmda.methods.pretrain.dinoiser import (
     heads_optim,
     load_networks,
     make_objective,
-    make_see,
+    make_guides,
     stages,
 )
 from fmda.methods.pretrain.dinoiser_targets import background, read_teacher, same_object
@@ -140,7 +140,7 @@ def test_the_loss_is_what_numpy_says(place):
     heads = init_heads(jax.random.key(3), 16, 4)
     batch = {"pixels": RNG.integers(0, 255, (2, 24, 24, 3), dtype=np.uint8)}
     value, metrics, _ = jax.jit(make_objective(networks, config))(heads, None, networks.frozen, batch, None)
-    guide, reading = jax.jit(make_see(networks))(networks.frozen, batch["pixels"])
+    guide, reading = jax.jit(make_guides(networks))(networks.frozen, batch["pixels"])
     assert guide.shape == (2, 3, 3, 16) and reading.values.shape == (2, 9, 3, 4)
     objects = np.asarray(object_features(heads, guide), np.float64).reshape(2, 9, 4)
     logits = np.maximum(objects @ objects.transpose(0, 2, 1), 0)
