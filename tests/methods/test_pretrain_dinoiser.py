@@ -17,8 +17,8 @@ from fmda.methods.pretrain.dinoiser import (
     Networks,
     heads_optim,
     load_networks,
-    make_objective,
     make_guides,
+    make_objective,
     stages,
 )
 from fmda.methods.pretrain.dinoiser_targets import background, read_teacher, same_object
