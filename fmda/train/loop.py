@@ -127,7 +127,7 @@ def fit(
                 if scores:
                     log.write(number, scores)
                     _check_scores(settings.best, scores)
-                signum, due = watch.after(number)
+                signum, due = watch.after(number, metrics)
                 if last or signum or due or number % settings.save_steps == 0 or settings.best in scores:
                     with meter.pause():
                         log.flush()

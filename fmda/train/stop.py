@@ -88,13 +88,18 @@ class Watch:
         """Restarts the minutes to the next checkpoint."""
         self._saved = self._clock()
 
-    def after(self, step: int) -> tuple[int, bool]:
-        """Returns (signal number or 0, whether a checkpoint is due) after a step, and updates `seconds`."""
+    def after(self, step: int, metrics: Any) -> tuple[int, bool]:
+        """Returns (signal number or 0, whether a checkpoint is due) after a step, and updates `seconds`.
+
+        `metrics` are those of the step, which may still run.
+        """
         now = self._clock()
         state = (self._signals.received or 0, now - self._saved >= self._save_seconds, now - self._start)
         if jax.process_count() > 1:
             if step % self._every:
                 return 0, False
+            # on CPUs, two programs that run at once may deadlock in their collectives
+            jax.block_until_ready(metrics)
             with jax.transfer_guard("allow"):
                 state = multihost_utils.process_allgather(np.asarray(state, np.float32)).max(axis=0)
         self.seconds = float(state[2])
