@@ -91,7 +91,8 @@ def _collect_tasks(fault: BaseException | None) -> None:
         traceback.clear_frames(fault.__traceback__)
         fault = fault.__cause__ or fault.__context__
     for task in gc.get_objects():
-        if isinstance(task, asyncio.Future) and task.done() and not task.cancelled():
+        # by type: other objects may warn or fail where `isinstance` reads their `__class__`
+        if issubclass(type(task), asyncio.Future) and task.done() and not task.cancelled():
             text = repr(task)
             if _PACKAGE in text or "os_error_code" in text or "OCDBT" in text:
                 task.exception()
