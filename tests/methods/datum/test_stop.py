@@ -23,7 +23,7 @@ PROMPTS = [Prompt("a photo of sks cars", 0, "car"), Prompt("a photo of sks perso
 def streets(tmp_path_factory):
     """Night scenes, uint8 [n, 64, 128, 3], and photographs."""
     folder = tmp_path_factory.mktemp("streets")
-    roots = write_world(RenderConfig(domains={"night": 14, "styles": 14}, height=64, width=128, batch=2), folder)
+    roots = write_world(RenderConfig(domains={"night": 14, "styles": 14}, height=64, width=128, batch=4), folder)
     return [np.stack([read_image(p) for p in sorted((root / "images").iterdir())]) for root in roots]
 
 
