@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from fmda.errors import UserError
 from fmda.nn.conv import conv
-from fmda.nn.norm import FrozenBatchNorm
+from fmda.nn.norm import BatchNorm
 from fmda.nn.resize import apply_matrices, resize
 
 BRANCHES = 4
@@ -70,7 +70,7 @@ class NormAct(nnx.Module):
     """Batch normalisation and PReLU. x: [B, h, w, channels] -> the same."""
 
     def __init__(self, channels: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.norm = FrozenBatchNorm(channels, eps=eps, dtype=dtype, rngs=rngs)
+        self.norm = BatchNorm(channels, eps=eps, dtype=dtype, rngs=rngs)
         self.act = PRelu(channels, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -87,7 +87,7 @@ class ConvNorm(nnx.Module):
         self.conv = conv(
             before, after, size, stride=stride, padding=size // 2, groups=groups, use_bias=False, dtype=dtype, rngs=rngs
         )
-        self.norm = FrozenBatchNorm(after, eps=eps, dtype=dtype, rngs=rngs)
+        self.norm = BatchNorm(after, eps=eps, dtype=dtype, rngs=rngs)
         self.act = PRelu(after, dtype=dtype) if act else None
 
     def __call__(self, x: Float[Array, "b h w before"]) -> Float[Array, "b h2 w2 after"]:

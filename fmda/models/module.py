@@ -7,6 +7,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
+from fmda import trees
+from fmda.nn.norm import BatchNorm
+
 Tree = dict[Any, Any]
 Make = Callable[[nnx.Rngs], nnx.Module]
 
@@ -53,3 +56,26 @@ def parameter_count(make: Make) -> int:
     """Returns the number of trainable scalars; running statistics of batch normalisation are not among them."""
     module = nnx.eval_shape(lambda: _build(make, jax.random.key(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param))))
+
+
+def separated(graphdef: nnx.GraphDef, tree: Tree) -> tuple[Tree, Tree]:
+    """Returns (parameters, running statistics of batch normalisation) of a network's whole tree."""
+    _, *parts = nnx.split(nnx.merge(graphdef, tree), nnx.Param, nnx.BatchStat)
+    params, statistics = map(nnx.to_pure_dict, parts)
+    return params, statistics
+
+
+def assembled(graphdef: nnx.GraphDef, params: Tree, statistics: Tree, *, batch_statistics: bool = False) -> Any:
+    """Returns the module of separated trees; with `batch_statistics` its `BatchNorm` layers normalise by the batch.
+
+    Its calls then move its own running statistics, which `statistics_of` returns; a teacher's are simply not read.
+    Assemble and call it inside one jax transformation.
+    """
+    module = nnx.merge(graphdef, trees.unflatten(trees.flatten(params) | trees.flatten(statistics)))
+    module.set_attributes(BatchNorm, batch_statistics=batch_statistics, raise_if_not_found=False)
+    return module
+
+
+def statistics_of(module: nnx.Module) -> Tree:
+    """Returns the running statistics that a module has now; {} where it has none."""
+    return nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))

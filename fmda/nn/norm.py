@@ -30,16 +30,20 @@ def unit(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     return x * lax.rsqrt(jnp.maximum((x * x).sum(axis, keepdims=True), 1e-24))
 
 
-class FrozenBatchNorm(nnx.Module):
-    """Batch normalisation by stored statistics only: a per-channel scale and shift. x: [..., width] -> [..., width].
+class BatchNorm(nnx.Module):
+    """Batch normalisation (Ioffe and Szegedy 2015) as torch does it. x: [..., width] -> [..., width].
 
-    `mean` and `var` are `nnx.BatchStat`, so that trainable parameters can be split from them.
+    Stored statistics normalise, unless the attribute `batch_statistics` is set: then the batch's own do, and the stored
+    ones move towards them by a share of `momentum`. Both are float32, over all devices that the batch is split on.
+    `mean` and `var` are `nnx.BatchStat`, so that parameters can be split from them (`models.module.separated`).
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, *, eps: float = 1e-5, momentum: float = 0.1, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
         del rngs  # taken for the common signature; every initial value is a constant
-        self.eps = eps
-        self.dtype = dtype
+        self.eps, self.momentum, self.dtype = eps, momentum, dtype
+        self.batch_statistics = False
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
         self.mean = nnx.BatchStat(jnp.zeros((width,), jnp.float32))
@@ -47,12 +51,22 @@ class FrozenBatchNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """Returns (x - mean) / sqrt(var + eps) * scale + bias."""
-        var = self.var[...].astype(jnp.float32)
-        factor = self.scale[...].astype(jnp.float32) * lax.rsqrt(var + self.eps)
-        shift = self.bias[...].astype(jnp.float32) - self.mean[...].astype(jnp.float32) * factor
+        wide = x.astype(jnp.float32)
         axes = tuple(range(x.ndim - 1))
-        y = x.astype(jnp.float32) * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)
-        return y.astype(self.dtype)
+        if self.batch_statistics:
+            mean, var = wide.mean(axes), wide.var(axes)
+            count = x.size // x.shape[-1]
+            # torch normalises by the biased variance and stores the unbiased one
+            self._move(self.mean, mean)
+            self._move(self.var, var * (count / max(count - 1, 1)))
+        else:
+            mean, var = self.mean[...].astype(jnp.float32), self.var[...].astype(jnp.float32)
+        factor = self.scale[...].astype(jnp.float32) * lax.rsqrt(var + self.eps)
+        shift = self.bias[...].astype(jnp.float32) - mean * factor
+        return (wide * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)).astype(self.dtype)
+
+    def _move(self, stored: nnx.BatchStat, new: Float[Array, "width"]) -> None:
+        stored[...] = (1 - self.momentum) * stored[...] + self.momentum * lax.stop_gradient(new)
 
 
 class LayerScale(nnx.Module):

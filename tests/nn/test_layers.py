@@ -7,7 +7,7 @@ from flax import nnx
 
 from fmda.nn.activation import ACTIVATIONS, gelu, quick_gelu
 from fmda.nn.conv import average_pool, conv
-from fmda.nn.norm import FrozenBatchNorm, LayerScale, layer_norm
+from fmda.nn.norm import BatchNorm, LayerScale, layer_norm
 
 RNGS = nnx.Rngs(0)
 
@@ -33,15 +33,15 @@ def test_layer_norm_keeps_its_digits_beside_a_large_mean():
     np.testing.assert_allclose(layer_norm(64, rngs=RNGS)(jnp.asarray(x, jnp.float32)), exact, atol=2e-4)
 
 
-def test_frozen_batch_norm_uses_its_statistics():
-    norm = FrozenBatchNorm(2, rngs=RNGS)
+def test_batch_norm_uses_its_statistics():
+    norm = BatchNorm(2, rngs=RNGS)
     norm.mean[...], norm.var[...] = jnp.array([1.0, 2.0]), jnp.array([4.0, 9.0])
     norm.scale[...], norm.bias[...] = jnp.array([2.0, 3.0]), jnp.array([0.5, 0.0])
     np.testing.assert_allclose(norm(jnp.array([[[3.0, 5.0]]])), [[[2.5, 3.0]]], rtol=1e-5)
 
 
-def test_frozen_batch_norm_keeps_statistics_apart_from_parameters():
-    norm = FrozenBatchNorm(2, rngs=RNGS)
+def test_batch_norm_keeps_statistics_apart_from_parameters():
+    norm = BatchNorm(2, rngs=RNGS)
     assert set(nnx.to_pure_dict(nnx.state(norm, nnx.Param))) == {"scale", "bias"}
     assert set(nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat))) == {"mean", "var"}
 
@@ -69,7 +69,7 @@ def test_layers_return_the_dtype_they_were_built_with():
     x = jnp.ones((1, 8, 8, 4), jnp.bfloat16)
     layers = [
         layer_norm(4, dtype=jnp.bfloat16, rngs=RNGS),
-        FrozenBatchNorm(4, dtype=jnp.bfloat16, rngs=RNGS),
+        BatchNorm(4, dtype=jnp.bfloat16, rngs=RNGS),
         LayerScale(4, dtype=jnp.bfloat16),
         conv(4, 4, 3, dtype=jnp.bfloat16, rngs=RNGS),
         lambda x: average_pool(x, 2),

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from fmda.models.clip.config import ResNetConfig
 from fmda.nn.attention import attention
 from fmda.nn.conv import average_pool, check_sides, conv
-from fmda.nn.norm import FrozenBatchNorm
+from fmda.nn.norm import BatchNorm
 from fmda.nn.resize import resized_positions
 
 
@@ -21,15 +21,15 @@ class Bottleneck(nnx.Module):
     def __init__(self, channels: int, planes: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.stride = stride
         self.conv1 = conv(channels, planes, 1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm1 = FrozenBatchNorm(planes, dtype=dtype, rngs=rngs)
+        self.norm1 = BatchNorm(planes, dtype=dtype, rngs=rngs)
         self.conv2 = conv(planes, planes, 3, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm2 = FrozenBatchNorm(planes, dtype=dtype, rngs=rngs)
+        self.norm2 = BatchNorm(planes, dtype=dtype, rngs=rngs)
         self.conv3 = conv(planes, 4 * planes, 1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm3 = FrozenBatchNorm(4 * planes, dtype=dtype, rngs=rngs)
+        self.norm3 = BatchNorm(4 * planes, dtype=dtype, rngs=rngs)
         self.shortcut: nnx.Conv | None
         if stride > 1 or channels != 4 * planes:
             self.shortcut = conv(channels, 4 * planes, 1, use_bias=False, dtype=dtype, rngs=rngs)
-            self.shortcut_norm = FrozenBatchNorm(4 * planes, dtype=dtype, rngs=rngs)
+            self.shortcut_norm = BatchNorm(4 * planes, dtype=dtype, rngs=rngs)
         else:
             self.shortcut = None
 
@@ -82,11 +82,11 @@ class ModifiedResNet(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.conv1 = conv(3, width // 2, 3, stride=2, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm1 = FrozenBatchNorm(width // 2, dtype=dtype, rngs=rngs)
+        self.norm1 = BatchNorm(width // 2, dtype=dtype, rngs=rngs)
         self.conv2 = conv(width // 2, width // 2, 3, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm2 = FrozenBatchNorm(width // 2, dtype=dtype, rngs=rngs)
+        self.norm2 = BatchNorm(width // 2, dtype=dtype, rngs=rngs)
         self.conv3 = conv(width // 2, width, 3, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm3 = FrozenBatchNorm(width, dtype=dtype, rngs=rngs)
+        self.norm3 = BatchNorm(width, dtype=dtype, rngs=rngs)
         stages = []
         channels = width
         for index, depth in enumerate(config.layers):
