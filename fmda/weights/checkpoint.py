@@ -85,6 +85,10 @@ def family_of(folder: Path, file: Path | None = None) -> str:
         key = "_class_name" if "_class_name" in config else "model_type"
         kinds = {kind: family for family, row in FAMILIES.items() for kind in row.kinds}
         kind = config.get(key)
+        # an encoder and a whole network of transformers have the same model_type
+        match config.get("architectures"):
+            case [str(architecture)] if architecture in kinds:
+                kind = architecture
         if kind not in kinds:
             raise UserError(f"{path}: {key} '{kind}' cannot be built{did_you_mean(str(kind), kinds)}")
         return kinds[kind]

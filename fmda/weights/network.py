@@ -271,6 +271,15 @@ def load_dino(source: str | os.PathLike[str], revision: str | None = None, dtype
     return _load("dino", source, revision, dtype)
 
 
+def load_mit(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Loaded:
+    """Returns the Mix Transformer of a folder or a hub id: of `nvidia/mit-b5`, or of a whole SegFormer.
+
+    Its method `stages(pixels)` returns the maps at strides 4, 8, 16 and 32 of ImageNet-normalised pixels [B, H, W, 3].
+    Raises UserError as `load_clip`.
+    """
+    return _load("mit", source, revision, dtype)
+
+
 def load_unet(
     source: str | os.PathLike[str],
     revision: str | None = None,
@@ -309,9 +318,9 @@ def load_segmentation(
 ) -> Loaded:
     """Returns the segmentation network of a folder, a weight file, a model of the package, or a hub id.
 
-    Called with normalised RGB pixels [B, H, W, 3] it returns class logits [B, h, w, K], float32. Read is ESPNetv2
-    (`NAME.safetensors` with `NAME.json`, or model.safetensors with config.json). Raises UserError as `load_clip`, and
-    for a network that does not segment.
+    Called with normalised RGB pixels [B, H, W, 3] it returns class logits [B, h, w, K], float32. Read are ESPNetv2,
+    transformers' SegFormer, and DAFormer and HRDA under OpenMMLab's names (`NAME.safetensors` with `NAME.json`, or
+    model.safetensors with config.json). Raises UserError as `load_clip`, and for a network that does not segment.
     """
     file = Path(source).expanduser()
     single = file if file.suffix == ".safetensors" and file.is_file() else None

@@ -62,6 +62,10 @@ class Fields:
     def number(self, key: str, default: Any = MISSING) -> float:
         return self._checked(key, default, lambda v: is_number(v) and v > 0, "one finite number above 0")
 
+    def share(self, key: str, default: Any) -> float:
+        expected = "a number from 0 to below 1"
+        return self._checked(key, default, lambda v: is_number(v) and 0 <= v < 1, expected)
+
     def triple(self, key: str, default: Any, *, positive: bool) -> tuple[float, float, float]:
         """Returns three finite numbers, one a channel; with `positive` they are above 0."""
 

@@ -16,12 +16,16 @@ from jaxtyping import Array
 
 from fmda.errors import UserError
 from fmda.models.clip import Clip, TextConfig, TextTransformer, VisionTransformer
+from fmda.models.daformer import DaFormer
 from fmda.models.dino import dino, last_layer
 from fmda.models.dinoiser import HEADS_FILE, heads_module
 from fmda.models.espnet_v2 import EspNetV2
+from fmda.models.hrda import Hrda
+from fmda.models.mit import Mit
 from fmda.models.sd_unet import UNet
 from fmda.models.sd_vae import Vae
-from fmda.weights import clip, diffusers, dinoiser, espnet_v2
+from fmda.models.segformer import SegFormer
+from fmda.weights import clip, daformer, diffusers, dinoiser, espnet_v2, mit, segformer
 from fmda.weights import dino as dino_weights
 from fmda.weights.source import DIFFUSION_FILES, TEXT_FILES, WEIGHT_FILES
 from fmda.weights.table import Export, Names, Table
@@ -34,7 +38,7 @@ class Family:
     """One family of checkpoints.
 
     Attributes:
-        kinds: values of `model_type`, or `_class_name`, in its config.json.
+        kinds: values of `_class_name`, the first of `architectures`, or `model_type` in its config.json, in this order.
         files: names of its weight files, best first.
         read: (weight file, {stored name: shape}) -> (configuration, table of the layout).
         export: (configuration, layout or None) -> what is written.
@@ -180,6 +184,41 @@ FAMILIES: dict[str, Family] = {
         export=espnet_v2.export,
         build=EspNetV2,
         calls={"__call__": EspNetV2.__call__},
+        segments=True,
+    ),
+    "mit": Family(
+        kinds=("SegformerForImageClassification", "SegformerModel"),
+        files=WEIGHT_FILES,
+        read=mit.read,
+        export=mit.export,
+        build=Mit,
+        calls={"stages": Mit.stages},
+    ),
+    "segformer": Family(
+        kinds=(segformer.KIND,),
+        files=WEIGHT_FILES,
+        read=segformer.read,
+        export=segformer.export,
+        build=SegFormer,
+        calls={"__call__": SegFormer.__call__},
+        segments=True,
+    ),
+    "daformer": Family(
+        kinds=(daformer.KIND,),
+        files=WEIGHT_FILES,
+        read=daformer.read,
+        export=daformer.export,
+        build=DaFormer,
+        calls={"__call__": DaFormer.__call__},
+        segments=True,
+    ),
+    "hrda": Family(
+        kinds=(daformer.HRDA_KIND,),
+        files=WEIGHT_FILES,
+        read=daformer.read_hrda,
+        export=daformer.export_hrda,
+        build=Hrda,
+        calls={"__call__": Hrda.__call__},
         segments=True,
     ),
 }

@@ -36,6 +36,21 @@ QKV_WEIGHT = Transform(
 QKV_BIAS = Transform("qkv bias", lambda x: tuple(np.split(x, 3)), np.concatenate)
 """Packed bias [3 * width] -> three biases [width]."""
 
+KV_WEIGHT = Transform(
+    "kv weight", lambda x: tuple(part.T for part in np.split(x, 2)), lambda xs: np.concatenate([x.T for x in xs])
+)
+"""Packed projection [2 * width, width], key first -> two kernels [width, width]."""
+
+KV_BIAS = Transform("kv bias", lambda x: tuple(np.split(x, 2)), np.concatenate)
+"""Packed bias [2 * width] -> two biases [width]."""
+
+REVERSED_FUSION = Transform(
+    "reversed fusion",
+    lambda x: (np.concatenate(np.split(x[:, :, 0, 0].T, 4)[::-1])[None, None],),
+    lambda xs: np.concatenate(np.split(xs[0][0, 0], 4)[::-1]).T[:, :, None, None],
+)
+"""1x1 convolution [out, 4 * width, 1, 1] over four maps side by side -> kernel over the maps in reverse order."""
+
 BATCH = Transform("batch", lambda x: (x[0],), lambda xs: xs[0][None])
 """[1, n, width] -> [n, width]."""
 
