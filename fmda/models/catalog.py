@@ -5,8 +5,10 @@ from typing import Any
 
 from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.models.dino import vit_config
+from fmda.models.mit import MIT, MitConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
+from fmda.models.segformer import SegFormerConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Entry:
 
     name: str
     source: str
-    config: ClipConfig | VitConfig | DiffusionConfig
+    config: ClipConfig | VitConfig | MitConfig | SegFormerConfig | DiffusionConfig
     parameters: int
     licence: str = "MIT"
     family: str | None = "clip"
@@ -61,6 +63,8 @@ _SD2 = DiffusionConfig(
     _text(1024, layers=23, activation="gelu"),
 )
 _DINO: dict[str, Any] = {"family": "dino", "licence": "Apache-2.0"}
+_MIT: dict[str, Any] = {"family": "mit", "licence": "NVIDIA Source Code License (non-commercial)"}
+_SEGFORMER = _MIT | {"family": "segformer"}
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
@@ -101,6 +105,19 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("dino-vit-s8", "facebook/dino-vits8", vit_config(8, 384), 21_670_272, **_DINO),
     Entry("dino-vit-b16", "facebook/dino-vitb16", vit_config(16, 768), 85_798_656, **_DINO),
     Entry("dino-vit-b8", "facebook/dino-vitb8", vit_config(8, 768), 85_807_872, **_DINO),
+    Entry("mit-b0", "nvidia/mit-b0", MIT["mit-b0"], 3_319_392, **_MIT),
+    Entry("mit-b1", "nvidia/mit-b1", MIT["mit-b1"], 13_151_424, **_MIT),
+    Entry("mit-b2", "nvidia/mit-b2", MIT["mit-b2"], 24_196_288, **_MIT),
+    Entry("mit-b3", "nvidia/mit-b3", MIT["mit-b3"], 44_072_128, **_MIT),
+    Entry("mit-b4", "nvidia/mit-b4", MIT["mit-b4"], 60_842_688, **_MIT),
+    Entry("mit-b5", "nvidia/mit-b5", MIT["mit-b5"], 81_443_008, **_MIT),
+    Entry(
+        "segformer-b5-cityscapes",
+        "nvidia/segformer-b5-finetuned-cityscapes-1024-1024",
+        SegFormerConfig(),
+        84_607_955,
+        **_SEGFORMER,
+    ),
     Entry(
         "stable-diffusion-v1-4",
         "CompVis/stable-diffusion-v1-4",

@@ -1,4 +1,4 @@
-"""DAFormer (Hoyer et al. 2022): a Mix Transformer, and a head that fuses its maps with dilated separable convolutions."""
+"""DAFormer (Hoyer et al. 2022): a Mix Transformer, and a head that fuses its maps by dilated convolutions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class DaFormerConfig:
 
 
 class ConvNormRelu(nnx.Module):
-    """Convolution without bias that keeps the size, batch normalisation, ReLU. [B, h, w, before] -> [B, h, w, after]."""
+    """Convolution without bias, batch normalisation, ReLU. x: [B, h, w, before] -> [B, h, w, after]."""
 
     def __init__(
         self, before: int, after: int, size: int, *, dilation: int = 1, groups: int = 1, dtype: DTypeLike,
@@ -98,7 +98,13 @@ class DaFormer(nnx.Module):
         self.config = config
         self.encoder = Mit(config.encoder, dtype=dtype, rngs=rngs)
         self.head = DaFormerHead(
-            config.encoder.widths, config.width, config.dilations, config.classes, config.dropout, dtype=dtype, rngs=rngs
+            config.encoder.widths,
+            config.width,
+            config.dilations,
+            config.classes,
+            config.dropout,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(

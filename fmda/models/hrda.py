@@ -60,7 +60,9 @@ class Hrda(DaFormer):
             pixels, (0, corner[0], corner[1], 0), (len(pixels), height // 2, width // 2, pixels.shape[-1])
         )
         detail = super().__call__(window, keys[1])
-        inside = _placed(jnp.ones((1, height // 2 // CELL, width // 2 // CELL, 1)), attention.shape[1:3], corner // CELL)
+        inside = _placed(
+            jnp.ones((1, height // 2 // CELL, width // 2 // CELL, 1)), attention.shape[1:3], corner // CELL
+        )
         size = (height // LOGIT_STRIDE, width // LOGIT_STRIDE)
         padded = _placed(detail, size, corner // LOGIT_STRIDE)
         return HrdaOutputs(_fused(context, padded, attention * inside), detail, maps)
@@ -123,5 +125,7 @@ def _fused(context: Array, detail: Array, attention: Array) -> Array:
 def _checked(pixels: Array) -> tuple[int, int]:
     height, width = pixels.shape[1:3]
     if height % 64 or width % 64:
-        raise UserError(f"pixels: {height}x{width}, where HRDA reads sides that are multiples of 64; crop or resize them")
+        raise UserError(
+            f"pixels: {height}x{width}, where HRDA reads sides that are multiples of 64; crop or resize them"
+        )
     return height, width

@@ -106,13 +106,13 @@ class Block(nnx.Module):
         width, eps = config.widths[stage], config.norm_eps
         self.rate = rate
         self.norm1 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
-        self.attention = ReducedAttention(
-            width, config.heads[stage], config.reductions[stage], dtype=dtype, rngs=rngs
-        )
+        self.attention = ReducedAttention(width, config.heads[stage], config.reductions[stage], dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.mlp = MixMlp(width, width * config.mlp_ratios[stage], dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w width"], key: Key[Array, ""] | None = None) -> Float[Array, "b h w width"]:
+    def __call__(
+        self, x: Float[Array, "b h w width"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b h w width"]:
         first, second = (None, None) if key is None else jax.random.split(key)
         x = x + drop(self.attention(self.norm1(x)), self.rate, (0,), first)
         return x + drop(self.mlp(self.norm2(x)), self.rate, (0,), second)

@@ -1,4 +1,4 @@
-"""The Mix Transformer's tables under transformers' and OpenMMLab's names, and its configuration out of and into JSON."""
+"""The Mix Transformer's tables (transformers, OpenMMLab), and its configuration out of and into JSON."""
 
 from pathlib import Path
 
@@ -46,7 +46,10 @@ def layers(source: str, target: str) -> tuple[Layer, ...]:
         (f"{source}encoder.patch_embeddings.{{i}}.proj", f"{target}levels/{{i}}/patch/conv", "conv"),
         (f"{source}encoder.patch_embeddings.{{i}}.layer_norm", f"{target}levels/{{i}}/patch/norm", "norm"),
         (f"{theirs}.layer_norm_1", f"{ours}/norm1", "norm"),
-        *((f"{theirs}.attention.self.{part}", f"{ours}/attention/{part}", "linear") for part in ("query", "key", "value")),
+        *(
+            (f"{theirs}.attention.self.{part}", f"{ours}/attention/{part}", "linear")
+            for part in ("query", "key", "value")
+        ),
         (f"{theirs}.attention.self.sr", f"{ours}/attention/reduce/conv", "conv"),
         (f"{theirs}.attention.self.layer_norm", f"{ours}/attention/reduce/norm", "norm"),
         (f"{theirs}.attention.output.dense", f"{ours}/attention/out", "linear"),

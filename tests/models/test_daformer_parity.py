@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import fmda
-from fmda import trees
 from fmda.models.daformer import DaFormerConfig, DaFormerHead
-from fmda.models.hrda import Hrda, detail_corner
+from fmda.models.hrda import detail_corner
 from fmda.models.mit import MitConfig
 from fmda.models.module import abstract, assembled, separated, statistics_of
 from fmda.weights import daformer
@@ -76,7 +75,9 @@ def test_head_equals_the_torch_rendering(training, tmp_path):
     from torch_clip import shaken
 
     rng = np.random.default_rng(0)
-    maps = [rng.normal(size=(2, 16 // 2**i, 24 // 2**i, width)).astype(np.float32) for i, width in enumerate(SMALL.widths)]
+    maps = [
+        rng.normal(size=(2, 16 // 2**i, 24 // 2**i, width)).astype(np.float32) for i, width in enumerate(SMALL.widths)
+    ]
     theirs = shaken(torch_daformer.Head(SMALL.widths, 12, 5)).train(training)
     tree = checkpoint(tmp_path, {"decode_head.": theirs}, "daformer").params["head"]
     logits = theirs([torch.tensor(x.transpose(0, 3, 1, 2)) for x in maps])
@@ -86,7 +87,8 @@ def test_head_equals_the_torch_rendering(training, tmp_path):
 
     stored = daformer.TABLE.write({"head": grads})
     for name, parameter in theirs.named_parameters():
-        np.testing.assert_allclose(stored[f"decode_head.{name}"], parameter.grad, atol=1e-5 * float(parameter.grad.abs().max() + 1e-2))
+        tolerance = 1e-5 * (float(parameter.grad.abs().max()) + 1e-2)
+        np.testing.assert_allclose(stored[f"decode_head.{name}"], parameter.grad, atol=tolerance)
     stored = daformer.TABLE.write({"head": moved})
     for name, buffer in theirs.named_buffers():
         if not name.endswith("num_batches_tracked"):
@@ -130,7 +132,6 @@ def test_hrda_equals_the_torch_rendering(tmp_path):
         # a faulty twin: the window one cell further on
         wrong = jax.jit(lambda corner: net.module().with_detail(pixels, corner))(jnp.array((8, 48)))
     assert largest(wrong.fused, fused) > 1e-2
-    assert isinstance(net.module(), Hrda) and len(trees.flatten(net.params)) == len(trees.flatten(network_graph("hrda", CONFIG)[1]))
 
 
 def test_corners_are_multiples_of_eight_below_the_last():

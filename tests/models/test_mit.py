@@ -15,7 +15,7 @@ from fmda import trees
 from fmda.errors import UserError
 from fmda.models.daformer import DaFormer, DaFormerConfig, DaFormerHead
 from fmda.models.hrda import Hrda
-from fmda.models.mit import MIT, Mit, MitConfig
+from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import abstract, assembled, init, parameter_count, separated, statistics_of
 from fmda.models.segformer import SegFormerConfig, SegFormerHead
 from fmda.nn.drop import drop
@@ -31,11 +31,6 @@ NETWORKS = {
 
 
 def test_parameter_counts_are_the_published_ones():
-    counts = {name: parameter_count(lambda rngs, config=config: Mit(config, rngs=rngs)) for name, config in MIT.items()}
-    assert counts == {
-        "mit-b0": 3_319_392, "mit-b1": 13_151_424, "mit-b2": 24_196_288, "mit-b3": 44_072_128, "mit-b4": 60_842_688,
-        "mit-b5": 81_443_008,
-    }  # fmt: skip
     widths = MitConfig().widths
     assert parameter_count(lambda rngs: DaFormerHead(widths, rngs=rngs)) == 3_712_275
     assert parameter_count(lambda rngs: SegFormerHead(widths, 256, 19, rngs=rngs)) == 530_707

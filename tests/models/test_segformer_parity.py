@@ -115,7 +115,7 @@ def test_encoders_of_networks_and_of_classifiers_are_the_same(peer, folder, tmp_
     classifier.segformer.load_state_dict(peer.segformer.state_dict())
     classifier.save_pretrained(tmp_path / "classifier")
     peer.segformer.save_pretrained(tmp_path / "bare")
-    pixels = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    pixels = np.random.default_rng(0).normal(size=(1, 32, 64, 3)).astype(np.float32)
     with torch.no_grad():
         maps = classifier(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True).hidden_states
     for source in (folder, tmp_path / "classifier", tmp_path / "bare"):

@@ -72,7 +72,7 @@ def doubled(x):
 
 
 def with_detail(pixels, corner, segment, attend):
-    """Returns (fused, detail) logits where one window is seen in detail; `segment` and `attend` map images to logits."""
+    """Returns (fused, detail) logits with one window in detail; `segment` and `attend` map images to logits."""
     row, column = corner
     h, w = pixels.shape[2] // 2, pixels.shape[3] // 2
     context = segment(halved(pixels))
