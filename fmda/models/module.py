@@ -7,7 +7,6 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from fmda import trees
 from fmda.nn.norm import BatchNorm
 
 Tree = dict[Any, Any]
@@ -71,7 +70,7 @@ def assembled(graphdef: nnx.GraphDef, params: Tree, statistics: Tree, *, batch_s
     Its calls then move its own running statistics, which `statistics_of` returns; a teacher's are simply not read.
     Assemble and call it inside one jax transformation.
     """
-    module = nnx.merge(graphdef, trees.unflatten(trees.flatten(params) | trees.flatten(statistics)))
+    module = nnx.merge(graphdef, params, statistics)
     module.set_attributes(BatchNorm, batch_statistics=batch_statistics, raise_if_not_found=False)
     return module
 

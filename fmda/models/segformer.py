@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ class SegFormer(nnx.Module):
         return encode_and_decode(self.encoder, self.head, pixels, key)
 
 
-def encode_and_decode(encoder: Mit, head: nnx.Module, pixels: Array, key: Key[Array, ""] | None) -> Array:
+def encode_and_decode(encoder: Any, head: nnx.Module, pixels: Array, key: Key[Array, ""] | None) -> Array:
     """Returns the head's logits on the encoder's maps, each with a key of its own."""
     first, second = (None, None) if key is None else jax.random.split(key)
     return head(encoder.stages(pixels, first), second)
