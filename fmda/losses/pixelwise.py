@@ -1,5 +1,9 @@
-"""Losses and scores of dense predictions, pixel by pixel."""
+"""Losses and scores of dense predictions, pixel by pixel.
 
+Under jit, means and shares are over the whole batch, however it is split over devices.
+"""
+
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -20,3 +24,42 @@ def cross_entropy(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     correct = (logits.argmax(-1) == targets).astype(jnp.float32)
     return (losses * valid).sum() / count, (correct * valid).sum() / count
+
+
+def weighted_cross_entropy(
+    logits: Float[Array, "b h w k"],
+    labels: Int[Array, "b h w"],
+    weights: Float[Array, "b h w"] | None = None,
+    ignore: int = IGNORE,
+) -> Float[Array, ""]:
+    """Returns cross-entropy (nats) times weight, 0 where the label is `ignore`, as the mean over all pixels.
+
+    Ignored pixels count in the mean (DACS, DAFormer): an image with few labels weighs little.
+    """
+    valid = labels != ignore
+    targets = jnp.where(valid, labels, 0).astype(jnp.int32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets) * valid
+    return (losses if weights is None else losses * weights).mean()
+
+
+def pseudo_labels(
+    logits: Float[Array, "b h w k"], threshold: float = 0.968
+) -> tuple[Int[Array, "b h w"], Float[Array, ""]]:
+    """Returns (most probable classes, share of pixels of the whole batch whose probability reaches `threshold`).
+
+    The share is the weight of each pixel of the batch in the loss (Tranheden et al. 2021, DACS). No gradient.
+    """
+    logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
+    confidence = jax.nn.softmax(logits, axis=-1).max(-1)
+    return logits.argmax(-1), (confidence >= threshold).mean(dtype=jnp.float32)
+
+
+def entropy_loss(logits: Float[Array, "b h w k"], power: float = 1.0) -> Float[Array, ""]:
+    """Returns the mean over pixels of (entropy / log k) ** power, between 0 and 1.
+
+    Power 1 is MinEnt (Vu et al. 2019, ADVENT; weight 0.001), power 4 the robust entropy of FDA (Yang and Soatto 2020,
+    eq. 5: the square to the power 2; weight 0.005).
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    entropy = -(jnp.exp(log_probs) * log_probs).sum(-1) / jnp.log(logits.shape[-1])
+    return (entropy**power).mean()
