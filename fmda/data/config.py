@@ -1,9 +1,10 @@
 """The settings that name a dataset, shared by the methods."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from fmda.config import FileOrName, PositiveInt
+from fmda.config import FREE, FileOrName, PositiveInt
 from fmda.data.dataset import Dataset, open_dataset
 
 
@@ -15,6 +16,8 @@ class DataConfig:
         name, root, split: as `fmda.open_dataset` takes them.
         class_map: leads from the predicted classes to those of the labels, where they differ; read for scoring alone.
         limit: score only the first `limit` images.
+        resident: "auto" holds images that are trained on in device memory where they fit and are only cropped and
+            flipped; "never" reads them from their files for every batch.
     """
 
     name: str = "cityscapes"
@@ -22,6 +25,7 @@ class DataConfig:
     split: str = "train"
     class_map: FileOrName | None = None
     limit: PositiveInt | None = None
+    resident: Literal["auto", "never"] = field(default="auto", metadata=FREE)
 
     def open(self) -> Dataset:
         """Returns the dataset with its labels."""

@@ -95,13 +95,20 @@ class RandomCrop:
         """Returns the crop."""
         example = pad(example, self.size)
         height, width = example.image.shape[:2]
+        top, left = self.corner((height, width), example.labels, rng)
+        return on_both(example, lambda array: array[top : top + self.size[0], left : left + self.size[1]])
+
+    def corner(
+        self, size: tuple[int, int], labels: UInt8[np.ndarray, "H W"] | None, rng: np.random.Generator
+    ) -> tuple[int, int]:
+        """Returns the (top, left) of the window in an image of at least its (height, width)."""
         for _ in range(self.tries):
-            top = int(rng.integers(height - self.size[0] + 1))
-            left = int(rng.integers(width - self.size[1] + 1))
-            box = (slice(top, top + self.size[0]), slice(left, left + self.size[1]))
-            if example.labels is None or self.max_class_ratio >= 1 or self._varied(example.labels[box]):
+            top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(size, self.size, strict=True))
+            if labels is None or self.max_class_ratio >= 1:
                 break
-        return on_both(example, lambda array: array[box])
+            if self._varied(labels[top : top + self.size[0], left : left + self.size[1]]):
+                break
+        return top, left
 
     def _varied(self, labels: UInt8[np.ndarray, "h w"]) -> bool:
         counts = np.bincount(labels.ravel(), minlength=256)[:IGNORE]
@@ -131,9 +138,13 @@ class RandomFlip:
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Returns the example, perhaps mirrored."""
-        if rng.random() >= self.p:
+        if not self.drawn(rng):
             return example
         return on_both(example, lambda array: np.ascontiguousarray(array[:, ::-1]))
+
+    def drawn(self, rng: np.random.Generator) -> bool:
+        """Returns whether to mirror."""
+        return bool(rng.random() < self.p)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fmda.evaluate.maps import common_list
 from fmda.losses.pixelwise import cross_entropy
 from fmda.mesh import make_mesh
 from fmda.methods.dense import Encoder, init_head
+from fmda.methods.resident import with_resident_data
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.nn.resize import resize
 from fmda.runs.plan import Plan
@@ -145,7 +146,8 @@ def _task(config: Config) -> Task:
         ),
     )  # fmt: skip
     facts = {"encoder": encoder.fingerprint, "data": data.digest()}
-    return make_task(config, encoder, data, len(data.classes.names), order, evaluators=[evaluator], facts=facts)
+    task = make_task(config, encoder, data, len(data.classes.names), order, evaluators=[evaluator], facts=facts)
+    return with_resident_data(task) if config.data.resident == "auto" else task
 
 
 def _write(config: Config, folder: Path, done: dict[str, Path], head: Any) -> None:
