@@ -1,7 +1,8 @@
 """Images a second of the training loader, over a folder of PNG images and label maps, by number of workers.
 
 The pictures are noise over gradients, so that PNG decoding costs about what a photograph's does. Each batch is a
-random crop with flip, as training takes them. Workers take turns, several rounds.
+random crop with flip, as training takes them. "resident" decodes all once, holds them on the device and crops there;
+its first batch includes that. All take turns, several rounds.
 
     python benchmarks/loader.py --workers 0 2 --out benchmarks/results/loader-cpu.json
 """
@@ -12,27 +13,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 from sides.record import record, write_record
 from sides.timing import Timing
 
-from fmda.data import ClassList, Example, open_dataset
+from fmda.augment.geometry import flipped, windows
+from fmda.data import ClassList, open_dataset
+from fmda.data.resident import resident
 from fmda.data.streams import Stream, batches
-
-
-class CropFlip:
-    """Random square crop and horizontal flip; an object of a module, so that workers can receive it."""
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        top = int(rng.integers(0, example.image.shape[0] - self.side + 1))
-        left = int(rng.integers(0, example.image.shape[1] - self.side + 1))
-        turn = slice(None, None, -1 if rng.integers(2) else 1)
-        window = (slice(top, top + self.side), slice(left, left + self.side))
-        return Example(example.image[window][:, turn], example.labels[window][:, turn], example.name)
+from fmda.data.transforms import training_transform
 
 
 def write_folder(folder: Path, count: int, height: int, width: int) -> None:
@@ -49,16 +40,26 @@ def write_folder(folder: Path, count: int, height: int, width: int) -> None:
         Image.fromarray(labels.repeat(16, 0).repeat(16, 1)[:height, :width]).save(folder / "labels" / f"{k:04}.png")
 
 
-def rate(source: object, side: int, batch: int, workers: int, seconds: float) -> tuple[float, float]:
-    """Returns (images a second after two batches, seconds until the first batch)."""
-    begin = time.perf_counter()
-    with batches(Stream(source, CropFlip(side), batch), 0, workers=workers) as stream:
-        next(stream)
+def rate(stream: Stream, workers: int | None, seconds: float) -> tuple[float, float]:
+    """Returns (images a second after two batches, seconds until the first batch); `workers` None: resident."""
+    begin, use = time.perf_counter(), jax.device_put
+    if workers is None:
+        held = resident(stream, float("inf"))
+        assert held is not None
+        arrays, stream = jax.device_put(held.arrays), held.stream
+
+        @jax.jit
+        def use(places: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            cut = windows(arrays, places["row"], places["top"], places["left"], held.crop)
+            return flipped(cut, places["flip"])
+
+    with batches(stream, 0, workers=workers or 0) as loader:
+        jax.block_until_ready(use(next(loader)))
         first = time.perf_counter() - begin
-        next(stream)
+        jax.block_until_ready(use(next(loader)))
         start, images = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
-            images += len(next(stream)["image"])
+            images += len(jax.block_until_ready(use(next(loader)))["image"])
         return images / (time.perf_counter() - start), first
 
 
@@ -75,17 +76,19 @@ def main() -> None:
     parser.add_argument("--out")
     options = parser.parse_args()
 
-    found: dict[int, list[tuple[float, float]]] = {workers: [] for workers in options.workers}
+    cases = {f"{workers} workers": workers for workers in options.workers} | {"resident": None}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), options.images, *options.size)
-        source = open_dataset("folder", folder)
+        transform = training_transform((options.side, options.side), max_class_ratio=1.0)
+        stream = Stream(open_dataset("folder", folder), transform, options.batch)
         for _ in range(options.rounds):
-            for workers in options.workers:
-                found[workers].append(rate(source, options.side, options.batch, workers, options.seconds))
+            for name, workers in cases.items():
+                found[name].append(rate(stream, workers, options.seconds))
     ours = {}
-    for workers, values in found.items():
+    for name, values in found.items():
         rates = Timing(tuple(r for r, _ in values))
-        ours[f"{workers} workers"] = {
+        ours[name] = {
             "images_per_second": rates.median,
             "spread": rates.spread,
             "first_batch_s": float(np.median([first for _, first in values])),
