@@ -48,24 +48,25 @@ def jittered(
     With RGB in 0..1 and an amount a: BRIGHTNESS adds a; CONTRAST multiplies by 1 + a, not about the mean; SATURATION
     multiplies the S of HSV by 1 + a; HUE turns H by a of a full turn. The first three are clipped to 0..1.
     """
-    x = images.astype(jnp.float32) / 255
+    # channels as planes: a last axis of three would keep the processor from using its vector units
+    x = jnp.moveaxis(images.astype(jnp.float32) / 255, -1, 0)
     for place in range(4):
-        change = order[:, place, None, None, None]
+        change = order[:, place, None, None]
         brightness, contrast, saturation, hue = (
-            jnp.where(change == k, amounts[:, k, None, None, None], 0.0) for k in range(4)
+            jnp.where(change == k, amounts[:, k, None, None], 0.0) for k in range(4)
         )
-        x = jnp.clip(x * (1 + contrast) + brightness, 0, 1)
-        x = jnp.where(change >= SATURATION, _changed_hsv(x, 1 + saturation, hue), x)
-    return 255 * x
+        changed = jnp.clip(x * (1 + contrast)[None] + brightness[None], 0, 1)
+        x = jnp.where((change >= SATURATION)[None], _changed_hsv(x, 1 + saturation, hue), changed)
+    return 255 * jnp.moveaxis(x, 0, -1)
 
 
 def _changed_hsv(
-    x: Float[Array, "b h w 3"], saturation: Float[Array, "b 1 1 1"], turn: Float[Array, "b 1 1 1"]
-) -> Float[Array, "b h w 3"]:
+    x: Float[Array, "3 b h w"], saturation: Float[Array, "b 1 1"], turn: Float[Array, "b 1 1"]
+) -> Float[Array, "3 b h w"]:
     """Returns RGB in 0..1 with S multiplied and H turned."""
-    red, green, blue = jnp.split(x, 3, axis=-1)
-    value = x.max(-1, keepdims=True)
-    chroma = value - x.min(-1, keepdims=True)
+    red, green, blue = x
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     unit = jnp.where(chroma == 0, 1.0, chroma)
     hue = jnp.where(
         value == red,
@@ -73,8 +74,13 @@ def _changed_hsv(
         jnp.where(value == green, 2 + (blue - red) / unit, 4 + (red - green) / unit),
     )
     s = jnp.clip(chroma / jnp.where(value == 0, 1.0, value) * saturation, 0, 1)
-    sixths = jnp.mod(jnp.array([5.0, 3.0, 1.0]).reshape(1, 1, 1, 3) + hue + 6 * turn, 6)
-    return value * (1 - s * jnp.clip(jnp.minimum(sixths, 4 - sixths), 0, 1))
+
+    def channel(offset: int) -> Float[Array, "b h w"]:
+        turns = (offset + hue) / 6 + turn
+        sixths = 6 * (turns - jnp.floor(turns))
+        return value * (1 - s * jnp.clip(jnp.minimum(sixths, 4 - sixths), 0, 1))
+
+    return jnp.stack([channel(offset) for offset in (5, 3, 1)])
 
 
 def gaussian_blur(
