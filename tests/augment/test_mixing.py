@@ -74,3 +74,11 @@ def test_patches_are_hidden_whole_and_as_often_as_said():
     assert (patches[:, 0] == 0).mean() == pytest.approx(0.7, abs=0.03)
     assert len(np.unique(found.reshape(16, -1), axis=0)) == 16
     assert patch_masked(jax.random.key(0), jnp.ones((1, 10, 9, 1)), patch=4, ratio=0.0).sum() == 90
+
+
+def test_eight_devices_draw_from_the_classes_of_all():
+    labels = jnp.arange(8).reshape(8, 1, 1) + jnp.array([0, 5]).reshape(1, 1, 2)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.device_put(labels, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    run = jax.jit(lambda x: class_masks(jax.random.key(4), x, 19))
+    np.testing.assert_array_equal(run(split), run(labels))
