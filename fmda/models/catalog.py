@@ -1,11 +1,12 @@
 """The known checkpoints: name -> where it is, its licence, its shape, and how many parameters it has at full size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.models.dino import vit_config
 from fmda.models.mit import MIT, MitConfig
+from fmda.models.resnet import ResNetEncoderConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
 from fmda.models.segformer import SegFormerConfig
@@ -33,7 +34,7 @@ class Entry:
 
     name: str
     source: str
-    config: ClipConfig | VitConfig | MitConfig | SegFormerConfig | DiffusionConfig
+    config: ClipConfig | VitConfig | MitConfig | SegFormerConfig | ResNetEncoderConfig | DiffusionConfig
     parameters: int
     licence: str = "MIT"
     family: str | None = "clip"
@@ -62,6 +63,8 @@ _SD2 = DiffusionConfig(
     # the last of OpenCLIP-H's 24 layers is left out
     _text(1024, layers=23, activation="gelu"),
 )
+_RN50, _RN101 = ResNetEncoderConfig(classes=1000), ResNetEncoderConfig((3, 4, 23, 3), classes=1000)
+_RN101C = replace(_RN101, deep_stem=True)
 _DINO: dict[str, Any] = {"family": "dino", "licence": "Apache-2.0"}
 _MIT: dict[str, Any] = {"family": "mit", "licence": "NVIDIA Source Code License (non-commercial)"}
 _SEGFORMER = _MIT | {"family": "segformer"}
@@ -118,6 +121,9 @@ ENTRIES: tuple[Entry, ...] = (
         84_607_955,
         **_SEGFORMER,
     ),
+    Entry("resnet50", "timm/resnet50.tv_in1k", _RN50, 25_557_032, "BSD-3-Clause", "resnet"),
+    Entry("resnet101", "timm/resnet101.tv_in1k", _RN101, 44_549_160, "BSD-3-Clause", "resnet"),
+    Entry("resnet101-v1c", "timm/resnet101c.gluon_in1k", _RN101C, 44_568_392, "Apache-2.0", "resnet"),
     Entry(
         "stable-diffusion-v1-4",
         "CompVis/stable-diffusion-v1-4",

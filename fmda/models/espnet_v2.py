@@ -109,9 +109,9 @@ class Pyramid(nnx.Module):
         self.stride = stride
         self.reduce = ConvNorm(before, width, 1, groups=BRANCHES, eps=eps, dtype=dtype, rngs=rngs)
         self.branches = nnx.List(
-            nnx.Conv(
-                width, width, (3, 3), strides=(stride, stride), padding=((d, d), (d, d)), kernel_dilation=(d, d),
-                feature_group_count=width, use_bias=False, dtype=dtype, rngs=rngs,
+            conv(
+                width, width, 3, stride=stride, padding=d, dilation=d, groups=width, use_bias=False, dtype=dtype,
+                rngs=rngs,
             )
             for d in dilations
         )  # fmt: skip

@@ -80,8 +80,9 @@ def family_of(folder: Path, file: Path | None = None) -> str:
     if file is None and not path.is_file():
         file = named_pair(folder)
     path = files.config_file(file) if file else path
-    if path.is_file():
-        config = files.read_json(path)
+    config = files.read_json(path) if path.is_file() else {}
+    # timm's configuration names an architecture, which its arrays tell in more detail
+    if config and "architecture" not in config:
         key = "_class_name" if "_class_name" in config else "model_type"
         kinds = {kind: family for family, row in FAMILIES.items() for kind in row.kinds}
         kind = config.get(key)
@@ -93,7 +94,7 @@ def family_of(folder: Path, file: Path | None = None) -> str:
             raise UserError(f"{path}: {key} '{kind}' cannot be built{did_you_mean(str(kind), kinds)}")
         return kinds[kind]
     for family, row in FAMILIES.items():
-        if row.bare is not None and row.bare in files.read_names(weight_file(folder, row.files)):
+        if row.bare is not None and row.bare in files.read_names(file or weight_file(folder, row.files)):
             return family
     return "clip"
 

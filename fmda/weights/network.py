@@ -280,6 +280,16 @@ def load_mit(source: str | os.PathLike[str], revision: str | None = None, dtype:
     return _load("mit", source, revision, dtype)
 
 
+def load_resnet(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Loaded:
+    """Returns the ResNet of a folder or a hub id (`timm/resnet101.tv_in1k`, `microsoft/resnet-50`).
+
+    Its method `stages(pixels)` returns the four maps of ImageNet-normalised pixels [B, H, W, 3]; called, it returns
+    ImageNet's logits. Read are the names of torchvision, timm, OpenMMLab (V1c) and transformers. Raises UserError as
+    `load_clip`.
+    """
+    return _load("resnet", source, revision, dtype)
+
+
 def load_unet(
     source: str | os.PathLike[str],
     revision: str | None = None,
@@ -319,8 +329,9 @@ def load_segmentation(
     """Returns the segmentation network of a folder, a weight file, a model of the package, or a hub id.
 
     Called with normalised RGB pixels [B, H, W, 3] it returns class logits [B, h, w, K], float32. Read are ESPNetv2,
-    transformers' SegFormer, and DAFormer and HRDA under OpenMMLab's names (`NAME.safetensors` with `NAME.json`, or
-    model.safetensors with config.json). Raises UserError as `load_clip`, and for a network that does not segment.
+    transformers' SegFormer, and DAFormer, HRDA and DeepLabV2 under OpenMMLab's names (`NAME.safetensors` with
+    `NAME.json`, or model.safetensors with config.json). Raises UserError as `load_clip`, and for a network that does
+    not segment.
     """
     file = Path(source).expanduser()
     single = file if file.suffix == ".safetensors" and file.is_file() else None

@@ -17,15 +17,17 @@ from jaxtyping import Array
 from fmda.errors import UserError
 from fmda.models.clip import Clip, TextConfig, TextTransformer, VisionTransformer
 from fmda.models.daformer import DaFormer
+from fmda.models.deeplab_v2 import DeepLabV2
 from fmda.models.dino import dino, last_layer
 from fmda.models.dinoiser import HEADS_FILE, heads_module
 from fmda.models.espnet_v2 import EspNetV2
 from fmda.models.hrda import Hrda
 from fmda.models.mit import Mit
+from fmda.models.resnet import ResNetEncoder
 from fmda.models.sd_unet import UNet
 from fmda.models.sd_vae import Vae
 from fmda.models.segformer import SegFormer
-from fmda.weights import clip, daformer, diffusers, dinoiser, espnet_v2, mit, segformer
+from fmda.weights import clip, daformer, deeplab_v2, diffusers, dinoiser, espnet_v2, mit, resnet, segformer
 from fmda.weights import dino as dino_weights
 from fmda.weights.source import DIFFUSION_FILES, TEXT_FILES, WEIGHT_FILES
 from fmda.weights.table import Export, Names, Table
@@ -220,5 +222,24 @@ FAMILIES: dict[str, Family] = {
         build=Hrda,
         calls={"__call__": Hrda.__call__},
         segments=True,
+    ),
+    "deeplab_v2": Family(
+        kinds=(deeplab_v2.KIND,),
+        files=WEIGHT_FILES,
+        read=deeplab_v2.read,
+        export=deeplab_v2.export,
+        build=DeepLabV2,
+        calls={"__call__": DeepLabV2.__call__},
+        bare=deeplab_v2.BARE,
+        segments=True,
+    ),
+    "resnet": Family(
+        kinds=(resnet.KIND,),
+        files=WEIGHT_FILES,
+        read=resnet.read,
+        export=resnet.export,
+        build=ResNetEncoder,
+        calls={"__call__": ResNetEncoder.__call__, "stages": ResNetEncoder.stages},
+        bare=resnet.BARE,
     ),
 }
