@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from fmda import atomic
 from fmda.errors import UserError, disk_errors
+from fmda.weights.torch_pickle import is_old_pickle, read_torch_pickle
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
@@ -42,6 +43,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return _read_sharded(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    if path.suffix in PICKLES:
+        return read_torch_pickle(path)
     return _read_msgpack(path)
 
 
@@ -72,11 +75,13 @@ def read_names(path: Path) -> dict[str, tuple[int, ...]]:
     if is_index(path.name):
         shards = sorted(set(_weight_map(path).values()))
         return {name: shape for shard in shards for name, shape in _names(_shard(path, shard)).items()}
+    if path.suffix in PICKLES:
+        return {name: array.shape for name, array in read_torch_pickle(path).items()}
     return _names(path) if path.suffix == ".safetensors" else {}
 
 
 def _check_kind(path: Path) -> None:
-    if path.suffix in PICKLES:
+    if path.suffix in PICKLES and not (path.is_file() and is_old_pickle(path)):
         target = path.with_name(_safetensors_name(path.name))
         raise UserError(
             f"{path}: a torch pickle can run code when it is opened, and is not read; convert it once with: "
@@ -85,7 +90,7 @@ def _check_kind(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder that holds the checkpoint")
     _refuse_pointer(path)
-    if not is_index(path.name) and path.suffix not in (".safetensors", ".msgpack"):
+    if not is_index(path.name) and path.suffix not in (".safetensors", ".msgpack", *PICKLES):
         raise UserError(f"{path}: not a known kind of weight file; give .safetensors or .msgpack")
 
 

@@ -22,6 +22,7 @@ from fmda.models.sd_unet import Remat
 from fmda.nn.attention import attention
 from fmda.weights import files
 from fmda.weights.checkpoint import Checkpoint, family_of, network_graph, open_checkpoint, weight_fingerprint
+from fmda.weights.efficientnet_lite import packaged_weights
 from fmda.weights.registry import FAMILIES
 from fmda.weights.source import PARTS, resolve
 from fmda.weights.tokenizer import FILES as TOKENIZER_FILES
@@ -288,6 +289,17 @@ def load_resnet(source: str | os.PathLike[str], revision: str | None = None, dty
     `load_clip`.
     """
     return _load("resnet", source, revision, dtype)
+
+
+def load_efficientnet_lite(
+    source: str | os.PathLike[str] | None = None, revision: str | None = None, dtype: DTypeLike = jnp.float32
+) -> Loaded:
+    """Returns the EfficientNet-Lite0 of a folder or a hub id, by default that of the installed extra `small`.
+
+    Its method `stages(pixels)` returns the maps at strides 4 to 32 of ImageNet-normalised pixels [B, H, W, 3]; called,
+    it returns ImageNet's logits. Raises UserError as `load_clip`.
+    """
+    return _load("efficientnet_lite", packaged_weights().parent if source is None else source, revision, dtype)
 
 
 def load_unet(

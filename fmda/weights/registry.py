@@ -20,6 +20,7 @@ from fmda.models.daformer import DaFormer
 from fmda.models.deeplab_v2 import DeepLabV2
 from fmda.models.dino import dino, last_layer
 from fmda.models.dinoiser import HEADS_FILE, heads_module
+from fmda.models.efficientnet_lite import EfficientNetLite
 from fmda.models.espnet_v2 import EspNetV2
 from fmda.models.hrda import Hrda
 from fmda.models.mit import Mit
@@ -27,7 +28,18 @@ from fmda.models.resnet import ResNetEncoder
 from fmda.models.sd_unet import UNet
 from fmda.models.sd_vae import Vae
 from fmda.models.segformer import SegFormer
-from fmda.weights import clip, daformer, deeplab_v2, diffusers, dinoiser, espnet_v2, mit, resnet, segformer
+from fmda.weights import (
+    clip,
+    daformer,
+    deeplab_v2,
+    diffusers,
+    dinoiser,
+    efficientnet_lite,
+    espnet_v2,
+    mit,
+    resnet,
+    segformer,
+)
 from fmda.weights import dino as dino_weights
 from fmda.weights.source import DIFFUSION_FILES, TEXT_FILES, WEIGHT_FILES
 from fmda.weights.table import Export, Names, Table
@@ -241,5 +253,14 @@ FAMILIES: dict[str, Family] = {
         build=ResNetEncoder,
         calls={"__call__": ResNetEncoder.__call__, "stages": ResNetEncoder.stages},
         bare=resnet.BARE,
+    ),
+    "efficientnet_lite": Family(
+        kinds=(),
+        files=WEIGHT_FILES,
+        read=efficientnet_lite.read,
+        export=efficientnet_lite.export,
+        build=EfficientNetLite,
+        calls={"__call__": EfficientNetLite.__call__, "stages": EfficientNetLite.stages},
+        bare=efficientnet_lite.BARE,
     ),
 }
