@@ -17,19 +17,20 @@ def _conv_norm(conv: str, norm: str, target: str) -> tuple[Layer, Layer]:
     return (conv, f"{target}/conv", "conv"), (norm, f"{target}/norm", "batch_norm")
 
 
-TABLE = Table(
-    torch_rows(
-        [
-            *_conv_norm("_conv_stem", "_bn0", "stem"),
-            *_conv_norm("_blocks.{i}._expand_conv", "_blocks.{i}._bn0", "blocks/{i}/expand"),
-            *_conv_norm("_blocks.{i}._depthwise_conv", "_blocks.{i}._bn1", "blocks/{i}/depthwise"),
-            *_conv_norm("_blocks.{i}._project_conv", "_blocks.{i}._bn2", "blocks/{i}/project"),
-            *_conv_norm("_conv_head", "_bn1", "last"),
-            ("_fc", "classifier", "linear"),
-        ]
-    ),
-    "EfficientNet-Lite",
-)
+def layers(source: str = "", target: str = "") -> tuple[Layer, ...]:
+    """Returns the layers under the package's names, behind prefixes."""
+    block, ours = f"{source}_blocks.{{i}}", f"{target}blocks/{{i}}"
+    return (
+        *_conv_norm(f"{source}_conv_stem", f"{source}_bn0", f"{target}stem"),
+        *_conv_norm(f"{block}._expand_conv", f"{block}._bn0", f"{ours}/expand"),
+        *_conv_norm(f"{block}._depthwise_conv", f"{block}._bn1", f"{ours}/depthwise"),
+        *_conv_norm(f"{block}._project_conv", f"{block}._bn2", f"{ours}/project"),
+        *_conv_norm(f"{source}_conv_head", f"{source}_bn1", f"{target}last"),
+        (f"{source}_fc", f"{target}classifier", "linear"),
+    )
+
+
+TABLE = Table(torch_rows(layers()), "EfficientNet-Lite")
 
 
 def read(file: Path, names: Names) -> tuple[EfficientNetLiteConfig, Table]:

@@ -35,8 +35,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Returns {stored name: array} of a checkpoint file, in the stored dtype (bfloat16 included).
 
     `path` is a .safetensors file, the index of a sharded one (see `is_index`), or a Flax .msgpack; the nested names of
-    the last are joined by dots. Raises UserError for a torch pickle (with the command that converts it), for a file
-    that is missing or damaged, and for any other kind.
+    the last are joined by dots. Of torch pickles only state dicts in the format before 1.6 are read. Raises UserError
+    for others (with the command that converts them), for a file that is missing or damaged, and for any other kind.
     """
     _check_kind(path)
     if is_index(path.name):

@@ -341,9 +341,9 @@ def load_segmentation(
     """Returns the segmentation network of a folder, a weight file, a model of the package, or a hub id.
 
     Called with normalised RGB pixels [B, H, W, 3] it returns class logits [B, h, w, K], float32. Read are ESPNetv2,
-    transformers' SegFormer, and DAFormer, HRDA and DeepLabV2 under OpenMMLab's names (`NAME.safetensors` with
-    `NAME.json`, or model.safetensors with config.json). Raises UserError as `load_clip`, and for a network that does
-    not segment.
+    transformers' SegFormer, DAFormer, HRDA and DeepLabV2 under OpenMMLab's names, and EfficientNet-Lite0 with
+    SegFormer's head (`NAME.safetensors` with `NAME.json`, or model.safetensors with config.json). Raises UserError as
+    `load_clip`, and for a network that does not segment.
     """
     file = Path(source).expanduser()
     single = file if file.suffix == ".safetensors" and file.is_file() else None

@@ -23,6 +23,7 @@ from fmda.models.dinoiser import HEADS_FILE, heads_module
 from fmda.models.efficientnet_lite import EfficientNetLite
 from fmda.models.espnet_v2 import EspNetV2
 from fmda.models.hrda import Hrda
+from fmda.models.lite_segmenter import LiteSegmenter
 from fmda.models.mit import Mit
 from fmda.models.resnet import ResNetEncoder
 from fmda.models.sd_unet import UNet
@@ -36,6 +37,7 @@ from fmda.weights import (
     dinoiser,
     efficientnet_lite,
     espnet_v2,
+    lite_segmenter,
     mit,
     resnet,
     segformer,
@@ -262,5 +264,14 @@ FAMILIES: dict[str, Family] = {
         build=EfficientNetLite,
         calls={"__call__": EfficientNetLite.__call__, "stages": EfficientNetLite.stages},
         bare=efficientnet_lite.BARE,
+    ),
+    "lite_segmenter": Family(
+        kinds=(lite_segmenter.KIND,),
+        files=WEIGHT_FILES,
+        read=lite_segmenter.read,
+        export=lite_segmenter.export,
+        build=LiteSegmenter,
+        calls={"__call__": LiteSegmenter.__call__},
+        segments=True,
     ),
 }

@@ -7,15 +7,17 @@ import sys
 import jax
 import numpy as np
 import pytest
-from small_diffusion import same
+from small_diffusion import drawn, same
 
+import fmda
 from fmda import trees
 from fmda.errors import UserError
 from fmda.models.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
+from fmda.models.lite_segmenter import LiteSegmenter, LiteSegmenterConfig
 from fmda.models.module import abstract, parameter_count
 from fmda.weights import efficientnet_lite
 from fmda.weights.efficientnet_lite import PACKAGE, TABLE
-from fmda.weights.network import Loaded, load_efficientnet_lite, save
+from fmda.weights.network import Loaded, load_efficientnet_lite, network_graph, save
 from fmda.weights.torch_pickle import read_torch_pickle
 
 SMALL = EfficientNetLiteConfig(
@@ -30,6 +32,10 @@ def test_lite0_has_its_published_size_and_stages():
     config = EfficientNetLiteConfig()
     # 4.7 M in the paper's table; the array sizes of the released file sum to this
     assert parameter_count(lambda rngs: EfficientNetLite(config, rngs=rngs)) == 4_652_008
+    # without 1280 x (320 + 1000) weights, 1000 biases and a norm; linear layers of the head, fusion, norm, classes
+    head = 64 * (24 + 40 + 112 + 320 + 4) + 4 * 64 * 64 + 2 * 64 + 64 * 19 + 19
+    encoder = 4_652_008 - 1280 * (320 + 1000) - 1000 - 2 * 1280
+    assert parameter_count(lambda rngs: LiteSegmenter(LiteSegmenterConfig(), rngs=rngs)) == encoder + head
     assert config.channels == (24, 40, 112, 320)
     graphdef, params = abstract(lambda rngs: EfficientNetLite(config, rngs=rngs))
     net = Loaded("efficientnet_lite", config, params)
@@ -75,7 +81,7 @@ def test_old_pickles_are_read_as_torch_reads_them(package):
         assert arrays[name].dtype == tensor.numpy().dtype
         np.testing.assert_array_equal(arrays[name], tensor.numpy())
     package.write_bytes(package.read_bytes()[:-30])
-    with pytest.raises(UserError, match="no plain state dict of torch .* install or download it again"):
+    with pytest.raises(UserError, match="no plain state dict of torch .* convert it to safetensors with torch"):
         read_torch_pickle(package)
     torch.save(state, package)
     with pytest.raises(UserError, match="can run code when it is opened"):
@@ -177,3 +183,24 @@ def test_published_weights_are_read_and_written(tmp_path):
     assert trees.count(net.params) == 4_652_008 + 2 * 21_008
     folder = save("efficientnet_lite", tmp_path / "net", net.config, net.params)
     assert same(load_efficientnet_lite(folder).params, net.params)
+
+
+def test_the_segmenter_comes_back_and_keeps_its_encoder(tmp_path):
+    config = LiteSegmenterConfig(width=8, classes=5)
+    params = drawn(network_graph("lite_segmenter", config)[1])
+    folder = save("lite_segmenter", tmp_path / "net", config, params)
+    seg = fmda.load_segmentation(folder)
+    assert seg.config == config and same(seg.params, params)
+    logits = jax.eval_shape(seg, jax.ShapeDtypeStruct((2, 64, 96, 3), np.float32))
+    assert (logits.shape, logits.dtype) == ((2, 16, 24, 5), np.float32)
+    # the encoder's tree is that of the ImageNet network without its two last layers
+    whole = abstract(lambda rngs: EfficientNetLite(EfficientNetLiteConfig(), rngs=rngs))[1]
+    assert set(trees.flatten(params["encoder"])) == {
+        path for path in trees.flatten(whole) if path.split("/")[0] not in ("last", "classifier")
+    }
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace("efficientnet-lite0", "efficientnet-lite4"))
+    with pytest.raises(
+        UserError, match="encoder is 'efficientnet-lite4', not 'efficientnet-lite0', which"
+    ):
+        fmda.load_segmentation(folder)

@@ -1,0 +1,48 @@
+"""A small segmentation network: EfficientNet-Lite0 with ImageNet weights, and SegFormer's head on its four maps."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from fmda.models.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
+from fmda.models.segformer import SegFormerHead, encode_and_decode
+
+
+@dataclass(frozen=True)
+class LiteSegmenterConfig:
+    """Shape of the network.
+
+    Attributes:
+        encoder: without ImageNet's classes.
+        width: channels of the head.
+        classes: logits, in the checkpoint's order.
+        dropout: probability that a channel before the last layer is dropped in training.
+    """
+
+    encoder: EfficientNetLiteConfig = EfficientNetLiteConfig(classes=0)
+    width: int = 64
+    classes: int = 19
+    dropout: float = 0.1
+
+
+class LiteSegmenter(nnx.Module):
+    """Image -> class logits. `dtype` is what it computes in; parameters are drawn in float32."""
+
+    def __init__(self, config: LiteSegmenterConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.encoder = EfficientNetLite(config.encoder, dtype=dtype, rngs=rngs)
+        self.head = SegFormerHead(
+            config.encoder.channels, config.width, config.classes, config.dropout, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self, pixels: Float[Array, "b H W 3"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b h w classes"]:
+        """Returns float32 logits at stride 4. `pixels` are RGB, ImageNet-normalised; a key as in training.
+
+        Raises UserError where a side is below 32.
+        """
+        return encode_and_decode(self.encoder, self.head, pixels, key)
