@@ -232,8 +232,8 @@ def models_list(as_json: Json = False) -> None:
 def models_check(source: Source, revision: Revision = None, as_json: Json = False) -> None:
     """Load a checkpoint and verify every array: names, shapes, numbers, count.
 
-    A whole Stable Diffusion, or one network: CLIP, DINO, ESPNetv2, UNet, autoencoder, text encoder. Exit code 2 when
-    anything is wrong.
+    A whole Stable Diffusion, or one network: CLIP, DINO or another encoder, a segmentation network, UNet, autoencoder,
+    text encoder. Exit code 2 when anything is wrong.
     """
     _load_jax()
     from fmda.diffusion.checkpoints import verify
@@ -252,7 +252,8 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint (Flax msgpack, safetensors, OpenCLIP names) as safetensors that PyTorch's libraries open.
 
-    A whole Stable Diffusion, or one network: CLIP, DINO, ESPNetv2, UNet, autoencoder, text encoder.
+    A whole Stable Diffusion, or one network: CLIP, DINO or another encoder, a segmentation network, UNet, autoencoder,
+    text encoder.
 
     Args:
         out: a new folder.
