@@ -18,7 +18,8 @@ _KEYS: Keys = {
     "classes": ("num_classes", Fields.size, 19),
     "dropout": ("classifier_dropout_prob", Fields.share, 0.1),
 }
-TABLE = Table(torch_rows((*efficientnet_lite.layers("backbone.", "encoder/"), *mit.HEAD)), "EfficientNet-Lite SegFormer")
+_LAYERS = (*efficientnet_lite.layers("backbone.", "encoder/"), *mit.HEAD)
+TABLE = Table(torch_rows(_LAYERS), "EfficientNet-Lite SegFormer")
 
 
 def read(file: Path, names: Names) -> tuple[LiteSegmenterConfig, Table]:

@@ -59,7 +59,8 @@ def read_torch_pickle(path: Path) -> dict[str, np.ndarray]:
                 arrays[key] = np.frombuffer(file.read(count * np.dtype(dtype).itemsize), dtype, count)
         return {name: _strided(arrays[key], *place) for name, (key, *place) in tensors.items()}
     except (pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}: no plain state dict of torch ({error}); convert it to safetensors with torch") from None
+        fix = "convert it to safetensors with torch"
+        raise UserError(f"{path}: no plain state dict of torch ({error}); {fix}") from None
 
 
 def _strided(flat: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
