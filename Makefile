@@ -13,9 +13,9 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-# PyTorch is wanted by the parity tests alone; the pin keeps a CPU build where one is offered
+# PyTorch and the published weights are wanted by the parity tests alone; the pin keeps a CPU build where one is offered
 $(VENV)/parity: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0' --editable '.[small]'
 	touch $@
 
 demo: $(VENV)/installed

@@ -1,6 +1,5 @@
 """EfficientNet-Lite0: its size, plain PyTorch, its published weights, and torch's old pickles."""
 
-import importlib.util
 import pickle
 import sys
 
@@ -176,7 +175,7 @@ def test_equals_torch_and_symmetric_padding_does_not(size, pair):
         assert deviation(module.stages(pixels)[0], model.maps(theirs)[0]) > 1e-2
 
 
-@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the extra `small` is not installed")
+@pytest.mark.parity
 def test_published_weights_are_read_and_written(tmp_path):
     net = load_efficientnet_lite()
     assert net.config == EfficientNetLiteConfig()
