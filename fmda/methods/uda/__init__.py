@@ -1,0 +1,1 @@
+"""Adaptation of segmentation networks to unlabelled images of another domain."""
