@@ -227,14 +227,22 @@ def losses_apart(ours, theirs):
 def apart(ours, theirs):
     """Returns the largest relative deviations (of losses, of gradients, of parameters, teacher and statistics)."""
 
-    def arrays(ours, theirs):
+    def arrays(ours, theirs, rounding=0.0):
         scale = max(float(value.abs().max()) for value in theirs.values())
-        # what is noise beside the others is held to their size
-        return max(
-            float((ours[name] - b).abs().max() / max(float(b.abs().max()), 1e-2 * scale)) for name, b in theirs.items()
-        )
+        pairs = ((ours[name], value) for name, value in theirs.items())
+        return max(float(((a - b).abs().max() - rounding) / max(b.abs().max(), 1e-2 * scale)) for a, b in pairs)
 
-    return losses_apart(ours[0], theirs[0]), *(arrays(*pair) for pair in zip(ours[1:], theirs[1:], strict=True))
+    def moved(ours, theirs):
+        # Biases in front of a norm or of all keys have no gradient but rounding errors, which AdamW enlarges.
+        meant = {name: value for name, value in theirs.items() if gradients[name].abs().max() > 1e-6}
+        assert len(theirs) - len(meant) < 12
+        return arrays(ours, meant, rounding=2.5e-7)  # of parameters around 1
+
+    (_, gradients, parameters, teacher, statistics) = theirs
+    return (
+        losses_apart(ours[0], theirs[0]), arrays(ours[1], gradients), moved(ours[2], parameters),
+        moved(ours[3], teacher), arrays(ours[4], statistics),
+    )  # fmt: skip
 
 
 @pytest.mark.parity
@@ -243,12 +251,10 @@ def test_three_steps_equal_the_torch_rendering(peers, config, tmp_path):
     theirs = torch_run(peers, config)
     assert all(0.05 < row["confident"] < 0.95 for row in theirs[0])
     found = apart(our_run(peers, config, tmp_path), theirs)
-    print(theirs[0], found)
     assert max(found) < 1e-4
     if config == PLAIN:  # faulty twin: the average is taken after the step
         found = apart(our_run(peers, config, tmp_path, "after"), theirs)
-        print(found)
-        assert found[0] > 1e-3 and found[3] > 1e-3
+            assert found[0] > 1e-3 and found[3] > 1e-3
 
 
 def running_statistics(graphdef, state, pixels):
@@ -283,5 +289,4 @@ def test_faulty_twins_are_noticed(peers, theirs, name):
         patch.setattr(self_training, *TWINS[name])
         _, metrics, _ = jax.jit(objective)(params, state, frozen, next(batches()), jax.random.key(0))
     ours = {name.removeprefix("loss_"): float(value) for name, value in metrics.items()}
-    print(losses_apart([ours], theirs))
     assert losses_apart([ours], theirs) > 1e-3

@@ -76,7 +76,7 @@ def teacher_logits(graphdef: nnx.GraphDef, state: TrainState, pixels: Float[Arra
     running statistics.
     """
     teacher = assembled(graphdef, state.teacher, state.aux, batch_statistics=True)
-    return resize(teacher(pixels), pixels.shape[1:3])
+    return resize(teacher(pixels), (pixels.shape[1], pixels.shape[2]))
 
 
 def pseudo_weights(weight: Float[Array, ""], shape: tuple[int, ...], ignored_rows: tuple[int, int]) -> Array:
@@ -90,7 +90,7 @@ def student_outputs(student: Any, pixels: Float[Array, "b h w 3"], key: Any) -> 
     """Returns (logits at the size of normalised pixels, last map of the encoder) of a network in training."""
     keys = jax.random.split(key)
     maps = student.encoder.stages(pixels, keys[0])
-    return resize(student.head(maps, keys[1]), pixels.shape[1:3]), maps[-1]
+    return resize(student.head(maps, keys[1]), (pixels.shape[1], pixels.shape[2])), maps[-1]
 
 
 def make_objective(graphdef: nnx.GraphDef, classes: int, config: SelfTrainingConfig) -> Objective:
@@ -122,12 +122,12 @@ def make_objective(graphdef: nnx.GraphDef, classes: int, config: SelfTrainingCon
             weights = pseudo_weights(confident, pseudo.shape, config.ignored_rows)
             metrics["confident"] = confident.mean()
             mask = class_masks(classes_key, labels, classes, per_image=config.mix_per_image)
-            theirs = (target, pseudo, weights)
-            mixture, mixed_labels, mixed_weights = mixed(mask, (image, labels, jnp.ones_like(weights)), theirs)
+            ours = {"image": image, "labels": labels, "weights": jnp.ones_like(weights)}
+            mix = mixed(mask, ours, {"image": target, "labels": pseudo, "weights": weights})
             look = {"strength": config.strength, "jitter": config.jitter, "blur": config.blur}
-            changed = normalised(strong_augmentation(augment_key, mixture, **look))
+            changed = normalised(strong_augmentation(augment_key, mix["image"], **look))
             logits, _ = student_outputs(student, changed, mixed_key)
-            losses["mixed"] = weighted_cross_entropy(logits, mixed_labels, mixed_weights)
+            losses["mixed"] = weighted_cross_entropy(logits, mix["labels"], mix["weights"])
             aux = statistics_of(student)
             if config.masked:
                 changed = normalised(strong_augmentation(look_key, target, **look))
