@@ -254,7 +254,7 @@ def test_three_steps_equal_the_torch_rendering(peers, config, tmp_path):
     assert max(found) < 1e-4
     if config == PLAIN:  # faulty twin: the average is taken after the step
         found = apart(our_run(peers, config, tmp_path, "after"), theirs)
-            assert found[0] > 1e-3 and found[3] > 1e-3
+        assert found[0] > 1e-3 and found[3] > 1e-3
 
 
 def running_statistics(graphdef, state, pixels):
