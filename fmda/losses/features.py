@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-IGNORE = 255
+from fmda.losses.pixelwise import IGNORE
+
 THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)
 """Traffic lights and signs, people and vehicles among the 19 classes of Cityscapes."""
 

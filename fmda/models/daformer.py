@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from fmda.models.mit import Mit, MitConfig
-from fmda.models.segformer import LinearEmbedding, encode_and_decode
+from fmda.models.segformer import EncoderDecoder, LinearEmbedding
 from fmda.nn.conv import conv
 from fmda.nn.drop import drop
 from fmda.nn.norm import BatchNorm
@@ -91,8 +91,8 @@ class DaFormerHead(nnx.Module):
         return self.classifier(drop(x, self.dropout, (0, -1), key)).astype(jnp.float32)
 
 
-class DaFormer(nnx.Module):
-    """Image -> class logits. `dtype` is what it computes in; parameters are drawn in float32."""
+class DaFormer(EncoderDecoder):
+    """Image -> class logits at stride 4. `dtype` is what it computes in; parameters are drawn in float32."""
 
     def __init__(self, config: DaFormerConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -106,12 +106,3 @@ class DaFormer(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-
-    def __call__(
-        self, pixels: Float[Array, "b H W 3"], key: Key[Array, ""] | None = None
-    ) -> Float[Array, "b h w classes"]:
-        """Returns float32 logits at stride 4. `pixels` are RGB, ImageNet-normalised; a key as in training.
-
-        Raises UserError where a side is below 32.
-        """
-        return encode_and_decode(self.encoder, self.head, pixels, key)

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from fmda.models.resnet import Four, ResNetEncoder, ResNetEncoderConfig
+from fmda.models.segformer import EncoderDecoder
 from fmda.nn.conv import conv
 
 
@@ -48,8 +49,11 @@ class DeepLabV2Head(nnx.Module):
         return sum(others, first)
 
 
-class DeepLabV2(nnx.Module):
-    """Image -> class logits. `dtype` is what it computes in; parameters are drawn in float32."""
+class DeepLabV2(EncoderDecoder):
+    """Image -> class logits at the stride of the last stage, 8 by default.
+
+    `dtype` is what it computes in; parameters are drawn in float32.
+    """
 
     def __init__(self, config: DeepLabV2Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -57,12 +61,3 @@ class DeepLabV2(nnx.Module):
             config.encoder, strides=config.strides, dilations=config.dilations, dtype=dtype, rngs=rngs
         )
         self.head = DeepLabV2Head(config.encoder.channels[-1], config.classes, config.rates, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, pixels: Float[Array, "b H W 3"], key: Key[Array, ""] | None = None
-    ) -> Float[Array, "b h w classes"]:
-        """Returns float32 logits at the stride of the last stage, 8 by default.
-
-        `pixels` are RGB normalised by ImageNet's mean and deviation. Raises UserError where a side is below 32.
-        """
-        return self.head(self.encoder.stages(pixels, key), key)

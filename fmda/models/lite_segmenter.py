@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
 
 from fmda.models.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
-from fmda.models.segformer import SegFormerHead, encode_and_decode
+from fmda.models.segformer import EncoderDecoder, SegFormerHead
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class LiteSegmenterConfig:
     dropout: float = 0.1
 
 
-class LiteSegmenter(nnx.Module):
-    """Image -> class logits. `dtype` is what it computes in; parameters are drawn in float32."""
+class LiteSegmenter(EncoderDecoder):
+    """Image -> class logits at stride 4. `dtype` is what it computes in; parameters are drawn in float32."""
 
     def __init__(self, config: LiteSegmenterConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -37,12 +36,3 @@ class LiteSegmenter(nnx.Module):
         self.head = SegFormerHead(
             config.encoder.channels, config.width, config.classes, config.dropout, dtype=dtype, rngs=rngs
         )
-
-    def __call__(
-        self, pixels: Float[Array, "b H W 3"], key: Key[Array, ""] | None = None
-    ) -> Float[Array, "b h w classes"]:
-        """Returns float32 logits at stride 4. `pixels` are RGB, ImageNet-normalised; a key as in training.
-
-        Raises UserError where a side is below 32.
-        """
-        return encode_and_decode(self.encoder, self.head, pixels, key)

@@ -72,6 +72,16 @@ class Bottleneck(nnx.Module):
         return nnx.relu(self.conv3(y) + (x if self.shortcut is None else self.shortcut(x)))
 
 
+def stage_maps(stages: nnx.List, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], ...]:
+    """Returns the map after each stage, a list of blocks that follow one another."""
+    maps = []
+    for stage in stages:
+        for block in stage:
+            x = block(x)
+        maps.append(x)
+    return tuple(maps)
+
+
 class ResNetEncoder(nnx.Module):
     """Image -> four stage maps; called, it returns class logits.
 
@@ -130,12 +140,7 @@ class ResNetEncoder(nnx.Module):
         for layer in self.stem:
             x = nnx.relu(layer(x))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        maps = []
-        for stage in self.blocks:
-            for block in stage:
-                x = block(x)
-            maps.append(x)
-        return tuple(maps)
+        return stage_maps(self.blocks, x)
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b classes"]:
         """Returns float32 logits of ImageNet's classes; of a network without them, the mean of the last map."""

@@ -68,8 +68,25 @@ class SegFormerHead(nnx.Module):
         return self.classifier(drop(x, self.dropout, (0, -1), key)).astype(jnp.float32)
 
 
-class SegFormer(nnx.Module):
-    """Image -> class logits. `dtype` is what it computes in; parameters are drawn in float32."""
+class EncoderDecoder(nnx.Module):
+    """Image -> class logits: an `encoder` with `stages(pixels, key)`, and a `head` on the maps that it returns."""
+
+    encoder: Any
+    head: Any
+
+    def __call__(
+        self, pixels: Float[Array, "b H W 3"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b h w classes"]:
+        """Returns float32 logits at the head's stride. `pixels` are RGB, ImageNet-normalised; a key as in training.
+
+        Encoder and head get a key of their own. Raises UserError where a side is below 32.
+        """
+        first, second = (None, None) if key is None else jax.random.split(key)
+        return self.head(self.encoder.stages(pixels, first), second)
+
+
+class SegFormer(EncoderDecoder):
+    """Image -> class logits at stride 4. `dtype` is what it computes in; parameters are drawn in float32."""
 
     def __init__(self, config: SegFormerConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -77,18 +94,3 @@ class SegFormer(nnx.Module):
         self.head = SegFormerHead(
             config.encoder.widths, config.width, config.classes, config.dropout, dtype=dtype, rngs=rngs
         )
-
-    def __call__(
-        self, pixels: Float[Array, "b H W 3"], key: Key[Array, ""] | None = None
-    ) -> Float[Array, "b h w classes"]:
-        """Returns float32 logits at stride 4. `pixels` are RGB, ImageNet-normalised; a key as in training.
-
-        Raises UserError where a side is below 32.
-        """
-        return encode_and_decode(self.encoder, self.head, pixels, key)
-
-
-def encode_and_decode(encoder: Any, head: nnx.Module, pixels: Array, key: Key[Array, ""] | None) -> Array:
-    """Returns the head's logits on the encoder's maps, each with a key of its own."""
-    first, second = (None, None) if key is None else jax.random.split(key)
-    return head(encoder.stages(pixels, first), second)

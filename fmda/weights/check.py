@@ -92,6 +92,7 @@ def verify(source: str | os.PathLike[str], revision: str | None = None) -> Check
 
 
 def verify_network(checkpoint: Checkpoint) -> CheckReport:
+    """Returns what was checked of a network's file, with the arrays that do not fit."""
     row, folder, config = FAMILIES[checkpoint.family], checkpoint.folder, checkpoint.config
     arrays, shapes = checkpoint.arrays(), network_graph(checkpoint.family, config)[1]
     flat, faults = checkpoint.table.match(arrays, shapes)

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from fmda.models.daformer import DaFormerConfig
-from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.weights import mit
 from fmda.weights.files import config_file
 from fmda.weights.layers import Layer, torch_rows
-from fmda.weights.reader import Fields, Keys, written
+from fmda.weights.reader import IMAGENET, Fields, Keys, written
 from fmda.weights.table import Export, Names, Table, row
 from fmda.weights.transforms import REVERSED_FUSION
 
@@ -68,10 +67,12 @@ def read_hrda(file: Path, names: Names) -> tuple[DaFormerConfig, Table]:
 
 
 def export(config: DaFormerConfig, layout: str | None = None) -> Export:
+    """Returns the files of a saved DAFormer, as OpenMMLab names its weights."""
     return Export("model.safetensors", TABLE, {"config.json": _value(config, KIND)})
 
 
 def export_hrda(config: DaFormerConfig, layout: str | None = None) -> Export:
+    """Returns the files of a saved HRDA, as OpenMMLab names its weights."""
     return Export("model.safetensors", HRDA_TABLE, {"config.json": _value(config, HRDA_KIND)})
 
 
@@ -85,6 +86,5 @@ def _config(file: Path, kind: str) -> DaFormerConfig:
 def _value(config: DaFormerConfig, kind: str) -> dict:
     return written(config.encoder, mit.KEYS, mit.FIXED) | written(config, _KEYS, {}) | {
         "model_type": kind,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        **IMAGENET,
     }  # fmt: skip

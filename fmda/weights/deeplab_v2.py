@@ -4,11 +4,10 @@ from pathlib import Path
 
 from fmda.errors import UserError
 from fmda.models.deeplab_v2 import DeepLabV2Config
-from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.weights import resnet
 from fmda.weights.files import config_file
 from fmda.weights.layers import torch_rows
-from fmda.weights.reader import Fields, Keys, written
+from fmda.weights.reader import IMAGENET, Fields, Keys, written
 from fmda.weights.table import Export, Names, Table
 
 KIND = "deeplabv2"
@@ -56,11 +55,11 @@ def read(file: Path, names: Names) -> tuple[DeepLabV2Config, Table]:
 
 
 def export(config: DeepLabV2Config, layout: str | None = None) -> Export:
+    """Returns the files of a saved network, as OpenMMLab names its weights."""
     value = written(config, _KEYS, {}) | {
         "model_type": KIND,
         "num_classes": config.classes,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        **IMAGENET,
     }
     table = TABLES["stem.0.weight" if config.encoder.deep_stem else "conv1.weight"]
     return Export("model.safetensors", table, {"config.json": value})

@@ -27,4 +27,5 @@ def read(file: Path, names: Names) -> tuple[HeadsConfig, Table]:
 
 
 def export(config: HeadsConfig, layout: str | None = None) -> Export:
+    """Returns the file of saved heads, under CLIP-DINOiser's names."""
     return Export(HEADS_FILE, TORCH, {})

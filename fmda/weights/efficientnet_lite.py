@@ -39,6 +39,7 @@ def read(file: Path, names: Names) -> tuple[EfficientNetLiteConfig, Table]:
 
 
 def export(config: EfficientNetLiteConfig, layout: str | None = None) -> Export:
+    """Returns the file of a saved network, under the package's names."""
     return Export("model.safetensors", TABLE, {})
 
 

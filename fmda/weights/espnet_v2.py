@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.models.espnet_v2 import BRANCHES, LEAST_SIDE, NARROW, SCALES, WIDE, EspNetV2Config
 from fmda.weights.files import config_file
 from fmda.weights.layers import Layer, torch_rows
-from fmda.weights.reader import Fields, is_size, written
+from fmda.weights.reader import IMAGENET, Fields, is_size, written
 from fmda.weights.table import Export, Names, Table
 
 KIND = "espnetv2-seg"
@@ -103,6 +102,7 @@ def read(file: Path, names: Names) -> tuple[EspNetV2Config, Table]:
 
 
 def export(config: EspNetV2Config, layout: str | None = None) -> Export:
+    """Returns the files of a saved network, under the names of the published weights."""
     value = written(config, {}, _FIXED) | {
         "model_type": KIND,
         "encoder_channels": list(config.channels),
@@ -111,7 +111,6 @@ def export(config: EspNetV2Config, layout: str | None = None) -> Export:
         "pyramid_channels": config.pyramid,
         "num_classes": config.classes,
         "norm_eps": config.eps,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        **IMAGENET,
     }
     return Export("model.safetensors", TABLE, {"config.json": value})

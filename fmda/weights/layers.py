@@ -40,6 +40,7 @@ _FLAX: Leaves = {
 
 
 def torch_rows(layers: Iterable[Layer]) -> tuple[Row, ...]:
+    """Returns the rows of layers stored by PyTorch."""
     return _rows(layers, _TORCH)
 
 

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.models.efficientnet_lite import EfficientNetLiteConfig
 from fmda.models.lite_segmenter import LiteSegmenterConfig
 from fmda.weights import efficientnet_lite, mit
 from fmda.weights.files import config_file
 from fmda.weights.layers import torch_rows
-from fmda.weights.reader import Fields, Keys, written
+from fmda.weights.reader import IMAGENET, Fields, Keys, written
 from fmda.weights.table import Export, Names, Table
 
 KIND = "efficientnet-lite-segformer"
@@ -30,9 +29,9 @@ def read(file: Path, names: Names) -> tuple[LiteSegmenterConfig, Table]:
 
 
 def export(config: LiteSegmenterConfig, layout: str | None = None) -> Export:
+    """Returns the files of a saved network, the encoder under its package's names."""
     value = written(config, _KEYS, _FIXED) | {
         "model_type": KIND,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        **IMAGENET,
     }
     return Export("model.safetensors", TABLE, {"config.json": value})

@@ -134,5 +134,6 @@ def export(config: MitConfig, layout: str | None = None) -> Export:
 
 
 def processor() -> dict:
+    """Returns the content of transformers' preprocessor_config.json for a SegFormer."""
     size = {"height": 512, "width": 512}
     return image_processor("Segformer", size, 2, IMAGENET_MEAN, IMAGENET_STD)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fmda.errors import UserError, did_you_mean
+from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.weights.files import read_json
 
 MISSING: Any = object()
@@ -13,6 +14,9 @@ MISSING: Any = object()
 
 Keys = Mapping[str, tuple[str, Callable[["Fields", str, Any], Any], Any]]
 """{field of a configuration: (key in JSON, method of `Fields`, default)}: drives reader and writer."""
+
+IMAGENET = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
+"""What configurations of networks with ImageNet's normalisation say of it."""
 
 
 class Fields:

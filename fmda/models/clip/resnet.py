@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fmda.models.clip.config import ResNetConfig
+from fmda.models.resnet import stage_maps
 from fmda.nn.attention import attention
 from fmda.nn.conv import average_pool, check_sides, conv
 from fmda.nn.norm import BatchNorm
@@ -111,13 +112,7 @@ class ModifiedResNet(nnx.Module):
 
     def stages(self, pixels: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], ...]:
         """Returns the four stage outputs at strides 4, 8, 16, 32, with `config.channels` channels."""
-        x = self.stem(pixels)
-        maps = []
-        for stage in self.blocks:
-            for block in stage:
-                x = block(x)
-            maps.append(x)
-        return tuple(maps)
+        return stage_maps(self.blocks, self.stem(pixels))
 
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b embed"]:
         return self.pool(self.stages(pixels)[-1])
