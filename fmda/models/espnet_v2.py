@@ -5,6 +5,7 @@ times; every step pools at five scales and adds the encoder's map of its size, g
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -13,9 +14,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from fmda.errors import UserError
+from fmda.models.segformer import EncoderDecoder
 from fmda.nn.conv import conv
 from fmda.nn.norm import BatchNorm
 from fmda.nn.resize import apply_matrices, resize
@@ -201,30 +203,20 @@ class Skip(nnx.Module):
         return self.sum(self.expand(x) * gate + resize(y, (x.shape[1], x.shape[2]), align_corners=True))
 
 
-class EspNetV2(nnx.Module):
-    """Image -> class logits at its own size. `dtype` is what it computes in; parameters are drawn in float32."""
+class EspNetV2Encoder(nnx.Module):
+    """Image -> maps at strides 2, 4, 8, 16. `dtype` is what it computes in; parameters are drawn in float32."""
 
     def __init__(self, config: EspNetV2Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         options: dict = {"eps": config.eps, "dtype": dtype, "rngs": rngs}
         c1, c2, c3, c4 = config.channels
-        d1, d2, d3 = config.decoder
-        self.config, self.dtype = config, dtype
+        self.dtype = dtype
         self.stem = ConvNorm(3, c1, 3, stride=2, **options)
         self.down2, self.down3, self.down4 = Down(c1, c2, **options), Down(c2, c3, **options), Down(c3, c4, **options)
         self.blocks3 = nnx.List(Pyramid(c3, c3, WIDE, **options) for _ in range(config.repeats[0]))
         self.blocks4 = nnx.List(Pyramid(c4, c4, NARROW, **options) for _ in range(config.repeats[1]))
-        widths = ((c4, d1), (d1, d2), (d2, d3), (d3, config.classes))
-        self.pool = nnx.List(
-            Pooling(before, after, config.pyramid, last=index == 3, **options)
-            for index, (before, after) in enumerate(widths)
-        )
-        self.skip = nnx.List(Skip(before, after, **options) for before, after in ((c3, d1), (c2, d2), (c1, d3)))
 
     def maps(self, pixels: Float[Array, "b H W 3"]) -> dict[str, Float[Array, "b h w c"]]:
-        """Returns the maps of all stages by the names x1 .. x4 (encoder), y1 .. y4 and m2 .. m4 (decoder).
-
-        x3_0 and x4_0 are the results of the two last downsamplings. Raises UserError where a side is no multiple of 16.
-        """
+        """Returns x1 .. x4, and x3_0 and x4_0, the results of the two last downsamplings; raises as `stages`."""
         if len(pixels.shape) != 4 or pixels.shape[3] != 3 or pixels.shape[1] % FACTOR or pixels.shape[2] % FACTOR:
             raise UserError(
                 f"pixels: of shape {list(pixels.shape)}, not [B, H, W, 3] with sides that are multiples of {FACTOR}; "
@@ -238,19 +230,59 @@ class EspNetV2(nnx.Module):
             for block in blocks:
                 x = block(x)
             maps[level] = x
-        y = maps["y1"] = self.pool[0](x)
-        for step, skipped in enumerate(("x3", "x2", "x1")):
-            maps[f"m{step + 2}"] = self.skip[step](maps[skipped], y)
-            y = maps[f"y{step + 2}"] = self.pool[step + 1](maps[f"m{step + 2}"])
         return maps
 
-    def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b H W k"]:
-        """Returns logits of every class, float32. `pixels` are RGB normalised by ImageNet's mean and deviation.
+    def stages(
+        self, pixels: Float[Array, "b H W 3"], key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "b h w c"], ...]:
+        """Returns the maps of the four levels; nothing is dropped, so that the key of other encoders is not used.
 
         Raises UserError where a side is no multiple of 16.
         """
-        size = (pixels.shape[1], pixels.shape[2])
-        return resize(self.maps(pixels)["y4"].astype(jnp.float32), size, align_corners=True)
+        maps = self.maps(pixels)
+        return maps["x1"], maps["x2"], maps["x3"], maps["x4"]
+
+
+class EspNetV2Head(nnx.Module):
+    """Class logits at twice the sides of the first of four maps, which are the image's, float32. Nothing is dropped."""
+
+    def __init__(self, config: EspNetV2Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        options: dict = {"eps": config.eps, "dtype": dtype, "rngs": rngs}
+        c1, c2, c3, c4 = config.channels
+        d1, d2, d3 = config.decoder
+        widths = ((c4, d1), (d1, d2), (d2, d3), (d3, config.classes))
+        self.pool = nnx.List(
+            Pooling(before, after, config.pyramid, last=index == 3, **options)
+            for index, (before, after) in enumerate(widths)
+        )
+        self.skip = nnx.List(Skip(before, after, **options) for before, after in ((c3, d1), (c2, d2), (c1, d3)))
+
+    def maps(self, levels: Sequence[Float[Array, "b h w c"]]) -> dict[str, Float[Array, "b h w c"]]:
+        """Returns the results of each step, y1 .. y4 and m2 .. m4, of the encoder's four maps."""
+        maps = {"y1": self.pool[0](levels[-1])}
+        y = maps["y1"]
+        for step, skipped in enumerate(levels[-2::-1]):
+            maps[f"m{step + 2}"] = self.skip[step](skipped, y)
+            y = maps[f"y{step + 2}"] = self.pool[step + 1](maps[f"m{step + 2}"])
+        return maps
+
+    def __call__(
+        self, levels: Sequence[Float[Array, "b h w c"]], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b H W classes"]:
+        height, width = (2 * side for side in levels[0].shape[1:3])
+        return resize(self.maps(levels)["y4"].astype(jnp.float32), (height, width), align_corners=True)
+
+
+class EspNetV2(EncoderDecoder):
+    """Image -> class logits at its own size. `dtype` is what it computes in; parameters are drawn in float32.
+
+    Sides are multiples of 16.
+    """
+
+    def __init__(self, config: EspNetV2Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.encoder = EspNetV2Encoder(config, dtype=dtype, rngs=rngs)
+        self.head = EspNetV2Head(config, dtype=dtype, rngs=rngs)
 
 
 def halved(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

@@ -79,7 +79,7 @@ class EncoderDecoder(nnx.Module):
     ) -> Float[Array, "b h w classes"]:
         """Returns float32 logits at the head's stride. `pixels` are RGB, ImageNet-normalised; a key as in training.
 
-        Encoder and head get a key of their own. Raises UserError where a side is below 32.
+        Encoder and head get a key of their own. Raises UserError for sides that the encoder does not take.
         """
         first, second = (None, None) if key is None else jax.random.split(key)
         return self.head(self.encoder.stages(pixels, first), second)

@@ -45,16 +45,16 @@ def _pyramid(source: str, target: str) -> tuple[Layer, ...]:
 def _layers() -> tuple[Layer, ...]:
     down = "base_net.level{i}_0"
     layers: list[Layer] = [
-        *_conv_norm("base_net.level1", "stem", "conv", "bn", "act"),
-        *_pyramid(f"{down}.eesp", "down{i}/pyramid"),
-        *_conv_norm(f"{down}.inp_reinf.0", "down{i}/image", "conv", "bn", "act"),
-        *_conv_norm(f"{down}.inp_reinf.1", "down{i}/image_out", "conv", "bn"),
-        (f"{down}.act", "down{i}/act", "prelu"),
-        *_pyramid("base_net.level3.{i}", "blocks3/{i}"),
-        *_pyramid("base_net.level4.{i}", "blocks4/{i}"),
+        *_conv_norm("base_net.level1", "encoder/stem", "conv", "bn", "act"),
+        *_pyramid(f"{down}.eesp", "encoder/down{i}/pyramid"),
+        *_conv_norm(f"{down}.inp_reinf.0", "encoder/down{i}/image", "conv", "bn", "act"),
+        *_conv_norm(f"{down}.inp_reinf.1", "encoder/down{i}/image_out", "conv", "bn"),
+        (f"{down}.act", "encoder/down{i}/act", "prelu"),
+        *_pyramid("base_net.level3.{i}", "encoder/blocks3/{i}"),
+        *_pyramid("base_net.level4.{i}", "encoder/blocks4/{i}"),
     ]
     for step in range(4):
-        source, target = f"bu_dec_l{step + 1}", f"pool/{step}"
+        source, target = f"bu_dec_l{step + 1}", f"head/pool/{step}"
         layers += [
             *_conv_norm(f"{source}.projection_layer", f"{target}/project", "cbr.0", "cbr.1", "cbr.2"),
             (f"{source}.stages.{{i}}", f"{target}/scales/{{i}}", "conv"),
@@ -64,7 +64,7 @@ def _layers() -> tuple[Layer, ...]:
             *_norm_act(f"{source}.br", f"{target}/out_act", "br.0", "br.1"),
         ]
     for step in range(3):
-        source, target = f"merge_enc_dec_l{step + 2}", f"skip/{step}"
+        source, target = f"merge_enc_dec_l{step + 2}", f"head/skip/{step}"
         layers += [
             (f"{source}.wt_layer.1", f"{target}/gate", "conv"),
             *_conv_norm(f"{source}.expansion_layer", f"{target}/expand", "cbr.0", "cbr.1", "cbr.2"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
@@ -14,9 +15,11 @@ from small_diffusion import drawn, same
 import fmda
 from fmda import trees
 from fmda.errors import UserError
+from fmda.methods.uda.self_training import SelfTrainingConfig, make_objective
 from fmda.models import espnet_v2
 from fmda.models.espnet_v2 import EspNetV2, EspNetV2Config, adaptive_average, halved
-from fmda.models.module import abstract, parameter_count
+from fmda.models.module import abstract, parameter_count, separated
+from fmda.train.step import create_state
 from fmda.weights.check import verify
 from fmda.weights.network import network_graph, save
 
@@ -99,6 +102,35 @@ def test_a_network_that_does_not_segment_is_refused():
         fmda.load_segmentation("street-clip")
 
 
+def test_one_step_of_self_training_has_finite_gradients_and_moves_the_statistics(params):
+    graphdef = network_graph("espnet_v2", SMALL)[0]
+    student, statistics = separated(graphdef, params)
+    objective = make_objective(graphdef, 5, SelfTrainingConfig(distance=0.1, things=(1, 3), masked=1.0, threshold=0.3))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 2, 32, 48, 3), dtype=np.uint8)
+    labels = np.repeat(rng.integers(0, 5, (2, 2, 3), dtype=np.uint8), 16, 1).repeat(16, 2)
+    batch = {"source": {"image": images[0], "labels": labels}, "target": {"image": images[1]}}
+    state = create_state(student, optax.identity(), aux=statistics)
+    frozen = {"encoder": jax.tree.map(lambda leaf: 1.01 * leaf, params["encoder"])}
+
+    @jax.jit
+    def run(params, state):
+        def loss(params):
+            outcome = objective(params, state, frozen, batch, jax.random.key(0))
+            return outcome.loss, outcome
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    gradients, outcome = run(student, state)
+    assert set(outcome.metrics) == {"confident", "loss_source", "loss_distance", "loss_mixed", "loss_masked"}
+    assert all(np.isfinite(value) and value > 0 for value in outcome.metrics.values())
+    still = {path for path, leaf in trees.flatten(gradients).items() if not np.abs(leaf).max() > 0}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert still == {f"encoder/down{level}/pyramid/act/slope" for level in (2, 3, 4)}  # stored, and not used
+    moved = jax.tree.map(lambda a, b: np.isfinite(a).all() and not np.array_equal(a, b), outcome.aux, statistics)
+    assert all(jax.tree.leaves(moved))
+
+
 def deviation(seg, record, names, graphdef=None):
     """Largest differences of maps and logits from the recorded ones."""
     with np.load(PUBLISHED / record) as file:
@@ -108,7 +140,8 @@ def deviation(seg, record, names, graphdef=None):
     @jax.jit
     def run(params, pixels):
         module = nnx.merge(graphdef or seg.graphdef, params)
-        return module.maps(pixels) | {"logits": module(pixels)}
+        levels = module.encoder.stages(pixels)
+        return module.encoder.maps(pixels) | module.head.maps(levels) | {"logits": module(pixels)}
 
     with jax.default_matmul_precision("highest"):
         maps = {name: np.asarray(value).transpose(0, 3, 1, 2) for name, value in run(seg.params, pixels).items()}
