@@ -13,7 +13,14 @@ import fmda
 from fmda import trees
 from fmda.losses.pixelwise import pseudo_labels
 from fmda.methods.uda import self_training
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig, make_objective, pseudo_weights
+from fmda.methods.uda.self_training import (
+    DAFORMER_OPTIM,
+    SelfTrainingConfig,
+    initial_aux,
+    make_objective,
+    pseudo_weights,
+    running_shares,
+)
 from fmda.models.module import assembled, separated
 from fmda.nn.resize import resize
 from fmda.train.optim import make_optimizer
@@ -35,6 +42,16 @@ def test_the_teacher_keeps_nothing_at_first_and_then_more_and_more():
 def test_rows_without_weight_by_hand():
     weights = pseudo_weights(jnp.float32(0.5), (2, 6, 3), (1, 2))
     np.testing.assert_array_equal(weights[1, :, 2], [0, 0.5, 0.5, 0.5, 0, 0])
+
+
+def test_shares_are_a_plain_mean_at_first_and_then_a_running_one():
+    shares = initial_aux({}, 3)["shares"]
+    shares = running_shares(shares, jnp.array([[[0, 0], [0, 1]]]), jnp.int32(0))
+    np.testing.assert_allclose(shares, [0.75, 0.25, 0])
+    shares = running_shares(shares, jnp.array([[[1, 1], [1, 1]]]), jnp.int32(1))
+    np.testing.assert_allclose(shares, [0.375, 0.625, 0])
+    shares = running_shares(shares, jnp.array([[[2, 2], [2, 1]]]), jnp.int32(500))
+    np.testing.assert_allclose(shares, [0.37125, 0.62125, 0.0075], rtol=1e-5)
 
 
 def test_the_defaults_are_those_of_the_paper():
@@ -199,7 +216,7 @@ def our_run(peers, config, folder, when="before"):
     keep = optax.GradientTransformation(lambda tree: tree, lambda updates, state, params: (updates, updates))
     tx = optax.chain(keep, make_optimizer(OPTIM, 10))
     step = make_step(objective, tx, teacher_decay=self_training.teacher_decay(config.decay), teacher_when=when)
-    state, records = create_state(params, tx, aux=statistics), []
+    state, records = create_state(params, tx, aux=initial_aux(statistics, CLASSES)), []
     with equal_draws():
         step = jax.jit(step)
         for batch in batches():
@@ -207,9 +224,11 @@ def our_run(peers, config, folder, when="before"):
             records.append({name.removeprefix("loss_"): float(value) for name, value in metrics.items()})
 
     def named(tree):
-        whole = trees.unflatten(trees.flatten(tree) | trees.flatten(state.aux))
+        whole = trees.unflatten(trees.flatten(tree) | trees.flatten(state.aux["statistics"]))
         save("segformer", folder, peers[2].config, whole)
         return SegformerForSemanticSegmentation.from_pretrained(folder).state_dict()
+
+    assert float(state.aux["shares"].sum()) == pytest.approx(1) and float(state.aux["shares"].max()) < 0.99
 
     def moved(tree):
         return named(jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), tree, params))
@@ -258,11 +277,11 @@ def test_three_steps_equal_the_torch_rendering(peers, config, tmp_path):
 
 
 def running_statistics(graphdef, state, pixels):
-    return resize(assembled(graphdef, state.teacher, state.aux)(pixels), pixels.shape[1:3])
+    return resize(assembled(graphdef, state.teacher, state.aux["statistics"])(pixels), pixels.shape[1:3])
 
 
 def dropping(graphdef, state, pixels):
-    module = assembled(graphdef, state.teacher, state.aux, batch_statistics=True)
+    module = assembled(graphdef, state.teacher, state.aux["statistics"], batch_statistics=True)
     module.head.dropout = 0.5
     return resize(module(pixels, jax.random.key(1)), pixels.shape[1:3])
 
@@ -284,7 +303,7 @@ TWINS = {
 @pytest.mark.parametrize("name", TWINS)
 def test_faulty_twins_are_noticed(peers, theirs, name):
     objective, frozen, params, statistics = pieces(peers, PLAIN)
-    state = create_state(params, make_optimizer(OPTIM, 10), aux=statistics)
+    state = create_state(params, make_optimizer(OPTIM, 10), aux=initial_aux(statistics, CLASSES))
     with equal_draws(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_training, *TWINS[name])
         _, metrics, _ = jax.jit(objective)(params, state, frozen, next(batches()), jax.random.key(0))

@@ -64,9 +64,24 @@ class SelfTrainingConfig:
     hidden: Share = 0.7
 
 
+SHARES_DECAY = 0.99
+"""Share that the running mean of pseudo-label shares keeps at each step."""
+
+
+def initial_aux(statistics: Tree, classes: int) -> Tree:
+    """Returns `state.aux` before the first step, for the running statistics of `BatchNorm` ({} without one)."""
+    return {"statistics": statistics, "shares": jnp.zeros(classes)}
+
+
 def teacher_decay(decay: float) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
     """Returns the share that the teacher keeps before each step: min(1 - 1 / (step + 1), decay), 0 before the first."""
     return lambda step: jnp.minimum(1 - 1 / (step + 1), decay)
+
+
+def running_shares(shares: Float[Array, " k"], pseudo: Int[Array, "b h w"], step: Int[Array, ""]) -> Array:
+    """Returns the running mean [k] of the share of pixels with each class, the plain mean over the first steps."""
+    keep = teacher_decay(SHARES_DECAY)(step)
+    return keep * shares + (1 - keep) * jax.nn.one_hot(pseudo, len(shares)).mean((0, 1, 2))
 
 
 def teacher_logits(graphdef: nnx.GraphDef, state: TrainState, pixels: Float[Array, "b h w 3"]) -> Array:
@@ -75,7 +90,7 @@ def teacher_logits(graphdef: nnx.GraphDef, state: TrainState, pixels: Float[Arra
     Nothing is dropped, and `BatchNorm` layers normalise by this batch alone: the average is one of parameters, not of
     running statistics.
     """
-    teacher = assembled(graphdef, state.teacher, state.aux, batch_statistics=True)
+    teacher = assembled(graphdef, state.teacher, state.aux["statistics"], batch_statistics=True)
     return resize(teacher(pixels), (pixels.shape[1], pixels.shape[2]))
 
 
@@ -97,25 +112,28 @@ def make_objective(graphdef: nnx.GraphDef, classes: int, config: SelfTrainingCon
     """Returns the objective of a network with an `encoder` and a `head`.
 
     Batches are {"source": {"image", "labels"}, "target": {"image"}}, RGB in 0..255; without a target the source is all
-    that is learned. `state.aux` holds the running statistics of `BatchNorm`: the source and then the mixed images move
-    them, target images do not. `frozen["encoder"]` is the encoder before training, where a distance is asked for.
-    Each cross-entropy is a mean over all pixels, ignored ones included. Sources: Tranheden et al. 2021 (DACS), Hoyer et
-    al. 2022 (DAFormer) and 2023 (MIC).
+    that is learned. `state.aux` (`initial_aux`) holds the running statistics of `BatchNorm`: the source and then the
+    mixed images move them, target images do not. Its "shares" [classes] are those of the pseudo-labels
+    (`running_shares`). `frozen["encoder"]` is the encoder before training, where a distance is asked for. Each
+    cross-entropy is a mean over all pixels, ignored ones included. Sources: Tranheden et al. 2021 (DACS), Hoyer et al.
+    2022 (DAFormer) and 2023 (MIC).
     """
 
     def objective(params: Tree, state: TrainState, frozen: Any, batch: Mapping[str, Any], key: Any) -> Outcome:
         source_key, classes_key, augment_key, mixed_key, hide_key, look_key, masked_key = jax.random.split(key, 7)
-        student = assembled(graphdef, params, state.aux, batch_statistics=True)
+        statistics, shares = state.aux["statistics"], state.aux["shares"]
+        student = assembled(graphdef, params, statistics, batch_statistics=True)
         image, labels = batch["source"]["image"], batch["source"]["labels"]
         pixels = normalised(image)
         logits, features = student_outputs(student, pixels, source_key)
         losses = {"source": weighted_cross_entropy(logits, labels)}
         if config.distance:
-            network = trees.unflatten(trees.flatten(params) | trees.flatten(state.aux)) | {"encoder": frozen["encoder"]}
+            whole = trees.unflatten(trees.flatten(params) | trees.flatten(statistics))
+            network = whole | {"encoder": frozen["encoder"]}
             reference = nnx.merge(graphdef, network).encoder.stages(pixels)[-1]
             losses["distance"] = config.distance * feature_distance(features, reference, labels, classes, config.things)
         metrics = {}
-        aux = statistics_of(student)
+        statistics = statistics_of(student)
         if "target" in batch:
             target = batch["target"]["image"]
             pseudo, confident = pseudo_labels(teacher_logits(graphdef, state, normalised(target)), config.threshold)
@@ -128,13 +146,14 @@ def make_objective(graphdef: nnx.GraphDef, classes: int, config: SelfTrainingCon
             changed = normalised(strong_augmentation(augment_key, mix["image"], **look))
             logits, _ = student_outputs(student, changed, mixed_key)
             losses["mixed"] = weighted_cross_entropy(logits, mix["labels"], mix["weights"])
-            aux = statistics_of(student)
+            statistics = statistics_of(student)
+            shares = running_shares(shares, pseudo, state.step)
             if config.masked:
                 changed = normalised(strong_augmentation(look_key, target, **look))
                 changed = patch_masked(hide_key, changed, patch=config.patch, ratio=config.hidden)
                 logits, _ = student_outputs(student, changed, masked_key)
                 losses["masked"] = config.masked * weighted_cross_entropy(logits, pseudo, weights)
         metrics |= {f"loss_{name}": loss for name, loss in losses.items()}
-        return Outcome(sum(losses.values(), jnp.zeros(())), metrics, aux)
+        return Outcome(sum(losses.values(), jnp.zeros(())), metrics, {"statistics": statistics, "shares": shares})
 
     return objective
