@@ -15,7 +15,7 @@ from fmda.models.clip import VisionTransformer, vision_tower
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
 from fmda.trees import Tree
-from fmda.weights.network import family_of, load_clip, load_dino, weight_fingerprint
+from fmda.weights.network import family_of, load_clip, load_dino, load_dinov2, weight_fingerprint
 from fmda.weights.source import resolve
 
 
@@ -35,9 +35,10 @@ class Encoder:
 
     def __init__(self, source: str) -> None:
         family = family_of(resolve(source))
-        if family not in ("clip", "dino"):
-            raise UserError(f"encoder: {source} is a network of family '{family}'; name a CLIP or a DINO")
-        net = load_clip(source) if family == "clip" else load_dino(source)
+        loaders = {"clip": load_clip, "dino": load_dino, "dinov2": load_dinov2}
+        if family not in loaders:
+            raise UserError(f"encoder: {source} is a network of family '{family}'; name a CLIP, a DINO or a DINOv2")
+        net = loaders[family](source)
         if family == "clip":
             tower = functools.partial(vision_tower, net.config.vision, net.config.embed_dim)
             self._graphdef, self.params = abstract(lambda rngs: tower(rngs=rngs))[0], net.params["vision"]

@@ -1,4 +1,4 @@
-"""Supervised segmentation: a head on a frozen CLIP or DINO, trained on labelled images. Kind `supervised`."""
+"""Supervised segmentation: a head on a frozen CLIP, DINO or DINOv2, trained on labelled images. Kind `supervised`."""
 
 import json
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Config(TrainerConfig):
     Attributes:
         data: what is trained on; its class list is what is predicted.
         val: what is scored, during training every `evaluate_steps` steps and at the end.
-        encoder: folder, name of a model of the package, or hub id of a CLIP or a DINO.
+        encoder: folder, name of a model of the package, or hub id of a CLIP, a DINO or a DINOv2.
         hidden: channels of a 3x3 convolution before the linear layer; 0 leaves it out.
         resize: largest (long, short) side of an image; None keeps the size. Training multiplies it within `scale`.
         crop, stride: training crop and scoring window, and the step between windows, pixels.

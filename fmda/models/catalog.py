@@ -5,6 +5,7 @@ from typing import Any
 
 from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.models.dino import vit_config
+from fmda.models.dinov2 import DINOV2, Dinov2Config
 from fmda.models.mit import MIT, MitConfig
 from fmda.models.resnet import ResNetEncoderConfig
 from fmda.models.sd_unet import UNetConfig
@@ -34,7 +35,7 @@ class Entry:
 
     name: str
     source: str
-    config: ClipConfig | VitConfig | MitConfig | SegFormerConfig | ResNetEncoderConfig | DiffusionConfig
+    config: ClipConfig | VitConfig | Dinov2Config | MitConfig | SegFormerConfig | ResNetEncoderConfig | DiffusionConfig
     parameters: int
     licence: str = "MIT"
     family: str | None = "clip"
@@ -66,6 +67,7 @@ _SD2 = DiffusionConfig(
 _RN50, _RN101 = ResNetEncoderConfig(classes=1000), ResNetEncoderConfig((3, 4, 23, 3), classes=1000)
 _RN101C = replace(_RN101, deep_stem=True)
 _DINO: dict[str, Any] = {"family": "dino", "licence": "Apache-2.0"}
+_DINOV2: dict[str, Any] = {"family": "dinov2", "licence": "Apache-2.0"}
 _MIT: dict[str, Any] = {"family": "mit", "licence": "NVIDIA Source Code License (non-commercial)"}
 _SEGFORMER = _MIT | {"family": "segformer"}
 
@@ -108,6 +110,38 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("dino-vit-s8", "facebook/dino-vits8", vit_config(8, 384), 21_670_272, **_DINO),
     Entry("dino-vit-b16", "facebook/dino-vitb16", vit_config(16, 768), 85_798_656, **_DINO),
     Entry("dino-vit-b8", "facebook/dino-vitb8", vit_config(8, 768), 85_807_872, **_DINO),
+    Entry("dinov2-vit-s14", "facebook/dinov2-small", DINOV2["dinov2-vit-s14"], 22_056_576, **_DINOV2),
+    Entry("dinov2-vit-b14", "facebook/dinov2-base", DINOV2["dinov2-vit-b14"], 86_580_480, **_DINOV2),
+    Entry("dinov2-vit-l14", "facebook/dinov2-large", DINOV2["dinov2-vit-l14"], 304_368_640, **_DINOV2),
+    Entry("dinov2-vit-g14", "facebook/dinov2-giant", DINOV2["dinov2-vit-g14"], 1_136_480_768, **_DINOV2),
+    Entry(
+        "dinov2-vit-s14-registers",
+        "facebook/dinov2-with-registers-small",
+        DINOV2["dinov2-vit-s14-registers"],
+        22_058_112,
+        **_DINOV2,
+    ),
+    Entry(
+        "dinov2-vit-b14-registers",
+        "facebook/dinov2-with-registers-base",
+        DINOV2["dinov2-vit-b14-registers"],
+        86_583_552,
+        **_DINOV2,
+    ),
+    Entry(
+        "dinov2-vit-l14-registers",
+        "facebook/dinov2-with-registers-large",
+        DINOV2["dinov2-vit-l14-registers"],
+        304_372_736,
+        **_DINOV2,
+    ),
+    Entry(
+        "dinov2-vit-g14-registers",
+        "facebook/dinov2-with-registers-giant",
+        DINOV2["dinov2-vit-g14-registers"],
+        1_136_486_912,
+        **_DINOV2,
+    ),
     Entry("mit-b0", "nvidia/mit-b0", MIT["mit-b0"], 3_319_392, **_MIT),
     Entry("mit-b1", "nvidia/mit-b1", MIT["mit-b1"], 13_151_424, **_MIT),
     Entry("mit-b2", "nvidia/mit-b2", MIT["mit-b2"], 24_196_288, **_MIT),

@@ -7,6 +7,7 @@ torch's a = -0.75 (up to 0.06 apart on unit-range position tables).
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -79,17 +80,21 @@ def apply_matrices(
 
 
 def resized_positions(
-    table: Float[Array, "n width"], size: tuple[int, int], offset: float = 0.0
+    table: Float[Array, "n width"], size: tuple[int, int], offset: float = 0.0, *, antialias: bool = False
 ) -> Float[Array, "1+h*w width"]:
     """Returns a transformer's position table [1 + side^2, width] for another grid, float32; its first row is kept.
 
-    Torch's bicubic interpolation, without antialiasing. `offset` is what DINO's code (0.1) adds to the new side before
-    dividing it by the old one, which shifts the sampled places a little.
+    Torch's bicubic interpolation, with or without antialiasing. `offset` is what DINO's code (0.1) adds to the new side
+    before dividing it by the old one, which shifts the sampled places a little; it has no effect with `antialias`.
     """
     table = table.astype(jnp.float32)
     side = math.isqrt(len(table) - 1)
     if size == (side, side):
         return table
-    rows, columns = (jnp.asarray(interpolation_matrix(side, n, "bicubic", scale=(n + offset) / side)) for n in size)
-    patches = apply_matrices(table[1:].reshape(1, side, side, -1), rows, columns)
+    patches = table[1:].reshape(1, side, side, -1)
+    if antialias:  # torch's kernel then has jax's a = -0.5
+        patches = jax.image.resize(patches, (1, *size, patches.shape[-1]), "cubic")
+    else:
+        rows, columns = (jnp.asarray(interpolation_matrix(side, n, "bicubic", scale=(n + offset) / side)) for n in size)
+        patches = apply_matrices(patches, rows, columns)
     return jnp.concatenate([table[:1], patches.reshape(size[0] * size[1], -1)])

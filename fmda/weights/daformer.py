@@ -11,7 +11,7 @@ from fmda.weights.table import Export, Names, Table, row
 from fmda.weights.transforms import REVERSED_FUSION
 
 KIND, HRDA_KIND = "daformer", "hrda"
-_KEYS: Keys = {
+KEYS: Keys = {
     "width": ("decoder_hidden_size", Fields.size, 256),
     "dilations": ("dilations", Fields.sizes, (1, 6, 12, 18)),
     "classes": ("num_classes", Fields.size, 19),
@@ -30,7 +30,8 @@ def _ends(source: str, target: str) -> tuple[Layer, ...]:
     )
 
 
-def _head(source: str) -> tuple[Layer, ...]:
+def head(source: str) -> tuple[Layer, ...]:
+    """Returns the lines of DAFormer's head below the stored prefix; a linear head is its `conv_seg` alone."""
     branch = f"{source}fuse_layer.aspp_modules.{{i}}"
     return (
         *_ends(source, "head"),
@@ -43,11 +44,11 @@ def _head(source: str) -> tuple[Layer, ...]:
 
 _ENCODER = mit.openmmlab_rows("backbone.", "encoder/")
 _ATTENTION = "decode_head.scale_attention."
-TABLE = Table((*_ENCODER, *torch_rows(_head("decode_head."))), "DAFormer")
+TABLE = Table((*_ENCODER, *torch_rows(head("decode_head."))), "DAFormer")
 HRDA_TABLE = Table(
     (
         *_ENCODER,
-        *torch_rows(_head("decode_head.head.")),
+        *torch_rows(head("decode_head.head.")),
         *torch_rows(_ends(_ATTENTION, "attention")),
         row(f"{_ATTENTION}fuse_layer.conv.weight", "attention/fuse/kernel", REVERSED_FUSION),
         *torch_rows([(f"{_ATTENTION}fuse_layer.bn", "attention/norm", "batch_norm")]),
@@ -80,11 +81,11 @@ def _config(file: Path, kind: str) -> DaFormerConfig:
     fields = Fields.read(config_file(file))
     if fields.values.get("model_type") != kind:
         raise fields.fault("model_type", f"'{kind}'")
-    return DaFormerConfig(mit.encoder_config(fields), **fields.of(_KEYS))
+    return DaFormerConfig(mit.encoder_config(fields), **fields.of(KEYS))
 
 
 def _value(config: DaFormerConfig, kind: str) -> dict:
-    return written(config.encoder, mit.KEYS, mit.FIXED) | written(config, _KEYS, {}) | {
+    return written(config.encoder, mit.KEYS, mit.FIXED) | written(config, KEYS, {}) | {
         "model_type": kind,
         **IMAGENET,
     }  # fmt: skip

@@ -9,7 +9,7 @@ from fmda.weights.files import config_file
 from fmda.weights.layers import Layer, torch_rows
 from fmda.weights.reader import Fields, Keys, written
 from fmda.weights.table import Export, Names, Row, Table, drop, row
-from fmda.weights.transforms import KV_BIAS, KV_WEIGHT
+from fmda.weights.transforms import PAIR_BIAS, PAIR_WEIGHT
 
 PREFIX = "segformer."
 
@@ -69,8 +69,8 @@ def openmmlab_rows(source: str, target: str) -> tuple[Row, ...]:
         theirs, ours = f"{source}block{number}.{{j}}", f"{level}/blocks/{{j}}"
         pair = (f"{ours}/attention/key", f"{ours}/attention/value")
         rows += [
-            row(f"{theirs}.attn.kv.weight", tuple(f"{part}/kernel" for part in pair), KV_WEIGHT),
-            row(f"{theirs}.attn.kv.bias", tuple(f"{part}/bias" for part in pair), KV_BIAS),
+            row(f"{theirs}.attn.kv.weight", tuple(f"{part}/kernel" for part in pair), PAIR_WEIGHT),
+            row(f"{theirs}.attn.kv.bias", tuple(f"{part}/bias" for part in pair), PAIR_BIAS),
             *torch_rows(
                 (
                     (f"{source}patch_embed{number}.proj", f"{level}/patch/conv", "conv"),

@@ -272,6 +272,15 @@ def load_dino(source: str | os.PathLike[str], revision: str | None = None, dtype
     return _load("dino", source, revision, dtype)
 
 
+def load_dinov2(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Loaded:
+    """Returns the DINOv2 of a folder or a hub id (`facebook/dinov2-base`, `facebook/dinov2-with-registers-large`).
+
+    Its method `stages(pixels)` returns maps of ImageNet-normalised pixels [B, H, W, 3], all at the stride of a patch,
+    by default after each quarter of the blocks. Raises UserError as `load_clip`.
+    """
+    return _load("dinov2", source, revision, dtype)
+
+
 def load_mit(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Loaded:
     """Returns the Mix Transformer of a folder or a hub id: of `nvidia/mit-b5`, or of a whole SegFormer.
 
@@ -341,9 +350,9 @@ def load_segmentation(
     """Returns the segmentation network of a folder, a weight file, a model of the package, or a hub id.
 
     Called with normalised RGB pixels [B, H, W, 3] it returns class logits [B, h, w, K], float32. Read are ESPNetv2,
-    transformers' SegFormer, DAFormer, HRDA and DeepLabV2 under OpenMMLab's names, and EfficientNet-Lite0 with
-    SegFormer's head (`NAME.safetensors` with `NAME.json`, or model.safetensors with config.json). Raises UserError as
-    `load_clip`, and for a network that does not segment.
+    transformers' SegFormer, DAFormer, HRDA and DeepLabV2 under OpenMMLab's names, EfficientNet-Lite0 with SegFormer's
+    head, and DINOv2 with a linear or DAFormer's head (`NAME.safetensors` with `NAME.json`, or model.safetensors with
+    config.json). Raises UserError as `load_clip`, and for a network that does not segment.
     """
     file = Path(source).expanduser()
     single = file if file.suffix == ".safetensors" and file.is_file() else None

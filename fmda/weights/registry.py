@@ -20,6 +20,8 @@ from fmda.models.daformer import DaFormer
 from fmda.models.deeplab_v2 import DeepLabV2
 from fmda.models.dino import dino, last_layer
 from fmda.models.dinoiser import HEADS_FILE, heads_module
+from fmda.models.dinov2 import Dinov2
+from fmda.models.dinov2_segmenter import Dinov2Segmenter
 from fmda.models.efficientnet_lite import EfficientNetLite
 from fmda.models.espnet_v2 import EspNetV2
 from fmda.models.hrda import Hrda
@@ -35,6 +37,8 @@ from fmda.weights import (
     deeplab_v2,
     diffusers,
     dinoiser,
+    dinov2,
+    dinov2_segmenter,
     efficientnet_lite,
     espnet_v2,
     lite_segmenter,
@@ -155,6 +159,23 @@ FAMILIES: dict[str, Family] = {
         build=dino,
         calls={"last_layer": _last_layer},
         bare="cls_token",
+    ),
+    "dinov2": Family(
+        kinds=(dinov2.PLAIN, dinov2.REGISTERS),
+        files=WEIGHT_FILES,
+        read=dinov2.read,
+        export=dinov2.export,
+        build=Dinov2,
+        calls={"stages": Dinov2.stages},
+    ),
+    "dinov2_segmenter": Family(
+        kinds=(dinov2_segmenter.KIND,),
+        files=WEIGHT_FILES,
+        read=dinov2_segmenter.read,
+        export=dinov2_segmenter.export,
+        build=Dinov2Segmenter,
+        calls={"__call__": Dinov2Segmenter.__call__},
+        segments=True,
     ),
     "unet": Family(
         kinds=diffusers.UNET_CLASSES,

@@ -36,13 +36,13 @@ QKV_WEIGHT = Transform(
 QKV_BIAS = Transform("qkv bias", lambda x: tuple(np.split(x, 3)), np.concatenate)
 """Packed bias [3 * width] -> three biases [width]."""
 
-KV_WEIGHT = Transform(
-    "kv weight", lambda x: tuple(part.T for part in np.split(x, 2)), lambda xs: np.concatenate([x.T for x in xs])
+PAIR_WEIGHT = Transform(
+    "pair weight", lambda x: tuple(part.T for part in np.split(x, 2)), lambda xs: np.concatenate([x.T for x in xs])
 )
-"""Packed projection [2 * width, width], key first -> two kernels [width, width]."""
+"""Packed projection [2 * out, in] -> two kernels [in, out]."""
 
-KV_BIAS = Transform("kv bias", lambda x: tuple(np.split(x, 2)), np.concatenate)
-"""Packed bias [2 * width] -> two biases [width]."""
+PAIR_BIAS = Transform("pair bias", lambda x: tuple(np.split(x, 2)), np.concatenate)
+"""Packed bias [2 * out] -> two biases [out]."""
 
 REVERSED_FUSION = Transform(
     "reversed fusion",

@@ -151,7 +151,7 @@ def test_faults_are_found_before_the_first_stage(place, monkeypatch):
     monkeypatch.chdir(place)
     for override, words in (
         ("val.split=night", "night"),
-        (f"encoder={ROOT / 'fmda/assets/street-diffusion/vae'}", "name a CLIP or a DINO"),
+        (f"encoder={ROOT / 'fmda/assets/street-diffusion/vae'}", "name a CLIP, a DINO or a DINOv2"),
         ("val.class_map=cityscapes-to-camvid", "cityscapes"),
     ):
         with pytest.raises(UserError, match=words):
