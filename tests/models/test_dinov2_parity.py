@@ -1,14 +1,21 @@
 """DINOv2 against transformers' with the same weights: 1e-5 relative after each block, and gradients."""
 
+import json
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+import fmda
 from fmda.models import dinov2
+from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.module import parameter_count
 from fmda.nn.norm import LayerScale
+from fmda.weights import dinov2_segmenter
 from fmda.weights.dinov2 import rows
+from fmda.weights.files import write_safetensors
 from fmda.weights.network import load_dinov2, save
 from fmda.weights.table import Table
 
@@ -147,6 +154,35 @@ def test_transformers_opens_what_is_saved(pair, tmp_path):
     assert again.state_dict().keys() == theirs.keys()
     for name, array in again.state_dict().items():
         np.testing.assert_array_equal(array.numpy(), theirs[name].numpy())
+
+
+@pytest.mark.parametrize("head", ["linear", "daformer"])
+def test_segmenters_equal_transformers_backbone_under_a_torch_head(head, tmp_path):
+    import torch
+    import torch_daformer
+    from torch_clip import deviation, shaken
+    from transformers import Dinov2WithRegistersBackbone
+
+    model = peer(registers=True, gated=False)
+    backbone = Dinov2WithRegistersBackbone(model.config)
+    backbone.load_state_dict(model.state_dict())
+    backbone.out_features = ["stage2", "stage4"]
+    theirs = shaken(torch_daformer.Head([24, 24], 12, 5) if head == "daformer" else torch.nn.Conv2d(24, 5, 1))
+    prefix = "decode_head." if head == "daformer" else "decode_head.conv_seg."
+    arrays = {f"{prefix}{name}": array.numpy() for name, array in theirs.state_dict().items()}
+    model.save_pretrained(tmp_path / "encoder")
+    encoder = load_dinov2(tmp_path / "encoder")
+    config = Dinov2SegmenterConfig(replace(encoder.config, maps=(2, 4)), head, 12, classes=5)
+    table = Table(rows(False, "backbone.", "encoder/"))
+    (tmp_path / "net").mkdir()
+    write_safetensors(tmp_path / "net/model.safetensors", arrays | table.write({"encoder": encoder.params}))
+    (tmp_path / "net/config.json").write_text(json.dumps(dinov2_segmenter.export(config).objects["config.json"]))
+    pixels = pixels_of((49, 21))
+    with torch.no_grad():
+        maps = backbone.eval()(torch.tensor(pixels.transpose(0, 3, 1, 2))).feature_maps
+        logits = theirs(maps if head == "daformer" else maps[-1])
+    with jax.default_matmul_precision("highest"):
+        assert deviation(fmda.load_segmentation(tmp_path / "net")(pixels), logits) < 1e-5
 
 
 @pytest.mark.parametrize("name", dinov2.DINOV2)
