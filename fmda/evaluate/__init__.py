@@ -2,6 +2,7 @@
 
 from fmda.evaluate.confusion import Scores, batch_confusion, confusion_matrix
 from fmda.evaluate.dataset import evaluate_dataset
+from fmda.evaluate.label_free import LabelFree, LabelFreeEvaluator, label_free_scores
 from fmda.evaluate.overlay import comparison, legend, overlay
 from fmda.evaluate.protocol import Protocol
 from fmda.evaluate.scoring import SegmentationEvaluator, score_on_mesh
@@ -9,6 +10,8 @@ from fmda.evaluate.segmenter import Segmentation, Segmenter
 from fmda.evaluate.windows import Predictor, window_starts
 
 __all__ = [
+    "LabelFree",
+    "LabelFreeEvaluator",
     "Predictor",
     "Protocol",
     "Scores",
@@ -19,6 +22,7 @@ __all__ = [
     "comparison",
     "confusion_matrix",
     "evaluate_dataset",
+    "label_free_scores",
     "legend",
     "overlay",
     "score_on_mesh",

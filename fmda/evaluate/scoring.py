@@ -67,40 +67,32 @@ def score_on_mesh(
     """
     common = common_list(classes or dataset.classes, dataset.classes, protocol.class_map)
     names = common.classes.names
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    if count == 0:
-        raise UserError(f"{dataset.name}: split '{dataset.split}' holds no image; check root and split")
+    count = image_count(dataset, limit)
     unmapped = np.array_equal(common.predictions, np.arange(256))
     table = None if unmapped else jnp.asarray(common.predictions)
     local = mesh.local_mesh
-    params = _local_copy(params, mesh)
+    params = local_copy(params, mesh)
     samples = cache(partial(score_samples, forward, params))
 
-    def prepare(index: int) -> _Prepared:
+    def prepare(index: int) -> Prepared:
         example = dataset[index]
         if example.labels is None:
             raise UserError(f"{dataset.name}: image '{example.name}' has no label map; score a labelled split")
         grid = WindowGrid.of(example.image.shape[:2], protocol)
         place = grid.geometry(samples(grid.window))
         labels = pad(common.labels[example.labels], IGNORE)
-        return _Prepared(grid.window, grid.shape, grid.prepare(example.image), labels, place)
+        return Prepared(grid.window, grid.shape, (grid.prepare(example.image), labels, place))
+
+    def count_batch(batch: Prepared) -> Array:
+        return _count(
+            forward, params, *batch.arrays, table,
+            window=batch.window, shape=batch.shape, flip=protocol.flip, classes=len(names), mesh=local,
+        )  # fmt: skip
 
     total = np.zeros((len(names), len(names) + 1), np.int64)
-    running: deque[Array] = deque()
-    share = range(jax.process_index(), count, jax.process_count())
-    prepared = track(read_ahead(prepare, share), f"score {dataset.name}", len(share))
-    for window, shape, images, labels, place in _batches(prepared, local.size):
-        running.append(
-            _count(
-                forward, params, images, labels, place, table,
-                window=window, shape=shape, flip=protocol.flip, classes=len(names), mesh=local,
-            )
-        )  # fmt: skip
-        if len(running) > IN_FLIGHT:
-            total += np.asarray(running.popleft(), np.int64).sum(0)
-    for counts in running:
-        total += np.asarray(counts, np.int64).sum(0)
-    return Scores.from_confusion(_over_processes(total), names, protocol)
+    for counts in over_images(count_batch, prepare, count, mesh, f"score {dataset.name}"):
+        total += counts.astype(np.int64).sum(0)
+    return Scores.from_confusion(sum_over_processes(total), names, protocol)
 
 
 @dataclass(frozen=True)
@@ -142,33 +134,65 @@ def read_ahead(read: Callable[[int], T], indices: Iterable[int]) -> Iterator[T]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Prepared(NamedTuple):
-    """Input of the devices for one image; in a batch, the arrays have a leading axis."""
+class Prepared(NamedTuple):
+    """Input of the devices for one image; in a batch, the arrays have a leading axis.
+
+    Attributes:
+        window, shape: of the grid (`WindowGrid`).
+        arrays: a tree of NumPy arrays.
+    """
 
     window: tuple[int, int]
     shape: tuple[int, int]
-    image: UInt8[np.ndarray, "*b H W 3"]
-    labels: UInt8[np.ndarray, "*b H2 W2"]
-    place: Geometry
+    arrays: Any
 
 
-def _batches(prepared: Iterable[_Prepared], size: int) -> Iterator[_Prepared]:
-    """Yields batches of `size` images that share one program; incomplete ones are filled up with unlabelled images."""
-    groups: dict[Any, list[_Prepared]] = {}
+def image_count(dataset: Dataset, limit: int | None) -> int:
+    """Returns how many images are scored. Raises UserError for none."""
+    if len(dataset) == 0:
+        raise UserError(f"{dataset.name}: split '{dataset.split}' holds no image; check root and split")
+    return len(dataset) if limit is None else min(limit, len(dataset))
+
+
+def over_images(
+    run: Callable[[Prepared], Any], prepare: Callable[[int], Prepared], count: int, mesh: Mesh, what: str
+) -> Iterator[Any]:
+    """Yields what `run` returns for this process's share of `count` images, batch by batch, as NumPy arrays [n, ...].
+
+    A batch has one image for each device of this process. `run` returns before the devices are done; a few batches are
+    under way at a time. `what` names the task in the progress line.
+    """
+    share = range(jax.process_index(), count, jax.process_count())
+    running: deque[tuple[Any, int]] = deque()
+
+    def oldest() -> Any:
+        results, images = running.popleft()
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:images], results)
+
+    for batch, images in _batches(track(read_ahead(prepare, share), what, len(share)), mesh.local_mesh.size):
+        running.append((run(batch), images))
+        if len(running) > IN_FLIGHT:
+            yield oldest()
+    while running:
+        yield oldest()
+
+
+def _batches(prepared: Iterable[Prepared], size: int) -> Iterator[tuple[Prepared, int]]:
+    """Yields (batch of `size` images that share one program, how many of them count); the others fill it up."""
+    groups: dict[Any, list[Prepared]] = {}
     for one in prepared:
-        key = (one.window, one.shape, *(a.shape for a in jax.tree.leaves(one[2:])))
+        key = (one.window, one.shape, *(a.shape for a in jax.tree.leaves(one.arrays)))
         group = groups.setdefault(key, [])
         group.append(one)
         if len(group) == size:
-            yield _stacked(groups.pop(key))
+            yield _stacked(groups.pop(key)), size
     for group in groups.values():
-        empty = group[0]._replace(labels=np.full_like(group[0].labels, IGNORE))
-        yield _stacked(group + [empty] * (size - len(group)))
+        yield _stacked(group + group[:1] * (size - len(group))), len(group)
 
 
-def _stacked(group: list[_Prepared]) -> _Prepared:
-    window, shape = group[0][:2]
-    return _Prepared(window, shape, *jax.tree.map(lambda *arrays: np.stack(arrays), *(one[2:] for one in group)))
+def _stacked(group: list[Prepared]) -> Prepared:
+    arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *(one.arrays for one in group))
+    return Prepared(group[0].window, group[0].shape, arrays)
 
 
 @partial(jax.jit, static_argnames=("forward", "window", "shape", "flip", "classes", "mesh"))
@@ -205,7 +229,7 @@ def _count(
     return split(params, images, labels, place, table)
 
 
-def _local_copy(params: Any, mesh: Mesh) -> Any:
+def local_copy(params: Any, mesh: Mesh) -> Any:
     """Returns the tree with a whole copy of each leaf on every device of this process."""
     if jax.process_count() == 1:
         return jax.device_put(params, replicated(mesh))
@@ -213,10 +237,10 @@ def _local_copy(params: Any, mesh: Mesh) -> Any:
     return multihost_utils.global_array_to_host_local_array(whole, mesh, P())
 
 
-def _over_processes(counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    """Returns the sum over all processes."""
+def sum_over_processes(array: np.ndarray) -> np.ndarray:
+    """Returns the sum over all processes of an array of one shape and dtype in each."""
     if jax.process_count() == 1:
-        return counts
-    # as bytes: jax would cut 64-bit integers
-    gathered = np.asarray(multihost_utils.process_allgather(counts.view(np.uint8)))
-    return gathered.view(np.int64).sum(0)
+        return array
+    # as bytes: jax would cut 64-bit numbers
+    gathered = np.asarray(multihost_utils.process_allgather(array.view(np.uint8)))
+    return gathered.view(array.dtype).sum(0)

@@ -119,6 +119,12 @@ class Side:
         return Resampling(sources, weights)
 
 
+    def at(self, samples: int, pixels: Int[np.ndarray, " P"]) -> Resampling:
+        """Returns the same matrix for chosen pixels of the label map, each a block of its own."""
+        sources, weights = self.resampling(samples, 1)
+        return Resampling(sources[pixels], weights[pixels])
+
+
 @dataclass(frozen=True)
 class WindowGrid:
     """Both sides of an image that is cut into windows."""
@@ -156,6 +162,11 @@ class WindowGrid:
         # scores of a block fit a CPU's cache, or fill an accelerator
         block = ROWS if jax.default_backend() == "cpu" else padded(self.rows.length)
         rows, columns = self.rows.resampling(samples[0], block), self.columns.resampling(samples[1], COLUMNS)
+        return Geometry(self.corners(), rows, columns)
+
+    def geometry_at(self, samples: tuple[int, int], pixels: Int[np.ndarray, "P 2"]) -> Geometry:
+        """Returns the placement for chosen (row, column) of the label map; see `pixel_scores`."""
+        rows, columns = self.rows.at(samples[0], pixels[:, 0]), self.columns.at(samples[1], pixels[:, 1])
         return Geometry(self.corners(), rows, columns)
 
     def prepare(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H2 W2 3"]:
@@ -206,6 +217,29 @@ def label_maps(
 
     scores = _window_scores(forward, params, images, jnp.asarray(place.corners), window, flip)
     return lax.map(lambda each: _arg_max(_tiles(each[0], shape), *each[1:]), (scores, place.rows, place.columns))
+
+
+def pixel_scores(
+    forward: DenseForward,
+    params: Any,
+    images: UInt8[Array, "b H W 3"],
+    place: Geometry,
+    window: tuple[int, int],
+    shape: tuple[int, int],
+    flip: bool,
+) -> Float[Array, "b P K"]:
+    """Returns the averaged scores of chosen pixels of prepared images; to be traced.
+
+    Arguments as of `label_maps`, but `place` by `WindowGrid.geometry_at`.
+    """
+
+    def at(scores: Array, rows: Resampling, columns: Resampling) -> Float[Array, " K"]:
+        samples = scores[columns.sources[:, None], rows.sources[None]]
+        return jnp.einsum("mrk,m,r->k", samples, columns.weights[0], rows.weights[0], precision="highest")
+
+    scores = _window_scores(forward, params, images, jnp.asarray(place.corners), window, flip)
+    each = jax.vmap(at, in_axes=(None, 0, 0))
+    return lax.map(lambda one: each(_tiles(one[0], shape), *one[1:]), (scores, place.rows, place.columns))
 
 
 def _window_scores(

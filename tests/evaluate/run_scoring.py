@@ -1,4 +1,4 @@
-"""Scores generated images as one of several processes, for `test_scoring_processes.py`; prints the counts."""
+"""Scores generated images as one of several processes, for `test_scoring_processes.py`; prints the scores."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fmda.data import ClassList, Example
-from fmda.evaluate import Protocol, score_on_mesh
+from fmda.evaluate import Protocol, label_free_scores, score_on_mesh
 from fmda.mesh import make_mesh, start_processes
 
 
@@ -32,15 +32,17 @@ def forward(params, pixels):
     return (pixels / 255 - 0.5) @ params["w"][:, :3]
 
 
-def counts(mesh):
-    """Returns the confusion matrix, with parameters that are split over the mesh."""
+def scores(mesh):
+    """Returns (confusion matrix, scores without labels), with parameters that are split over the mesh."""
     weights = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
     split = NamedSharding(mesh, P(None, "data"))
     params = {"w": jax.make_array_from_callback((3, 4), split, lambda index: weights[index])}
-    return score_on_mesh(forward, params, Noise(), mesh, Protocol(crop=24, stride=16)).confusion.tolist()
+    protocol = Protocol(crop=24, stride=16)
+    confusion = score_on_mesh(forward, params, Noise(), mesh, protocol).confusion.tolist()
+    return confusion, list(label_free_scores(forward, params, Noise(), mesh, protocol, teacher=params, pixels=50))
 
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)
     start_processes()
-    print(json.dumps(counts(make_mesh())), flush=True)
+    print(json.dumps(scores(make_mesh())), flush=True)

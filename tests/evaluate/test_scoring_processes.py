@@ -1,4 +1,4 @@
-"""Two processes score a dataset together and get the counts of one."""
+"""Two processes score a dataset together and get the scores of one."""
 
 import json
 import os
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import jax
 import meeting
-from run_scoring import counts
+import pytest
+from run_scoring import scores
 
 from fmda.mesh import make_mesh
 
 SCRIPT = Path(__file__).with_name("run_scoring.py")
 
 
-def test_two_processes_count_what_one_counts():
+def test_two_processes_get_the_scores_of_one():
     port = meeting.free_port()
     processes = []
     for number in range(2):
@@ -33,4 +34,6 @@ def test_two_processes_count_what_one_counts():
     # the processes' connection prints to stdout too, at any moment
     lines = ([line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs)
     first, second = (json.loads(line[-1]) for line in lines)
-    assert first == second == counts(make_mesh(devices=jax.devices()[:1]))
+    confusion, label_free = scores(make_mesh(devices=jax.devices()[:1]))
+    assert first == second and first[0] == confusion
+    assert first[1] == pytest.approx(label_free, rel=1e-12)
