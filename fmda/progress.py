@@ -104,6 +104,12 @@ class Line:
             self._live = False
 
 
+def note(text: str) -> None:
+    """Prints a line that stays, above the live one where a task is running."""
+    with Line() as line:
+        line.note(text)
+
+
 BURST = 0.1
 """Seconds within which the items of one batch arrive; they say nothing of the rate."""
 

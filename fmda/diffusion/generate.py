@@ -18,7 +18,7 @@ from fmda.diffusion.filters import CONSTANT, ImageFilter, NearDuplicate, PromptF
 from fmda.diffusion.manifest import IMAGES, REFUSED, GeneratedImage, Manifest, Progress, Prompt, Verdict, image_file
 from fmda.errors import UserError, disk_errors
 from fmda.png import read_png, write_png
-from fmda.progress import Line, track
+from fmda.progress import note, track
 from fmda.runs.identity import RECORD, claim
 
 Draw = Callable[[Sequence[str], Sequence[int]], UInt8[np.ndarray, "n H W 3"]]
@@ -262,7 +262,7 @@ class _Work:
         if self.end_at_once or len(self.lost) > len(self.progress.images):
             raise self._error()
         prompt = self.cycle[index % len(self.cycle)][1]
-        _say(f"generate: image {index} ('{prompt.text}'): all {self.tries} tries refused; continuing")
+        note(f"generate: image {index} ('{prompt.text}'): all {self.tries} tries refused; continuing")
 
     def _error(self) -> UserError:
         first = min(self.lost)
@@ -280,13 +280,7 @@ def _report(progress: Progress, refused_prompts: int) -> None:
     refused = Counter(row.filter for rows in progress.refused.values() for row in rows.values())
     if refused or refused_prompts:
         by = ", ".join(f"{name} {n}" for name, n in sorted(refused.items())) or "none"
-        _say(
+        note(
             f"generate: images refused and generated again: {by}; prompts refused: {refused_prompts}; "
             f"see {progress.folder / REFUSED}"
         )
-
-
-def _say(text: str) -> None:
-    """Prints a line that stays, above the progress."""
-    with Line() as line:
-        line.note(text)

@@ -144,7 +144,7 @@ def _examples(group: Group) -> list[dict[str, Any]]:
 
 
 def _charts(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Returns (metric, address of its chart), losses first, the lines of all runs in it."""
+    """Returns (metric, address of its chart), losses first, scores of single classes last; all runs in each."""
     lines: dict[str, list[tuple[str, list[float], list[float]]]] = {}
     for run in runs:
         for where, rows in run.metrics.items():
@@ -154,7 +154,7 @@ def _charts(runs: Sequence[Run]) -> list[tuple[str, str]]:
                 if key != "step" and len(curve) > 1 and not key.startswith("time/"):
                     steps, values = map(list, zip(*curve, strict=True))
                     lines.setdefault(key, []).append((label, steps, values))
-    order = sorted(lines, key=lambda key: ("loss" not in key, key != "loss"))
+    order = sorted(lines, key=lambda key: (key.count("/") > 1, "loss" not in key, key != "loss"))
     return [(key, svg_address(curves(lines[key], key))) for key in order[:MOST_CHARTS]]
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fmda.errors import UserError
+from fmda.evaluate.choice import choice_sections
 from fmda.evaluate.confusion import Scores
+from fmda.evaluate.dead_classes import dead_class_sections
 from fmda.evaluate.sections import Section, read_sections
 from fmda.runs.journal import read_rows
 from fmda.runs.stages import STAGE
@@ -52,7 +54,7 @@ class Run:
         stages: (folder below the run, record) of each finished stage.
         evaluations: in the order of their folders.
         metrics: rows of each training log by folder below the run.
-        sections: (folder, section) of what methods add.
+        sections: (folder, section) of what methods add, and of what training logs show.
         figures: PNG files that no example or section shows.
         timings: (folder below the run, `timing.json`) of each evaluation.
     """
@@ -127,6 +129,8 @@ def _read_folder(run: Run, place: Path, where: str) -> None:
         run.evaluations.append(_evaluation(run.name, where, place))
     if metrics := _metrics(place / "metrics.jsonl"):
         run.metrics[where] = metrics
+        derived = [*dead_class_sections(metrics), *choice_sections(metrics, where)]
+        run.sections.extend((place, section) for section in derived)
     if (place / "timing.json").is_file():
         run.timings.append((where, _json(place / "timing.json")))
     run.sections.extend((place, section) for section in read_sections(place))

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fmda.errors import UserError
+from fmda.evaluate.choice import spearman
 from fmda.methods.floss.tally import Tally
 
 Risk = Float[np.ndarray, "M K"]
@@ -96,13 +97,10 @@ def rank_correlation(risks: Risk, iou: Float[np.ndarray, "M K"], count: Float[np
 
     Templates that never predict the class are left out; NaN where fewer than three are left, or nothing varies.
     """
-    from scipy.stats import spearmanr  # slow to import
-
     correlation = np.full(risks.shape[1], np.nan)
     for k in range(risks.shape[1]):
         used = (count[:, k] > 0) & np.isfinite(iou[:, k])
-        if used.sum() >= 3 and np.ptp(risks[used, k]) > 0 and np.ptp(iou[used, k]) > 0:
-            correlation[k] = spearmanr(-risks[used, k], iou[used, k]).statistic
+        correlation[k] = spearman(-risks[used, k], iou[used, k])
     return correlation
 
 
