@@ -28,6 +28,7 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[Flag, tyro.conf.arg(name="json", help="print JSON")]
 Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="a YAML file of `configs/`")]
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY=VALUE ...]")]
+ProtocolKeys = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a folder, an embedded model or a hub id")]
 Revision = Annotated[str | None, tyro.conf.arg(help="branch, tag or commit of a hub id")]
 
@@ -111,23 +112,26 @@ def predict(
     model: Positional[Path],
     images: Positional[tuple[Path, ...]],
     out: Path = Path("predictions"),
+    protocol: ProtocolKeys = (),
     as_json: Json = False,
 ) -> None:
-    """Segment images with a trained run: writes a label map and an overlay for each.
+    """Segment images with a trained run or a checkpoint: writes a label map and an overlay for each.
 
     Args:
-        model: a run folder.
+        model: a run folder, or the folder or weight file of a segmentation network.
         images: image files or folders of images.
         out: where to write `<name>.png` and `<name>_overlay.jpg`; the same command resumes, and no other existing file
             is replaced.
+        protocol: how a network sees images, e.g. size=[512,1024], scale=1.25, crop=512 stride=341, flip=true.
     """
     if not images:
-        raise UserError("predict: no image named; give image files or folders of images after the run folder")
+        raise UserError("predict: no image named; give image files or folders of images after the model")
     _load_jax()
     from fmda.evaluate import Segmenter
     from fmda.evaluate.predict import predict_files
 
-    for record in predict_files(Segmenter.load(model), images, out):
+    segmenter = Segmenter.load(model, protocol=_protocol(protocol))
+    for record in predict_files(segmenter, images, out):
         print(json.dumps(record) if as_json else record["labels"])
 
 
@@ -137,27 +141,46 @@ def evaluate(
     root: Path | None = None,
     split: str = "val",
     class_map: str | None = None,
+    protocol: ProtocolKeys = (),
     out: Path | None = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run on a labelled dataset: IoU by class, mIoU, figures.
+    """Score a run or a checkpoint on a labelled dataset: IoU by class, mIoU, figures.
 
     Args:
-        model: a run folder.
+        model: a run folder, or the folder or weight file of a segmentation network.
         dataset: a known dataset (`fmda data list`).
         root: its folder; default: where `fmda data list` looks for it.
         split: which part.
         class_map: a known map or YAML file between the model's classes and the dataset's.
-        out: where scores, table and figures go; default: `<model>/evaluate-<dataset>-<split>`.
+        protocol: how a network sees images, e.g. size=[512,1024], scale=1.25, crop=512 stride=341, flip=true.
+        out: where scores, table and figures go; default: `<run>/evaluate-<dataset>-<split>`, of a network
+            `runs/<network>/evaluate-<dataset>-<split>`.
     """
     _load_jax()
     from fmda.data import open_dataset
     from fmda.evaluate import Segmenter, evaluate_dataset
+    from fmda.evaluate.segmenter import checkpoint_name, is_checkpoint
 
     examples = open_dataset(dataset, root, split)
-    out = out or model / f"evaluate-{dataset}-{split}"
-    scores = evaluate_dataset(Segmenter.load(model), examples, class_map=class_map, out=out)
+    home = Path("runs") / checkpoint_name(model) if is_checkpoint(model) else model
+    out = out or home / f"evaluate-{dataset}-{split}"
+    segmenter = Segmenter.load(model, protocol=_protocol(protocol))
+    scores = evaluate_dataset(segmenter, examples, class_map=class_map, out=out)
     print(json.dumps(scores.to_json()) if as_json else scores.table())
+
+
+def _protocol(values: tuple[str, ...]) -> Any:
+    """Returns the protocol of `key=value`s, or None without any."""
+    from fmda.config import from_dict, override
+    from fmda.evaluate import Protocol
+
+    if not values:
+        return None
+    chosen = override({}, values)
+    if "class_map" in chosen:
+        raise UserError("--protocol: class_map: is named by --class-map")
+    return from_dict(Protocol, chosen, "--protocol")
 
 
 def data_list(as_json: Json = False) -> None:

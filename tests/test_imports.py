@@ -42,7 +42,7 @@ EVERYTHING_BELOW = set(RULE) - {"__main__", "__init__"}
 RULE["methods"] = EVERYTHING_BELOW
 RULE["cli"] = EVERYTHING_BELOW | {"methods"}
 # What one method may take from another.
-SHARED_METHODS = {"dense", "generate", "judges", "planning", "render", "resident", "trainer", "uda"}
+SHARED_METHODS = {"dense", "generate", "judges", "planning", "render", "resident", "segmentation", "trainer", "uda"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

@@ -63,6 +63,7 @@ class Entry:
 
 _IDS = "cityscapes-ids-to-cityscapes"
 _CAMVID = ("train", "val", "test")
+_CAMVID_DAY = ("0006R0", "0016E5", "Seq05VD")
 
 
 def _splits(train: int, val: int, unlabelled_test: int | None = None) -> dict[str, Split]:
@@ -241,7 +242,7 @@ CATALOG: dict[str, Entry] = {
         home="https://github.com/nightrome/cocostuff",
     ),
     "camvid": Entry(
-        title="CamVid, 11 classes; dusk is sequence 0001TP, day the others",
+        title="CamVid, 11 classes; dusk is sequence 0001TP, day the others; val is by day",
         classes="camvid",
         places=("camvid", "CamVid"),
         layouts=(
@@ -253,7 +254,11 @@ CATALOG: dict[str, Entry] = {
             "test": Split(("test",), 233),
             "all": Split(_CAMVID, 701),
             "dusk": Split(_CAMVID, 124, starts=("0001TP",)),
-            "day": Split(_CAMVID, 577, starts=("0006R0", "0016E5", "Seq05VD")),
+            "day": Split(_CAMVID, 577, starts=_CAMVID_DAY),
+            "train-dusk": Split(("train",), 62, starts=("0001TP",)),
+            "train-day": Split(("train",), 305, starts=_CAMVID_DAY),
+            "test-dusk": Split(("test",), 62, starts=("0001TP",)),
+            "test-day": Split(("test",), 171, starts=_CAMVID_DAY),
             "0001TP": Split(_CAMVID, 124, starts=("0001TP",)),
             "0006R0": Split(_CAMVID, 101, starts=("0006R0",)),
             "0016E5": Split(_CAMVID, 305, starts=("0016E5",)),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from fmda.data.classes import IGNORE
 from fmda.data.dataset import Example
@@ -46,6 +47,11 @@ def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UI
     if image.shape[:2] == tuple(size):
         return image
     return np.asarray(cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR))
+
+
+def resize_image_pillow(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the image at (height, width) by Pillow's bilinear filter: rounded, antialiased where it shrinks."""
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def resize_labels(labels: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fmda.config import NonNegativeInt, PositiveFloat, PositiveInt
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -14,14 +16,23 @@ class Protocol:
         flip: average the scores of each window with those of its mirror image.
         class_map: names of the maps between the predicted and the labelled classes, in order.
         resolution: where predictions are compared with labels; "labels" is the size of the label map.
+        size: (height, width) to which images are stretched before `resize`; None keeps their own.
+        scale: factor of both sides after `resize`.
+        multiple: both sides are then rounded up to multiples of it, which some networks need.
+        resample: who resizes images, both bilinear on 8 bits: OpenCV, as mmcv does, or Pillow, which rounds otherwise
+            and averages where it shrinks. A network may see the difference.
     """
 
-    resize: tuple[int, int] | None = None
-    crop: int = 0
-    stride: int = 0
+    resize: tuple[PositiveInt, PositiveInt] | None = None
+    crop: NonNegativeInt = 0
+    stride: NonNegativeInt = 0
     flip: bool = False
     class_map: tuple[str, ...] = ()
     resolution: Literal["labels"] = "labels"
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    scale: PositiveFloat = 1.0
+    multiple: PositiveInt = 1
+    resample: Literal["opencv", "pillow"] = "opencv"
 
 
 WHOLE_IMAGE = Protocol()

@@ -86,16 +86,26 @@ class Segmenter:
         self.fingerprint, self.protocol = fingerprint, protocol
 
     @classmethod
-    def load(cls, run_folder: str | Path, *, packages: Sequence[str] = ("fmda",)) -> "Segmenter":
-        """Returns the segmenter of a finished run of any method.
+    def load(
+        cls, source: str | Path, *, protocol: Protocol | None = None, packages: Sequence[str] = ("fmda",)
+    ) -> "Segmenter":
+        """Returns the segmenter of a finished run of any method, or of a segmentation network's checkpoint.
 
-        The folder (or exactly one folder below it) holds `model.json` with {"loader": "module:function"}; the function
-        takes that folder and returns the segmenter. Only modules of `packages` are imported.
+        The folder of a run (or exactly one folder below it) holds `model.json` with {"loader": "module:function"}; the
+        function takes that folder and returns the segmenter. Only modules of `packages` are imported. A checkpoint is a
+        folder, or the weight file, that `fmda.load_segmentation` opens; `protocol` says how it sees images, by default
+        whole and as they are.
 
         Raises:
-            UserError: no run, an unfinished one, or a loader that does not exist.
+            UserError: no run, an unfinished one, a loader that does not exist, a checkpoint that cannot be opened, or a
+                protocol for a run, which has its own.
         """
-        folder = _model_folder(Path(run_folder))
+        if is_checkpoint(Path(source)):
+            network = importlib.import_module("fmda.methods.segmentation")
+            return network.load_segmenter(source, protocol or WHOLE_IMAGE)
+        folder = _model_folder(Path(source))
+        if protocol is not None:
+            raise UserError(f"{source}: is a run, which sees images as its configuration says; give no protocol")
         path = folder / "model.json"
         try:
             loader = str(json.loads(path.read_text(encoding="utf-8"))["loader"])
@@ -147,6 +157,19 @@ def overlay_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}_overlay.jpg")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether a path is a network's weight file or its folder, and not the folder of a run."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    run = (path / "model.json").is_file()
+    return not run and ((path / "config.json").is_file() or any(path.glob("*.safetensors")))
+
+
+def checkpoint_name(path: Path) -> str:
+    """Returns what a network is called after: its folder, or its weight file without the ending."""
+    return path.resolve().name.removesuffix(".safetensors")
+
+
 def _model_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder; give the work_dir of a finished run")
@@ -154,7 +177,7 @@ def _model_folder(folder: Path) -> Path:
         return folder
     below = sorted(p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/model.json"))
     if not below:
-        raise UserError(f"{folder}: holds no model.json; give the folder of a finished run")
+        raise UserError(f"{folder}: holds no model.json; give the folder of a finished run, or of a network")
     if len(below) > 1:
         names = ", ".join(str(p.relative_to(folder)) for p in below)
         raise UserError(f"{folder}: holds several models ({names}); name one of these folders")

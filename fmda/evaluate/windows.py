@@ -6,6 +6,7 @@ size scores exist one block of rows and columns at a time. Resizes are bilinear 
 antialiasing (`fmda.nn.resize`). b = images, N = windows, K = classes, h and w = sides of a window's scores.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -17,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
-from fmda.data.transforms import fit_size, resize_image
+from fmda.data.transforms import fit_size, resize_image, resize_image_pillow
 from fmda.errors import UserError
 from fmda.evaluate.protocol import Protocol
 from fmda.nn.resize import interpolation_matrix
@@ -127,21 +128,22 @@ class Side:
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """Both sides of an image that is cut into windows."""
+    """Both sides of an image that is cut into windows, and who resizes it (see `Protocol`)."""
 
     rows: Side
     columns: Side
+    resample: str = "opencv"
 
     @classmethod
     def of(cls, size: tuple[int, int], protocol: Protocol) -> "WindowGrid":
         """Returns the windows of an image of `size` (height, width)."""
-        network = size if protocol.resize is None else fit_size(*size, *protocol.resize)
+        network = network_size(size, protocol)
 
         def side(length: int, network: int) -> Side:
             window = min(protocol.crop, network) or network
             return Side(length, network, window, tuple(window_starts(network, window, protocol.stride or window)))
 
-        return cls(side(size[0], network[0]), side(size[1], network[1]))
+        return cls(side(size[0], network[0]), side(size[1], network[1]), protocol.resample)
 
     @property
     def window(self) -> tuple[int, int]:
@@ -171,7 +173,16 @@ class WindowGrid:
 
     def prepare(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H2 W2 3"]:
         """Returns the image at network size, padded with zeros to multiples of `SIDE`."""
-        return pad(resize_image(image, (self.rows.network, self.columns.network)), 0)
+        resize = resize_image_pillow if self.resample == "pillow" else resize_image
+        return pad(resize(image, (self.rows.network, self.columns.network)), 0)
+
+
+def network_size(size: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
+    """Returns (height, width), to which an image of `size` is resized before it is cut into windows."""
+    size = protocol.size or size
+    sides = size if protocol.resize is None else fit_size(*size, *protocol.resize)
+    height, width = (math.ceil(side * protocol.scale / protocol.multiple) * protocol.multiple for side in sides)
+    return height, width
 
 
 def padded(length: int) -> int:

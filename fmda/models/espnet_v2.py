@@ -41,6 +41,8 @@ class EspNetV2Config:
         repeats: blocks after the downsampling to the third and the fourth level.
         decoder: channels of the first three decoder steps.
         classes: logits, in the checkpoint's order.
+        unused: how many of the last logits stand for no class and are never the largest.
+        pyramid: channels of each scale of the pyramid pooling.
         eps: of the batch normalisation.
     """
 
@@ -48,12 +50,9 @@ class EspNetV2Config:
     repeats: tuple[int, int] = (3, 7)
     decoder: tuple[int, int, int] = (64, 48, 32)
     classes: int = 20
+    unused: int = 0
+    pyramid: int = 10
     eps: float = 1e-5
-
-    @property
-    def pyramid(self) -> int:
-        """Channels of each scale of the pyramid pooling."""
-        return min(self.classes // 2, 16)
 
 
 class PRelu(nnx.Module):

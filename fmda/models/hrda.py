@@ -21,6 +21,8 @@ from fmda.nn.resize import resize
 CELL = 8
 """What corners of the detail are multiples of: pixels per place of the context's logits."""
 LOGIT_STRIDE = 4
+SIDES = 64
+"""What the sides of an image must be multiples of."""
 
 
 class HrdaOutputs(NamedTuple):
@@ -124,8 +126,8 @@ def _fused(context: Array, detail: Array, attention: Array) -> Array:
 
 def _checked(pixels: Array) -> tuple[int, int]:
     height, width = pixels.shape[1:3]
-    if height % 64 or width % 64:
+    if height % SIDES or width % SIDES:
         raise UserError(
-            f"pixels: {height}x{width}, where HRDA reads sides that are multiples of 64; crop or resize them"
+            f"pixels: {height}x{width}, where HRDA reads sides that are multiples of {SIDES}; crop or resize them"
         )
     return height, width

@@ -71,15 +71,23 @@ def open_checkpoint(family: str, folder: Path, file: Path | None = None) -> Chec
     return Checkpoint(family, folder, file, config, table, _stamp(file))
 
 
+def weights_and_config(folder: Path, file: Path | None = None) -> tuple[Path | None, Path]:
+    """Returns (weight file where it is named or one of a pair, else None; JSON file of the configuration, if any).
+
+    A folder has config.json, or one pair `NAME.safetensors` and `NAME.json`. Raises UserError for several pairs.
+    """
+    path = folder / "config.json"
+    if file is None and not path.is_file():
+        file = named_pair(folder)
+    return file, files.config_file(file) if file else path
+
+
 def family_of(folder: Path, file: Path | None = None) -> str:
     """Returns the family of a folder, by its configuration, or by its stored names where it holds none.
 
     `file` names one of several weight files. Raises UserError for a network of no known family.
     """
-    path = folder / "config.json"
-    if file is None and not path.is_file():
-        file = named_pair(folder)
-    path = files.config_file(file) if file else path
+    file, path = weights_and_config(folder, file)
     config = files.read_json(path) if path.is_file() else {}
     # timm's configuration names an architecture, which its arrays tell in more detail
     if config and "architecture" not in config:

@@ -1,9 +1,12 @@
 """ESPNetv2's table, and its configuration out of and into JSON."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fmda import trees
 from fmda.models.espnet_v2 import BRANCHES, LEAST_SIDE, NARROW, SCALES, WIDE, EspNetV2Config
+from fmda.trees import Tree
 from fmda.weights.files import config_file
 from fmda.weights.layers import Layer, torch_rows
 from fmda.weights.reader import IMAGENET, Fields, is_size, written
@@ -93,11 +96,13 @@ def read(file: Path, names: Names) -> tuple[EspNetV2Config, Table]:
     classes = fields.size("num_classes", last)
     if classes != last or classes < 2:
         raise fields.fault("num_classes", f"at least 2, and the last of decoder_channels, {last}")
+    unused = fields.values.get("unused_classes", [])
+    if not isinstance(unused, list) or len(unused) >= classes or unused != list(range(classes - len(unused), classes)):
+        raise fields.fault("unused_classes", f"a list of the last of {classes} classes, or empty")
     config = EspNetV2Config(
         (channels[0], c2, c3, c4), (repeats[1], repeats[2]), (decoder[0], decoder[1], decoder[2]), classes,
-        fields.number("norm_eps", 1e-5),
+        len(unused), fields.size("pyramid_channels", min(classes // 2, 16)), fields.number("norm_eps", 1e-5),
     )  # fmt: skip
-    fields.only({"pyramid_channels": (config.pyramid,)})
     return config, TABLE
 
 
@@ -110,7 +115,18 @@ def export(config: EspNetV2Config, layout: str | None = None) -> Export:
         "decoder_channels": [*config.decoder, config.classes],
         "pyramid_channels": config.pyramid,
         "num_classes": config.classes,
+        "unused_classes": list(range(config.classes - config.unused, config.classes)),
         "norm_eps": config.eps,
         **IMAGENET,
     }
     return Export("model.safetensors", TABLE, {"config.json": value})
+
+
+def without_unused(config: EspNetV2Config, params: Tree) -> tuple[EspNetV2Config, Tree]:
+    """Returns the network without the logits that stand for no class; those of the classes are the same."""
+    used = config.classes - config.unused
+    last = "head/pool/3/out/"
+    flat = {
+        path: leaf[..., :used] if path.startswith(last) else leaf for path, leaf in trees.flatten(params).items()
+    }
+    return replace(config, classes=used, unused=0), trees.unflatten(flat)

@@ -23,14 +23,15 @@ from fmda.models.dinoiser import HEADS_FILE, heads_module
 from fmda.models.dinov2 import Dinov2
 from fmda.models.dinov2_segmenter import Dinov2Segmenter
 from fmda.models.efficientnet_lite import EfficientNetLite
-from fmda.models.espnet_v2 import EspNetV2
-from fmda.models.hrda import Hrda
+from fmda.models.espnet_v2 import FACTOR, EspNetV2
+from fmda.models.hrda import SIDES, Hrda
 from fmda.models.lite_segmenter import LiteSegmenter
 from fmda.models.mit import Mit
 from fmda.models.resnet import ResNetEncoder
 from fmda.models.sd_unet import UNet
 from fmda.models.sd_vae import Vae
 from fmda.models.segformer import SegFormer
+from fmda.trees import Tree
 from fmda.weights import (
     clip,
     daformer,
@@ -70,6 +71,8 @@ class Family:
         tokenizer: whether a tokenizer may lie beside the weights.
         replay: (network, recorded inputs) -> outputs to compare with a record.
         segments: whether it maps pixels to class logits, for `load_segmentation`.
+        multiple: what the sides of an image must be multiples of, where it segments.
+        without_unused: (configuration, parameters) without the logits that stand for no class, where it segments.
         relative: whether a record is compared relative to its largest value.
     """
 
@@ -85,6 +88,8 @@ class Family:
     tokenizer: bool = False
     replay: Callable[[Any, Mapping[str, np.ndarray]], Outputs] | None = None
     segments: bool = False
+    multiple: int = 1
+    without_unused: Callable[[Any, Tree], tuple[Any, Tree]] = lambda config, params: (config, params)
     relative: bool = True
 
 
@@ -222,6 +227,8 @@ FAMILIES: dict[str, Family] = {
         build=EspNetV2,
         calls={"__call__": EspNetV2.__call__},
         segments=True,
+        multiple=FACTOR,
+        without_unused=espnet_v2.without_unused,
     ),
     "mit": Family(
         kinds=("SegformerForImageClassification", "SegformerModel"),
@@ -257,6 +264,7 @@ FAMILIES: dict[str, Family] = {
         build=Hrda,
         calls={"__call__": Hrda.__call__},
         segments=True,
+        multiple=SIDES,
     ),
     "deeplab_v2": Family(
         kinds=(deeplab_v2.KIND,),

@@ -40,6 +40,26 @@ def test_windows_cover_the_side_when_stride_fits(length, crop, stride):
         assert all(b - a <= crop for a, b in zip(starts, starts[1:], strict=False))
 
 
+def test_the_size_that_a_network_sees():
+    def seen(**keys):
+        return windows.network_size((375, 1242), Protocol(**keys))
+
+    assert seen() == (375, 1242)
+    assert seen(resize=(1024, 512)) == (309, 1024)
+    assert seen(scale=1.25, multiple=16) == (480, 1568)
+    assert seen(size=(512, 1024), scale=0.5, multiple=10) == (260, 520)
+
+
+def test_an_image_is_resized_by_the_library_that_the_protocol_names():
+    image = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    opencv, pillow = (
+        windows.WindowGrid.of((40, 48), Protocol(scale=0.25, resample=name)).prepare(image)
+        for name in ("opencv", "pillow")
+    )
+    # Pillow averages where it shrinks, so that noise is smaller
+    assert pillow[:10, :12].std() < 0.5 * opencv[:10, :12].std()
+
+
 def test_bad_stride_is_an_error():
     with pytest.raises(UserError, match="stride 0"):
         window_starts(10, 5, 0)

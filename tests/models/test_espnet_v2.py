@@ -24,7 +24,7 @@ from fmda.weights.check import verify
 from fmda.weights.network import network_graph, save
 
 PUBLISHED = Path(os.environ.get("FMDA_DATA", "")) / "espnetv2"
-SMALL = EspNetV2Config(channels=(16, 32, 48, 64), repeats=(1, 1), decoder=(16, 12, 8), classes=6)
+SMALL = EspNetV2Config((16, 32, 48, 64), (1, 1), (16, 12, 8), classes=6, unused=1, pyramid=3)
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="FMDA_DATA names no folder with espnetv2/")
 
 
@@ -86,6 +86,7 @@ def test_a_pair_of_files_is_found_by_name_and_several_are_named(folder):
         ({"encoder_channels": [16, 33, 48, 64]}, "encoder_channels is .*, not rising widths in steps of 16"),
         ({"encoder_repeats": [0, 3]}, "encoder_repeats is .*, not 0 and two whole numbers above 0"),
         ({"num_classes": 7}, "num_classes is 7, not at least 2, and the last of decoder_channels, 6"),
+        ({"unused_classes": [0]}, r"unused_classes is \[0\], not a list of the last of 6 classes, or empty"),
         ({"norm_eps": "x"}, "norm_eps is 'x', not one finite number above 0"),
         ({"align_corners": False}, "align_corners is False, not True, which alone can be built"),
     ],
