@@ -18,6 +18,8 @@ from fmda.methods.dense import normalised
 from fmda.methods.segmentation import open_segmentation
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.deeplab_v2 import DeepLabV2Config
+from fmda.models.dinov2 import Dinov2Config
+from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.espnet_v2 import EspNetV2Config
 from fmda.models.lite_segmenter import LiteSegmenterConfig
 from fmda.models.mit import MitConfig
@@ -34,6 +36,7 @@ NETWORKS = {
     "hrda": (DaFormerConfig(MIT, 12), (16, 32)),
     "deeplab_v2": (DeepLabV2Config(ResNetEncoderConfig(layers=(1, 1, 1, 1), deep_stem=True)), (7, 9)),
     "lite_segmenter": (LiteSegmenterConfig(width=8), (13, 18)),
+    "dinov2_segmenter": (Dinov2SegmenterConfig(Dinov2Config(28, 7, 16, 4, 2, maps=(1, 2, 3, 4)), width=8), (8, 10)),
     "espnet_v2": (ESPNET, (64, 80)),
 }
 PUBLISHED = Path(os.environ.get("FMDA_DATA", "")) / "espnetv2" / "espnetv2-s2.0-cityscapes.safetensors"
