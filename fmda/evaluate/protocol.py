@@ -18,7 +18,7 @@ class Protocol:
         resolution: where predictions are compared with labels; "labels" is the size of the label map.
         size: (height, width) to which images are stretched before `resize`; None keeps their own.
         scale: factor of both sides after `resize`.
-        multiple: both sides are then rounded up to multiples of it, which some networks need.
+        multiple: both sides are then rounded to multiples of it, as some networks need them.
         resample: who resizes images, both bilinear on 8 bits: OpenCV, as mmcv does, or Pillow, which rounds otherwise
             and averages where it shrinks. A network may see the difference.
     """

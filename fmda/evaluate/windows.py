@@ -181,8 +181,8 @@ def network_size(size: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
     """Returns (height, width), to which an image of `size` is resized before it is cut into windows."""
     size = protocol.size or size
     sides = size if protocol.resize is None else fit_size(*size, *protocol.resize)
-    height, width = (math.ceil(side * protocol.scale / protocol.multiple) * protocol.multiple for side in sides)
-    return height, width
+    height, width = (math.floor(side * protocol.scale / protocol.multiple + 0.5) for side in sides)
+    return max(height, 1) * protocol.multiple, max(width, 1) * protocol.multiple
 
 
 def padded(length: int) -> int:

@@ -41,7 +41,7 @@ def open_segmentation(source: str | Path) -> tuple[Loaded, ClassList]:
 def load_segmenter(source: str | Path, protocol: Protocol = WHOLE_IMAGE) -> Segmenter:
     """Returns the segmenter of a checkpoint, which sees images as `protocol` says.
 
-    Sides are rounded up to what the network needs. Raises UserError as `open_segmentation`.
+    Sides are rounded to what the network needs. Raises UserError as `open_segmentation`.
     """
     network, classes = open_segmentation(source)
     graphdef = network.graphdef

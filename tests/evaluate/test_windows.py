@@ -46,8 +46,9 @@ def test_the_size_that_a_network_sees():
 
     assert seen() == (375, 1242)
     assert seen(resize=(1024, 512)) == (309, 1024)
-    assert seen(scale=1.25, multiple=16) == (480, 1568)
-    assert seen(size=(512, 1024), scale=0.5, multiple=10) == (260, 520)
+    assert seen(scale=1.25, multiple=32) == (480, 1568)
+    assert seen(scale=0.01, multiple=16) == (16, 16)
+    assert seen(size=(512, 1024), scale=0.5, multiple=10) == (260, 510)
 
 
 def test_an_image_is_resized_by_the_library_that_the_protocol_names():
