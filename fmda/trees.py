@@ -61,6 +61,11 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
     return tree
 
 
+def joined(one: Tree, other: Tree) -> Tree:
+    """Returns the tree with the leaves of both; where both have one, that of the second."""
+    return unflatten(flatten(one) | flatten(other))
+
+
 def matches(path: str, pattern: str) -> bool:
     """Returns whether the glob `pattern` covers the whole `path` (see the head of this file)."""
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase("/" + path, pattern)

@@ -12,15 +12,10 @@ import pytest
 import fmda
 from fmda import trees
 from fmda.losses.pixelwise import pseudo_labels
+from fmda.methods.dense import normalised
 from fmda.methods.uda import self_training
-from fmda.methods.uda.self_training import (
-    DAFORMER_OPTIM,
-    SelfTrainingConfig,
-    initial_aux,
-    make_objective,
-    pseudo_weights,
-    running_shares,
-)
+from fmda.methods.uda.objective import DistanceConfig, LearnConfig, initial_aux, make_objective
+from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig, pseudo_weights
 from fmda.models.module import assembled, separated
 from fmda.nn.resize import resize
 from fmda.train.optim import make_optimizer
@@ -28,8 +23,8 @@ from fmda.train.step import create_state, make_step
 from fmda.weights.network import save
 
 CLASSES, SIDE, STEPS, CHOSEN, THINGS = 5, 64, 3, (0, 2, 255), (1, 3)
-PLAIN = SelfTrainingConfig(threshold=0.968)
-WHOLE = replace(PLAIN, ignored_rows=(3, 10), distance=0.5, things=THINGS, masked=1.0)
+PLAIN = LearnConfig(SelfTrainingConfig(threshold=0.968))
+WHOLE = LearnConfig(SelfTrainingConfig(ignored_rows=(3, 10), masked=1.0), DistanceConfig(0.5, THINGS))
 # larger steps than DAFormer's, so that a wrong teacher shows, and an epsilon above the noise of vanishing gradients
 OPTIM = replace(DAFORMER_OPTIM, learning_rate=2e-3, warmup_steps=2, eps=1e-4, weight_decay=0.1)
 
@@ -42,16 +37,6 @@ def test_the_teacher_keeps_nothing_at_first_and_then_more_and_more():
 def test_rows_without_weight_by_hand():
     weights = pseudo_weights(jnp.float32(0.5), (2, 6, 3), (1, 2))
     np.testing.assert_array_equal(weights[1, :, 2], [0, 0.5, 0.5, 0.5, 0, 0])
-
-
-def test_shares_are_a_plain_mean_at_first_and_then_a_running_one():
-    shares = initial_aux({}, 3)["shares"]
-    shares = running_shares(shares, jnp.array([[[0, 0], [0, 1]]]), jnp.int32(0))
-    np.testing.assert_allclose(shares, [0.75, 0.25, 0])
-    shares = running_shares(shares, jnp.array([[[1, 1], [1, 1]]]), jnp.int32(1))
-    np.testing.assert_allclose(shares, [0.375, 0.625, 0])
-    shares = running_shares(shares, jnp.array([[[2, 2], [2, 1]]]), jnp.int32(500))
-    np.testing.assert_allclose(shares, [0.37125, 0.62125, 0.0075], rtol=1e-5)
 
 
 def test_the_defaults_are_those_of_the_paper():
@@ -111,13 +96,14 @@ def theirs(peers):
     return torch_run(peers, PLAIN)[0]
 
 
-def torch_run(peers, config):
+def torch_run(peers, learn):
     """Returns (losses of each step, last gradients, parameters, teacher, running statistics), {name: array} each."""
     import copy
 
     import torch
     from torch.nn import functional as F
 
+    config = learn.self_training
     student, frozen = copy.deepcopy(peers[0]).train(), peers[1].eval()
     start = {name: value.detach().clone() for name, value in student.named_parameters()}
     decayed = {name: not (name.startswith("segformer.") and "norm" in name) for name in start}
@@ -163,9 +149,9 @@ def torch_run(peers, config):
         labels = torch.as_tensor(batch["source"]["labels"]).long()
         out = student(pixels(batch["source"]["image"]), output_hidden_states=True)
         losses = {"source": weighted(up(out.logits), labels, torch.ones_like(weights))}
-        if config.distance:
+        if learn.distance:
             found = distance(out.hidden_states[-1], batch["source"]["image"], labels)
-            losses["distance"] = config.distance * found
+            losses["distance"] = learn.distance.weight * found
         inside = torch.isin(labels, torch.tensor(CHOSEN))
         images = (torch.as_tensor(batch[name]["image"]).float() for name in ("source", "target"))
         mixture = look(torch.where(inside[..., None], *images))
@@ -204,19 +190,22 @@ def equal_draws():
 def pieces(peers, config):
     """Returns (objective, frozen arrays, parameters, running statistics) of the network here."""
     network = replace(peers[2], config=replace(peers[2].config, dropout=0.0))
+    params, statistics = separated(network.graphdef, network.params)
     objective = make_objective(network.graphdef, CLASSES, config)
-    return objective, {"encoder": peers[3]}, *separated(network.graphdef, network.params)
+    return objective, {"encoder": peers[3]}, params, initial_aux(statistics, CLASSES, config)
 
 
 def our_run(peers, config, folder, when="before"):
     """Returns what `torch_run` does, under its names."""
     from transformers import SegformerForSemanticSegmentation
 
-    objective, frozen, params, statistics = pieces(peers, config)
+    objective, frozen, params, aux = pieces(peers, config)
     keep = optax.GradientTransformation(lambda tree: tree, lambda updates, state, params: (updates, updates))
     tx = optax.chain(keep, make_optimizer(OPTIM, 10))
-    step = make_step(objective, tx, teacher_decay=self_training.teacher_decay(config.decay), teacher_when=when)
-    state, records = create_state(params, tx, aux=initial_aux(statistics, CLASSES)), []
+    step = make_step(
+        objective, tx, teacher_decay=self_training.teacher_decay(config.self_training.decay), teacher_when=when
+    )
+    state, records = create_state(params, tx, aux=aux), []
     with equal_draws():
         step = jax.jit(step)
         for batch in batches():
@@ -227,8 +216,6 @@ def our_run(peers, config, folder, when="before"):
         whole = trees.unflatten(trees.flatten(tree) | trees.flatten(state.aux["statistics"]))
         save("segformer", folder, peers[2].config, whole)
         return SegformerForSemanticSegmentation.from_pretrained(folder).state_dict()
-
-    assert float(state.aux["shares"].sum()) == pytest.approx(1) and float(state.aux["shares"].max()) < 0.99
 
     def moved(tree):
         return named(jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), tree, params))
@@ -276,14 +263,15 @@ def test_three_steps_equal_the_torch_rendering(peers, config, tmp_path):
         assert found[0] > 1e-3 and found[3] > 1e-3
 
 
-def running_statistics(graphdef, state, pixels):
-    return resize(assembled(graphdef, state.teacher, state.aux["statistics"])(pixels), pixels.shape[1:3])
+def running_statistics(graphdef, state, images):
+    teacher = assembled(graphdef, state.teacher, state.aux["statistics"])
+    return resize(teacher(normalised(images)), images.shape[1:3])
 
 
-def dropping(graphdef, state, pixels):
+def dropping(graphdef, state, images):
     module = assembled(graphdef, state.teacher, state.aux["statistics"], batch_statistics=True)
     module.head.dropout = 0.5
-    return resize(module(pixels, jax.random.key(1)), pixels.shape[1:3])
+    return resize(module(normalised(images), jax.random.key(1)), images.shape[1:3])
 
 
 def weight_per_image(logits, threshold):
@@ -302,8 +290,8 @@ TWINS = {
 @pytest.mark.parity
 @pytest.mark.parametrize("name", TWINS)
 def test_faulty_twins_are_noticed(peers, theirs, name):
-    objective, frozen, params, statistics = pieces(peers, PLAIN)
-    state = create_state(params, make_optimizer(OPTIM, 10), aux=initial_aux(statistics, CLASSES))
+    objective, frozen, params, aux = pieces(peers, PLAIN)
+    state = create_state(params, make_optimizer(OPTIM, 10), aux=aux)
     with equal_draws(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_training, *TWINS[name])
         _, metrics, _ = jax.jit(objective)(params, state, frozen, next(batches()), jax.random.key(0))
