@@ -145,6 +145,14 @@ class Dataset(Sequence[Example]):
         items = [self.items[i] for i in indices]
         return Dataset(self.name, self.split, self.root, items, self._file_classes, class_map=self.class_map)
 
+    def only(self, names: Sequence[str]) -> "Dataset":
+        """Returns the dataset of the images of these names, in that order. Raises UserError for an unknown one."""
+        places = {item.name: index for index, item in enumerate(self.items)}
+        for name in names:
+            if name not in places:
+                raise UserError(f"{self.root}: split '{self.split}' has no image '{name}'{did_you_mean(name, places)}")
+        return self.subset([places[name] for name in names])
+
     def mapped(self, class_map: str | Path | ClassMap) -> "Dataset":
         """Returns the same images with their labels in another class list.
 

@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "world": ("fmda.methods.render", "render datasets of the street world"),
     "floss": ("fmda.methods.floss.run", "rank templates without labels, fuse class experts, score"),
     "supervised": ("fmda.methods.supervised", "train a segmentation head on labelled images, over a frozen encoder"),
+    "uda": ("fmda.methods.uda.run", "adapt a segmentation network to images without labels"),
     "pretrain-clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),
     "pretrain-dino": ("fmda.methods.pretrain.dino", "train a self-supervised teacher on images alone"),
     "pretrain-dinoiser": ("fmda.methods.pretrain.dinoiser", "train the two heads of CLIP-DINOiser"),

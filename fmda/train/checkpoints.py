@@ -203,8 +203,10 @@ def _whole(root: Path, step: int) -> bool:
     return all((root / str(step) / name).is_file() for name in _FILES)
 
 
-def read_params(folder: str | Path, which: Literal["params", "teacher"] = "params", *, step: int | None = None) -> Tree:
-    """Returns the parameters, or the teacher's, of a run folder's newest checkpoint (or of `step`), on one device.
+def read_params(
+    folder: str | Path, which: Literal["params", "teacher", "aux"] = "params", *, step: int | None = None
+) -> Tree:
+    """Returns the parameters of a run folder's newest checkpoint (or of `step`), on one device; or another part of it.
 
     No model is needed: shapes and dtypes come from the checkpoint. A process of several may call it by itself: nothing
     waits for the others. Raises UserError where there is no checkpoint.

@@ -1,0 +1,132 @@
+"""The segmentation network that is adapted: a new one around a trained encoder, or a trained one as it is."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fmda import trees
+from fmda.config import FolderOrName
+from fmda.errors import UserError
+from fmda.methods.dense import normalised
+from fmda.models.daformer import DaFormerConfig
+from fmda.models.deeplab_v2 import DeepLabV2Config
+from fmda.models.lite_segmenter import LiteSegmenterConfig
+from fmda.models.module import init, separated
+from fmda.models.segformer import SegFormerConfig
+from fmda.trees import Tree
+from fmda.weights.network import (
+    load_efficientnet_lite,
+    load_mit,
+    load_resnet,
+    load_segmentation,
+    network_graph,
+    weight_fingerprint,
+)
+from fmda.weights.registry import FAMILIES
+
+NEW: Mapping[str, tuple[type[Any], Callable[..., Any]]] = {
+    "segformer": (SegFormerConfig, load_mit),
+    "daformer": (DaFormerConfig, load_mit),
+    "deeplab_v2": (DeepLabV2Config, load_resnet),
+    "lite_segmenter": (LiteSegmenterConfig, load_efficientnet_lite),
+}
+"""Family -> its configuration, and what loads its encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The network and where its weights come from: an `encoder` for a new one, or a whole `start`.
+
+    Attributes:
+        family: of a new network, whose head is drawn at random.
+        encoder: folder or hub id of its encoder: a Mix Transformer, for `deeplab_v2` a ResNet, for `lite_segmenter` an
+            EfficientNet-Lite0. None is the EfficientNet-Lite0 of the installed extra `small`.
+        start: folder or hub id of a whole segmentation network to go on from, such as a run's `export`; its family
+            counts then.
+        new_head: draw the head of `start` anew, as where it has other classes.
+    """
+
+    family: Literal["segformer", "daformer", "deeplab_v2", "lite_segmenter"] = "daformer"
+    encoder: FolderOrName | None = None
+    start: FolderOrName | None = None
+    new_head: bool = False
+
+
+class Network:
+    """A network before training.
+
+    Attributes:
+        family, config, graphdef: what it is.
+        weights: arrays to start from; what is missing is drawn.
+        fingerprint: of these arrays.
+
+    Raises UserError for a `start` with other classes, unless its head is drawn anew.
+    """
+
+    def __init__(self, config: NetworkConfig, classes: int) -> None:
+        if config.start is not None:
+            loaded = load_segmentation(network_folder(str(config.start)))
+            if loaded.config.classes != classes and not config.new_head:
+                raise UserError(
+                    f"network.start: {config.start} has {loaded.config.classes} classes, the source {classes}; "
+                    "set network.new_head=true to draw its head anew"
+                )
+            self.family, self.config = loaded.family, replace(loaded.config, classes=classes)
+            whole = loaded.params
+            self.weights = {"encoder": whole["encoder"]} if config.new_head else whole
+        else:
+            shape, load = NEW[config.family]
+            if config.encoder is None and config.family != "lite_segmenter":
+                raise UserError(
+                    f"network.encoder: '{config.family}' needs one; name its folder or hub id"
+                )
+            loaded = load(None if config.encoder is None else str(config.encoder))
+            encoder = loaded.config if config.family in ("segformer", "daformer") else replace(loaded.config, classes=0)
+            self.family, self.config = config.family, shape(encoder=encoder, classes=classes)
+            wanted = network_graph(self.family, self.config)[1]["encoder"]
+            self.weights = {"encoder": {name: part for name, part in loaded.params.items() if name in wanted}}
+        self.graphdef, self.shapes = network_graph(self.family, self.config)
+        self.fingerprint = weight_fingerprint(self.weights, self.config)
+
+    def parts(self, tree: Tree) -> tuple[Tree, Tree]:
+        """Returns (parameters, running statistics) of a tree of this network, which may lack some leaves."""
+        names = [set(trees.flatten(part)) for part in separated(self.graphdef, self.shapes)]
+        flat = trees.flatten(tree)
+        params, statistics = ({path: flat[path] for path in flat if path in part} for part in names)
+        return trees.unflatten(params), trees.unflatten(statistics)
+
+    def init(self, key: Any) -> Tree:
+        """Returns newly drawn parameters."""
+        return separated(self.graphdef, self._draw(key))[0]
+
+    def statistics(self) -> Tree:
+        """Returns the running statistics before training: those of the weights, elsewhere mean 0 and variance 1."""
+        blank = {
+            path: (jnp.ones if path.endswith("var") else jnp.zeros)(leaf.shape, leaf.dtype)
+            for path, leaf in trees.flatten(separated(self.graphdef, self.shapes)[1]).items()
+        }
+        return trees.joined(trees.unflatten(blank), self.parts(self.weights)[1])
+
+    def scores(self, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
+        """Returns logits of RGB in 0..255; `tree` is the whole tree."""
+        return dense_scores(self.graphdef, tree, pixels)
+
+    def _draw(self, key: Any) -> Tree:
+        return init(lambda rngs: FAMILIES[self.family].build(self.config, dtype=np.float32, rngs=rngs), key)
+
+
+def dense_scores(graphdef: nnx.GraphDef, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
+    """Returns a network's logits of RGB in 0..255."""
+    return nnx.merge(graphdef, tree)(normalised(pixels))
+
+
+def network_folder(source: str) -> str:
+    """Returns the folder of the network in a run's export, or `source` itself."""
+    inner = Path(source).expanduser() / "network"
+    return str(inner) if inner.is_dir() else source

@@ -1,0 +1,214 @@
+"""Adaptation of a segmentation network to a domain without labels. Kind `uda`; without a target, source only."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmda import trees
+from fmda.atomic import write_json
+from fmda.config import FREE, NonNegativeInt, PositiveFloat, PositiveInt, from_dict, to_dict
+from fmda.data import ClassList, Dataset, open_dataset
+from fmda.data.check import check_images
+from fmda.data.config import DataConfig
+from fmda.data.dataset import Example
+from fmda.data.streams import Order, RareClasses, Shuffled, Stream, class_pixels
+from fmda.data.transforms import training_transform
+from fmda.errors import UserError
+from fmda.evaluate import Predictor, Protocol, SegmentationEvaluator, Segmenter, evaluate_dataset, score_on_mesh
+from fmda.evaluate.maps import common_list
+from fmda.mesh import make_mesh
+from fmda.methods.resident import with_resident_data
+from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
+from fmda.methods.uda.network import Network, NetworkConfig, dense_scores
+from fmda.methods.uda.objective import LearnConfig, initial_aux, make_objective
+from fmda.methods.uda.self_training import DAFORMER_OPTIM, teacher_decay
+from fmda.runs.plan import Plan
+from fmda.runs.stages import Stage, pending
+from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, best_step, read_params
+from fmda.trees import Tree
+from fmda.weights.network import load_segmentation, save, weight_fingerprint
+
+SHUFFLED = Shuffled()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Images of the target domain.
+
+    Attributes:
+        name, root, split: as `fmda.open_dataset` takes them.
+        labels: read the labels that lie beside the images, such as pseudo-labels; they are of the source's classes.
+        only: names of the images that are taken; none takes all. One alone is the one-shot setting.
+        resize: largest (long, short) side of an image; None keeps the size.
+    """
+
+    name: str = "cityscapes"
+    root: Path | None = None
+    split: str = "train"
+    labels: bool = False
+    only: tuple[str, ...] = ()
+    resize: tuple[PositiveInt, PositiveInt] | None = None
+
+    def open(self) -> Dataset:
+        """Returns the images. Raises UserError for a name in `only` that is not among them."""
+        images = open_dataset(self.name, self.root, self.split, labels=self.labels)
+        return images.only(self.only) if self.only else images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerConfig):
+    """Data, network and schedule; the defaults are DAFormer's.
+
+    Attributes:
+        data: the labelled source; its class list is what is predicted.
+        target: None trains on the source alone.
+        val: what is scored, during training every `evaluate_steps` steps and at the end.
+        network: what is trained.
+        learn: what is learned beside the labels of the source.
+        resize: largest (long, short) side of a source image; None keeps the size.
+        crop: side of a training crop, pixels.
+        protocol: how images are scored; the class map is that of `val`.
+        max_class_ratio: see `training_transform`.
+        rare, rare_pixels: `temperature` and `least` of `RareClasses`; rare None shuffles.
+        batch: source images of a step; as many are of the target.
+    """
+
+    data: DataConfig
+    target: TargetConfig | None = None
+    val: DataConfig
+    network: NetworkConfig = NetworkConfig()
+    learn: LearnConfig = LearnConfig()
+    resize: tuple[PositiveInt, PositiveInt] | None = None
+    crop: PositiveInt = 512
+    protocol: Protocol = Protocol()
+    max_class_ratio: PositiveFloat = 0.75
+    rare: PositiveFloat | None = 0.01
+    rare_pixels: NonNegativeInt = 3000
+    steps: PositiveInt = 40000
+    batch: PositiveInt = 2
+    optim: OptimConfig = DAFORMER_OPTIM
+    evaluate_steps: NonNegativeInt = field(default=2000, metadata=FREE)
+
+    @property
+    def scoring(self) -> Protocol:
+        """How images are scored, with the class map."""
+        return replace(self.protocol, class_map=() if self.val.class_map is None else (str(self.val.class_map),))
+
+
+def make_task(
+    config: Config,
+    network: Network,
+    source: Sequence[Example],
+    target: Sequence[Example] | None,
+    order: Order = SHUFFLED,
+    **options: Any,
+) -> Task:
+    """Returns the task of training the network; `options` are further attributes of the task."""
+    crop, learn = (config.crop, config.crop), config.learn
+    transform = training_transform(crop, resize=config.resize, max_class_ratio=config.max_class_ratio)
+    streams = {"source": Stream(source, transform, config.batch, order)}
+    if target is not None and config.target is not None:
+        streams["target"] = Stream(target, training_transform(crop, resize=config.target.resize), config.batch)
+    classes = network.config.classes
+    return Task(
+        name="uda",
+        objective=make_objective(network.graphdef, classes, learn),
+        init=network.init,
+        optim=config.optim,
+        streams=streams,
+        frozen={"encoder": network.weights["encoder"]} if learn.distance else {},
+        aux=initial_aux(network.statistics(), classes, learn),
+        weights=network.parts(network.weights)[0],
+        teacher_decay=teacher_decay(learn.self_training.decay) if learn.self_training and target else None,
+        teacher_when="before",
+        **options,
+    )
+
+
+def check(config: Config) -> None:
+    """Raises UserError for data, class maps, a target or a network that cannot work."""
+    sources = [config.data.root, config.val.root, config.network.encoder, config.network.start]
+    sources += [config.target.root] if config.target else []
+    if any(pending(source) for source in sources):
+        return
+    data = config.data.open()
+    common_list(data.classes, config.val.open().classes, config.scoring.class_map)
+    if config.target:
+        target = config.target.open()
+        if config.target.labels and target.classes.names != data.classes.names:
+            raise UserError(f"target: its labels are of {target.classes!r}, those of the source of {data.classes!r}")
+    Network(config.network, len(data.classes.names))
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns train, export (the network, and `model.json`, which `Segmenter.load` opens) and score."""
+    return trainer_stages(
+        config, lambda _: _task(config), _write, exported=config, which="params", check=_score, checked=config.val,
+        check_name="score",
+    )  # fmt: skip
+
+
+def plan(config: Config) -> Plan:
+    """Returns parameters, FLOPs and memory, where networks and data are on this machine."""
+    steps, network = stages(config), config.network
+    without = plan_without_sizes(
+        steps, **{"network.encoder": network.encoder, "network.start": network.start, "data.root": config.data.root}
+    )
+    if without:
+        return without
+    side = config.crop
+    blank = Example(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), "")
+    image = Example(blank.image, blank.labels if config.target and config.target.labels else None, "")
+    classes = len(config.data.open().classes.names)
+    task = make_task(config, Network(network, classes), [blank], [image] if config.target else None)
+    return trainer_plan(config, task, steps, parts=("encoder", "head"), example="crop")
+
+
+def _task(config: Config) -> Task:
+    data, val = config.data.open(), config.val.open()
+    target = config.target.open() if config.target else None
+    for images in (data, target) if target else (data,):
+        check_images(images)
+    network = Network(config.network, len(data.classes.names))
+    order = SHUFFLED if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
+    mesh, limit = make_mesh(*config.mesh), config.val.limit
+
+    def score(state: TrainState) -> Any:
+        tree = trees.joined(state.params, state.aux["statistics"])
+        return score_on_mesh(network.scores, tree, val, mesh, config.scoring, classes=data.classes, limit=limit)
+
+    evaluator = SegmentationEvaluator("val", config.evaluate_steps, score)
+    facts = {"network": network.fingerprint, "data": data.digest()}
+    facts |= {"target": target.digest()} if target else {}
+    task = make_task(config, network, data, target, order, evaluators=[evaluator], facts=facts)
+    return with_resident_data(task) if config.data.resident == "auto" else task
+
+
+def _write(config: Config, folder: Path, done: dict[str, Path], params: Tree) -> None:
+    classes = config.data.open().classes
+    network = Network(config.network, len(classes.names))
+    step = None if config.best is None else best_step(done["train"], config.best, config.best_mode)
+    statistics = read_params(done["train"], "aux", step=step)["statistics"]
+    save(network.family, folder / "network", network.config, trees.joined(params, statistics))
+    model = {"classes": classes.to_dict(), "protocol": to_dict(config.protocol)}
+    write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model})
+
+
+def load_segmenter(folder: Path) -> Segmenter:
+    """Returns the segmenter of a run's export."""
+    model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    network = load_segmentation(folder / "network")
+    protocol = from_dict(Protocol, model["protocol"], str(folder / "model.json"))
+    fingerprint = weight_fingerprint(network.params, network.config, protocol)
+    predictor = Predictor(partial(dense_scores, network.graphdef), network.params, protocol)
+    return Segmenter(predictor, ClassList.from_dict(model["classes"], str(folder)), "uda", fingerprint, protocol)
+
+
+def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    segmenter, val = load_segmenter(done["export"]), config.val
+    return {"miou": evaluate_dataset(segmenter, val.open(), val.class_map, out=folder, limit=val.limit).miou}

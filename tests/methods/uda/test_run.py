@@ -1,0 +1,180 @@
+"""Kind `uda`: from two folders of images to a segmenter; resume, several devices, refusals."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_place
+
+from fmda import trees
+from fmda.errors import UserError
+from fmda.evaluate import Segmenter
+from fmda.mesh import make_mesh, replicate, shard_batch
+from fmda.methods.kinds import open_run
+from fmda.methods.uda.network import Network, NetworkConfig
+from fmda.methods.uda.objective import LearnConfig, initial_aux, make_objective
+from fmda.methods.uda.self_training import SelfTrainingConfig, teacher_decay
+from fmda.models.mit import Mit, MitConfig
+from fmda.models.module import init
+from fmda.train import OptimConfig, create_state, make_optimizer, make_step
+from fmda.train.checkpoints import read_params
+from fmda.weights.network import load_segmentation, save
+
+CONFIG = """kind: uda
+data: {name: folder, root: data, split: train}
+target: {name: folder, root: data, split: val}
+val: {name: folder, root: data, split: val}
+network: {family: segformer, encoder: mit}
+learn: {self_training: {}, distance: {things: [1]}}
+crop: 32
+rare_pixels: 10
+batch: 2
+steps: 4
+log_every: 1
+save_steps: 2
+evaluate_steps: 2
+best: val/miou
+optim: {learning_rate: 0.001, schedule: poly, multipliers: {"head/*": 10}}
+"""
+TINY = MitConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a Mix Transformer, labelled images and the configuration."""
+    place = tmp_path_factory.mktemp("uda")
+    save("mit", place / "mit", TINY, init(lambda rngs: Mit(TINY, rngs=rngs), jax.random.key(0)))
+    small_place.draw_labelled(place / "data")
+    (place / "run.yaml").write_text(CONFIG)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def at_the_place(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def execute(place, work, *overrides):
+    open_run(place / "run.yaml", [f"work_dir={place / work}", *overrides]).execute(lambda _: None)
+    return place / work
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return execute(place, "run")
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "train/metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_adapts_and_gives_a_segmenter(place, run):
+    logged = [row for row in rows(run) if "loss" in row]
+    assert {"loss_source", "loss_mixed", "loss_distance", "confident", "teacher_decay"} <= set(logged[0])
+    assert logged[0]["teacher_decay"] == 0 and logged[1]["teacher_decay"] == pytest.approx(0.5)
+    outputs = json.loads((run / "export/stage.json").read_text())["outputs"]
+    scores = {row["step"]: row["val/miou"] for row in rows(run) if "val/miou" in row}
+    # weights and running statistics of the same checkpoint: what was scored in training is what is exported
+    assert json.loads((run / "score/stage.json").read_text())["outputs"]["miou"] == pytest.approx(
+        scores[outputs["step"]], abs=1e-6
+    )
+    segmenter = Segmenter.load(run)
+    assert segmenter.predict(place / "data/val/images/0.png").labels.shape == (32, 48)
+    assert segmenter.classes.names == ("road", "car", "sky")
+    # one teacher's share of each class per step
+    shares = read_params(run / "train", "aux")["teacher_shares"]
+    assert float(shares.sum()) == pytest.approx(4, abs=1e-4)
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(place, run, tmp_path):
+    work = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(work / "train/checkpoints/4")
+    for name in ("train", "export", "score"):
+        (work / name / "stage.json").unlink()
+    (work / "export/network/model.safetensors").unlink()
+    open_run(place / "run.yaml", [f"work_dir={work}"]).execute(lambda _: None)
+    weights = "export/network/model.safetensors"
+    assert (work / weights).read_bytes() == (run / weights).read_bytes()
+
+
+def test_source_only_and_then_one_image_from_there(place):
+    first = execute(place, "source", "target=null", "learn={}", "steps=2")
+    assert not any("loss_mixed" in row for row in rows(first))
+    second = execute(
+        place,
+        "one-shot",
+        f"network.start={first / 'export'}",
+        "learn={self_training: {}}",
+        'target.only=["0"]',
+        "steps=1",
+    )
+    # a teacher that is the student of before
+    begun = load_segmentation(first / "export/network")
+    teacher = read_params(second / "train", "teacher")
+    whole = trees.flatten(begun.params)
+    for path, leaf in trees.flatten(teacher).items():
+        np.testing.assert_array_equal(leaf, whole[path], err_msg=path)
+
+
+def test_eight_devices_take_the_steps_of_one(place):
+    network = Network(NetworkConfig(family="segformer", encoder="mit"), 3)
+    learn = LearnConfig(SelfTrainingConfig())
+    tx = make_optimizer(OptimConfig(learning_rate=1e-3, warmup_steps=0), 10)
+    step = make_step(
+        make_objective(network.graphdef, 3, learn), tx, teacher_decay=teacher_decay(0.999), teacher_when="before"
+    )
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 8, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, 3, (8, 4, 4), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    batch = {"source": {"image": images[0], "labels": labels}, "target": {"image": images[1]}}
+    params = network.init(jax.random.key(0))
+
+    def ten(mesh):
+        state = create_state(params, tx, aux=initial_aux(network.statistics(), 3, learn))
+        state, data = (replicate(state, mesh), shard_batch(batch, mesh)) if mesh else (state, batch)
+        take = jax.jit(step)
+        for _ in range(10):
+            state, metrics = take(state, {}, data, jax.random.key(1))
+        return jax.device_get((state.params, state.teacher, state.aux, metrics["loss"]))
+
+    for one, eight in zip(*map(jax.tree.leaves, (ten(None), ten(make_mesh()))), strict=True):
+        np.testing.assert_allclose(one, eight, atol=1e-4 * max(1, np.abs(one).max()))
+
+
+def test_faults_are_found_before_the_first_stage(place):
+    for overrides, words in (
+        (["target.split=night"], "night"),
+        (['target.only=["9"]'], "no image '9'"),
+        (["network.encoder=null"], "'segformer' needs one"),
+        (["val.class_map=cityscapes-to-camvid"], "cityscapes"),
+        (["learn.self_training.threshold=1.5"], "threshold"),
+    ):
+        with pytest.raises(UserError, match=words):
+            execute(place, "refused", *overrides)
+        assert not (place / "refused/train").exists()
+
+
+def test_other_classes_need_a_new_head(place, run):
+    start = f"network.start={run / 'export'}"
+    (place / "data/classes.yaml").write_text
+    network = load_segmentation(run / "export/network")
+    assert network.config.classes == 3
+    with pytest.raises(UserError, match="has 3 classes, the source 5; set network.new_head=true"):
+        Network(NetworkConfig(start=str(run / "export")), 5)
+    anew = Network(NetworkConfig(start=str(run / "export"), new_head=True), 5)
+    assert set(anew.weights) == {"encoder"} and anew.config.classes == 5
+    assert start
+
+
+def test_the_plan_counts_both_networks(place):
+    plan = open_run(place / "run.yaml").plan()
+    counts = dict(plan.parameters)
+    assert counts["trained"] == counts["encoder"] + counts["head"]
+    assert counts["encoder, frozen"] == counts["encoder"]
+    assert [name for name, _ in plan.stages] == ["train", "export", "score"]
+    assert jnp.isfinite(plan.flops[0][1])
