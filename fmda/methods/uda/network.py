@@ -83,9 +83,7 @@ class Network:
         else:
             shape, load = NEW[config.family]
             if config.encoder is None and config.family != "lite_segmenter":
-                raise UserError(
-                    f"network.encoder: '{config.family}' needs one; name its folder or hub id"
-                )
+                raise UserError(f"network.encoder: '{config.family}' needs one; name its folder or hub id")
             loaded = load(None if config.encoder is None else str(config.encoder))
             encoder = loaded.config if config.family in ("segformer", "daformer") else replace(loaded.config, classes=0)
             self.family, self.config = config.family, shape(encoder=encoder, classes=classes)

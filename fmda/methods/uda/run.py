@@ -25,8 +25,8 @@ from fmda.mesh import make_mesh
 from fmda.methods.resident import with_resident_data
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.methods.uda.network import Network, NetworkConfig, dense_scores
-from fmda.methods.uda.objective import LearnConfig, initial_aux, make_objective
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, teacher_decay
+from fmda.methods.uda.objective import LearnConfig, make_objective
+from fmda.methods.uda.self_training import DAFORMER_OPTIM, initial_aux, teacher_decay
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, best_step, read_params
@@ -122,7 +122,7 @@ def make_task(
         optim=config.optim,
         streams=streams,
         frozen={"encoder": network.weights["encoder"]} if learn.distance else {},
-        aux=initial_aux(network.statistics(), classes, learn),
+        aux=initial_aux(network.statistics(), classes),
         weights=network.parts(network.weights)[0],
         teacher_decay=teacher_decay(learn.self_training.decay) if learn.self_training and target else None,
         teacher_when="before",

@@ -15,8 +15,8 @@ from fmda.evaluate import Segmenter
 from fmda.mesh import make_mesh, replicate, shard_batch
 from fmda.methods.kinds import open_run
 from fmda.methods.uda.network import Network, NetworkConfig
-from fmda.methods.uda.objective import LearnConfig, initial_aux, make_objective
-from fmda.methods.uda.self_training import SelfTrainingConfig, teacher_decay
+from fmda.methods.uda.objective import LearnConfig, make_objective
+from fmda.methods.uda.self_training import SelfTrainingConfig, initial_aux, teacher_decay
 from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import init
 from fmda.train import OptimConfig, create_state, make_optimizer, make_step
@@ -31,7 +31,7 @@ network: {family: segformer, encoder: mit}
 learn: {self_training: {}, distance: {things: [1]}}
 crop: 32
 rare_pixels: 10
-batch: 2
+batch: 8
 steps: 4
 log_every: 1
 save_steps: 2
@@ -86,9 +86,7 @@ def test_a_run_adapts_and_gives_a_segmenter(place, run):
     segmenter = Segmenter.load(run)
     assert segmenter.predict(place / "data/val/images/0.png").labels.shape == (32, 48)
     assert segmenter.classes.names == ("road", "car", "sky")
-    # one teacher's share of each class per step
-    shares = read_params(run / "train", "aux")["teacher_shares"]
-    assert float(shares.sum()) == pytest.approx(4, abs=1e-4)
+    assert float(read_params(run / "train", "aux")["shares"].sum()) == pytest.approx(1, abs=1e-4)
 
 
 def test_an_interrupted_run_ends_in_the_same_bytes(place, run, tmp_path):
@@ -124,7 +122,8 @@ def test_source_only_and_then_one_image_from_there(place):
 def test_eight_devices_take_the_steps_of_one(place):
     network = Network(NetworkConfig(family="segformer", encoder="mit"), 3)
     learn = LearnConfig(SelfTrainingConfig())
-    tx = make_optimizer(OptimConfig(learning_rate=1e-3, warmup_steps=0), 10)
+    # AdamW would enlarge the rounding errors of parameters without a gradient
+    tx = make_optimizer(OptimConfig(learning_rate=0.01, warmup_steps=0, method="sgd"), 10)
     step = make_step(
         make_objective(network.graphdef, 3, learn), tx, teacher_decay=teacher_decay(0.999), teacher_when="before"
     )
@@ -135,7 +134,7 @@ def test_eight_devices_take_the_steps_of_one(place):
     params = network.init(jax.random.key(0))
 
     def ten(mesh):
-        state = create_state(params, tx, aux=initial_aux(network.statistics(), 3, learn))
+        state = create_state(params, tx, aux=initial_aux(network.statistics(), 3))
         state, data = (replicate(state, mesh), shard_batch(batch, mesh)) if mesh else (state, batch)
         take = jax.jit(step)
         for _ in range(10):
@@ -160,15 +159,10 @@ def test_faults_are_found_before_the_first_stage(place):
 
 
 def test_other_classes_need_a_new_head(place, run):
-    start = f"network.start={run / 'export'}"
-    (place / "data/classes.yaml").write_text
-    network = load_segmentation(run / "export/network")
-    assert network.config.classes == 3
     with pytest.raises(UserError, match="has 3 classes, the source 5; set network.new_head=true"):
         Network(NetworkConfig(start=str(run / "export")), 5)
     anew = Network(NetworkConfig(start=str(run / "export"), new_head=True), 5)
     assert set(anew.weights) == {"encoder"} and anew.config.classes == 5
-    assert start
 
 
 def test_the_plan_counts_both_networks(place):
