@@ -14,8 +14,14 @@ from fmda import trees
 from fmda.losses.pixelwise import pseudo_labels
 from fmda.methods.dense import normalised
 from fmda.methods.uda import self_training
-from fmda.methods.uda.objective import DistanceConfig, LearnConfig, initial_aux, make_objective
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig, pseudo_weights
+from fmda.methods.uda.objective import DistanceConfig, LearnConfig, make_objective
+from fmda.methods.uda.self_training import (
+    DAFORMER_OPTIM,
+    SelfTrainingConfig,
+    initial_aux,
+    pseudo_weights,
+    running_shares,
+)
 from fmda.models.module import assembled, separated
 from fmda.nn.resize import resize
 from fmda.train.optim import make_optimizer
@@ -37,6 +43,16 @@ def test_the_teacher_keeps_nothing_at_first_and_then_more_and_more():
 def test_rows_without_weight_by_hand():
     weights = pseudo_weights(jnp.float32(0.5), (2, 6, 3), (1, 2))
     np.testing.assert_array_equal(weights[1, :, 2], [0, 0.5, 0.5, 0.5, 0, 0])
+
+
+def test_shares_are_a_plain_mean_at_first_and_then_a_running_one():
+    shares = initial_aux({}, 3)["shares"]
+    shares = running_shares(shares, jnp.array([[[0, 0], [0, 1]]]), jnp.int32(0))
+    np.testing.assert_allclose(shares, [0.75, 0.25, 0])
+    shares = running_shares(shares, jnp.array([[[1, 1], [1, 1]]]), jnp.int32(1))
+    np.testing.assert_allclose(shares, [0.375, 0.625, 0])
+    shares = running_shares(shares, jnp.array([[[2, 2], [2, 1]]]), jnp.int32(500))
+    np.testing.assert_allclose(shares, [0.37125, 0.62125, 0.0075], rtol=1e-5)
 
 
 def test_the_defaults_are_those_of_the_paper():
@@ -192,7 +208,7 @@ def pieces(peers, config):
     network = replace(peers[2], config=replace(peers[2].config, dropout=0.0))
     params, statistics = separated(network.graphdef, network.params)
     objective = make_objective(network.graphdef, CLASSES, config)
-    return objective, {"encoder": peers[3]}, params, initial_aux(statistics, CLASSES, config)
+    return objective, {"encoder": peers[3]}, params, initial_aux(statistics, CLASSES)
 
 
 def our_run(peers, config, folder, when="before"):
@@ -216,6 +232,8 @@ def our_run(peers, config, folder, when="before"):
         whole = trees.unflatten(trees.flatten(tree) | trees.flatten(state.aux["statistics"]))
         save("segformer", folder, peers[2].config, whole)
         return SegformerForSemanticSegmentation.from_pretrained(folder).state_dict()
+
+    assert float(state.aux["shares"].sum()) == pytest.approx(1) and float(state.aux["shares"].max()) < 0.99
 
     def moved(tree):
         return named(jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), tree, params))

@@ -49,17 +49,12 @@ class LearnConfig:
     target_labels: NonNegativeFloat = 1.0
 
 
-def initial_aux(statistics: Tree, classes: int, learn: LearnConfig) -> Tree:
-    """Returns `state.aux` before the first step: {"statistics"}, and "teacher_shares" where there is a teacher."""
-    return {"statistics": statistics} | ({"teacher_shares": jnp.zeros(classes)} if learn.self_training else {})
-
-
 def make_objective(graphdef: nnx.GraphDef, classes: int, learn: LearnConfig) -> Objective:
     """Returns the objective of a network with an `encoder` and a `head`.
 
     Batches are {"source": {"image", "labels"}, "target": {"image"}}, RGB in 0..255; without a target the source is all
-    that is learned. `state.aux["statistics"]` holds the running statistics of `BatchNorm`: source images and then what
-    the student sees of the target move them, save for masked images. `frozen["encoder"]` is the encoder before
+    that is learned. `state.aux` is that of `initial_aux`; its running statistics are moved by source images and then
+    by what the student sees of the target, save for masked images. `frozen["encoder"]` is the encoder before
     training, where a distance is asked for. Each cross-entropy is a mean over all pixels, ignored ones included.
     """
 

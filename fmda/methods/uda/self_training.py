@@ -29,6 +29,9 @@ DAFORMER_OPTIM = OptimConfig(
 )  # fmt: skip
 """AdamW of DAFormer: ten times the rate for the head, no decay on the encoder's norms, decay on all else."""
 
+SHARES_DECAY = 0.99
+"""Share that the running mean of pseudo-label shares keeps at each step."""
+
 
 @dataclass(frozen=True)
 class SelfTrainingConfig:
@@ -57,9 +60,20 @@ class SelfTrainingConfig:
     hidden: Share = 0.7
 
 
+def initial_aux(statistics: Tree, classes: int) -> Tree:
+    """Returns `state.aux` before the first step, for the running statistics of `BatchNorm` ({} without one)."""
+    return {"statistics": statistics, "shares": jnp.zeros(classes)}
+
+
 def teacher_decay(decay: float) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
     """Returns the share that the teacher keeps before each step: min(1 - 1 / (step + 1), decay), 0 before the first."""
     return lambda step: jnp.minimum(1 - 1 / (step + 1), decay)
+
+
+def running_shares(shares: Float[Array, " k"], pseudo: Int[Array, "b h w"], step: Int[Array, ""]) -> Array:
+    """Returns the running mean [k] of the share of pixels with each class, the plain mean over the first steps."""
+    keep = teacher_decay(SHARES_DECAY)(step)
+    return keep * shares + (1 - keep) * jax.nn.one_hot(pseudo, len(shares)).mean((0, 1, 2))
 
 
 def pseudo_weights(weight: Float[Array, ""], shape: tuple[int, ...], ignored_rows: tuple[int, int]) -> Array:
@@ -88,8 +102,7 @@ def self_training_losses(
 ) -> SelfTraining:
     """Returns what the student learns from the target images of a batch, and from source pixels pasted over them.
 
-    The mixed images move the running statistics, masked ones do not. "teacher_shares" adds up the share of each class
-    in the pseudo-labels. Sources: Tranheden et al. 2021 (DACS), Hoyer et al. 2022 (DAFormer) and 2023 (MIC).
+    The mixed images move the running statistics, masked ones do not. Sources: Tranheden et al. 2021 (DACS), Hoyer et al. 2022 (DAFormer) and 2023 (MIC).
     """
     classes_key, augment_key, mixed_key, hide_key, look_key, masked_key = jax.random.split(key, 6)
     image, labels = batch["source"]["image"], batch["source"]["labels"]
@@ -103,8 +116,8 @@ def self_training_losses(
     changed = normalised(strong_augmentation(augment_key, mix["image"], **look))
     logits = student_outputs(student, changed, mixed_key).logits
     losses = {"mixed": weighted_cross_entropy(logits, mix["labels"], mix["weights"])}
-    shares = jnp.bincount(pseudo.ravel(), length=classes) / pseudo.size
-    aux = {"statistics": statistics_of(student), "teacher_shares": state.aux["teacher_shares"] + shares}
+    shares = running_shares(state.aux["shares"], pseudo, state.step)
+    aux = {"statistics": statistics_of(student), "shares": shares}
     if config.masked:
         changed = normalised(strong_augmentation(look_key, target, **look))
         changed = patch_masked(hide_key, changed, patch=config.patch, ratio=config.hidden)
