@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.nn.conv import check_sides
+from fmda.nn.depthwise import depthwise
 from fmda.nn.norm import BatchNorm
 
 Group = tuple[int, int, int, int, int]
@@ -59,6 +61,7 @@ class ConvNorm(nnx.Module):
     ) -> None:
         self.conv = nnx.Conv(
             before, after, (size, size), strides=(stride, stride), padding="SAME", feature_group_count=groups,
+            conv_general_dilated=depthwise if groups == before == after else jax.lax.conv_general_dilated,
             use_bias=False, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         self.norm = BatchNorm(after, eps=1e-3, dtype=dtype, rngs=rngs)

@@ -1,11 +1,13 @@
 """Convolutions with torch's padding: the same count of zeros on both sides, whatever the stride."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fmda.errors import UserError
+from fmda.nn.depthwise import depthwise
 
 
 def conv(
@@ -33,6 +35,7 @@ def conv(
         padding=((padding, padding), (padding, padding)),
         kernel_dilation=(dilation, dilation),
         feature_group_count=groups,
+        conv_general_dilated=depthwise if groups == in_channels == out_channels else jax.lax.conv_general_dilated,
         use_bias=use_bias,
         dtype=dtype,
         rngs=rngs,
