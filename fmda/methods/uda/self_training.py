@@ -102,7 +102,8 @@ def self_training_losses(
 ) -> SelfTraining:
     """Returns what the student learns from the target images of a batch, and from source pixels pasted over them.
 
-    The mixed images move the running statistics, masked ones do not. Sources: Tranheden et al. 2021 (DACS), Hoyer et al. 2022 (DAFormer) and 2023 (MIC).
+    The mixed images move the running statistics, masked ones do not. Sources: Tranheden et al. 2021 (DACS), Hoyer et
+    al. 2022 (DAFormer) and 2023 (MIC).
     """
     classes_key, augment_key, mixed_key, hide_key, look_key, masked_key = jax.random.split(key, 6)
     image, labels = batch["source"]["image"], batch["source"]["labels"]
