@@ -14,6 +14,7 @@ from fmda import trees
 from fmda.config import FolderOrName
 from fmda.errors import UserError
 from fmda.methods.dense import normalised
+from fmda.methods.segmentation import open_segmentation
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.deeplab_v2 import DeepLabV2Config
 from fmda.models.lite_segmenter import LiteSegmenterConfig
@@ -24,7 +25,6 @@ from fmda.weights.network import (
     load_efficientnet_lite,
     load_mit,
     load_resnet,
-    load_segmentation,
     network_graph,
     weight_fingerprint,
 )
@@ -71,7 +71,7 @@ class Network:
 
     def __init__(self, config: NetworkConfig, classes: int) -> None:
         if config.start is not None:
-            loaded = load_segmentation(network_folder(str(config.start)))
+            loaded, _ = open_segmentation(network_folder(str(config.start)))
             if loaded.config.classes != classes and not config.new_head:
                 raise UserError(
                     f"network.start: {config.start} has {loaded.config.classes} classes, the source {classes}; "
@@ -124,7 +124,11 @@ def dense_scores(graphdef: nnx.GraphDef, tree: Tree, pixels: Float[Array, "b H W
     return nnx.merge(graphdef, tree)(normalised(pixels))
 
 
+NETWORK = "network"
+"""Folder of the network in a run's export."""
+
+
 def network_folder(source: str) -> str:
     """Returns the folder of the network in a run's export, or `source` itself."""
-    inner = Path(source).expanduser() / "network"
+    inner = Path(source).expanduser() / NETWORK
     return str(inner) if inner.is_dir() else source

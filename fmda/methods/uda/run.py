@@ -1,6 +1,6 @@
 """Adaptation of a segmentation network to a domain without labels. Kind `uda`; without a target, source only."""
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,26 +12,41 @@ import numpy as np
 from fmda import trees
 from fmda.atomic import write_json
 from fmda.config import FREE, NonNegativeInt, PositiveFloat, PositiveInt, from_dict, to_dict
-from fmda.data import ClassList, Dataset, open_dataset
+from fmda.data import Dataset, open_dataset
 from fmda.data.check import check_images
 from fmda.data.config import DataConfig
 from fmda.data.dataset import Example
 from fmda.data.streams import Order, RareClasses, Shuffled, Stream, class_pixels
 from fmda.data.transforms import training_transform
 from fmda.errors import UserError
-from fmda.evaluate import Predictor, Protocol, SegmentationEvaluator, Segmenter, evaluate_dataset, score_on_mesh
+from fmda.evaluate import (
+    DeadClasses,
+    LabelFree,
+    LabelFreeEvaluator,
+    Protocol,
+    Scores,
+    SegmentationEvaluator,
+    Segmenter,
+    evaluate_dataset,
+    label_free_scores,
+    score_on_mesh,
+)
 from fmda.evaluate.maps import common_list
 from fmda.mesh import make_mesh
+from fmda.methods import segmentation
 from fmda.methods.resident import with_resident_data
+from fmda.methods.segmentation import CLASSES_FILE
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
-from fmda.methods.uda.network import Network, NetworkConfig, dense_scores
+from fmda.methods.uda.network import NETWORK, Network, NetworkConfig
 from fmda.methods.uda.objective import LearnConfig, make_objective
 from fmda.methods.uda.self_training import DAFORMER_OPTIM, initial_aux, teacher_decay
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
-from fmda.train import OptimConfig, Task, TrainerConfig, TrainState, best_step, read_params
+from fmda.train import Evaluator, OptimConfig, Task, TrainerConfig, TrainState, best_step, read_params
 from fmda.trees import Tree
-from fmda.weights.network import load_segmentation, save, weight_fingerprint
+from fmda.weights.files import read_json
+from fmda.weights.network import save
+from fmda.weights.registry import FAMILIES
 
 SHUFFLED = Shuffled()
 
@@ -76,6 +91,7 @@ class Config(TrainerConfig):
         max_class_ratio: see `training_transform`.
         rare, rare_pixels: `temperature` and `least` of `RareClasses`; rare None shuffles.
         batch: source images of a step; as many are of the target.
+        label_free_images: images of the target that are scored without labels, as `val` is with them.
     """
 
     data: DataConfig
@@ -93,6 +109,7 @@ class Config(TrainerConfig):
     batch: PositiveInt = 2
     optim: OptimConfig = DAFORMER_OPTIM
     evaluate_steps: NonNegativeInt = field(default=2000, metadata=FREE)
+    label_free_images: PositiveInt = field(default=50, metadata=FREE)
 
     @property
     def scoring(self) -> Protocol:
@@ -178,14 +195,31 @@ def _task(config: Config) -> Task:
     order = SHUFFLED if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
     mesh, limit = make_mesh(*config.mesh), config.val.limit
 
-    def score(state: TrainState) -> Any:
-        tree = trees.joined(state.params, state.aux["statistics"])
-        return score_on_mesh(network.scores, tree, val, mesh, config.scoring, classes=data.classes, limit=limit)
+    protocol = replace(config.scoring, multiple=math.lcm(config.scoring.multiple, FAMILIES[network.family].multiple))
 
-    evaluator = SegmentationEvaluator("val", config.evaluate_steps, score)
+    def whole(state: TrainState, params: Tree | None = None) -> Tree:
+        return trees.joined(params or state.params, state.aux["statistics"])
+
+    def score(state: TrainState) -> Scores:
+        return score_on_mesh(network.scores, whole(state), val, mesh, protocol, classes=data.classes, limit=limit)
+
+    evaluators: list[Evaluator] = [SegmentationEvaluator("val", config.evaluate_steps, score)]
+    if target:
+        without_labels = partial(
+            label_free_scores, network.scores, dataset=target, mesh=mesh, protocol=protocol, classes=data.classes,
+            limit=config.label_free_images,
+        )  # fmt: skip
+
+        def score_target(state: TrainState) -> LabelFree:
+            return without_labels(whole(state), teacher=whole(state, state.teacher) if state.teacher else None)
+
+        evaluators.append(LabelFreeEvaluator("target", config.evaluate_steps, score_target))
+        if config.learn.self_training:
+            names = data.classes.names
+            evaluators.append(DeadClasses("teacher", config.evaluate_steps, names, lambda state: state.aux["shares"]))
     facts = {"network": network.fingerprint, "data": data.digest()}
     facts |= {"target": target.digest()} if target else {}
-    task = make_task(config, network, data, target, order, evaluators=[evaluator], facts=facts)
+    task = make_task(config, network, data, target, order, evaluators=evaluators, facts=facts)
     return with_resident_data(task) if config.data.resident == "auto" else task
 
 
@@ -194,19 +228,17 @@ def _write(config: Config, folder: Path, done: dict[str, Path], params: Tree) ->
     network = Network(config.network, len(classes.names))
     step = None if config.best is None else best_step(done["train"], config.best, config.best_mode)
     statistics = read_params(done["train"], "aux", step=step)["statistics"]
-    save(network.family, folder / "network", network.config, trees.joined(params, statistics))
-    model = {"classes": classes.to_dict(), "protocol": to_dict(config.protocol)}
-    write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model})
+    save(network.family, folder / NETWORK, network.config, trees.joined(params, statistics))
+    classes.save(folder / NETWORK / CLASSES_FILE)
+    write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", "protocol": to_dict(config.protocol)})
 
 
 def load_segmenter(folder: Path) -> Segmenter:
     """Returns the segmenter of a run's export."""
-    model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    network = load_segmentation(folder / "network")
-    protocol = from_dict(Protocol, model["protocol"], str(folder / "model.json"))
-    fingerprint = weight_fingerprint(network.params, network.config, protocol)
-    predictor = Predictor(partial(dense_scores, network.graphdef), network.params, protocol)
-    return Segmenter(predictor, ClassList.from_dict(model["classes"], str(folder)), "uda", fingerprint, protocol)
+    model = read_json(folder / "model.json")
+    return segmentation.load_segmenter(
+        folder / NETWORK, from_dict(Protocol, model["protocol"], str(folder / "model.json"))
+    )
 
 
 def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
