@@ -100,6 +100,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(place, run, tmp_path):
     assert (work / weights).read_bytes() == (run / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_source_only_and_then_one_image_from_there(place):
     first = execute(place, "source", "target=null", "learn={}", "steps=2")
     assert not any("loss_mixed" in row for row in rows(first))
@@ -119,6 +120,7 @@ def test_source_only_and_then_one_image_from_there(place):
         np.testing.assert_array_equal(leaf, whole[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_steps_of_one(place):
     network = Network(NetworkConfig(family="segformer", encoder="mit"), 3)
     learn = LearnConfig(SelfTrainingConfig())
