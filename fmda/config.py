@@ -64,6 +64,8 @@ Side = Annotated[float, Bounds(above=0, most=1)]
 
 FileOrName = Annotated[str, "file"]
 """A known name, or a text file: text that leads to a file becomes its absolute path, other text stays."""
+Raw = Annotated[dict[str, Any], "raw"]
+"""A group of keys whose types are decided later, by `from_dict` with the dataclass that they fill."""
 FolderOrName = Annotated[str, "folder"]
 """A known name or hub id, or a folder: text that leads to a folder becomes its absolute path, other text stays."""
 
@@ -260,6 +262,11 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
 
 def _annotated(kind: Any, value: Any, where: str, key: str) -> Any:
     base, mark = typing.get_args(kind)
+    if mark == "raw":
+        group = _nested(value)
+        if not isinstance(group, Mapping):
+            raise _mismatch(where, key, "a group of keys", value)
+        return group
     if not isinstance(mark, Bounds):
         text = _scalar(base, value, where, key)
         path = user_path(text) if text else Path(text)

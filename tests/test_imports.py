@@ -42,7 +42,9 @@ EVERYTHING_BELOW = set(RULE) - {"__main__", "__init__"}
 RULE["methods"] = EVERYTHING_BELOW
 RULE["cli"] = EVERYTHING_BELOW | {"methods"}
 # What one method may take from another.
-SHARED_METHODS = {"dense", "generate", "judges", "planning", "render", "resident", "segmentation", "trainer", "uda"}
+SHARED_METHODS = {
+    "dense", "generate", "judges", "kinds", "planning", "render", "resident", "segmentation", "table", "trainer", "uda"
+}  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

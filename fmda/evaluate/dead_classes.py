@@ -55,7 +55,7 @@ def dead_class_sections(rows: Sequence[Mapping[str, float]]) -> list[Section]:
     for count in dict.fromkeys(name for row in rows for name in row if name.endswith("/dead")):
         known = [row for row in rows if count in row]
         prefix = f"{count.removesuffix('dead')}share/"
-        dead = [key for key in known[-1] if key.startswith(prefix) and known[-1][key] < DEAD]
+        dead = _dead(known[-1], prefix)
         cells: list[tuple[Cell, ...]] = []
         for key in dead:
             alive = [k for k, row in enumerate(known) if row.get(key, 0.0) >= DEAD]
@@ -65,3 +65,17 @@ def dead_class_sections(rows: Sequence[Mapping[str, float]]) -> list[Section]:
             table = Table(("class", "dead since step", "share at the end"), tuple(cells))
             sections.append(Section("Warning: dead classes", TEXT, table))
     return sections
+
+
+def dead_classes(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Returns the classes that a training log ends with as dead, whoever labels them."""
+    counts = dict.fromkeys(name for row in rows for name in row if name.endswith("/dead"))
+    names: dict[str, None] = {}
+    for count in counts:
+        prefix, last = f"{count.removesuffix('dead')}share/", next(row for row in reversed(rows) if count in row)
+        names |= dict.fromkeys(key.removeprefix(prefix) for key in _dead(last, prefix))
+    return list(names)
+
+
+def _dead(row: Mapping[str, float], prefix: str) -> list[str]:
+    return [key for key in row if key.startswith(prefix) and row[key] < DEAD]

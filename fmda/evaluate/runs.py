@@ -16,7 +16,8 @@ from fmda.evaluate.sections import Section, read_sections
 from fmda.runs.journal import read_rows
 from fmda.runs.stages import STAGE
 
-SKIPPED = {"checkpoints", "images", "labels", "instances", "cache"}
+SKIPPED = {"checkpoints", "images", "labels", "instances", "cache", "cells"}
+"""Folders that are not read; the cells of a table are runs of their own."""
 DEPTH = 4
 
 

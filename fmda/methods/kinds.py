@@ -7,11 +7,11 @@ that are `pending`, since an earlier run makes what these name.
 
 The kind `pipeline` runs several such configurations one after another in one folder; text `@name/...` in a later one
 means the folder of the earlier run `name`. A run with `only_with_data: camvid` is left out where that dataset is not
-on the machine.
+on the machine. The kind `table` makes such runs of its rows, columns and seeds.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ KINDS: dict[str, tuple[str, str]] = {
     "personalise": ("fmda.methods.datum.personalise", "personalise a diffusion model on one image"),
     "report": ("fmda.methods.report", "write one HTML page over several runs"),
 }
+FRAMES = ("pipeline", "table")
+"""Kinds that are made of runs of the other kinds."""
+ABSENT = "left out, its dataset is not on this machine (FMDA_DATA names the folder of datasets)"
 OLD_NAMES = {name.removeprefix("pretrain-").replace("-", "_"): name for name in KINDS if name.startswith("pretrain-")}
 
 
@@ -76,6 +79,10 @@ def open_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> J
         raise UserError(f"work_dir: '{work_dir}' is not a path; name a folder")
     if values.get("kind") == "pipeline":
         return _pipeline(values, str(path), user_path(work_dir), Path(path).parent)
+    if values.get("kind") == "table":
+        from fmda.methods.table import table_job
+
+        return table_job(values, str(path), user_path(work_dir), Path(path).parent)
     return _job(values, str(path), user_path(work_dir))
 
 
@@ -84,7 +91,7 @@ def _job(values: Mapping[str, Any], where: str, work_dir: Path) -> Job:
     kind = str(values.pop("kind", None))
     kind = OLD_NAMES.get(kind, kind)
     if kind not in KINDS:
-        raise UserError(f"{where}: kind '{kind}' is unknown{did_you_mean(kind, [*KINDS, 'pipeline'])}")
+        raise UserError(f"{where}: kind '{kind}' is unknown{did_you_mean(kind, [*KINDS, *FRAMES])}")
     module = importlib.import_module(KINDS[kind][0])
     config = from_dict(module.Config, values, where)
 
@@ -95,35 +102,43 @@ def _job(values: Mapping[str, Any], where: str, work_dir: Path) -> Job:
     return Job(kind, config, work_dir, lambda _: module.stages(config), lambda: module.plan(config), check)
 
 
-def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) -> Job:
-    runs = values.get("runs")
-    unknown = [key for key in values if key not in ("kind", "runs")]
-    if unknown or not isinstance(runs, Mapping) or not runs:
-        fault = f"unknown key '{unknown[0]}'" if unknown else "the key 'runs' is missing"
-        raise UserError(f"{where}: {fault}; a pipeline reads `runs: {{name: {{kind: ..., ...}}}}`")
-    raw: dict[str, dict[str, Any]] = {}
-    jobs: dict[str, Job] = {}
-    missing: set[str] = set()
-    for name, inner in runs.items():
-        if not isinstance(inner, Mapping):
-            raise UserError(f"{where}: runs.{name}: expected a group of keys, got {inner!r}; fix the value")
-        inner = dict(inner)
-        base = resolved(inner.pop("base", None))
-        inner = merge(read_yaml(here / base), inner) if base else inner
-        if inner.get("kind") == "pipeline":
-            raise UserError(f"{where}: runs.{name}: a pipeline inside a pipeline; list its runs here instead")
-        if not _available(resolved(inner.pop("only_with_data", None))):
-            missing.add(name)
-        # with references as text: what a later call is compared with, wherever the folder lies
-        jobs[name] = _job(inner, f"{where}: runs.{name}", work_dir / name)
-        raw[name] = _without(inner, missing)
-    order = [name for name in jobs if name not in missing]
+class Runs:
+    """Several runs in one folder, one after another, each in the folder of its name.
 
-    def stage(name: str, say: Callable[[str], None]) -> Stage:
-        job, page = jobs[name], jobs[name].kind == "report"
+    Attributes:
+        jobs: by name, in order.
+        missing: names of those whose dataset is not on this machine.
+        order: names of the others.
+
+    Raises UserError for configurations that are not valid.
+    """
+
+    def __init__(self, runs: Mapping[str, Any], where: str, work_dir: Path, here: Path) -> None:
+        self.where = where
+        self.jobs: dict[str, Job] = {}
+        self.missing: set[str] = set()
+        self._raw: dict[str, dict[str, Any]] = {}
+        for name, inner in runs.items():
+            if not isinstance(inner, Mapping):
+                raise UserError(f"{where}: runs.{name}: expected a group of keys, got {inner!r}; fix the value")
+            inner = dict(inner)
+            base = resolved(inner.pop("base", None))
+            inner = merge(read_yaml(here / base), inner) if base else inner
+            if inner.get("kind") in FRAMES:
+                raise UserError(f"{where}: runs.{name}: a {inner['kind']} among runs; list its runs here instead")
+            if not available(resolved(inner.pop("only_with_data", None))):
+                self.missing.add(name)
+            # with references as text: what a later call is compared with, wherever the folder lies
+            self.jobs[name] = _job(inner, f"{where}: runs.{name}", work_dir / name)
+            self._raw[name] = _without(inner, self.missing)
+        self.order = [name for name in self.jobs if name not in self.missing]
+
+    def stage(self, name: str, say: Callable[[str], None]) -> Stage:
+        """Returns the stage that executes a run. Raises UserError for references to runs that are not earlier."""
+        job, page = self.jobs[name], self.jobs[name].kind == "report"
 
         def run(folder: Path, done: dict[str, Path]) -> dict[str, Any] | None:
-            actual = _job(_resolve(raw[name], done), f"{where}: runs.{name}", folder)
+            actual = self.resolved(name, done, folder)
             if page:
                 # a page is written anew each time, over all runs that exist by then
                 return actual.stages()[0].run(folder, done)
@@ -132,29 +147,43 @@ def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) ->
             replace(inner, check=actual.check).execute(lambda line: say(f"  {name} {line}"))
             return None
 
-        inputs = tuple(sorted(_references(raw[name], where, name, order)))
+        inputs = tuple(sorted(_references(self._raw[name], self.where, name, self.order)))
         return Stage(name, run, {"kind": job.kind, "config": job.config}, inputs, always=page, renew=True)
 
+    def resolved(self, name: str, folders: Mapping[str, Path], folder: Path) -> Job:
+        """Returns a run with references to the given folders, by name of their run, replaced by paths."""
+        return _job(resolve(self._raw[name], folders), f"{self.where}: runs.{name}", folder)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises UserError for what is certain to fail in any of these runs."""
+        for name in names:
+            try:
+                self.jobs[name].check()
+            except UserError as fault:
+                raise UserError(f"{self.where}: runs.{name}: {fault}") from None
+
+
+def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) -> Job:
+    named = values.get("runs")
+    unknown = [key for key in values if key not in ("kind", "runs")]
+    if unknown or not isinstance(named, Mapping) or not named:
+        fault = f"unknown key '{unknown[0]}'" if unknown else "the key 'runs' is missing"
+        raise UserError(f"{where}: {fault}; a pipeline reads `runs: {{name: {{kind: ..., ...}}}}`")
+    runs = Runs(named, where, work_dir, here)
+
     def stages(say: Callable[[str], None]) -> list[Stage]:
-        for name in sorted(missing):
-            say(f"{name}: left out, its dataset is not on this machine (FMDA_DATA names the folder of datasets)")
-        return [stage(name, say) for name in order]
+        for name in sorted(runs.missing):
+            say(f"{name}: {ABSENT}")
+        return [runs.stage(name, say) for name in runs.order]
 
     def plan() -> Plan:
-        return Plan.merged({name: jobs[name].plan() for name in order})
+        return Plan.merged({name: runs.jobs[name].plan() for name in runs.order})
 
-    def check() -> None:
-        for name in order:
-            try:
-                jobs[name].check()
-            except UserError as fault:
-                raise UserError(f"{where}: runs.{name}: {fault}") from None
-
-    config = {name: {"kind": job.kind, "config": job.config} for name, job in jobs.items()}
-    return Job("pipeline", config, work_dir, stages, plan, check)
+    config = {name: {"kind": job.kind, "config": job.config} for name, job in runs.jobs.items()}
+    return Job("pipeline", config, work_dir, stages, plan, lambda: runs.check(runs.order))
 
 
-def _available(dataset: Any) -> bool:
+def available(dataset: Any) -> bool:
     """Returns whether the dataset that a run asks for is on this machine; True where it asks for none."""
     if dataset is None:
         return True
@@ -166,8 +195,10 @@ def _available(dataset: Any) -> bool:
         return False
 
 
-def _target(reference: str) -> str:
-    return reference[1:].split("/")[0]
+def referred(reference: str, names: Iterable[str]) -> str:
+    """Returns the longest of the names that a reference begins with, else its first part."""
+    inside = [name for name in names if f"{reference[1:]}/".startswith(f"{name}/")]
+    return max(inside, key=len, default=reference[1:].split("/")[0])
 
 
 def _without(value: Any, missing: set[str]) -> Any:
@@ -175,7 +206,7 @@ def _without(value: Any, missing: set[str]) -> Any:
     if isinstance(value, Mapping):
         return {k: _without(v, missing) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without(v, missing) for v in value if not (pending(v) and _target(v) in missing)]
+        return [_without(v, missing) for v in value if not (pending(v) and referred(v, missing) in missing)]
     return value
 
 
@@ -185,19 +216,20 @@ def _references(value: Any, where: str, name: str, order: list[str]) -> set[str]
         return {target for v in inner for target in _references(v, where, name, order)}
     if not pending(value):
         return set()
-    target, earlier = _target(value), order[: order.index(name)]
+    earlier = order[: order.index(name)]
+    target = referred(value, earlier)
     if target not in earlier:
         raise UserError(f"{where}: runs.{name}: '{value}' names no earlier run{did_you_mean(target, earlier)}")
     return {target}
 
 
-def _resolve(value: Any, folders: Mapping[str, Path]) -> Any:
-    """Returns the values with each reference replaced by the path that it stands for."""
+def resolve(value: Any, folders: Mapping[str, Path]) -> Any:
+    """Returns the values with each reference to one of these folders replaced by the path that it stands for."""
     if isinstance(value, Mapping):
-        return {k: _resolve(v, folders) for k, v in value.items()}
+        return {k: resolve(v, folders) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_resolve(v, folders) for v in value]
+        return [resolve(v, folders) for v in value]
     if not pending(value):
         return value
-    target, _, rest = value[1:].partition("/")
-    return str(folders[target] / rest)
+    target = referred(value, folders)
+    return str(folders[target] / value[len(target) + 1 :].lstrip("/")) if target in folders else value

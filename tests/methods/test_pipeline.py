@@ -179,7 +179,7 @@ def test_a_plan_of_a_pipeline_keeps_memory_shardings_and_notes(copies):
 
 def test_a_pipeline_inside_a_pipeline_is_refused(copies):
     Path("outer.yaml").write_text("kind: pipeline\nruns:\n  inner: {base: two.yaml}\n")
-    with pytest.raises(UserError, match=r"outer.yaml: runs.inner: a pipeline inside a pipeline; list its runs here"):
+    with pytest.raises(UserError, match=r"outer.yaml: runs.inner: a pipeline among runs; list its runs here"):
         open_run("outer.yaml")
 
 
