@@ -2,8 +2,8 @@
 
 A row is a set of changes to a common configuration, usually of kind `uda`. A column is another set: the images of a
 target and how it is validated. It also names the labelled test part on which each cell is scored once, at its end.
-Cells run in the order of seeds, then rows, then columns, so that an interrupted table has whole seeds. In a row the text
-`@row/...` means the folder of that row's run of the same column and seed, such as a network to start from.
+Cells run in the order of seeds, then rows, then columns, so that an interrupted table has whole seeds. In a row the
+text `@row/...` means the folder of that row's run of the same column and seed, such as a network to start from.
 """
 
 import json
