@@ -17,7 +17,8 @@ from fmda.data.dataset import Example
 from fmda.errors import UserError
 
 Batch = dict[str, Any]
-Transform = Callable[[Any, np.random.Generator], Any]
+Transform = Callable[..., Any]
+"""(example, generator[, what a crop should show]) -> what is stacked."""
 
 THREADS = 2
 AHEAD = 2

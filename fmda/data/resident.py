@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from fmda.data.loader import Batch, stack
 from fmda.data.streams import Stream
-from fmda.data.transforms import Compose, RandomCrop, RandomFlip, ResizeKeepRatio, pad
+from fmda.data.transforms import Compose, RandomCrop, RandomFlip, ResizeKeepRatio, Wanted, pad
 from fmda.progress import track
 
 
@@ -49,7 +49,7 @@ def resident(stream: Stream, budget: float) -> Resident | None:
         return None
     examples = [example(index) for index in track(range(len(stream.source)), "decode the examples")]
     sizes = [one.image.shape[:2] for one in examples]
-    labels = [one.labels if crop.max_class_ratio < 1 else None for one in examples]
+    labels = [one.labels for one in examples]
     largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
     rows = list(zip(range(len(examples)), sizes, labels, strict=True))
     arrays = stack([pad(one, largest) for one in examples])
@@ -68,10 +68,13 @@ class _Places:
     flip: RandomFlip
 
     def __call__(
-        self, example: tuple[int, tuple[int, int], UInt8[np.ndarray, "H W"] | None], rng: np.random.Generator
+        self,
+        example: tuple[int, tuple[int, int], UInt8[np.ndarray, "H W"] | None],
+        rng: np.random.Generator,
+        wanted: Wanted | None = None,
     ) -> dict[str, np.generic]:
         row, size, labels = example
-        top, left = self.crop.corner(size, labels, rng)
+        top, left = self.crop.corner(size, labels, rng, wanted)
         return {
             "row": np.int32(row), "top": np.int32(top), "left": np.int32(left), "flip": np.bool_(self.flip.drawn(rng)),
         }  # fmt: skip

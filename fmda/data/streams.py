@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from fmda.data.dataset import Dataset
 from fmda.data.loader import Batch, Batches, Transform, stack
+from fmda.data.transforms import Wanted
 from fmda.errors import UserError
 from fmda.progress import track
 
@@ -76,11 +77,14 @@ class RareClasses:
         temperature: 0.01 in DAFormer; larger ones approach equal shares.
         least: an example is drawn for a class only if it has more pixels of it than this; where no example has, the
             class is left out.
+        least_in_crop: a crop is drawn again until it has more pixels of the class than this (`RandomCrop`); 1500 in
+            DAFormer, 6000 in HRDA. 0 asks for nothing.
     """
 
     pixels: Int[np.ndarray, "n k"]
     temperature: float = 0.01
     least: int = 3000
+    least_in_crop: int = 0
 
     @functools.cached_property
     def examples(self) -> dict[int, Int[np.ndarray, " m"]]:
@@ -97,11 +101,19 @@ class RareClasses:
 
     def __call__(self, position: int, count: int, seed: int) -> int:
         """Returns the index of the example at a position. Raises UserError where no example shows any class."""
+        chosen, rng = self._drawn(position, seed)
+        return int(rng.choice(self.examples[chosen]))
+
+    def wanted(self, position: int, seed: int) -> Wanted | None:
+        """Returns what the crop at a position should show."""
+        return Wanted(self._drawn(position, seed)[0], self.least_in_crop) if self.least_in_crop else None
+
+    def _drawn(self, position: int, seed: int) -> tuple[int, np.random.Generator]:
         if not self.examples:
             raise UserError(f"rare classes: no example has more than {self.least} pixels of any class; lower `least`")
         rng = np.random.default_rng((seed, position, 2))
-        chosen = list(self.examples)[int(np.searchsorted(np.cumsum(self.shares)[:-1], rng.random(), side="right"))]
-        return int(rng.choice(self.examples[chosen]))
+        place = int(np.searchsorted(np.cumsum(self.shares)[:-1], rng.random(), side="right"))
+        return list(self.examples)[place], rng
 
 
 def class_pixels(dataset: Dataset) -> Int[np.ndarray, "n k"]:
@@ -141,7 +153,11 @@ class Stream:
 
     def _example(self, position: int, index: int, seed: int) -> Any:
         example = self.source[index]
-        return example if self.transform is None else self.transform(example, np.random.default_rng((seed, position)))
+        if self.transform is None:
+            return example
+        rng = np.random.default_rng((seed, position))
+        wanted = self.order.wanted(position, seed) if isinstance(self.order, RareClasses) else None
+        return self.transform(example, rng) if wanted is None else self.transform(example, rng, wanted)
 
 
 def batches(

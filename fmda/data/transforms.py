@@ -6,6 +6,7 @@ Images stay uint8; they are normalised on the device with the constants below. L
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,16 +23,23 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Step = Callable[[Example, np.random.Generator], Example]
 
 
+class Wanted(NamedTuple):
+    """A class that a crop should show on more than `least` pixels."""
+
+    label: int
+    least: int
+
+
 @dataclass(frozen=True)
 class Compose:
     """Several steps, one after the other, drawing from one generator."""
 
     steps: tuple[Step, ...]
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example after all steps."""
+    def __call__(self, example: Example, rng: np.random.Generator, wanted: Wanted | None = None) -> Example:
+        """Returns the example after all steps; a crop shows what is wanted, if that is found."""
         for step in self.steps:
-            example = step(example, rng)
+            example = step(example, rng, wanted) if isinstance(step, RandomCrop) else step(example, rng)
         return example
 
 
@@ -90,24 +98,41 @@ class RandomCrop:
     """Cuts a window of (height, width) at a uniform place; smaller images are padded first (0, labels 255).
 
     With `max_class_ratio` below 1 the place is drawn again, up to `tries` times, until at least two classes occur and
-    none covers more than that share of the labelled pixels (0.75 in DACS and DAFormer); the last draw is kept.
+    none covers more than that share of the labelled pixels (0.75 in DACS and DAFormer); the last draw is kept. All of
+    this is done again, up to `tries` times, until the window shows what is wanted.
     """
 
     size: tuple[int, int]
     max_class_ratio: float = 1.0
     tries: int = 10
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    def __call__(self, example: Example, rng: np.random.Generator, wanted: Wanted | None = None) -> Example:
         """Returns the crop."""
         example = pad(example, self.size)
         height, width = example.image.shape[:2]
-        top, left = self.corner((height, width), example.labels, rng)
+        top, left = self.corner((height, width), example.labels, rng, wanted)
         return on_both(example, lambda array: array[top : top + self.size[0], left : left + self.size[1]])
 
     def corner(
-        self, size: tuple[int, int], labels: UInt8[np.ndarray, "H W"] | None, rng: np.random.Generator
+        self,
+        size: tuple[int, int],
+        labels: UInt8[np.ndarray, "H W"] | None,
+        rng: np.random.Generator,
+        wanted: Wanted | None = None,
     ) -> tuple[int, int]:
         """Returns the (top, left) of the window in an image of at least its (height, width)."""
+        for _ in range(self.tries):
+            top, left = self._varied_corner(size, labels, rng)
+            if labels is None or wanted is None:
+                break
+            window = labels[top : top + self.size[0], left : left + self.size[1]]
+            if np.count_nonzero(window == wanted.label) > wanted.least:
+                break
+        return top, left
+
+    def _varied_corner(
+        self, size: tuple[int, int], labels: UInt8[np.ndarray, "H W"] | None, rng: np.random.Generator
+    ) -> tuple[int, int]:
         for _ in range(self.tries):
             top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(size, self.size, strict=True))
             if labels is None or self.max_class_ratio >= 1:

@@ -228,6 +228,24 @@ def test_rare_classes_are_drawn_by_their_rarity() -> None:
     assert drawn_indices[:50] != [order(position, 4, 2) for position in range(50)]
 
 
+def test_crops_show_the_rare_class_that_was_drawn() -> None:
+    labels = np.zeros((20, 20), np.uint8)
+    labels[14:, 14:] = 1
+    example = Example(np.zeros((20, 20, 3), np.uint8), labels, "corner")
+    pixels = np.array([[364, 36]])
+
+    def shares(least: int) -> list[int]:
+        order = RareClasses(pixels, temperature=0.01, least=1, least_in_crop=least)
+        crops = Stream([example], training_transform((8, 8), max_class_ratio=1.0), 100, order).rows(range(100), 0)
+        return np.count_nonzero(crops["labels"], axis=(1, 2)).tolist()
+
+    # a window of 8 shows the corner of 6 in 6 of 13 by 6 of 13 places, more than 15 pixels of it in 11 of 169
+    assert np.mean([count > 15 for count in shares(0)]) < 0.15
+    assert np.mean([count > 15 for count in shares(15)]) > 0.4
+    # what is wanted may not be found: the last of ten draws is taken
+    assert len(shares(36)) == 100
+
+
 def test_examples_are_not_changed_in_place() -> None:
     next(batches(stream(10, ColourJitter(p=1.0)), 0))
     assert [int(e.image[0, 0, 0]) for e in SOURCE] == list(range(10))

@@ -36,7 +36,7 @@ CROP = (8, 10)
 def streams() -> dict[str, Stream]:
     pixels = np.stack([np.bincount(one.labels.ravel(), minlength=3) for one in SOURCE])
     return {
-        "source": Stream(SOURCE, training_transform(CROP), 8, RareClasses(pixels, least=1)),
+        "source": Stream(SOURCE, training_transform(CROP), 8, RareClasses(pixels, least=1, least_in_crop=20)),
         "target": Stream(TARGET, training_transform(CROP, resize=(14, 12)), 16),
     }
 

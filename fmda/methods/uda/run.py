@@ -89,7 +89,7 @@ class Config(TrainerConfig):
         crop: side of a training crop, pixels.
         protocol: how images are scored; the class map is that of `val`.
         max_class_ratio: see `training_transform`.
-        rare, rare_pixels: `temperature` and `least` of `RareClasses`; rare None shuffles.
+        rare, rare_pixels, rare_crop: `temperature`, `least` and `least_in_crop` of `RareClasses`; rare None shuffles.
         batch: source images of a step; as many are of the target.
         label_free_images: images of the target that are scored without labels, as `val` is with them.
     """
@@ -105,6 +105,7 @@ class Config(TrainerConfig):
     max_class_ratio: PositiveFloat = 0.75
     rare: PositiveFloat | None = 0.01
     rare_pixels: NonNegativeInt = 3000
+    rare_crop: NonNegativeInt = 1500
     steps: PositiveInt = 40000
     batch: PositiveInt = 2
     optim: OptimConfig = DAFORMER_OPTIM
@@ -192,7 +193,11 @@ def _task(config: Config) -> Task:
     for images in (data, target) if target else (data,):
         check_images(images)
     network = Network(config.network, len(data.classes.names))
-    order = SHUFFLED if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
+    order = (
+        SHUFFLED
+        if config.rare is None
+        else RareClasses(class_pixels(data), config.rare, config.rare_pixels, config.rare_crop)
+    )
     mesh, limit = make_mesh(*config.mesh), config.val.limit
 
     protocol = replace(config.scoring, multiple=math.lcm(config.scoring.multiple, FAMILIES[network.family].multiple))
