@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -110,6 +111,12 @@ class Network:
             for path, leaf in trees.flatten(separated(self.graphdef, self.shapes)[1]).items()
         }
         return trees.joined(trees.unflatten(blank), self.parts(self.weights)[1])
+
+    def channels(self, crop: int) -> int:
+        """Returns the channels of the encoder's last map of images of such a side."""
+        image = jax.ShapeDtypeStruct((1, crop, crop, 3), jnp.float32)
+        last = jax.eval_shape(lambda tree, x: nnx.merge(self.graphdef, tree).encoder.stages(x)[-1], self.shapes, image)
+        return last.shape[-1]
 
     def scores(self, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
         """Returns logits of RGB in 0..255; `tree` is the whole tree."""

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from fmda import trees
@@ -37,15 +38,18 @@ from fmda.methods import segmentation
 from fmda.methods.resident import with_resident_data
 from fmda.methods.segmentation import CLASSES_FILE
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
+from fmda.methods.uda.adversary import ADVERSARY, without_adversary
 from fmda.methods.uda.network import NETWORK, Network, NetworkConfig
-from fmda.methods.uda.objective import LearnConfig, make_objective
+from fmda.methods.uda.objective import LearnConfig, init_adversary, make_objective
+from fmda.methods.uda.output_adversarial import LEAST_CROP
 from fmda.methods.uda.self_training import DAFORMER_OPTIM, initial_aux, teacher_decay
+from fmda.methods.uda.style import open_autoencoder
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import Evaluator, OptimConfig, Task, TrainerConfig, TrainState, best_step, read_params
 from fmda.trees import Tree
 from fmda.weights.files import read_json
-from fmda.weights.network import save
+from fmda.weights.network import Loaded, save, weight_fingerprint
 from fmda.weights.registry import FAMILIES
 
 SHUFFLED = Shuffled()
@@ -124,22 +128,34 @@ def make_task(
     source: Sequence[Example],
     target: Sequence[Example] | None,
     order: Order = SHUFFLED,
+    autoencoder: Loaded | None = None,
     **options: Any,
 ) -> Task:
-    """Returns the task of training the network; `options` are further attributes of the task."""
+    """Returns the task of training the network; `options` are further attributes of the task.
+
+    `autoencoder` is that of a style in latents.
+    """
     crop, learn = (config.crop, config.crop), config.learn
     transform = training_transform(crop, resize=config.resize, max_class_ratio=config.max_class_ratio)
     streams = {"source": Stream(source, transform, config.batch, order)}
     if target is not None and config.target is not None:
         streams["target"] = Stream(target, training_transform(crop, resize=config.target.resize), config.batch)
-    classes = network.config.classes
+    classes, channels = network.config.classes, network.channels(config.crop)
+    frozen = {"encoder": network.weights["encoder"]} if learn.distance else {}
+    graphdef = None
+    if autoencoder is not None:
+        frozen["autoencoder"], graphdef = autoencoder.params, autoencoder.graphdef
+
+    def init(key: Any) -> Tree:
+        return network.init(key) | init_adversary(learn, jax.random.fold_in(key, 1), channels, classes)
+
     return Task(
         name="uda",
-        objective=make_objective(network.graphdef, classes, learn),
-        init=network.init,
+        objective=make_objective(network.graphdef, classes, learn, steps=config.steps, autoencoder=graphdef),
+        init=init,
         optim=config.optim,
         streams=streams,
-        frozen={"encoder": network.weights["encoder"]} if learn.distance else {},
+        frozen=frozen,
         aux=initial_aux(network.statistics(), classes),
         weights=network.parts(network.weights)[0],
         teacher_decay=teacher_decay(learn.self_training.decay) if learn.self_training and target else None,
@@ -149,7 +165,16 @@ def make_task(
 
 
 def check(config: Config) -> None:
-    """Raises UserError for data, class maps, a target or a network that cannot work."""
+    """Raises UserError for data, class maps, a target, a network or terms that cannot work."""
+    learn = config.learn
+    if learn.of_target and not config.target:
+        raise UserError(
+            f"learn.{learn.of_target[0]}: needs images of the target; name a target, or set this term to null"
+        )
+    if learn.output_adversarial and config.crop < LEAST_CROP:
+        raise UserError(f"crop: {config.crop} is below {LEAST_CROP}, the least that learn.output_adversarial takes")
+    if learn.style and not pending(learn.style.autoencoder):
+        open_autoencoder(learn.style, config.crop)
     sources = [config.data.root, config.val.root, config.network.encoder, config.network.start]
     sources += [config.target.root] if config.target else []
     if any(pending(source) for source in sources):
@@ -175,16 +200,26 @@ def plan(config: Config) -> Plan:
     """Returns parameters, FLOPs and memory, where networks and data are on this machine."""
     steps, network = stages(config), config.network
     without = plan_without_sizes(
-        steps, **{"network.encoder": network.encoder, "network.start": network.start, "data.root": config.data.root}
+        steps,
+        **{
+            "network.encoder": network.encoder,
+            "network.start": network.start,
+            "data.root": config.data.root,
+            "learn.style.autoencoder": config.learn.style.autoencoder if config.learn.style else None,
+        },
     )
     if without:
         return without
-    side = config.crop
+    side, learn = config.crop, config.learn
     blank = Example(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), "")
     image = Example(blank.image, blank.labels if config.target and config.target.labels else None, "")
     classes = len(config.data.open().classes.names)
-    task = make_task(config, Network(network, classes), [blank], [image] if config.target else None)
-    return trainer_plan(config, task, steps, parts=("encoder", "head"), example="crop")
+    task = make_task(
+        config, Network(network, classes), [blank], [image] if config.target else None,
+        autoencoder=open_autoencoder(learn.style, side),
+    )  # fmt: skip
+    parts = ("encoder", "head", ADVERSARY) if learn.dann or learn.output_adversarial else ("encoder", "head")
+    return trainer_plan(config, task, steps, parts=parts, example="crop")
 
 
 def _task(config: Config) -> Task:
@@ -203,7 +238,7 @@ def _task(config: Config) -> Task:
     protocol = replace(config.scoring, multiple=math.lcm(config.scoring.multiple, FAMILIES[network.family].multiple))
 
     def whole(state: TrainState, params: Tree | None = None) -> Tree:
-        return trees.joined(params or state.params, state.aux["statistics"])
+        return trees.joined(without_adversary(params or state.params), state.aux["statistics"])
 
     def score(state: TrainState) -> Scores:
         return score_on_mesh(network.scores, whole(state), val, mesh, protocol, classes=data.classes, limit=limit)
@@ -224,7 +259,10 @@ def _task(config: Config) -> Task:
             evaluators.append(DeadClasses("teacher", config.evaluate_steps, names, lambda state: state.aux["shares"]))
     facts = {"network": network.fingerprint, "data": data.digest()}
     facts |= {"target": target.digest()} if target else {}
-    task = make_task(config, network, data, target, order, evaluators=evaluators, facts=facts)
+    autoencoder = open_autoencoder(config.learn.style, config.crop)
+    if autoencoder is not None:
+        facts["autoencoder"] = weight_fingerprint(autoencoder.params, autoencoder.config)
+    task = make_task(config, network, data, target, order, autoencoder=autoencoder, evaluators=evaluators, facts=facts)
     return with_resident_data(task) if config.data.resident == "auto" else task
 
 
@@ -233,7 +271,7 @@ def _write(config: Config, folder: Path, done: dict[str, Path], params: Tree) ->
     network = Network(config.network, len(classes.names))
     step = None if config.best is None else best_step(done["train"], config.best, config.best_mode)
     statistics = read_params(done["train"], "aux", step=step)["statistics"]
-    save(network.family, folder / NETWORK, network.config, trees.joined(params, statistics))
+    save(network.family, folder / NETWORK, network.config, trees.joined(without_adversary(params), statistics))
     classes.save(folder / NETWORK / CLASSES_FILE)
     write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", "protocol": to_dict(config.protocol)})
 

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fmda.methods.dense import normalised
+from fmda.methods.uda.adversary import without_adversary
 from fmda.models.module import assembled
 from fmda.nn.resize import resize
 from fmda.train import TrainState
@@ -37,5 +38,5 @@ def teacher_logits(graphdef: nnx.GraphDef, state: TrainState, images: Float[Arra
     Nothing is dropped, and `BatchNorm` layers normalise by this batch alone: the average is one of parameters, not of
     running statistics.
     """
-    teacher = assembled(graphdef, state.teacher, state.aux["statistics"], batch_statistics=True)
+    teacher = assembled(graphdef, without_adversary(state.teacher), state.aux["statistics"], batch_statistics=True)
     return resize(teacher(normalised(images)), (images.shape[1], images.shape[2]))

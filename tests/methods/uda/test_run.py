@@ -102,7 +102,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(place, run, tmp_path):
 
 @pytest.mark.slow
 def test_source_only_and_then_one_image_from_there(place):
-    first = execute(place, "source", "target=null", "learn={}", "steps=2")
+    first = execute(place, "source", "target=null", "learn.self_training=null", "steps=2")
     assert not any("loss_mixed" in row for row in rows(first))
     second = execute(
         place,
@@ -154,10 +154,26 @@ def test_faults_are_found_before_the_first_stage(place):
         (["network.encoder=null"], "'segformer' needs one"),
         (["val.class_map=cityscapes-to-camvid"], "cityscapes"),
         (["learn.self_training.threshold=1.5"], "threshold"),
+        (["target=null"], "learn.self_training: needs images of the target"),
+        (["target=null", "learn={self_training: null, entropy: {}}"], "learn.entropy: needs images of the target"),
+        (["learn={style: {method: adain}}"], "learn.style.autoencoder: the method 'adain' needs one"),
+        (["learn={style: {method: adain, autoencoder: street-diffusion}}", "crop=30"], "crop: 30 is no multiple"),
+        (["learn={output_adversarial: {}}", "crop=24"], "crop: 24 is below 32"),
     ):
         with pytest.raises(UserError, match=words):
             execute(place, "refused", *overrides)
         assert not (place / "refused/train").exists()
+
+
+@pytest.mark.slow
+def test_every_family_at_once_exports_the_network_alone(place):
+    style = "{method: adain, autoencoder: street-diffusion}"
+    terms = f"{{mmd: {{}}, dann: {{}}, output_adversarial: {{}}, entropy: {{}}, style: {style}, distance: null}}"
+    work = execute(place, "families", f"learn={terms}", "best=null", "steps=2", 'optim.multipliers={"adversary/*": 2}')
+    logged = [row for row in rows(work) if "loss" in row]
+    assert {"loss_mmd", "loss_dann", "loss_adversarial", "loss_discriminator", "loss_entropy"} <= set(logged[0])
+    assert set(read_params(work / "train", "params")) == {"encoder", "head", "adversary"}
+    assert set(load_segmentation(work / "export/network").params) == {"encoder", "head"}
 
 
 def test_other_classes_need_a_new_head(place, run):
