@@ -3,7 +3,8 @@
 The module of a kind offers `Config` (a frozen dataclass), `stages(config) -> list[Stage]` and `plan(config) -> Plan`.
 It may offer `check(config)`, which raises UserError for whatever is certain to fail later: class lists, maps, folders
 and weights that are missing or damaged. Checks of all runs are made before the first stage starts. They skip values
-that are `pending`, since an earlier run makes what these name.
+that are `pending`, since an earlier run makes what these name. It may offer `flops(config)`, those of the whole run, or
+None where they are not known yet; a table adds them up.
 
 The kind `pipeline` runs several such configurations one after another in one folder; text `@name/...` in a later one
 means the folder of the earlier run `name`. A run with `only_with_data: camvid` is left out where that dataset is not
@@ -49,6 +50,7 @@ class Job:
     Attributes:
         make_stages: called with a function that receives a line for each thing that is left out.
         check: raises UserError for what is certain to fail later, for runs of which no stage is finished.
+        flops: of the whole run; None where they are not known.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Job:
     make_stages: Callable[[Callable[[str], None]], list[Stage]]
     plan: Callable[[], Plan]
     check: Callable[[], None]
+    flops: Callable[[], float | None] = lambda: None
 
     def stages(self, say: Callable[[str], None] = lambda _: None) -> list[Stage]:
         """Returns the stages in order; `say` receives a line for each thing that is left out."""
@@ -100,7 +103,10 @@ def _job(values: Mapping[str, Any], where: str, work_dir: Path) -> Job:
         if hasattr(module, "check") and not begun(module.stages(config), work_dir):
             module.check(config)
 
-    return Job(kind, config, work_dir, lambda _: module.stages(config), lambda: module.plan(config), check)
+    def flops() -> float | None:
+        return module.flops(config) if hasattr(module, "flops") else None
+
+    return Job(kind, config, work_dir, lambda _: module.stages(config), lambda: module.plan(config), check, flops)
 
 
 class Runs:

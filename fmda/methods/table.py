@@ -57,12 +57,14 @@ class Column:
         test: labelled images that finished cells are scored on; its class map leads from the source's classes.
         only_with_data: a dataset without which the column is left out.
         one_shot: names of single target images; a row with `one_shot` takes the first for the first seed, and so on.
+        rows: by name, what differs further in the configuration of a row.
     """
 
     config: Raw
     test: DataConfig
     only_with_data: str | None = None
     one_shot: tuple[str, ...] = ()
+    rows: dict[str, Raw] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ def cell_values(config: Config, cell: Cell, where: str) -> dict[str, Any]:
     below = merge(below, column.config) if column else below
     if row.take is not None:
         below = {key: value for key, value in below.items() if key in row.take}
-    values = merge(below, row.config)
+    values = merge(merge(below, row.config), column.rows.get(cell.row, {}) if column else {})
     if row.one_shot and column:
         name = column.one_shot[config.seeds.index(cell.seed) % len(column.one_shot)]
         values = merge(values, {"target": {"only": [name]}})
@@ -186,22 +188,23 @@ class _Table:
         return [*stages, Stage("table", lambda folder, _: self._write(folder, say), always=True, alone=True)]
 
     def plan(self) -> Plan:
-        """Returns the cells, and FLOPs of the training of one cell of each row, and of all."""
-        stages, flops, total, notes = [], [], 0.0, []
+        """Returns the cells, and FLOPs of one cell of each row, and of all."""
+        stages, flops, total, unknown = [], [], 0.0, []
         for name in self.config.rows:
             cells = [cell for cell in self.cells if cell.row == name]
             columns = [cell.column for cell in cells if cell.column and cell.seed == self.config.seeds[0]]
             stages.append((name, f"{len(cells)} cells: {', '.join(columns) or 'once'}; {len(self.config.seeds)} seeds"))
             one = self._flops(cells[0])
             if one is None:
-                notes.append(f"{name}: FLOPs are known once its data and weights are on this machine")
+                unknown.append(name)
             else:
                 flops += [(f"{name}, one cell", one), (f"{name}, {len(cells)} cells", one * len(cells))]
                 total += one * len(cells)
         before = [(name, "before the cells") for name in self.runs.order if name in self.config.runs]
         if total:
             flops.append(("all cells", total))
-        return Plan(stages=(*before, *stages), flops=tuple(flops), notes=tuple(notes))
+        notes = (f"FLOPs are not known before data and weights are on this machine: {', '.join(unknown)}",)
+        return Plan(stages=(*before, *stages), flops=tuple(flops), notes=notes if unknown else ())
 
     def check(self) -> None:
         """Raises UserError for what is certain to fail in a run, for one seed of each cell, or in a test part."""
@@ -297,16 +300,14 @@ class _Table:
         return {"scores": len(outcomes)}
 
     def _flops(self, cell: Cell) -> float | None:
-        """Returns the FLOPs of the training of a cell; None where they are not known yet."""
-        folders = {name: self.work_dir / name for name in self.runs.order if (self.work_dir / name / STAGE).is_file()}
+        """Returns the FLOPs of a cell; None where they are not known yet."""
+        folders = {name: self.work_dir / name for name in self.runs.order if (self.work_dir / name).is_dir()}
         values = resolve(cell_values(self.config, cell, self.where), folders)
         network = values.get("network")
         if isinstance(network, Mapping) and pending(network.get("start")):
             # the network of another row has the form of the common one
             values["network"] = {key: value for key, value in network.items() if key != "start"}
-        job = Runs({cell.row: values}, self.where, self.work_dir, self.work_dir).jobs[cell.row]
-        flops = sum(value for _, value in job.plan().flops)
-        return flops * job.config.batch * job.config.steps if flops else None
+        return Runs({cell.row: values}, self.where, self.work_dir, self.work_dir).jobs[cell.row].flops()
 
 
 class _Clock:
@@ -356,6 +357,10 @@ def _check_names(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: baseline: '{config.baseline}' is no scored row{did_you_mean(config.baseline, config.scored)}"
         )
+    for column, one in config.columns.items():
+        for name in one.rows:
+            if name not in config.rows:
+                raise UserError(f"{where}: columns.{column}.rows: '{name}' is no row{did_you_mean(name, config.rows)}")
     for name, row in config.rows.items():
         without = [column for column, one in config.columns.items() if not one.one_shot]
         if row.one_shot and (row.once or without):

@@ -20,7 +20,6 @@ from fmda.methods import kinds
 from fmda.methods.kinds import open_run
 from fmda.methods.table import Cell, Config, cell_values
 from fmda.methods.uda.run import TargetConfig
-from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 
 TABLE = """kind: table
@@ -86,7 +85,7 @@ def log(tmp_path, monkeypatch):
         return [Stage("train", train, config), Stage("made", export, None, ("train",))]
 
     module = types.SimpleNamespace(
-        Config=Toy, stages=stages, load=load, plan=lambda config: Plan(flops=(("one image", 3e9),))
+        Config=Toy, stages=stages, load=load, flops=lambda config: 3e9 * config.batch * config.steps
     )
     monkeypatch.setitem(sys.modules, "fmda_cell", module)
     monkeypatch.setitem(kinds.KINDS, "cell", ("fmda_cell", "cell"))
@@ -164,9 +163,10 @@ def test_a_stopped_table_keeps_what_is_finished_and_goes_on(log):
 def test_rows_columns_and_seeds_may_be_added(log):
     execute("seeds=[0]")
     log.clear()
-    execute("rows.less={config: {right: 0}}", "seeds=[0, 2, 5]", "baseline=adapted")
+    execute("rows.less={config: {right: 0}}", "columns.fog.rows.less={plus: 1}", "seeds=[0, 2, 5]", "baseline=adapted")
     assert log[:3] == ["cells/less/night/0", "cells/less/fog/0", "cells/source only/2"]
-    assert table()["cells"]["less"]["fog"]["gain"] == pytest.approx(-0.2)
+    # 0.05 and 0.15 and 0.3 against 0.2 and 0.3 and 0.45
+    assert table()["cells"]["less"]["fog"]["gain"] == pytest.approx(-0.15)
     with pytest.raises(UserError, match=r"cells/adapted/night/0: made from other inputs or settings \(.*plus: 1 -> 7"):
         execute("rows.adapted.config.plus=7")
 
@@ -208,6 +208,7 @@ def test_a_plan_counts_the_cells(log):
         ("rows.adapted.conf=1", "unknown key 'rows.adapted.conf'; did you mean 'config'?"),
         ("columns.night.config=dark", "columns.night.config: expected a group of keys"),
         ("columns.night.test.root=nowhere", "columns.night.test: .*nowhere"),
+        ("columns.fog.rows.mor={}", "columns.fog.rows: 'mor' is no row; did you mean 'more'?"),
         ("seeds=[]", "rows, columns and seeds each need one entry at least"),
     ],
 )
