@@ -196,6 +196,21 @@ def test_a_plan_counts_the_cells(log):
     assert not Path("out").exists()
 
 
+def test_the_comparison_of_adaptation_is_valid():
+    recipe = Path(__file__).parents[2] / "configs/tables/adaptation.yaml"
+    stages = {stage.name: stage for stage in open_run(recipe, ["rows.mmd=null"]).stages()}
+    cell = stages["cells/pseudo-labels/night/1"]
+    assert cell.inputs == ("cells/labels/night/1", "held", "training")
+    assert cell.config["config"].val.split == "night" and "cells/source only/0/test-night" in stages
+    assert not any("mmd/" in name and "one-shot" not in name for name in stages)
+    assert stages["cells/one-shot dacs/fog/2"].config["config"].target.only == ("000002",)
+    # every row is scored on the part that it neither trains on nor is validated on
+    tests = [stage.config["test"] for name, stage in stages.items() if "/test-" in name]
+    assert {(test.name, str(test.root), test.split) for test in tests if test.name == "world"} == {
+        ("world", "@test/render", split) for split in ("night", "fog", "rain", "photo")
+    }
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -35,6 +35,7 @@ from fmda.evaluate import (
 from fmda.evaluate.maps import common_list
 from fmda.mesh import make_mesh
 from fmda.methods import segmentation
+from fmda.methods.planning import Training
 from fmda.methods.resident import with_resident_data
 from fmda.methods.segmentation import CLASSES_FILE
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
@@ -198,28 +199,44 @@ def stages(config: Config) -> list[Stage]:
 
 def plan(config: Config) -> Plan:
     """Returns parameters, FLOPs and memory, where networks and data are on this machine."""
-    steps, network = stages(config), config.network
-    without = plan_without_sizes(
-        steps,
+    without = _plan_without_sizes(config)
+    if without:
+        return without
+    learn = config.learn
+    parts = ("encoder", "head", ADVERSARY) if learn.dann or learn.output_adversarial else ("encoder", "head")
+    return trainer_plan(config, _blank_task(config), stages(config), parts=parts, example="crop")
+
+
+def flops(config: Config) -> float | None:
+    """Returns the FLOPs of the training; None where networks or data are not on this machine."""
+    if _plan_without_sizes(config):
+        return None
+    return Training.of(_blank_task(config), config.steps).flops(1) * config.batch * config.steps
+
+
+def _plan_without_sizes(config: Config) -> Plan | None:
+    network, style = config.network, config.learn.style
+    return plan_without_sizes(
+        stages(config),
         **{
             "network.encoder": network.encoder,
             "network.start": network.start,
             "data.root": config.data.root,
-            "learn.style.autoencoder": config.learn.style.autoencoder if config.learn.style else None,
+            "learn.style.autoencoder": style.autoencoder if style else None,
         },
     )
-    if without:
-        return without
-    side, learn = config.crop, config.learn
+
+
+def _blank_task(config: Config) -> Task:
+    """Returns the task on one blank image."""
+    side = config.crop
     blank = Example(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), "")
     image = Example(blank.image, blank.labels if config.target and config.target.labels else None, "")
     classes = len(config.data.open().classes.names)
-    task = make_task(
-        config, Network(network, classes), [blank], [image] if config.target else None,
-        autoencoder=open_autoencoder(learn.style, side),
+    return make_task(
+        config, Network(config.network, classes), [blank], [image] if config.target else None,
+        autoencoder=open_autoencoder(config.learn.style, side),
     )  # fmt: skip
-    parts = ("encoder", "head", ADVERSARY) if learn.dann or learn.output_adversarial else ("encoder", "head")
-    return trainer_plan(config, task, steps, parts=parts, example="crop")
 
 
 def _task(config: Config) -> Task:

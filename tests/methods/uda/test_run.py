@@ -184,7 +184,9 @@ def test_other_classes_need_a_new_head(place, run):
 
 
 def test_the_plan_counts_both_networks(place):
-    plan = open_run(place / "run.yaml").plan()
+    job = open_run(place / "run.yaml")
+    plan = job.plan()
+    assert job.flops() == pytest.approx(plan.flops[0][1] * 8 * 4)
     counts = dict(plan.parameters)
     assert counts["trained"] == counts["encoder"] + counts["head"]
     assert counts["encoder, frozen"] == counts["encoder"]
