@@ -25,6 +25,7 @@ class StyleConfig:
         share: see `fourier_style`; 0.01, 0.05 and 0.09 in the paper.
         autoencoder: folder or hub id of the autoencoder of a Stable Diffusion, or of the whole model.
         alpha: share of the target's statistics in the latents; the source's own are the rest.
+        detail: share of what the autoencoder loses of a source image that is added again; a small autoencoder blurs.
         jitter: strength of random changes of colour of the target images whose style is taken, so that one image gives
             many styles; 0 takes its own.
     """
@@ -33,6 +34,7 @@ class StyleConfig:
     share: Share = 0.01
     autoencoder: FolderOrName | None = None
     alpha: Share = 1.0
+    detail: Share = 0.0
     jitter: NonNegativeFloat = 0.0
 
 
@@ -69,4 +71,6 @@ def styled(
     network: Any = autoencoder
     ours, theirs = (network.encode(images / 127.5 - 1)[0] for images in (source, target))
     images = (network.decode(adain(ours, theirs, config.alpha)) + 1) * 127.5
+    if config.detail:
+        images += config.detail * (source - (network.decode(ours) + 1) * 127.5)
     return jax.lax.stop_gradient(jnp.clip(images, 0, 255))

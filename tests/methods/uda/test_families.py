@@ -128,13 +128,16 @@ def test_fda_takes_the_mean_colour_of_the_target():
 
 
 class Halves(nnx.Module):
-    """Stands in for an autoencoder: latents are half the image."""
+    """Stands in for an autoencoder: latents are half the image, decoded images are too dark by `loss`."""
+
+    def __init__(self, loss=0.0):
+        self.loss = loss
 
     def encode(self, images):
         return images / 2, None
 
     def decode(self, latents):
-        return 2 * latents
+        return 2 * latents - self.loss
 
 
 def test_adain_in_latents():
@@ -142,6 +145,10 @@ def test_adain_in_latents():
     target = 0.5 * target + 40
     styles = styled(StyleConfig(method="adain"), source, target, KEY, Halves())
     np.testing.assert_allclose(styles, adain(source, target), atol=0.1)
+    # an autoencoder that darkens: its own error is taken back
+    dark, config = Halves(loss=0.1), StyleConfig(method="adain", detail=0.5)
+    taken_back = 0.5 * 0.1 * 127.5
+    np.testing.assert_allclose(styled(config, source, target, KEY, dark), styles - taken_back, atol=0.1)
     half = styled(StyleConfig(method="adain", alpha=0.5), source, target, KEY, Halves())
     np.testing.assert_allclose(half, (styles + source) / 2, atol=0.1)
 
