@@ -18,11 +18,13 @@ from fmda.methods.dense import normalised
 from fmda.methods.segmentation import open_segmentation
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.deeplab_v2 import DeepLabV2Config
+from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.lite_segmenter import LiteSegmenterConfig
 from fmda.models.module import init, separated
 from fmda.models.segformer import SegFormerConfig
 from fmda.trees import Tree
 from fmda.weights.network import (
+    load_dinov2,
     load_efficientnet_lite,
     load_mit,
     load_resnet,
@@ -36,6 +38,7 @@ NEW: Mapping[str, tuple[type[Any], Callable[..., Any]]] = {
     "daformer": (DaFormerConfig, load_mit),
     "deeplab_v2": (DeepLabV2Config, load_resnet),
     "lite_segmenter": (LiteSegmenterConfig, load_efficientnet_lite),
+    "dinov2_segmenter": (Dinov2SegmenterConfig, load_dinov2),
 }
 """Family -> its configuration, and what loads its encoder."""
 
@@ -47,13 +50,14 @@ class NetworkConfig:
     Attributes:
         family: of a new network, whose head is drawn at random.
         encoder: folder or hub id of its encoder: a Mix Transformer, for `deeplab_v2` a ResNet, for `lite_segmenter` an
-            EfficientNet-Lite0. None is the EfficientNet-Lite0 of the installed extra `small`.
+            EfficientNet-Lite0, for `dinov2_segmenter` a DINOv2. None is the EfficientNet-Lite0 of the installed extra
+            `small`.
         start: folder or hub id of a whole segmentation network to go on from, such as a run's `export`; its family
             counts then.
         new_head: draw the head of `start` anew, as where it has other classes.
     """
 
-    family: Literal["segformer", "daformer", "deeplab_v2", "lite_segmenter"] = "daformer"
+    family: Literal["segformer", "daformer", "deeplab_v2", "lite_segmenter", "dinov2_segmenter"] = "daformer"
     encoder: FolderOrName | None = None
     start: FolderOrName | None = None
     new_head: bool = False
@@ -86,7 +90,8 @@ class Network:
             if config.encoder is None and config.family != "lite_segmenter":
                 raise UserError(f"network.encoder: '{config.family}' needs one; name its folder or hub id")
             loaded = load(None if config.encoder is None else str(config.encoder))
-            encoder = loaded.config if config.family in ("segformer", "daformer") else replace(loaded.config, classes=0)
+            # ImageNet's classifier is left out
+            encoder = replace(loaded.config, classes=0) if hasattr(loaded.config, "classes") else loaded.config
             self.family, self.config = config.family, shape(encoder=encoder, classes=classes)
             wanted = network_graph(self.family, self.config)[1]["encoder"]
             self.weights = {"encoder": {name: part for name, part in loaded.params.items() if name in wanted}}
