@@ -20,7 +20,7 @@ from tyro.conf import Positional
 
 from fmda import __version__
 from fmda.config import user_path
-from fmda.environment import keep_compiled_programs, platform_fault
+from fmda.environment import check_precision, keep_compiled_programs, platform_fault
 from fmda.errors import UserError, did_you_mean
 from fmda.progress import process_index
 
@@ -46,7 +46,11 @@ def _print_outcome(work_dir: Path, last: Path) -> None:
 
 
 def _load_jax() -> None:
-    """Loads jax, which takes seconds: says so first at a terminal, and lets it keep compiled programs."""
+    """Loads jax, which takes seconds: says so first at a terminal, and lets it keep compiled programs.
+
+    Raises UserError for an environment in which jax computes in 64 bits.
+    """
+    check_precision()
     if "jax" not in sys.modules and sys.stderr.isatty():
         _log("loading jax ...")
     keep_compiled_programs()

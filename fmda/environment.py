@@ -50,6 +50,12 @@ def keep_compiled_programs() -> None:
             jax.config.update(name, value)
 
 
+def check_precision() -> None:
+    """Raises UserError where jax is told to compute in 64 bits, for which no network or random draw here is written."""
+    if os.environ.get("JAX_ENABLE_X64", "0").lower() not in ("", "0", "false", "f", "n", "no", "off"):
+        raise UserError("JAX_ENABLE_X64: fmda computes in 32 bits; unset the variable")
+
+
 def platform_fault() -> UserError | None:
     """Returns what is wrong with JAX_PLATFORMS where jax cannot start the devices that it names."""
     platforms = os.environ.get("JAX_PLATFORMS")

@@ -138,6 +138,17 @@ def test_a_start_says_at_once_that_it_loads_at_a_terminal_alone(tmp_path):
     assert os.read(ours, 4096).startswith(b"loading jax ...")
 
 
+def test_64_bits_are_refused_before_jax_starts(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_ENABLE_X64", "0")
+    environment.check_precision()
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    monkeypatch.setattr("sys.argv", ["fmda", "run", "none.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "fmda: JAX_ENABLE_X64: fmda computes in 32 bits; unset the variable\n"
+
+
 @pytest.mark.parametrize(("name", "starts_jax"), [("load_clip", True), ("Segmenter", True), ("UserError", False)])
 def test_library_names_that_start_jax_keep_compiled_programs(monkeypatch, name, starts_jax):
     calls = []
