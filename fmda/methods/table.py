@@ -110,9 +110,12 @@ class Cell(NamedTuple):
 
 
 def table_job(values: Mapping[str, Any], where: str, work_dir: Path, here: Path) -> Job:
-    """Returns the job of a table; rows and columns that are null are left out. Raises UserError for invalid values."""
+    """Returns the job of a table; runs, rows and columns that are null are left out.
+
+    Raises UserError for invalid values.
+    """
     values = {key: value for key, value in values.items() if key != "kind"}
-    for group in ("rows", "columns"):
+    for group in ("runs", "rows", "columns"):
         if isinstance(values.get(group), Mapping):
             values[group] = {name: one for name, one in values[group].items() if resolved(one) is not None}
     config = from_dict(Config, values, where)

@@ -17,6 +17,7 @@ from fmda.evaluate import Segmenter
 from fmda.evaluate.comparison import Comparison, Outcome
 from fmda.evaluate.report import report
 from fmda.methods import kinds
+from fmda.methods import table as table_kind
 from fmda.methods.kinds import open_run
 from fmda.methods.table import Cell, Config, cell_values
 from fmda.methods.uda.run import TargetConfig
@@ -209,6 +210,21 @@ def test_the_comparison_of_adaptation_is_valid():
     assert {(test.name, str(test.root), test.split) for test in tests if test.name == "world"} == {
         ("world", "@test/render", split) for split in ("night", "fog", "rain", "photo")
     }
+
+
+def test_the_comparison_on_camvid_reads_no_street_world(monkeypatch):
+    monkeypatch.setattr(table_kind, "available", lambda dataset: True)
+    stages = open_run(Path(__file__).parents[2] / "configs/tables/camvid-dusk.yaml").stages()
+    assert stages[0].name == "cells/source only/0" and stages[0].inputs == ()
+    used = {(c.data.split, c.target.split, c.val.split) for c in map(trained, stages) if c and c.target}
+    assert used == {("train-day", "train-dusk", "train-dusk"), ("train-day", "train", "train-dusk")}
+    tests = {stage.config["test"].split for stage in stages if "/test-" in stage.name}
+    assert tests == {"test-dusk"}
+
+
+def trained(stage):
+    kind = stage.config["kind"] if stage.config and "kind" in stage.config else None
+    return stage.config["config"] if kind == "uda" else None
 
 
 @pytest.mark.parametrize(
