@@ -44,17 +44,3 @@ def random_crop(key: Any, arrays: Any, size: tuple[int, int]) -> Any:
         for k, whole, part in zip(jax.random.split(key), (height, width), size, strict=True)
     )
     return windows(arrays, jnp.arange(count), top, left, size)
-
-
-def detail_corner(
-    key: Any, image: tuple[int, int], crop: tuple[int, int], multiple: int = 8
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Returns the (top, left) of HRDA's detail crop, one for the whole batch, both multiples of `multiple`.
-
-    As in HRDA's code the last place is not reached: 512 in 1024 begins at 0 to 504.
-    """
-    top, left = (
-        multiple * jax.random.randint(k, (), 0, max(1, (whole - part + 1) // multiple))
-        for k, whole, part in zip(jax.random.split(key), image, crop, strict=True)
-    )
-    return top, left

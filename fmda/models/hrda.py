@@ -95,8 +95,13 @@ class Hrda(DaFormer):
     def _context(self, pixels: Array, key: Array | None) -> tuple[tuple[Array, ...], Array, Array]:
         """Returns (maps, logits, attention in [0, 1] per class) of the image at half size."""
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
-        maps = self.encoder.stages(resize(pixels, (pixels.shape[1] // 2, pixels.shape[2] // 2)), keys[0])
+        maps = self.encoder.stages(halved(pixels), keys[0])
         return maps, self.head(maps, keys[1]), jax.nn.sigmoid(self.attention(maps, keys[2]))
+
+
+def halved(pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w 3"]:
+    """Returns the context: the image at half its sides, bilinear and without antialiasing."""
+    return resize(pixels, (pixels.shape[1] // 2, pixels.shape[2] // 2))
 
 
 def detail_corner(key: Key[Array, ""], size: tuple[int, int]) -> Int[Array, "2"]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmda.augment.geometry import detail_corner, random_crop, random_flip, windows
+from fmda.augment.geometry import random_crop, random_flip, windows
 
 
 def numbered(count: int, height: int, width: int) -> dict[str, jax.Array]:
@@ -38,11 +38,3 @@ def test_rows_are_flipped_by_chance_and_alike():
     mirrored = np.asarray(found["labels"][:, 0, 0] > found["labels"][:, 0, 1])
     assert mirrored.mean() == pytest.approx(0.5, abs=0.04)
     np.testing.assert_array_equal(np.sort(found["labels"], axis=2), arrays["labels"])
-
-
-def test_detail_crops_begin_at_multiples_of_eight_and_stop_before_the_end():
-    corners = jax.vmap(lambda k: jnp.stack(detail_corner(k, (1024, 1024), (512, 512))))(
-        jax.random.split(jax.random.key(0), 3000)
-    )
-    assert sorted(set(np.asarray(corners).ravel().tolist())) == list(range(0, 505, 8))
-    assert [int(x) for x in detail_corner(jax.random.key(0), (64, 72), (64, 64))] == [0, 0]

@@ -36,6 +36,7 @@ from fmda.weights.registry import FAMILIES
 NEW: Mapping[str, tuple[type[Any], Callable[..., Any]]] = {
     "segformer": (SegFormerConfig, load_mit),
     "daformer": (DaFormerConfig, load_mit),
+    "hrda": (DaFormerConfig, load_mit),
     "deeplab_v2": (DeepLabV2Config, load_resnet),
     "lite_segmenter": (LiteSegmenterConfig, load_efficientnet_lite),
     "dinov2_segmenter": (Dinov2SegmenterConfig, load_dinov2),
@@ -57,7 +58,7 @@ class NetworkConfig:
         new_head: draw the head of `start` anew, as where it has other classes.
     """
 
-    family: Literal["segformer", "daformer", "deeplab_v2", "lite_segmenter", "dinov2_segmenter"] = "daformer"
+    family: Literal["segformer", "daformer", "hrda", "deeplab_v2", "lite_segmenter", "dinov2_segmenter"] = "daformer"
     encoder: FolderOrName | None = None
     start: FolderOrName | None = None
     new_head: bool = False

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from fmda import trees
 from fmda.config import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from fmda.losses.features import THINGS, feature_distance
-from fmda.losses.pixelwise import entropy_loss, weighted_cross_entropy
+from fmda.losses.pixelwise import entropy_loss
 from fmda.methods.dense import normalised
 from fmda.methods.uda.adversary import ADVERSARY, without_adversary
 from fmda.methods.uda.dann import DannConfig, dann_loss, init_classifier
@@ -24,7 +24,7 @@ from fmda.methods.uda.output_adversarial import (
     output_adversarial_losses,
 )
 from fmda.methods.uda.self_training import SelfTrainingConfig, self_training_losses
-from fmda.methods.uda.student import Outputs, student_outputs
+from fmda.methods.uda.student import Outputs, reference_features, student_outputs
 from fmda.methods.uda.style import StyleConfig, styled
 from fmda.models.module import assembled, statistics_of
 from fmda.train import Objective, Outcome, TrainState
@@ -137,18 +137,18 @@ def make_objective(
             batch = dict(batch) | {"source": source}
         pixels = normalised(source["image"])
         outputs = student_outputs(student, pixels, source_key)
-        losses = {"source": weighted_cross_entropy(outputs.logits, source["labels"])}
+        losses = {"source": outputs.cross_entropy(source["labels"])}
         metrics: dict[str, Array] = {}
         aux = dict(state.aux)
         if learn.distance is not None:
             whole = trees.joined(own, state.aux["statistics"]) | {"encoder": frozen["encoder"]}
-            reference = nnx.merge(graphdef, whole).encoder.stages(pixels)[-1]
+            reference = reference_features(nnx.merge(graphdef, whole), pixels)
             distance = feature_distance(outputs.features, reference, source["labels"], classes, learn.distance.things)
             losses["distance"] = learn.distance.weight * distance
         if target is not None and ("labels" in target or set(learn.of_target) & set(CLEAN)):
             clean = student_outputs(student, normalised(target["image"]), target_key)
             if "labels" in target:
-                losses["target"] = learn.target_labels * weighted_cross_entropy(clean.logits, target["labels"])
+                losses["target"] = learn.target_labels * clean.cross_entropy(target["labels"])
             losses |= on_target(params, state.step / steps, outputs, clean, clean_key)
         aux["statistics"] = statistics_of(student)
         if target is not None and learn.self_training is not None:

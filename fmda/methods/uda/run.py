@@ -39,7 +39,7 @@ from fmda.methods.planning import Training
 from fmda.methods.resident import with_resident_data
 from fmda.methods.segmentation import CLASSES_FILE
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
-from fmda.methods.uda.adversary import ADVERSARY, without_adversary
+from fmda.methods.uda.adversary import without_adversary
 from fmda.methods.uda.network import NETWORK, Network, NetworkConfig
 from fmda.methods.uda.objective import LearnConfig, init_adversary, make_objective
 from fmda.methods.uda.output_adversarial import LEAST_CROP
@@ -186,7 +186,11 @@ def check(config: Config) -> None:
         target = config.target.open()
         if config.target.labels and target.classes.names != data.classes.names:
             raise UserError(f"target: its labels are of {target.classes!r}, those of the source of {data.classes!r}")
-    Network(config.network, len(data.classes.names))
+    network = Network(config.network, len(data.classes.names))
+    multiple = FAMILIES[network.family].multiple
+    for name, side in (("crop", config.crop), ("protocol.crop", config.protocol.crop)):
+        if side % multiple:
+            raise UserError(f"{name}: {side} is no multiple of {multiple}, which '{network.family}' needs")
 
 
 def stages(config: Config) -> list[Stage]:
@@ -202,9 +206,9 @@ def plan(config: Config) -> Plan:
     without = _plan_without_sizes(config)
     if without:
         return without
-    learn = config.learn
-    parts = ("encoder", "head", ADVERSARY) if learn.dann or learn.output_adversarial else ("encoder", "head")
-    return trainer_plan(config, _blank_task(config), stages(config), parts=parts, example="crop")
+    task = _blank_task(config)
+    parts = tuple(jax.eval_shape(task.init, jax.random.key(0)))
+    return trainer_plan(config, task, stages(config), parts=parts, example="crop")
 
 
 def flops(config: Config) -> float | None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from fmda.augment.mixing import class_masks, mixed, patch_masked
 from fmda.augment.photometric import strong_augmentation
 from fmda.config import Decay, NonNegativeFloat, NonNegativeInt, PositiveInt, Share
-from fmda.losses.pixelwise import pseudo_labels, weighted_cross_entropy
+from fmda.losses.pixelwise import pseudo_labels
 from fmda.methods.dense import normalised
 from fmda.methods.uda.student import student_outputs, teacher_logits
 from fmda.models.module import statistics_of
@@ -25,9 +25,9 @@ from fmda.trees import Tree
 
 DAFORMER_OPTIM = OptimConfig(
     learning_rate=6e-5, schedule="poly", power=1.0, warmup_steps=1500, weight_decay=0.01,
-    no_decay=("encoder/*norm*",), multipliers={"head/*": 10.0},
+    no_decay=("encoder/*norm*",), multipliers={"encoder/*": 1.0, "*": 10.0},
 )  # fmt: skip
-"""AdamW of DAFormer: ten times the rate for the head, no decay on the encoder's norms, decay on all else."""
+"""AdamW of DAFormer: ten times the rate for all but the encoder, no decay on the encoder's norms, decay on all else."""
 
 SHARES_DECAY = 0.99
 """Share that the running mean of pseudo-label shares keeps at each step."""
@@ -115,13 +115,11 @@ def self_training_losses(
     mix = mixed(mask, ours, {"image": target, "labels": pseudo, "weights": weights})
     look = {"strength": config.strength, "jitter": config.jitter, "blur": config.blur}
     changed = normalised(strong_augmentation(augment_key, mix["image"], **look))
-    logits = student_outputs(student, changed, mixed_key).logits
-    losses = {"mixed": weighted_cross_entropy(logits, mix["labels"], mix["weights"])}
+    losses = {"mixed": student_outputs(student, changed, mixed_key).cross_entropy(mix["labels"], mix["weights"])}
     shares = running_shares(state.aux["shares"], pseudo, state.step)
     aux = {"statistics": statistics_of(student), "shares": shares}
     if config.masked:
         changed = normalised(strong_augmentation(look_key, target, **look))
         changed = patch_masked(hide_key, changed, patch=config.patch, ratio=config.hidden)
-        logits = student_outputs(student, changed, masked_key).logits
-        losses["masked"] = config.masked * weighted_cross_entropy(logits, pseudo, weights)
+        losses["masked"] = config.masked * student_outputs(student, changed, masked_key).cross_entropy(pseudo, weights)
     return SelfTraining(losses, {"confident": confident.mean()}, aux)
