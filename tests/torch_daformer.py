@@ -89,11 +89,11 @@ def with_detail(pixels, corner, segment, attend):
 def slid(pixels, segment, attend):
     """Returns the fused logits with the detail seen everywhere, by windows of half the sides at steps of a quarter."""
     height, width = pixels.shape[2:]
+    corners = [(row, column) for row in (0, height // 4, height // 2) for column in (0, width // 4, width // 2)]
+    cuts = [pixels[:, :, row : row + height // 2, column : column + width // 2] for row, column in corners]
+    attention, context = torch.sigmoid(attend(halved(pixels))), segment(halved(pixels))
     total = count = 0
-    for row in (0, height // 4, height // 2):
-        for column in (0, width // 4, width // 2):
-            logits = segment(pixels[:, :, row : row + height // 2, column : column + width // 2])
-            pad = (column // 4, (width // 2 - column) // 4, row // 4, (height // 2 - row) // 4)
-            total, count = total + F.pad(logits, pad), count + F.pad(torch.ones_like(logits), pad)
-    attention = torch.sigmoid(attend(halved(pixels)))
-    return doubled((1 - attention) * segment(halved(pixels))) + doubled(attention) * total / count
+    for (row, column), logits in zip(corners, segment(torch.cat(cuts)).chunk(len(corners)), strict=True):
+        pad = (column // 4, (width // 2 - column) // 4, row // 4, (height // 2 - row) // 4)
+        total, count = total + F.pad(logits, pad), count + F.pad(torch.ones_like(logits), pad)
+    return doubled((1 - attention) * context) + doubled(attention) * total / count

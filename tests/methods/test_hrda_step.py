@@ -1,0 +1,114 @@
+"""HRDA: a whole step of masked self-training against the plain torch rendering, with faulty twins."""
+
+import jax.numpy as jnp
+import pytest
+from torch_self_training import (
+    CLASSES,
+    MIT,
+    SETTINGS,
+    THINGS,
+    Peer,
+    apart,
+    first_losses,
+    losses_apart,
+    moved_off,
+    our_run,
+    torch_run,
+)
+
+from fmda.methods.uda import student
+from fmda.methods.uda.objective import DistanceConfig, LearnConfig
+from fmda.methods.uda.self_training import SelfTrainingConfig
+from fmda.models import hrda
+from fmda.models.daformer import DaFormerConfig
+from fmda.weights import daformer, mit
+from fmda.weights.layers import torch_rows
+from fmda.weights.table import Table
+
+pytestmark = pytest.mark.parity
+LEARN = LearnConfig(SelfTrainingConfig(masked=1.0), DistanceConfig(0.5, THINGS))
+SIDE, CORNER = 128, (8, 40)
+TABLE = Table(
+    (
+        *torch_rows(mit.layers(mit.PREFIX, "encoder/")),
+        *(row for row in daformer.HRDA_TABLE.rows if row.source.startswith("decode_head.")),
+    )
+)
+"""Transformers' names of the encoder, OpenMMLab's of both heads."""
+
+
+@pytest.fixture(autouse=True)
+def equal_corner(monkeypatch):
+    monkeypatch.setattr(student, "detail_corner", lambda *_: jnp.array(CORNER))
+
+
+@pytest.fixture(scope="module")
+def peer():
+    import torch
+    import torch_daformer
+    from torch import nn
+    from transformers import SegformerConfig, SegformerModel
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.segformer = SegformerModel(SegformerConfig(**SETTINGS))
+            heads = {"head": torch_daformer.Head(MIT.widths, 12, CLASSES)}
+            heads["scale_attention"] = torch_daformer.Head(MIT.widths, 12, CLASSES, ())
+            self.decode_head = nn.ModuleDict(heads)
+
+        def maps(self, images):
+            return self.segformer(images, output_hidden_states=True).hidden_states
+
+        def both(self):
+            return (lambda images, head=head: head(self.maps(images)) for head in self.decode_head.values())
+
+    def seen(network, images):
+        fused, detail = torch_daformer.with_detail(images, CORNER, *network.both())
+        window = [slice(start, start + SIDE // 2) for start in CORNER]
+        return [(fused, slice(None), slice(None), 0.9), (detail, *window, 0.1)]
+
+    torch.manual_seed(0)
+    network, other = Network(), Network()
+    moved_off(network, other)
+    for one in (network, other):
+        one.decode_head["head"].conv_seg.weight.detach().mul_(12)  # some pixels must be confident
+    return Peer(
+        network,
+        other,
+        logits=lambda network, images: torch_daformer.slid(images, *network.both()),
+        seen=seen,
+        features=lambda encoder, images: encoder(torch_daformer.halved(images)).last_hidden_state,
+        family="hrda",
+        config=DaFormerConfig(MIT, 12, classes=CLASSES, dropout=0.0),
+        table=TABLE,
+        side=SIDE,
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs(peer):
+    return torch_run(peer, LEARN, 1)
+
+
+def test_a_step_equals_the_torch_rendering(peer, theirs):
+    assert 0.05 < theirs[0][0]["confident"] < 0.95
+    losses, gradients, _, _, statistics = apart(our_run(peer, LEARN, 1), theirs)
+    assert max(losses, gradients, statistics) < 1e-4
+
+
+def everywhere(x, size, corner):
+    return jnp.ones((1, *size, 1)) if x.shape[-1] == 1 else placed(x, size, corner)
+
+
+placed = hrda._placed
+TWINS = {
+    "attention outside the detail": (hrda, "_placed", everywhere),
+    "no loss of the detail": (student, "DETAIL_WEIGHT", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_faulty_twins_are_noticed(peer, theirs, name, monkeypatch):
+    monkeypatch.setattr(*TWINS[name])
+    assert losses_apart([first_losses(peer, LearnConfig())], [{"source": theirs[0][0]["source"]}]) > 1e-3
