@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from fmda.models.clip.transformer import Mlp
+from fmda.models.module import recomputed
 from fmda.nn.attention import memory_efficient_attention
 from fmda.nn.conv import conv
 from fmda.nn.drop import drop
@@ -110,7 +111,8 @@ class Block(nnx.Module):
 class Dinov2(nnx.Module):
     """Image -> maps at the stride of a patch. `dtype` is what it computes in; parameters are drawn in float32.
 
-    `mask_token` belongs to pre-training: nothing here reads it, and a saved network is complete with it.
+    `mask_token` belongs to pre-training: nothing here reads it, and a saved network is complete with it. With `remat`,
+    which `with_remat` sets, the backward pass computes each block again from its input.
     """
 
     def __init__(self, config: Dinov2Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
@@ -126,6 +128,7 @@ class Dinov2(nnx.Module):
         self.position = nnx.Param(draw(rngs.params(), (rows, width), jnp.float32))
         self.blocks = nnx.List(Block(config, dtype=dtype, rngs=rngs) for _ in range(config.layers))
         self.norm_post = layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.remat = False
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (h, w), the patches of an image of that size; a part of a patch counts as one."""
@@ -159,7 +162,8 @@ class Dinov2(nnx.Module):
         h, w = self.grid(*pixels.shape[1:3])
         x, maps = self.tokens(pixels), []
         for index, block in enumerate(self.blocks):
-            x = block(x, None if key is None else jax.random.fold_in(key, index))
+            run = recomputed(block) if self.remat else block
+            x = run(x, None if key is None else jax.random.fold_in(key, index))
             if index + 1 in self.config.maps:
                 maps.append(self.norm_post(x)[:, -h * w :].reshape(len(x), h, w, -1))
         return tuple(maps)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from fmda.models.module import recomputed
 from fmda.nn.activation import gelu
 from fmda.nn.attention import memory_efficient_attention
 from fmda.nn.conv import check_sides, conv
@@ -119,7 +120,10 @@ class Block(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Strided convolution, blocks and a norm. x: [B, h, w, before] -> [B, h/stride, w/stride, width]."""
+    """Strided convolution, blocks and a norm. x: [B, h, w, before] -> [B, h/stride, w/stride, width].
+
+    With `remat`, which `with_remat` sets, the backward pass computes each block again from its input.
+    """
 
     def __init__(self, config: MitConfig, stage: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         before = config.widths[stage - 1] if stage else 3
@@ -131,11 +135,13 @@ class Stage(nnx.Module):
             for index in range(config.depths[stage])
         )
         self.norm = layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.remat = False
 
     def __call__(self, x: Float[Array, "b h w before"], key: Key[Array, ""] | None = None) -> Float[Array, "b h2 w2 c"]:
         x = self.patch(x)
         for index, block in enumerate(self.blocks):
-            x = block(x, None if key is None else jax.random.fold_in(key, index))
+            run = recomputed(block) if self.remat else block
+            x = run(x, None if key is None else jax.random.fold_in(key, index))
         return self.norm(x)
 
 

@@ -78,3 +78,15 @@ def assembled(graphdef: nnx.GraphDef, params: Tree, statistics: Tree, *, batch_s
 def statistics_of(module: nnx.Module) -> Tree:
     """Returns the running statistics that a module has now; {} where it has none."""
     return nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+
+def recomputed(block: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns the block with nothing but its inputs kept for the backward pass, which computes it again."""
+    return jax.checkpoint(lambda *inputs: block(*inputs))
+
+
+def with_remat(graphdef: nnx.GraphDef, tree: Tree) -> nnx.GraphDef:
+    """Returns a network's graph whose transformer blocks are `recomputed`; ValueError where it has none."""
+    module = nnx.merge(graphdef, tree)
+    module.set_attributes(remat=True)
+    return nnx.split(module)[0]

@@ -13,6 +13,7 @@ from torch_self_training import (
     losses_apart,
     moved_off,
     our_run,
+    stored_names,
     torch_run,
 )
 
@@ -43,7 +44,7 @@ def equal_corner(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def peer():
+def peer(tmp_path_factory):
     import torch
     import torch_daformer
     from torch import nn
@@ -82,6 +83,7 @@ def peer():
         family="hrda",
         config=DaFormerConfig(MIT, 12, classes=CLASSES, dropout=0.0),
         table=TABLE,
+        names=stored_names(network.segformer, tmp_path_factory.mktemp("peer"), mit.PREFIX),
         side=SIDE,
     )
 

@@ -15,6 +15,7 @@ from torch_self_training import (
     losses_apart,
     moved_off,
     our_run,
+    stored_names,
     torch_run,
 )  # fmt: skip
 
@@ -61,7 +62,7 @@ def test_the_defaults_are_those_of_the_paper():
 
 
 @pytest.fixture(scope="module")
-def peer():
+def peer(tmp_path_factory):
     import torch
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
@@ -79,6 +80,7 @@ def peer():
         family="segformer",
         config=SegFormerConfig(MIT, 12, CLASSES, dropout=0.0),
         table=segformer.TABLE,
+        names=stored_names(network, tmp_path_factory.mktemp("peer")),
         side=64,
     )
 

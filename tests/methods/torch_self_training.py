@@ -42,7 +42,8 @@ class Peer(NamedTuple):
         seen: the same -> [(logits, rows, columns, share of the loss)] of what is seen of the images in training.
         features: (an encoder, the same) -> the map whose distance counts.
         family, config: of the network here.
-        table: of torch's names and the paths here.
+        table: of checkpoints' names and the paths here.
+        names: {name in torch: name in checkpoints} where these differ.
         side: of an image, pixels.
     """
 
@@ -54,6 +55,7 @@ class Peer(NamedTuple):
     family: str
     config: Any
     table: Table
+    names: dict[str, str]
     side: int
 
     def graph(self):
@@ -61,10 +63,28 @@ class Peer(NamedTuple):
         graphdef, shapes = network_graph(self.family, self.config)
 
         def read(network):
-            return self.table.read({n: x.numpy() for n, x in network.state_dict().items()}, shapes, "torch")
+            arrays = {self.names.get(name, name): value.numpy() for name, value in network.state_dict().items()}
+            return self.table.read(arrays, shapes, "torch")
 
         params, statistics = separated(graphdef, read(self.network))
         return graphdef, params, statistics, read(self.frozen)["encoder"]
+
+    def named(self, tree):
+        """Returns {name in torch: tensor} of a tree here."""
+        import torch
+
+        names = {stored: name for name, stored in self.names.items()}
+        return {names.get(name, name): torch.tensor(array) for name, array in self.table.write(tree).items()}
+
+
+def stored_names(network, folder, prefix=""):
+    """Returns {name in torch: name in its checkpoint} of a network of transformers whose arrays all differ."""
+    from safetensors.numpy import load_file
+
+    network.save_pretrained(folder)
+    stored = {array.tobytes(): name for name, array in load_file(folder / "model.safetensors").items()}
+    arrays = {name: value.numpy() for name, value in network.state_dict().items() if value.is_floating_point()}
+    return {f"{prefix}{name}": f"{prefix}{stored[array.tobytes()]}" for name, array in arrays.items()}
 
 
 def moved_off(*networks):
@@ -206,8 +226,6 @@ def first_losses(peer, learn):
 
 def our_run(peer, learn, steps, when="before"):
     """Returns what `torch_run` does, under its names."""
-    import torch
-
     graphdef, params, statistics, encoder = peer.graph()
     keep = optax.GradientTransformation(lambda tree: tree, lambda updates, state, params: (updates, updates))
     tx = optax.chain(keep, make_optimizer(OPTIM, 10))
@@ -220,17 +238,14 @@ def our_run(peer, learn, steps, when="before"):
             state, metrics = step(state, {"encoder": encoder}, batch, jax.random.key(0))
             records.append({name.removeprefix("loss_"): float(value) for name, value in metrics.items()})
 
-    def named(tree):
-        return {name: torch.tensor(array) for name, array in peer.table.write(tree).items()}
-
     assert float(state.aux["shares"].sum()) == pytest.approx(1) and float(state.aux["shares"].max()) < 0.99
 
     def moved(tree):
-        return named(jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), tree, params))
+        return peer.named(jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), tree, params))
 
     statistics = named(trees.unflatten(trees.flatten(state.aux["statistics"])))
-    statistics = named(state.aux["statistics"])
-    return records, named(state.opt[0]), moved(state.params), moved(state.teacher), statistics
+    statistics = peer.named(state.aux["statistics"])
+    return records, peer.named(state.opt[0]), moved(state.params), moved(state.teacher), statistics
 
 
 def losses_apart(ours, theirs):

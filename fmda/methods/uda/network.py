@@ -20,7 +20,7 @@ from fmda.models.daformer import DaFormerConfig
 from fmda.models.deeplab_v2 import DeepLabV2Config
 from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.lite_segmenter import LiteSegmenterConfig
-from fmda.models.module import init, separated
+from fmda.models.module import init, separated, with_remat
 from fmda.models.segformer import SegFormerConfig
 from fmda.trees import Tree
 from fmda.weights.network import (
@@ -56,12 +56,14 @@ class NetworkConfig:
         start: folder or hub id of a whole segmentation network to go on from, such as a run's `export`; its family
             counts then.
         new_head: draw the head of `start` anew, as where it has other classes.
+        remat: compute the blocks of a Mix Transformer or DINOv2 again for the backward pass, which saves memory.
     """
 
     family: Literal["segformer", "daformer", "hrda", "deeplab_v2", "lite_segmenter", "dinov2_segmenter"] = "daformer"
     encoder: FolderOrName | None = None
     start: FolderOrName | None = None
     new_head: bool = False
+    remat: bool = False
 
 
 class Network:
@@ -72,7 +74,7 @@ class Network:
         weights: arrays to start from; what is missing is drawn.
         fingerprint: of these arrays.
 
-    Raises UserError for a `start` with other classes, unless its head is drawn anew.
+    Raises UserError for a `start` with other classes, unless its head is drawn anew, and for `remat` without blocks.
     """
 
     def __init__(self, config: NetworkConfig, classes: int) -> None:
@@ -97,6 +99,11 @@ class Network:
             wanted = network_graph(self.family, self.config)[1]["encoder"]
             self.weights = {"encoder": {name: part for name, part in loaded.params.items() if name in wanted}}
         self.graphdef, self.shapes = network_graph(self.family, self.config)
+        if config.remat:
+            try:
+                self.graphdef = with_remat(self.graphdef, self.shapes)
+            except ValueError:
+                raise UserError(f"network.remat: '{self.family}' has no blocks to compute again") from None
         self.fingerprint = weight_fingerprint(self.weights, self.config)
 
     def parts(self, tree: Tree) -> tuple[Tree, Tree]:
