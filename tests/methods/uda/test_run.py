@@ -121,6 +121,18 @@ def test_source_only_and_then_one_image_from_there(place):
 
 
 @pytest.mark.slow
+def test_hrda_trains_and_is_scored_in_windows(place):
+    run = execute(
+        place, "hrda", "network={family: hrda, encoder: mit}", "crop=64", "steps=1", "batch=2", "optim={}",
+        "learn={self_training: {masked: 1.0}, distance: {things: [1]}}", "save_steps=1", "best=null",
+        "protocol={size: [64, 128], crop: 64, stride: 32}", "evaluate_steps=0",
+    )  # fmt: skip
+    assert {"loss_source", "loss_mixed", "loss_masked", "loss_distance"} <= set(rows(run)[0])
+    assert load_segmentation(run / "export/network").family == "hrda"
+    assert Segmenter.load(run).predict(place / "data/val/images/0.png").labels.shape == (32, 48)
+
+
+@pytest.mark.slow
 def test_eight_devices_take_the_steps_of_one(place):
     network = Network(NetworkConfig(family="segformer", encoder="mit"), 3)
     learn = LearnConfig(SelfTrainingConfig())
@@ -159,6 +171,7 @@ def test_faults_are_found_before_the_first_stage(place):
         (["learn={style: {method: adain}}"], "learn.style.autoencoder: the method 'adain' needs one"),
         (["learn={style: {method: adain, autoencoder: street-diffusion}}", "crop=30"], "crop: 30 is no multiple"),
         (["learn={output_adversarial: {}}", "crop=24"], "crop: 24 is below 32"),
+        (["network.family=hrda"], "crop: 32 is no multiple of 64, which 'hrda' needs"),
     ):
         with pytest.raises(UserError, match=words):
             execute(place, "refused", *overrides)
