@@ -63,8 +63,8 @@ def student_outputs(student: Any, images: Float[Array, "b H W 3"], key: Any) -> 
     height, width = images.shape[1:3]
     if isinstance(student, Hrda):
         corner = detail_corner(second, (height, width))
-        fused, detail, maps = student.with_detail(images, corner, first)
-        detail = Detail(resize(detail, (height // 2, width // 2)), corner)
+        fused, window, maps = student.with_detail(images, corner, first)
+        detail = Detail(resize(window, (height // 2, width // 2)), corner)
         return Outputs(resize(fused, (height, width)), maps[-1], detail)
     maps = student.encoder.stages(images, first)
     return Outputs(resize(student.head(maps, second), (height, width)), maps[-1])
