@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,25 @@ def family_of(folder: Path, file: Path | None = None) -> str:
 
 
 def weight_fingerprint(params: Mapping[Any, Any], *settings: Any) -> str:
-    """Returns 12 hex digits that change with the value of any parameter, or with the settings' `repr`.
+    """Returns 12 hex digits that change with the value of any parameter, or with any of the settings.
 
-    Values count as float32, in which float16 and bfloat16 are exact: widened numbers keep their fingerprint.
+    Values count as float32, in which float16 and bfloat16 are exact: widened numbers keep their fingerprint. Of a
+    dataclass only what differs from its defaults counts: a field that is added later changes no fingerprint.
     """
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=6)
+    digest = hashlib.blake2b(repr([_described(one) for one in settings]).encode(), digest_size=6)
     for path, leaf in sorted(trees.flatten(params).items()):
         array = np.asarray(leaf).astype(np.float32, copy=False)
         digest.update(f"{path}{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _described(setting: Any) -> str:
+    if not is_dataclass(setting):
+        return repr(setting)
+    changed = []
+    for one in fields(setting):
+        value = getattr(setting, one.name)
+        if value != (one.default_factory() if callable(one.default_factory) else one.default):
+            changed.append(f"{one.name}={_described(value)}")
+    return f"{type(setting).__name__}({', '.join(changed)})"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import jax
@@ -286,6 +287,15 @@ def test_fingerprints_follow_content(part, made, folder, tmp_path):
     path = next(iter(flat))
     save(part, tmp_path / "changed", made.config, trees.unflatten({**flat, path: flat[path] + 1}))
     assert check.verify(tmp_path / "changed").fingerprint != first
+
+
+def test_a_new_field_with_its_default_changes_no_fingerprint():
+    before = make_dataclass("Shape", [("width", int, 3), ("sides", tuple, ())], frozen=True)
+    after = make_dataclass("Shape", [("width", int, 3), ("sides", tuple, ()), ("later", int, 0)], frozen=True)
+    weights = {"w": np.ones(2)}
+    assert weight_fingerprint(weights, before(4)) == weight_fingerprint(weights, after(4))
+    different = [before(), before(4), after(later=1), after(4, later=1)]
+    assert len({weight_fingerprint(weights, one) for one in different}) == 4
 
 
 def test_fingerprints_follow_values_not_number_formats(part, made, folder, tmp_path):
