@@ -69,7 +69,7 @@ def peer(tmp_path_factory):
         window = [slice(start, start + SIDE // 2) for start in CORNER]
         return [(fused, slice(None), slice(None), 0.9), (detail, *window, 0.1)]
 
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0 rounding turns a ReLU of a dilated branch, and gradients are 2e-3 apart
     network, other = Network(), Network()
     moved_off(network, other)
     for one in (network, other):
@@ -95,9 +95,7 @@ def theirs(peer):
 
 def test_a_step_equals_the_torch_rendering(peer, theirs):
     assert 0.05 < theirs[0][0]["confident"] < 0.95
-    losses, gradients, statistics = apart(our_run(peer, LEARN, 1), theirs)
-    assert max(losses, statistics) < 1e-4
-    assert gradients < 1e-2  # 2e-3 was measured, in the array that is furthest apart
+    assert max(apart(our_run(peer, LEARN, 1), theirs)) < 1e-4
 
 
 def everywhere(x, size, corner):
