@@ -1,8 +1,8 @@
 """A prioritised list of accelerator runs that always fits its time limit.
 
-    python benchmarks/campaign.py speed --minutes 8 --out campaign     # training step, attention, sampling, CLIP, world
-    python benchmarks/campaign.py assets --minutes 8 --out campaign    # train the embedded models, evaluate, export
-    python benchmarks/campaign.py speed --tiny --out campaign          # the same list on very small networks, any CPU
+    python benchmarks/campaign.py speed --minutes 8 --out campaign   # training steps, attention, sampling, CLIP, world
+    python benchmarks/campaign.py assets --minutes 8 --out campaign  # train the embedded models, evaluate, export
+    python benchmarks/campaign.py speed --tiny --out campaign        # the same list on very small networks, any CPU
 
 Each item runs in a process of its own with a time limit of its own, the most important first. After each item
 `campaign.json` holds the status, seconds and results of all items so far, and a line per result is printed: images/s,
@@ -53,7 +53,7 @@ class Item:
 
 
 def sides(record: Row) -> Iterable[Row]:
-    """Yields a row for each batch and side of an `sd_*.py` record."""
+    """Yields a row for each batch and side of an `sd_*.py` or `daformer_step.py` record."""
     for row in record["results"]:
         for side in ("ours", "eager", "compiled"):
             if side in row:
@@ -106,6 +106,12 @@ SPEED = (
         "sd-unet-step",
         f"sd_unet_step.py {SD} --peers compiled --repeats 4 --window 5 --warmup 2 --side-timeout 85",
         "sd_unet_step.py --tiny --repeats 2 --window 1 --side-timeout 60",
+        175, 60, sides,
+    ),
+    Item(
+        "daformer-step",
+        "daformer_step.py --batch 2 --dtype bfloat16 --peers eager --repeats 4 --window 5 --warmup 2 --side-timeout 85",
+        "daformer_step.py --tiny --batch 1 --repeats 2",
         175, 60, sides,
     ),
     Item(

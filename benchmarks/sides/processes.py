@@ -43,11 +43,12 @@ Launch = Callable[[int], Any]
 """Starts call number i; may return before it is done."""
 
 
-def arguments(about: str) -> argparse.ArgumentParser:
-    """Returns a parser with what all three benchmarks take."""
+def arguments(about: str, *, latent: bool = True) -> argparse.ArgumentParser:
+    """Returns a parser with what all these benchmarks take; without `latent` no side of latents."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", help="a sweep")
-    parser.add_argument("--latent", type=int, help="side of the latents: pixels / 8")
+    if latent:
+        parser.add_argument("--latent", type=int, help="side of the latents: pixels / 8")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, help="windows that are timed")
     parser.add_argument("--window", type=int, help="calls that are started before they are waited for")
@@ -75,7 +76,7 @@ def parsed(parser: argparse.ArgumentParser, small: dict[str, Any], full: dict[st
     few = {"side_timeout": None, "latent": 16, "dtype": "float32", "peers": ["eager"], "warmup": 1}
     many = {"side_timeout": 480, "latent": 64, "dtype": "bfloat16", "peers": ["eager", "compiled"]}
     for name, value in (few | small if options.small or options.backend == "cpu" else many | full).items():
-        if getattr(options, name) is None:
+        if getattr(options, name, 0) is None:
             setattr(options, name, value)
     if min(options.repeats, options.window, options.warmup) < 1:
         parser.error("--repeats, --window and --warmup are at least 1")
@@ -232,6 +233,9 @@ def sweep(
     cases: Iterable[tuple[dict[str, Any], float]],
     options: argparse.Namespace,
     agree: Mapping[str, float] = AGREE,
+    *,
+    model: str | None = None,
+    peer: str = "diffusers and transformers, torch, scaled_dot_product_attention, channels last",
     **values: Any,
 ) -> None:
     """Runs all sides of all cases and prints the record; `--out` holds it after every side, whole.
@@ -242,6 +246,8 @@ def sweep(
         cases: what each row is about, {"batch": images, option: value}, and its FLOPs.
         options: the options; what a case sets is a list there.
         agree: by type, how far results may be apart.
+        model: what is measured; None names Stable Diffusion.
+        peer: what the others are.
         values: what else to record.
     """
     # no data sheet, so no MFU: what a matrix product of jax reaches here
@@ -251,10 +257,10 @@ def sweep(
     def so_far(complete: bool) -> dict[str, Any]:
         return record(
             name,
-            model="tiny" if options.tiny else "Stable Diffusion 1.4, full size",
+            model=model or ("tiny" if options.tiny else "Stable Diffusion 1.4, full size"),
             dtype=options.dtype,
             **values,
-            peer="diffusers and transformers, torch, scaled_dot_product_attention, channels last; "
+            peer=f"{peer}; "
             + "; ".join(f"{side}: torch.compile, mode {mode}" for side, mode in MODES.items()),
             matmul_flops_per_second=stand_in,
             complete=complete,
