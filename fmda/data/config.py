@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from fmda.config import FREE, FileOrName, PositiveInt
-from fmda.data.dataset import Dataset, open_dataset
+from fmda.data.classes import ClassList
+from fmda.data.dataset import Dataset, dataset_classes, open_dataset
+from fmda.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +32,13 @@ class DataConfig:
     def open(self) -> Dataset:
         """Returns the dataset with its labels."""
         return open_dataset(self.name, self.root, self.split)
+
+    def known_classes(self) -> ClassList | None:
+        """Returns the class list, also of a known dataset that is not here; None where only its folder tells it.
+
+        Raises UserError for an unknown name.
+        """
+        try:
+            return self.open().classes
+        except UserError:
+            return dataset_classes(self.name)

@@ -194,11 +194,7 @@ def open_dataset(
     Raises UserError, in one line, for an unknown name or split, a missing or wrong folder (with the layout that is
     expected), an empty set, and images without labels.
     """
-    name = name.lower().replace("_", "-")
-    name = ALIASES.get(name, name)
-    if name not in CATALOG:
-        raise UserError(f"'{name}': no such dataset{did_you_mean(name, CATALOG)}")
-    entry = CATALOG[name]
+    name, entry = _entry(name)
     if root is None and not entry.places:
         raise UserError(f"'{name}' has no usual place; name its folder with root= (data.root= for a run)")
     if not entry.free and split not in entry.splits:
@@ -233,6 +229,20 @@ def open_dataset(
         taken = {item.label for item in items}
         orphans = sorted({f for form in forms for f in label_files(folder, form.pattern, split, part)} - taken)
     return Dataset(name, split, folder, items, classes, orphans=orphans, label_pattern=pattern)
+
+
+def dataset_classes(name: str) -> ClassList | None:
+    """Returns the class list of a dataset by its name; None for folders with one of their own."""
+    entry = _entry(name)[1]
+    return class_list(entry.classes) if entry.classes else None
+
+
+def _entry(name: str) -> tuple[str, Entry]:
+    name = name.lower().replace("_", "-")
+    name = ALIASES.get(name, name)
+    if name not in CATALOG:
+        raise UserError(f"'{name}': no such dataset{did_you_mean(name, CATALOG)}")
+    return name, CATALOG[name]
 
 
 def _classes(entry: Entry, folder: Path, split: str, *, needed: bool) -> ClassList:

@@ -44,6 +44,16 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     return np.array(_decode(Path(path), "image", _check_image).convert("RGB"))
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Returns (width, height) as the file's header has them. Raises FileFault for one that cannot be read."""
+    try:
+        with Image.open(path) as file:
+            return file.size
+    except OSError:
+        height, width = read_image(path).shape[:2]
+        return width, height
+
+
 def read_labels(path: str | Path, *, red16: bool = False) -> UInt8[np.ndarray, "H W"]:
     """Returns a label map as its raw values: grey levels, or palette indices (never the palette's colours).
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-from fmda.data.files import read_image
+from fmda.data.files import image_size, read_image
 from fmda.data.listing import folder_images
 from fmda.errors import UserError
 from fmda.png import grid
@@ -73,7 +73,7 @@ class ClassImages(Sequence[Pixels]):
         if not self.paths:
             raise UserError(f"prior.images: {folder} holds no images; fix the path, or leave it out to generate some")
         for path in self.paths:
-            if _least_side(path) < crop:
+            if min(image_size(path)) < crop:
                 raise UserError(f"{path}: smaller than a crop of {crop} pixels; give larger images")
 
     def __len__(self) -> int:
@@ -81,15 +81,6 @@ class ClassImages(Sequence[Pixels]):
 
     def __getitem__(self, index: int) -> Pixels:  # type: ignore[override]
         return read_image(self.paths[index])
-
-
-def _least_side(path: Path) -> int:
-    """Returns the shorter side of an image in pixels, from its header alone. Raises UserError for a damaged one."""
-    try:
-        with Image.open(path) as file:
-            return min(file.size)
-    except OSError:
-        return min(read_image(path).shape[:2])
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,11 @@ def check(config: Config) -> Checked | None:
             )
     if config.filters.judge_images:
         check_weights(config.filters.clip)
+    if config.copies is not None:
+        check_weights(config.copies.encoder)
+        for path in (config.copies.image, config.copies.others):
+            if path is not None and not pending(path) and not path.exists():
+                raise UserError(f"copies: {path} does not exist; fix the path, or leave it out")
     if pending(config.model):
         return None
     model = check_stable_diffusion(config.model, config.revision)

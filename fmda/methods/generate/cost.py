@@ -31,11 +31,13 @@ def plan(config: Config) -> Plan:
     """
     prompts = make_prompts(config.prompts)
     notes = tuple(f"prompt {i}: {prompt.text}" for i, prompt in enumerate(prompts[:12]))
-    stages = (("images", f"{config.count} images of {len(prompts)} prompts by {config.model}"),)
+    stages = [("images", f"{config.count} images of {len(prompts)} prompts by {config.model}")]
+    if config.copies:
+        stages.append(("copies", f"patches of {config.copies.encoder} against crops of {config.copies.image}"))
     try:
         networks = read_networks(config.model)
     except UnknownModel as unknown:
-        return Plan(stages=stages, notes=(f"no sizes are known: {unknown}", *notes))
+        return Plan(stages=tuple(stages), notes=(f"no sizes are known: {unknown}", *notes))
     flops = image_flops(config, networks)
     total = config.count * flops["an image"] / 1e15
     sums = []
@@ -45,7 +47,7 @@ def plan(config: Config) -> Plan:
         sums.append((name, _need(config, networks, rows, _shards(config, devices))))
     shares = ", ".join(f"{total / devices:,.4g} on each of {devices}" for devices in (4, 8))
     return Plan(
-        stages=stages,
+        stages=tuple(stages),
         parameters=tuple((part, trees.count(tree)) for part, tree in parameter_shapes(networks).items()),
         flops=tuple(flops.items()),
         memory=(*memory(config, networks, config.batch, 1).items(), *sums),

@@ -18,6 +18,7 @@ from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
 from fmda.diffusion.manifest import SHEET, Prompt
 from fmda.evaluate.sections import Section, write_sections
 from fmda.methods.generate.checks import check, local_mesh, text_filters
+from fmda.methods.generate.copies import write_copies
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
 from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.runs.stages import Stage
@@ -26,9 +27,16 @@ from fmda.weights.network import load_clip
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns the one stage, images."""
+    """Returns images and, where they are to be compared with a training image, copies."""
     # always: a deleted image is generated again, and another model in the same place is refused
-    return [Stage("images", functools.partial(_images, config), config, always=True)]
+    images = Stage("images", functools.partial(_images, config), config, always=True)
+    if config.copies is None:
+        return [images]
+    copies = config.copies
+    compare = Stage(
+        "copies", lambda folder, done: write_copies(copies, done["images"], folder), copies, ("images",), alone=True
+    )
+    return [images, compare]
 
 
 ORIGIN = "personalised.json"

@@ -25,6 +25,19 @@ THINGS: dict[str, str] = {
 }
 """Cityscapes' classes that DATUM prompts for, in its order, and their plurals."""
 
+STUFF: dict[str, str] = {
+    "road": "roads",
+    "sidewalk": "sidewalks",
+    "building": "buildings",
+    "wall": "walls",
+    "fence": "fences",
+    "pole": "poles",
+    "vegetation": "vegetation",
+    "terrain": "terrain",
+    "sky": "skies",
+}
+"""Cityscapes' other classes, which may be prompted for too, and their plurals."""
+
 
 @dataclass(frozen=True)
 class PromptConfig:
@@ -33,7 +46,7 @@ class PromptConfig:
     Attributes:
         form: prompt with the slots {token} and {classes} (plural) or {class} (singular).
         token: the rare word of a personalised model.
-        classes: of `THINGS`; each gives a prompt, in this order.
+        classes: of `THINGS` and `STUFF`; each gives a prompt, in this order.
         file: a text file with one prompt on each line.
         texts: prompts as they are.
     """
@@ -72,6 +85,27 @@ class FilterConfig:
         return any(value is not None for value in (self.clip_score, self.near_duplicate, self.class_presence))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CopyConfig:
+    """How generated images are compared with the one image that the model was personalised on.
+
+    Attributes:
+        image: that image at the scale of its training, such as `prepare/target.png` of a personalisation.
+        others: folder of further images of the target domain, which tell how alike two of them are; None: none.
+        encoder: whose patches are compared: a DINO, a DINOv2 or a CLIP.
+        crops: of the image.
+        count: images that are compared at most, generated and others.
+        seed: of the crops.
+    """
+
+    image: Path
+    others: Path | None = None
+    encoder: FolderOrName = "street-dino"
+    crops: PositiveInt = 32
+    count: PositiveInt = 100
+    seed: NonNegativeInt = 0
+
+
 @dataclass(frozen=True)
 class Config:
     """A set of generated images.
@@ -85,6 +119,7 @@ class Config:
         seed: decides every image, together with its index.
         sample: how images are sampled.
         filters: what is refused and drawn again.
+        copies: comparison with the image that the model was personalised on; None leaves it out.
         tries: images of one index at most.
         dtype: that the networks compute in.
         mesh: sizes of the axes data and fsdp within a process; -1 takes the rest of its devices.
@@ -99,6 +134,7 @@ class Config:
     seed: NonNegativeInt = 0
     sample: SamplerConfig = SamplerConfig()
     filters: FilterConfig = FilterConfig()
+    copies: CopyConfig | None = field(default=None, metadata=FREE)
     tries: PositiveInt = field(default=8, metadata=FREE)
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: tuple[int, int] = (-1, 1)
@@ -125,10 +161,10 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
         raise UserError(
             f"prompts.form: '{config.form}' has another slot than {{token}}, {{class}}, {{classes}}; fix it"
         )
-    prompts = []
+    prompts, plurals = [], THINGS | STUFF
     for index, name in enumerate(config.classes):
-        if name not in THINGS:
-            raise UserError(f"prompts.classes: '{name}' is not one of {', '.join(THINGS)}; correct it or give texts")
-        text = config.form.format_map({"token": config.token, "class": name, "classes": THINGS[name]})
+        if name not in plurals:
+            raise UserError(f"prompts.classes: '{name}' is not one of {', '.join(plurals)}; correct it or give texts")
+        text = config.form.format_map({"token": config.token, "class": name, "classes": plurals[name]})
         prompts.append(Prompt(" ".join(text.split()), index, name))
     return prompts

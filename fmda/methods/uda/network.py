@@ -1,5 +1,6 @@
 """The segmentation network that is adapted: a new one around a trained encoder, or a trained one as it is."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fmda.config import FolderOrName
 from fmda.errors import UserError
 from fmda.methods.dense import normalised
 from fmda.methods.segmentation import open_segmentation
+from fmda.models.catalog import ENTRIES
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.deeplab_v2 import DeepLabV2Config
 from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
@@ -24,6 +26,7 @@ from fmda.models.module import init, separated, with_remat
 from fmda.models.segformer import SegFormerConfig
 from fmda.trees import Tree
 from fmda.weights.network import (
+    Loaded,
     load_dinov2,
     load_efficientnet_lite,
     load_mit,
@@ -72,12 +75,12 @@ class Network:
     Attributes:
         family, config, graphdef: what it is.
         weights: arrays to start from; what is missing is drawn.
-        fingerprint: of these arrays.
 
     Raises UserError for a `start` with other classes, unless its head is drawn anew, and for `remat` without blocks.
     """
 
-    def __init__(self, config: NetworkConfig, classes: int) -> None:
+    def __init__(self, config: NetworkConfig, classes: int, *, sizes: bool = False) -> None:
+        """Opens the network; with `sizes` an encoder of the catalogue that is not here has shapes for arrays."""
         if config.start is not None:
             loaded, _ = open_segmentation(network_folder(str(config.start)))
             if loaded.config.classes != classes and not config.new_head:
@@ -92,7 +95,7 @@ class Network:
             shape, load = NEW[config.family]
             if config.encoder is None and config.family != "lite_segmenter":
                 raise UserError(f"network.encoder: '{config.family}' needs one; name its folder or hub id")
-            loaded = load(None if config.encoder is None else str(config.encoder))
+            loaded = sizes and known_encoder(config.encoder) or load(config.encoder and str(config.encoder))
             # ImageNet's classifier is left out
             encoder = replace(loaded.config, classes=0) if hasattr(loaded.config, "classes") else loaded.config
             self.family, self.config = config.family, shape(encoder=encoder, classes=classes)
@@ -104,7 +107,11 @@ class Network:
                 self.graphdef = with_remat(self.graphdef, self.shapes)
             except ValueError:
                 raise UserError(f"network.remat: '{self.family}' has no blocks to compute again") from None
-        self.fingerprint = weight_fingerprint(self.weights, self.config)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the arrays to start from."""
+        return weight_fingerprint(self.weights, self.config)
 
     def parts(self, tree: Tree) -> tuple[Tree, Tree]:
         """Returns (parameters, running statistics) of a tree of this network, which may lack some leaves."""
@@ -137,6 +144,15 @@ class Network:
 
     def _draw(self, key: Any) -> Tree:
         return init(lambda rngs: FAMILIES[self.family].build(self.config, dtype=np.float32, rngs=rngs), key)
+
+
+def known_encoder(source: str | None) -> Loaded | None:
+    """Returns an encoder of the catalogue that is no folder here, with shapes in place of arrays; None for others."""
+    if source is not None and not Path(source).expanduser().is_dir():
+        for entry in ENTRIES:
+            if entry.family and source in (entry.source, *entry.mirrors):
+                return Loaded(entry.family, entry.config, network_graph(entry.family, entry.config)[1])
+    return None
 
 
 def dense_scores(graphdef: nnx.GraphDef, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:

@@ -17,8 +17,9 @@ from fmda.data import Dataset, open_dataset
 from fmda.data.check import check_images
 from fmda.data.config import DataConfig
 from fmda.data.dataset import Example
+from fmda.data.files import image_size
 from fmda.data.streams import Order, RareClasses, Shuffled, Stream, class_pixels
-from fmda.data.transforms import training_transform
+from fmda.data.transforms import fit_size, training_transform
 from fmda.errors import UserError
 from fmda.evaluate import (
     DeadClasses,
@@ -40,7 +41,7 @@ from fmda.methods.resident import with_resident_data
 from fmda.methods.segmentation import CLASSES_FILE
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.methods.uda.adversary import without_adversary
-from fmda.methods.uda.network import NETWORK, Network, NetworkConfig
+from fmda.methods.uda.network import NETWORK, Network, NetworkConfig, known_encoder
 from fmda.methods.uda.objective import LearnConfig, init_adversary, make_objective
 from fmda.methods.uda.output_adversarial import LEAST_CROP
 from fmda.methods.uda.self_training import DAFORMER_OPTIM, initial_aux, teacher_decay
@@ -184,6 +185,7 @@ def check(config: Config) -> None:
     common_list(data.classes, config.val.open().classes, config.scoring.class_map)
     if config.target:
         target = config.target.open()
+        check_crops(target, config.target.resize, config.crop)
         if config.target.labels and target.classes.names != data.classes.names:
             raise UserError(f"target: its labels are of {target.classes!r}, those of the source of {data.classes!r}")
     network = Network(config.network, len(data.classes.names))
@@ -191,6 +193,18 @@ def check(config: Config) -> None:
     for name, side in (("crop", config.crop), ("protocol.crop", config.protocol.crop)):
         if side % multiple:
             raise UserError(f"{name}: {side} is no multiple of {multiple}, which '{network.family}' needs")
+
+
+def check_crops(images: Dataset, resize: tuple[int, int] | None, crop: int) -> None:
+    """Raises UserError where an image, resized, holds no crop: what is filled up would get pseudo-labels too."""
+    for item in images.items:
+        width, height = image_size(item.image)
+        size = fit_size(height, width, max(resize), min(resize)) if resize else (height, width)
+        if min(size) < crop:
+            raise UserError(
+                f"target: {item.image} has {size[1]}x{size[0]} pixels, less than a crop of {crop}; lower crop or "
+                "enlarge the images by target.resize"
+            )
 
 
 def stages(config: Config) -> list[Stage]:
@@ -202,7 +216,7 @@ def stages(config: Config) -> list[Stage]:
 
 
 def plan(config: Config) -> Plan:
-    """Returns parameters, FLOPs and memory, where networks and data are on this machine."""
+    """Returns parameters, FLOPs and memory, where the sizes of networks and the classes are known."""
     without = _plan_without_sizes(config)
     if without:
         return without
@@ -212,7 +226,7 @@ def plan(config: Config) -> Plan:
 
 
 def flops(config: Config) -> float | None:
-    """Returns the FLOPs of the training; None where networks or data are not on this machine."""
+    """Returns the FLOPs of the training; None where sizes of networks or classes are not known."""
     if _plan_without_sizes(config):
         return None
     return Training.of(_blank_task(config), config.steps).flops(1) * config.batch * config.steps
@@ -223,9 +237,9 @@ def _plan_without_sizes(config: Config) -> Plan | None:
     return plan_without_sizes(
         stages(config),
         **{
-            "network.encoder": network.encoder,
+            "network.encoder": None if known_encoder(network.encoder) else network.encoder,
             "network.start": network.start,
-            "data.root": config.data.root,
+            "data.root": None if config.data.known_classes() else config.data.root,
             "learn.style.autoencoder": style.autoencoder if style else None,
         },
     )
@@ -236,9 +250,9 @@ def _blank_task(config: Config) -> Task:
     side = config.crop
     blank = Example(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), "")
     image = Example(blank.image, blank.labels if config.target and config.target.labels else None, "")
-    classes = len(config.data.open().classes.names)
+    classes = config.data.known_classes() or config.data.open().classes
     return make_task(
-        config, Network(config.network, classes), [blank], [image] if config.target else None,
+        config, Network(config.network, len(classes.names), sizes=True), [blank], [image] if config.target else None,
         autoencoder=open_autoencoder(config.learn.style, side),
     )  # fmt: skip
 
