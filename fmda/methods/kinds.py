@@ -161,6 +161,14 @@ class Runs:
         """Returns a run with references to the given folders, by name of their run, replaced by paths."""
         return _job(resolve(self._raw[name], folders), f"{self.where}: runs.{name}", folder)
 
+    def plan(self, name: str) -> Plan:
+        """Returns the plan of a run; a model that an earlier run personalises has the sizes of the one that it was."""
+        model = self._raw[name].get("model")
+        base = self._raw[referred(model, self.order)].get("model") if pending(model) else None
+        if base is None:
+            return self.jobs[name].plan()
+        return _job(self._raw[name] | {"model": base}, f"{self.where}: runs.{name}", self.jobs[name].work_dir).plan()
+
     def check(self, names: Iterable[str]) -> None:
         """Raises UserError for what is certain to fail in any of these runs."""
         for name in names:
@@ -184,7 +192,7 @@ def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) ->
         return [runs.stage(name, say) for name in runs.order]
 
     def plan() -> Plan:
-        return Plan.merged({name: runs.jobs[name].plan() for name in runs.order})
+        return Plan.merged({name: runs.plan(name) for name in runs.order})
 
     config = {name: {"kind": job.kind, "config": job.config} for name, job in runs.jobs.items()}
     return Job("pipeline", config, work_dir, stages, plan, lambda: runs.check(runs.order))

@@ -54,7 +54,7 @@ def write_copies(config: CopyConfig, images: Path, folder: Path) -> dict[str, An
     rows: dict[str, np.ndarray] = {"generated": scores}
     record: dict[str, Any] = {"image": str(config.image), "encoder": encoder.fingerprint, "median": _half(scores)}
     text = (
-        f"Mean over the patches of an image of the best cosine similarity to a patch of the crop, of {len(crops)} "
+        f"Mean over the patches of an image of the best similarity to a patch of the crop, of {len(crops)} "
         "crops of the training image, that it resembles most; 1 means that every patch occurs there."
     )
     if config.others is not None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_place
+from PIL import Image
 
 from fmda import trees
 from fmda.errors import UserError
@@ -16,6 +17,7 @@ from fmda.mesh import make_mesh, replicate, shard_batch
 from fmda.methods.kinds import open_run
 from fmda.methods.uda.network import Network, NetworkConfig
 from fmda.methods.uda.objective import LearnConfig, make_objective
+from fmda.methods.uda.run import make_task
 from fmda.methods.uda.self_training import SelfTrainingConfig, initial_aux, teacher_decay
 from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import init
@@ -187,6 +189,32 @@ def test_every_family_at_once_exports_the_network_alone(place):
     assert {"loss_mmd", "loss_dann", "loss_adversarial", "loss_discriminator", "loss_entropy"} <= set(logged[0])
     assert set(read_params(work / "train", "params")) == {"encoder", "head", "adversary"}
     assert set(load_segmentation(work / "export/network").params) == {"encoder", "head"}
+
+
+def test_generated_targets_of_differing_sizes_are_cropped_and_smaller_ones_refused(place, tmp_path):
+    folder = tmp_path / "set/images"
+    folder.mkdir(parents=True)
+    overrides = [f"target.root={tmp_path / 'set'}", "target.split=train"]
+    with pytest.raises(UserError, match="no images of 'folder', split 'train'"):
+        execute(place, "refused", *overrides)
+    for name, size in (("a", (40, 32)), ("b", (64, 48))):
+        Image.fromarray(np.full((*size[::-1], 3), 9, np.uint8)).save(folder / f"{name}.png")
+    job = open_run(place / "run.yaml", overrides)
+    job.check()
+    target = job.config.target.open()
+    streams = make_task(job.config, Network(job.config.network, 3), target, target).streams
+    assert streams["target"].rows(range(8), 0)["image"].shape == (8, 32, 32, 3)
+    Image.fromarray(np.zeros((24, 48, 3), np.uint8)).save(folder / "c.png")
+    with pytest.raises(UserError, match=r"c.png has 48x24 pixels, less than a crop of 32; lower crop or enlarge"):
+        execute(place, "refused", *overrides)
+    open_run(place / "run.yaml", [*overrides, "target.resize=[96,48]"]).check()
+
+
+def test_the_plan_needs_neither_the_encoder_nor_the_data_of_known_names(place):
+    known = ["data={name: gta5}", "network={family: segformer, encoder: nvidia/mit-b0}", "batch=2"]
+    assert dict(open_run(place / "run.yaml", known).plan().parameters)["encoder"] == 3_319_392
+    plan = open_run(place / "run.yaml", ["network.encoder=someone/unknown"]).plan()
+    assert not plan.parameters and "someone/unknown is not on this machine yet" in plan.notes[0]
 
 
 def test_other_classes_need_a_new_head(place, run):
