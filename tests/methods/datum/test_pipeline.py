@@ -1,13 +1,24 @@
 """The pipeline from one image to a scored network: its arms, its plan, and a dry run of every stage."""
 
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import pytest
+import small_diffusion
 
 from fmda.config import read_yaml
 from fmda.methods.kinds import open_run
+from fmda.methods.render import RenderConfig, write_world
+from fmda.models.mit import Mit, MitConfig
+from fmda.models.module import init
+from fmda.weights.network import save
 
 CONFIGS = Path(__file__).parents[3] / "configs/datum"
 REAL = CONFIGS / "gta5-to-cityscapes-daformer.yaml"
@@ -43,3 +54,68 @@ def test_the_street_runs_open_and_score_their_own_domain(name):
         assert job.config[run]["config"].val.split == domain
     assert f"/{domain}/" in str(job.config["personalise"]["config"].image)
     assert read_yaml(CONFIGS / f"{name}.yaml")
+
+
+def scenes(folder, mit):
+    """Fills a folder with GTA5 and Cityscapes in their layouts, of rendered streets, and two tiny networks."""
+    write_world(RenderConfig({"game": 4, "photo": 4}, height=32, width=64), folder / "world")
+    for domain, image, labels in (
+        ("game", "gta5/images/{}.png", "gta5/labels/{}_labelTrainIds.png"),
+        (
+            "photo",
+            "cityscapes/leftImg8bit/{split}/town/{}_leftImg8bit.png",
+            "cityscapes/gtFine/{split}/town/{}_gtFine_labelTrainIds.png",
+        ),
+    ):
+        for index in range(4):
+            for part, place in (("images", image), ("labels", labels)):
+                path = folder / place.format(f"{index:06}", split="train" if index < 2 else "val")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / f"world/{domain}/{part}/{index:06}.png", path)
+    small_diffusion.stable_diffusion(folder / "diffusion")
+    save("mit", folder / "mit", mit, init(lambda rngs: Mit(mit, rngs=rngs), jax.random.key(0)))
+
+
+@pytest.mark.slow
+def test_a_dry_run_walks_every_stage_with_sizes_shrunk_by_overrides_alone(tmp_path):
+    tiny = MitConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2))
+    scenes(tmp_path, tiny)
+    train = "cityscapes/leftImg8bit/train/town"
+    uda = "network.encoder=mit resize=[64,32] protocol.resize=[64,32] crop=32 rare_pixels=10 steps=2"
+    overrides = [
+        f"runs.personalise.{setting}"
+        for setting in f"image={train}/000000_leftImg8bit.png model=diffusion revision=null resize=32 crop=16 steps=2 "
+        "snapshots=[2] export=[2]".split()
+    ]
+    overrides += [
+        f"runs.generate.{setting}"
+        for setting in "model=@personalise/export/2 count=8 sample.steps=4 sample.size=[32,32] dtype=float32 "
+        f"copies.encoder=street-dino copies.others={train}".split()
+    ]
+    overrides += [f"runs.{run}.{setting}" for run in ("source-only", "datum") for setting in uda.split()]
+    environment = os.environ | {
+        "FMDA_DATA": str(tmp_path),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": str(CONFIGS.parents[1]),
+    }
+    command = [sys.executable, "-m", "fmda", "run", str(REAL), "work_dir=run", *overrides]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert len(list((run / "generate/images/images").iterdir())) == 8
+    assert 0 <= json.loads((run / "generate/copies/copies.json").read_text())["copies"] <= 1
+    page = (run / "report/report.html").read_text(encoding="utf-8")
+    for name in ("source-only", "datum"):
+        assert 0 <= json.loads((run / name / "score/stage.json").read_text())["outputs"]["miou"] <= 1
+        assert name in page
+    assert "Near the training image" in page
+
+
+@pytest.mark.slow
+def test_the_real_run_is_planned_at_full_size():
+    counts = dict(open_run(REAL).plan().parameters)
+    assert counts["personalise: trained"] == 859_520_964 + 123_060_480
+    assert counts["generate: unet"] == 859_520_964
+    assert counts["source-only: trained"] == counts["datum: trained"] == 85_155_283
