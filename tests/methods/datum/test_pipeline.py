@@ -16,6 +16,7 @@ import small_diffusion
 from fmda.config import read_yaml
 from fmda.methods.kinds import open_run
 from fmda.methods.render import RenderConfig, write_world
+from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig
 from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import init
 from fmda.weights.network import save
@@ -43,6 +44,14 @@ def test_each_arm_is_a_setting(name):
 
 def test_there_are_arms():
     assert len(arms()) == 12
+
+
+def test_both_adaptations_have_the_published_optimizer():
+    runs = open_run(REAL).config
+    for name in ("source-only", "datum"):
+        config = runs[name]["config"]
+        assert config.optim == DAFORMER_OPTIM and (config.steps, config.batch, config.crop) == (40000, 2, 512)
+    assert runs["datum"]["config"].learn.self_training == SelfTrainingConfig()
 
 
 @pytest.mark.parametrize("name", ["street-night", "street-fog"])
@@ -82,6 +91,7 @@ def test_a_dry_run_walks_every_stage_with_sizes_shrunk_by_overrides_alone(tmp_pa
     scenes(tmp_path, tiny)
     train = "cityscapes/leftImg8bit/train/town"
     uda = "network.encoder=mit resize=[64,32] protocol.resize=[64,32] crop=32 rare_pixels=10 steps=2"
+    uda += " optim.warmup_steps=0"
     overrides = [
         f"runs.personalise.{setting}"
         for setting in f"image={train}/000000_leftImg8bit.png model=diffusion revision=null resize=32 crop=16 steps=2 "
