@@ -163,7 +163,7 @@ class Runs:
 
     def plan(self, name: str) -> Plan:
         """Returns the plan of a run; a model that an earlier run personalises has the sizes of the one that it was."""
-        model = self._raw[name].get("model")
+        model = str(self._raw[name].get("model", ""))
         base = self._raw[referred(model, self.order)].get("model") if pending(model) else None
         if base is None:
             return self.jobs[name].plan()
