@@ -3,17 +3,21 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fmda import trees
 from fmda.methods.kinds import open_run
 from fmda.methods.uda.network import Network, NetworkConfig
-from fmda.methods.uda.objective import DistanceConfig
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig
+from fmda.methods.uda.objective import DistanceConfig, make_objective
+from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig, initial_aux
+from fmda.models.daformer import DaFormerConfig
 from fmda.models.dinov2 import Dinov2, Dinov2Config
-from fmda.models.module import init
-from fmda.weights.network import save
+from fmda.models.module import init, separated
+from fmda.train.step import create_state, step_flops
+from fmda.weights.network import network_graph, save
 
 FOLDER = Path(__file__).parents[3] / "configs/uda"
 
@@ -35,6 +39,31 @@ def test_the_first_holds_the_constants_of_daformer_and_others_change_few():
     assert synthia.learn.self_training == SelfTrainingConfig(ignored_rows=(15, 120), masked=1.0)
     night = open_run(FOLDER / "cityscapes-to-dark-zurich-daformer.yaml").config
     assert night.learn.self_training.ignored_rows == (0, 0) and night.target.split == "train"
+
+
+@pytest.mark.slow
+def test_a_step_of_daformer_costs_what_its_layers_add_up_to():
+    config = open_run(FOLDER / "gta5-to-cityscapes-daformer.yaml").config
+    graphdef, shapes = network_graph("daformer", DaFormerConfig())
+    params, statistics = separated(graphdef, shapes)
+    assert trees.count(params) == 85_155_283
+    state = jax.eval_shape(lambda: create_state(*filled((params,)), optax.identity(), aux=initial_aux({}, 19)))
+    state = state._replace(aux=state.aux | {"statistics": statistics})
+    image, labels = jax.ShapeDtypeStruct((2, 512, 512, 3), np.uint8), jax.ShapeDtypeStruct((2, 512, 512), np.uint8)
+    batch = {"source": {"image": image, "labels": labels}, "target": {"image": image}}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    flops = step_flops(make_objective(graphdef, 19, config.learn), state, {"encoder": params["encoder"]}, batch, key)
+    # multiply-accumulates of two images, in units of 1e9: source and mixed images forward and backward, the teacher
+    # forward, the encoder before training forward
+    encoder, network = 2 * 69.4, 2 * (69.4 + 56.9)
+    counted = 7 * network + encoder
+    assert flops / 2e9 == pytest.approx(counted, rel=0.02)
+    # DAFormer's code goes backward through the encoder once more, for the feature distance alone
+    assert flops / 2e9 + 2 * encoder == pytest.approx(2185, rel=0.02)
+
+
+def filled(shapes):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def test_a_segmenter_is_built_around_a_dinov2(tmp_path):
