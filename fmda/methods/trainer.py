@@ -106,11 +106,11 @@ def trainer_plan(
 
 
 def plan_without_sizes(stages: Sequence[Stage], **sources: str | Path | None) -> Plan | None:
-    """Returns a plan of stages alone where a source, by option, is no folder or embedded model yet; else None."""
+    """Returns a plan of stages alone where a source, by option, is no file or embedded model yet; else None."""
     absent = [
         f"{name}: {source} is not on this machine yet; no sizes are known"
         for name, source in sources.items()
         if source is not None
-        and (pending(source) or not (str(source) in asset_names() or Path(source).expanduser().is_dir()))
+        and (pending(source) or not (str(source) in asset_names() or Path(source).expanduser().exists()))
     ]
     return Plan(stages=tuple((stage.name, "") for stage in stages), notes=tuple(absent)) if absent else None

@@ -56,7 +56,7 @@ def test_shares_are_a_plain_mean_at_first_and_then_a_running_one():
 
 
 def test_the_defaults_are_those_of_the_paper():
-    config, rate = SelfTrainingConfig(), self_training.DAFORMER_OPTIM
+    config, rate = SelfTrainingConfig(), self_training.Optimizer()
     found = (config.decay, config.threshold, config.jitter, config.strength, config.blur, config.masked)
     assert found == (0.999, 0.968, 0.8, 0.2, 0.5, 0)
     assert (rate.learning_rate, rate.power, rate.warmup_steps, rate.weight_decay) == (6e-5, 1, 1500, 0.01)

@@ -13,7 +13,7 @@ import pytest
 
 from fmda.methods.uda import self_training
 from fmda.methods.uda.objective import make_objective
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, initial_aux
+from fmda.methods.uda.self_training import Optimizer, initial_aux
 from fmda.models.mit import MitConfig
 from fmda.models.module import separated
 from fmda.train.optim import make_optimizer
@@ -29,7 +29,7 @@ SETTINGS = dict(
 )  # fmt: skip
 """The same of transformers' SegFormer."""
 # larger steps than DAFormer's, so that a wrong teacher shows, and an epsilon above the noise of vanishing gradients
-OPTIM = replace(DAFORMER_OPTIM, learning_rate=2e-3, warmup_steps=2, eps=1e-4, weight_decay=0.1)
+OPTIM = replace(Optimizer(), learning_rate=2e-3, warmup_steps=2, eps=1e-4, weight_decay=0.1)
 
 
 class Peer(NamedTuple):

@@ -1,7 +1,7 @@
 """Discriminators of source and target: small convolutional networks that are trained beside the student.
 
 Their parameters are `params["adversary"]`. The network itself, its teacher and its export never see them. Their
-learning rate is a multiplier of the optimizer, `adversary/*`; `DAFORMER_OPTIM` has 10, as for heads.
+learning rate is a multiplier of the optimizer, `adversary/*`; `Optimizer` has 10, as for heads.
 """
 
 from collections.abc import Sequence

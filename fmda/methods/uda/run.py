@@ -44,11 +44,11 @@ from fmda.methods.uda.adversary import without_adversary
 from fmda.methods.uda.network import NETWORK, Network, NetworkConfig, known_encoder
 from fmda.methods.uda.objective import LearnConfig, init_adversary, make_objective
 from fmda.methods.uda.output_adversarial import LEAST_CROP
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, initial_aux, teacher_decay
+from fmda.methods.uda.self_training import Optimizer, initial_aux, teacher_decay
 from fmda.methods.uda.style import open_autoencoder
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
-from fmda.train import Evaluator, OptimConfig, Task, TrainerConfig, TrainState, best_step, read_params
+from fmda.train import Evaluator, Task, TrainerConfig, TrainState, best_step, read_params
 from fmda.trees import Tree
 from fmda.weights.files import read_json
 from fmda.weights.network import Loaded, save, weight_fingerprint
@@ -114,7 +114,7 @@ class Config(TrainerConfig):
     rare_crop: NonNegativeInt = 1500
     steps: PositiveInt = 40000
     batch: PositiveInt = 2
-    optim: OptimConfig = DAFORMER_OPTIM
+    optim: Optimizer = Optimizer()
     evaluate_steps: NonNegativeInt = field(default=2000, metadata=FREE)
     label_free_images: PositiveInt = field(default=50, metadata=FREE)
 

@@ -5,8 +5,8 @@ and the student learns the result after strong changes of colour and sharpness, 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,19 @@ from fmda.models.module import statistics_of
 from fmda.train import OptimConfig, TrainState
 from fmda.trees import Tree
 
-DAFORMER_OPTIM = OptimConfig(
-    learning_rate=6e-5, schedule="poly", power=1.0, warmup_steps=1500, weight_decay=0.01,
-    no_decay=("encoder/*norm*",), multipliers={"encoder/*": 1.0, "*": 10.0},
-)  # fmt: skip
-"""AdamW of DAFormer: ten times the rate for all but the encoder, no decay on the encoder's norms, decay on all else."""
+
+@dataclass(frozen=True)
+class Optimizer(OptimConfig):
+    """AdamW of DAFormer: ten times the rate for all but the encoder, no decay on the encoder's norms, else on all."""
+
+    learning_rate: NonNegativeFloat = 6e-5
+    schedule: Literal["cosine", "linear", "poly", "step", "constant"] = "poly"
+    power: NonNegativeFloat = 1.0
+    warmup_steps: NonNegativeInt = 1500
+    weight_decay: NonNegativeFloat = 0.01
+    no_decay: tuple[str, ...] = ("encoder/*norm*",)
+    multipliers: dict[str, NonNegativeFloat] = field(default_factory=lambda: {"encoder/*": 1.0, "*": 10.0})
+
 
 SHARES_DECAY = 0.99
 """Share that the running mean of pseudo-label shares keeps at each step."""

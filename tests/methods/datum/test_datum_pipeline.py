@@ -16,7 +16,7 @@ import small_diffusion
 from fmda.config import read_yaml
 from fmda.methods.kinds import open_run
 from fmda.methods.render import RenderConfig, write_world
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig
+from fmda.methods.uda.self_training import Optimizer, SelfTrainingConfig
 from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import init
 from fmda.weights.network import save
@@ -50,7 +50,7 @@ def test_both_adaptations_have_the_published_optimizer():
     runs = open_run(REAL).config
     for name in ("source-only", "datum"):
         config = runs[name]["config"]
-        assert config.optim == DAFORMER_OPTIM and (config.steps, config.batch, config.crop) == (40000, 2, 512)
+        assert config.optim == Optimizer() and (config.steps, config.batch, config.crop) == (40000, 2, 512)
     assert runs["datum"]["config"].learn.self_training == SelfTrainingConfig()
 
 

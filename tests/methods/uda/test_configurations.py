@@ -12,7 +12,7 @@ from fmda import trees
 from fmda.methods.kinds import open_run
 from fmda.methods.uda.network import Network, NetworkConfig
 from fmda.methods.uda.objective import DistanceConfig, make_objective
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig, initial_aux
+from fmda.methods.uda.self_training import Optimizer, SelfTrainingConfig, initial_aux
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.dinov2 import Dinov2, Dinov2Config
 from fmda.models.module import init, separated
@@ -33,7 +33,7 @@ def test_the_first_holds_the_constants_of_daformer_and_others_change_few():
     config = open_run(FOLDER / "gta5-to-cityscapes-daformer.yaml").config
     assert config.learn.self_training == SelfTrainingConfig(ignored_rows=(15, 120))
     assert config.learn.distance == DistanceConfig()
-    assert (config.optim.learning_rate, config.optim.no_decay) == (6e-5, DAFORMER_OPTIM.no_decay)
+    assert (config.optim.learning_rate, config.optim.no_decay) == (6e-5, Optimizer().no_decay)
     synthia = open_run(FOLDER / "synthia-to-cityscapes-mic.yaml").config
     assert (synthia.resize, synthia.val.class_map, synthia.rare_crop) == (None, "cityscapes-to-synthia16", 1500)
     assert synthia.learn.self_training == SelfTrainingConfig(ignored_rows=(15, 120), masked=1.0)

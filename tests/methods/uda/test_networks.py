@@ -8,7 +8,7 @@ import pytest
 
 from fmda.methods.uda.network import NEW, NetworkConfig
 from fmda.methods.uda.objective import DistanceConfig, LearnConfig, make_objective
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig, initial_aux
+from fmda.methods.uda.self_training import Optimizer, SelfTrainingConfig, initial_aux
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.deeplab_v2 import DeepLabV2Config
 from fmda.models.dinov2 import Dinov2Config
@@ -47,7 +47,7 @@ def test_every_parameter_has_a_gradient_and_aux_keeps_its_form(family):
     image = jax.ShapeDtypeStruct((2, SIDE, SIDE, 3), jnp.uint8)
     labels = jax.ShapeDtypeStruct((2, SIDE, SIDE), jnp.uint8)
     batch = {"source": {"image": image, "labels": labels}, "target": {"image": image}}
-    tx = make_optimizer(DAFORMER_OPTIM, 2000)
+    tx = make_optimizer(Optimizer(), 2000)
 
     def gradient(params, statistics, frozen, batch, key):
         state = create_state(params, tx, aux=initial_aux(statistics, CLASSES))
@@ -61,9 +61,7 @@ def test_every_parameter_has_a_gradient_and_aux_keeps_its_form(family):
 
     frozen = {"encoder": shapes["encoder"]}
     gradients, outcome, aux = jax.eval_shape(gradient, params, statistics, frozen, batch, jax.random.key(0))
-    assert set(outcome.metrics) == {f"loss_{name}" for name in ("source", "distance", "mixed")} | {
-        "confident"
-    }
+    assert set(outcome.metrics) == {f"loss_{name}" for name in ("source", "distance", "mixed")} | {"confident"}
     assert outcome.loss.shape == ()
     for ours, theirs in ((gradients, params), (outcome.aux, aux)):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), ours) == jax.tree.map(lambda x: (x.shape, x.dtype), theirs)
