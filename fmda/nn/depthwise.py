@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,56 +30,61 @@ def depthwise(
     dilation = (1, 1) if rhs_dilation is None else (rhs_dilation[0], rhs_dilation[1])
     reach = [(size - 1) * step + 1 for size, step in zip(kernel.shape[:2], dilation, strict=True)]
     pads = jax.lax.padtype_to_pads(x.shape[1:3], reach, strides, padding) if isinstance(padding, str) else padding
-    return _depthwise(strides, tuple(map(tuple, pads)), dilation, precision, x, kernel)
+    return _depthwise(_Form(strides, tuple(map(tuple, pads)), dilation, precision), x, kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _depthwise(
-    strides: Pair, pads: tuple[Pair, Pair], dilation: Pair, precision: Any, x: Array, kernel: Array
-) -> Array:
+class _Form(NamedTuple):
+    """What a convolution is besides its arrays."""
+
+    strides: Pair
+    pads: tuple[Pair, Pair]
+    dilation: Pair
+    precision: Any
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _depthwise(form: _Form, x: Array, kernel: Array) -> Array:
+    return jax.lax.platform_dependent(x, kernel, cpu=partial(_shifted, form), default=partial(_convolved, form))
+
+
+def _forward(form: _Form, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _depthwise(form, x, kernel), (x, kernel)
+
+
+def _backward(form: _Form, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     return jax.lax.platform_dependent(
-        x, kernel, cpu=partial(_shifted, strides, pads, dilation),
-        default=partial(_convolved, strides, pads, dilation, precision),
-    )  # fmt: skip
-
-
-def _forward(*arguments: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _depthwise(*arguments), arguments[-2:]
-
-
-def _backward(
-    strides: Pair, pads: tuple[Pair, Pair], dilation: Pair, precision: Any, saved: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    def transposed(product: Callable[[Array, Array], Array], x: Array, kernel: Array, gradient: Array) -> Any:
-        # the product is linear in each argument, so that no forward pass is needed
-        (dx,) = jax.linear_transpose(lambda x: product(x, kernel), x)(gradient)
-        (dk,) = jax.linear_transpose(lambda kernel: product(x, kernel), kernel)(gradient)
-        return dx, dk
-
-    return jax.lax.platform_dependent(
-        *saved, gradient, cpu=partial(transposed, partial(_shifted, strides, pads, dilation)),
-        default=partial(transposed, partial(_convolved, strides, pads, dilation, precision)),
-    )  # fmt: skip
+        *saved, gradient, cpu=partial(_transposed, _shifted, form), default=partial(_transposed, _convolved, form)
+    )
 
 
 _depthwise.defvjp(_forward, _backward)
 
 
-def _convolved(
-    strides: Pair, pads: tuple[Pair, Pair], dilation: Pair, precision: Any, x: Array, kernel: Array
-) -> Array:
+# jitted, so that the many equal layers of a network are traced once
+@partial(jax.jit, static_argnums=(0, 1))
+def _transposed(
+    product: Callable[[_Form, Array, Array], Array], form: _Form, x: Array, kernel: Array, gradient: Array
+) -> tuple[Array, Array]:
+    """Returns the gradients of a product that is linear in each factor: no forward pass is needed."""
+    (dx,) = jax.linear_transpose(lambda x: product(form, x, kernel), x)(gradient)
+    (dk,) = jax.linear_transpose(lambda kernel: product(form, x, kernel), kernel)(gradient)
+    return dx, dk
+
+
+def _convolved(form: _Form, x: Array, kernel: Array) -> Array:
     return jax.lax.conv_general_dilated(
-        x, kernel, strides, pads, rhs_dilation=dilation, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1], precision=precision,
+        x, kernel, form.strides, form.pads, rhs_dilation=form.dilation, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1], precision=form.precision,
     )  # fmt: skip
 
 
-def _shifted(strides: Pair, pads: tuple[Pair, Pair], dilation: Pair, x: Array, kernel: Array) -> Array:
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    (rows, columns), (down, right) = kernel.shape[:2], dilation
+@partial(jax.jit, static_argnums=0)
+def _shifted(form: _Form, x: Array, kernel: Array) -> Array:
+    padded = jnp.pad(x, ((0, 0), *form.pads, (0, 0)))
+    (rows, columns), (down, right), strides = kernel.shape[:2], form.dilation, form.strides
     h, w = (
         (side - (size - 1) * step - 1) // stride + 1
-        for side, size, step, stride in zip(padded.shape[1:3], (rows, columns), dilation, strides, strict=True)
+        for side, size, step, stride in zip(padded.shape[1:3], (rows, columns), form.dilation, strides, strict=True)
     )
     exact = jnp.promote_types(x.dtype, jnp.float32)
     out = jnp.zeros((), exact)

@@ -66,7 +66,8 @@ class BatchNorm(nnx.Module):
         return (wide * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)).astype(self.dtype)
 
     def _move(self, stored: nnx.BatchStat, new: Float[Array, "width"]) -> None:
-        stored[...] = (1 - self.momentum) * stored[...] + self.momentum * lax.stop_gradient(new)
+        # an assignment by index compares shardings, which takes seconds on values that are traced
+        stored.set_value((1 - self.momentum) * stored[...] + self.momentum * lax.stop_gradient(new))
 
 
 class LayerScale(nnx.Module):
