@@ -15,7 +15,8 @@ from small_diffusion import drawn, same
 import fmda
 from fmda import trees
 from fmda.errors import UserError
-from fmda.methods.uda.self_training import SelfTrainingConfig, initial_aux, make_objective
+from fmda.methods.uda.objective import DistanceConfig, LearnConfig, make_objective
+from fmda.methods.uda.self_training import SelfTrainingConfig, initial_aux
 from fmda.models import espnet_v2
 from fmda.models.espnet_v2 import EspNetV2, EspNetV2Config, adaptive_average, halved
 from fmda.models.module import abstract, parameter_count, separated
@@ -106,7 +107,8 @@ def test_a_network_that_does_not_segment_is_refused():
 def test_one_step_of_self_training_has_finite_gradients_and_moves_the_statistics(params):
     graphdef = network_graph("espnet_v2", SMALL)[0]
     student, statistics = separated(graphdef, params)
-    objective = make_objective(graphdef, 5, SelfTrainingConfig(distance=0.1, things=(1, 3), masked=1.0, threshold=0.3))
+    learn = LearnConfig(SelfTrainingConfig(masked=1.0, threshold=0.3), DistanceConfig(0.1, (1, 3)))
+    objective = make_objective(graphdef, 5, learn)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 2, 32, 48, 3), dtype=np.uint8)
     labels = np.repeat(rng.integers(0, 5, (2, 2, 3), dtype=np.uint8), 16, 1).repeat(16, 2)
