@@ -30,7 +30,8 @@ def depthwise(
     dilation = (1, 1) if rhs_dilation is None else (rhs_dilation[0], rhs_dilation[1])
     reach = [(size - 1) * step + 1 for size, step in zip(kernel.shape[:2], dilation, strict=True)]
     pads = jax.lax.padtype_to_pads(x.shape[1:3], reach, strides, padding) if isinstance(padding, str) else padding
-    return _depthwise(_Form(strides, tuple(map(tuple, pads)), dilation, precision), x, kernel)
+    (top, bottom), (left, right) = pads
+    return _depthwise(_Form(strides, ((top, bottom), (left, right)), dilation, precision), x, kernel)
 
 
 class _Form(NamedTuple):
