@@ -39,7 +39,7 @@ log_every: 1
 save_steps: 2
 evaluate_steps: 2
 best: val/miou
-optim: {learning_rate: 0.001, schedule: poly, multipliers: {"head/*": 10}}
+optim: {learning_rate: 0.001, warmup_steps: 0}
 """
 TINY = MitConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2))
 
