@@ -32,7 +32,7 @@ from sides.processes import BATCHES, answer, arguments, parsed, sweep, timed
 from fmda import trees
 from fmda.losses.features import THINGS
 from fmda.methods.uda.objective import DistanceConfig, LearnConfig, make_objective
-from fmda.methods.uda.self_training import DAFORMER_OPTIM, SelfTrainingConfig, initial_aux, teacher_decay
+from fmda.methods.uda.self_training import Optimizer, SelfTrainingConfig, initial_aux, teacher_decay
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.mit import MIT
 from fmda.models.module import separated
@@ -45,7 +45,7 @@ from fmda.weights.network import network_graph
 COMPARED, STEPS = 3, 40000
 LOSSES = ("loss_source", "loss_distance", "loss_mixed", "grad_norm")
 # an epsilon above the noise of vanishing gradients, which AdamW would enlarge
-OPTIM = replace(DAFORMER_OPTIM, warmup_steps=0, eps=1e-4)
+OPTIM = Optimizer(warmup_steps=0, eps=1e-4)
 # a threshold that random weights reach
 LEARN = LearnConfig(SelfTrainingConfig(threshold=0.1, jitter=0.0, blur=0.0), DistanceConfig())
 LABEL = THINGS[0]
