@@ -133,8 +133,9 @@ def predict(
     _load_jax()
     from fmda.evaluate import Segmenter
     from fmda.evaluate.predict import predict_files
+    from fmda.evaluate.protocol import parse_protocol
 
-    segmenter = Segmenter.load(model, protocol=_protocol(protocol))
+    segmenter = Segmenter.load(model, protocol=parse_protocol(protocol))
     for record in predict_files(segmenter, images, out):
         print(json.dumps(record) if as_json else record["labels"])
 
@@ -164,27 +165,15 @@ def evaluate(
     _load_jax()
     from fmda.data import open_dataset
     from fmda.evaluate import Segmenter, evaluate_dataset
+    from fmda.evaluate.protocol import parse_protocol
     from fmda.evaluate.segmenter import checkpoint_name, is_checkpoint
 
     examples = open_dataset(dataset, root, split)
     home = Path("runs") / checkpoint_name(model) if is_checkpoint(model) else model
     out = out or home / f"evaluate-{dataset}-{split}"
-    segmenter = Segmenter.load(model, protocol=_protocol(protocol))
+    segmenter = Segmenter.load(model, protocol=parse_protocol(protocol))
     scores = evaluate_dataset(segmenter, examples, class_map=class_map, out=out)
     print(json.dumps(scores.to_json()) if as_json else scores.table())
-
-
-def _protocol(values: tuple[str, ...]) -> Any:
-    """Returns the protocol of `key=value`s, or None without any."""
-    from fmda.config import from_dict, override
-    from fmda.evaluate import Protocol
-
-    if not values:
-        return None
-    chosen = override({}, values)
-    if "class_map" in chosen:
-        raise UserError("--protocol: class_map: is named by --class-map")
-    return from_dict(Protocol, chosen, "--protocol")
 
 
 def data_list(as_json: Json = False) -> None:

@@ -42,3 +42,23 @@ class DataConfig:
             return self.open().classes
         except UserError:
             return dataset_classes(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """Images whose labels, if there are any, need not be read.
+
+    Attributes:
+        name, root, split: as `fmda.open_dataset` takes them.
+        only: names of the images that are taken; none takes all.
+    """
+
+    name: str = "cityscapes"
+    root: Path | None = None
+    split: str = "train"
+    only: tuple[str, ...] = ()
+
+    def open(self, *, labels: bool = False) -> Dataset:
+        """Returns the images. Raises UserError for a name in `only` that is not among them."""
+        images = open_dataset(self.name, self.root, self.split, labels=labels)
+        return images.only(self.only) if self.only else images

@@ -3,7 +3,7 @@
 from fmda.evaluate.confusion import Scores, batch_confusion, confusion_matrix
 from fmda.evaluate.dataset import evaluate_dataset
 from fmda.evaluate.dead_classes import DeadClasses
-from fmda.evaluate.label_free import LabelFree, LabelFreeEvaluator, label_free_scores
+from fmda.evaluate.label_free import LabelFree, label_free_scores
 from fmda.evaluate.overlay import comparison, legend, overlay
 from fmda.evaluate.protocol import Protocol
 from fmda.evaluate.scoring import SegmentationEvaluator, score_on_mesh
@@ -13,7 +13,6 @@ from fmda.evaluate.windows import Predictor, window_starts
 __all__ = [
     "DeadClasses",
     "LabelFree",
-    "LabelFreeEvaluator",
     "Predictor",
     "Protocol",
     "Scores",

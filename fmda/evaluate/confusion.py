@@ -4,7 +4,7 @@ A matrix counts pixels: row = truth, column = prediction. Matrices of images, ba
 scores are computed from the sum. A mean of per-image scores is a different number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -126,6 +126,14 @@ class Scores:
             return NotImplemented
         same = np.array_equal(self.confusion, other.confusion) and np.array_equal(self.void, other.void)
         return self.names == other.names and same
+
+    def named(self) -> Iterator[tuple[str, float]]:
+        """Yields ("miou", value), "accuracy", and "iou/<class>" for each class that occurs; values in 0..1."""
+        yield "miou", self.miou
+        yield "accuracy", self.accuracy
+        for name, iou in zip(self.names, self.iou, strict=True):
+            if not np.isnan(iou):
+                yield f"iou/{name}", float(iou)
 
     @property
     def pixels(self) -> Int[np.ndarray, " K"]:

@@ -3,8 +3,7 @@
 They read the network's scores at pixels that are drawn at random in each image, and are means over images.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from fmda.evaluate.protocol import Protocol
 from fmda.evaluate.scoring import Prepared, image_count, local_copy, over_images, sum_over_processes
 from fmda.evaluate.windows import DenseForward, Geometry, WindowGrid, pixel_scores, score_samples
 from fmda.mesh import BATCH
+from fmda.nn.norm import unit
 
 TEMPERATURE = 0.05
 """Of the softmax over similarities, as in the paper."""
@@ -44,6 +44,10 @@ class LabelFree(NamedTuple):
     balance: float
     coverage: float
     agreement: float | None
+
+    def named(self) -> Iterator[tuple[str, float]]:
+        """Returns the scores by name, "agreement" only where there is a teacher."""
+        return ((name, value) for name, value in self._asdict().items() if value is not None)
 
 
 def label_free_scores(
@@ -105,27 +109,6 @@ def label_free_scores(
     return LabelFree(float(snd), float(certainty), balance, coverage, None if teacher is None else float(agreement))
 
 
-@dataclass(frozen=True)
-class LabelFreeEvaluator:
-    """Scores without labels of the network in training, for `fmda.train.task`; `best` may name any of them.
-
-    Attributes:
-        name: of the evaluation; scores are logged as `<name>/<score>`.
-        every: steps between evaluations; 0 evaluates at the end only.
-        score: training state -> scores, such as a call of `label_free_scores`.
-    """
-
-    name: str
-    every: int
-    score: Callable[[Any], LabelFree]
-
-    def run(self, state: Any) -> Iterator[tuple[str, float]]:
-        """Yields the scores of `LabelFree`, "agreement" only where there is a teacher."""
-        for name, value in self.score(state)._asdict().items():
-            if value is not None:
-                yield name, value
-
-
 def random_pixels(size: tuple[int, int], count: int, seed: tuple[int, ...]) -> Int[np.ndarray, "P 2"]:
     """Returns (row, column) of `count` different pixels, or of all, of a label map of `size` (height, width)."""
     total = size[0] * size[1]
@@ -140,7 +123,7 @@ def soft_neighbourhood_density(features: Float[Array, "n d"], temperature: float
     predicts one class for all pixels has the highest density. Read it beside `balance`.
     Source: Saito et al. 2021 ("Tune it the Right Way"), eq. 2 and 3.
     """
-    rows = features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    rows = unit(features)
     same = jnp.eye(len(rows), dtype=bool)
     similarity = jnp.matmul(rows, rows.T, precision="highest") / temperature
     log_probs = jax.nn.log_softmax(jnp.where(same, -jnp.inf, similarity), axis=1)

@@ -1,9 +1,11 @@
 """What a score depends on besides the model and the data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fmda.config import NonNegativeInt, PositiveFloat, PositiveInt
+from fmda.config import NonNegativeInt, PositiveFloat, PositiveInt, from_dict, override
+from fmda.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,13 @@ class Protocol:
 
 WHOLE_IMAGE = Protocol()
 """The image as it is, in one window."""
+
+
+def parse_protocol(values: Sequence[str]) -> Protocol | None:
+    """Returns the protocol of `--protocol key=value ...`, None without any. Raises UserError for invalid ones."""
+    if not values:
+        return None
+    chosen = override({}, values)
+    if "class_map" in chosen:
+        raise UserError("--protocol: class_map: is named by --class-map")
+    return from_dict(Protocol, chosen, "--protocol")

@@ -1,5 +1,6 @@
 """Scores of a dense network on the devices of a mesh: images in, sum of confusion matrices out."""
 
+import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,28 +96,31 @@ def score_on_mesh(
     return Scores.from_confusion(sum_over_processes(total), names, protocol)
 
 
+class NamedScores(typing.Protocol):
+    """Scores of one evaluation."""
+
+    def named(self) -> Iterable[tuple[str, float]]:
+        """Returns (name, value) pairs."""
+        ...
+
+
 @dataclass(frozen=True)
 class SegmentationEvaluator:
-    """Scores of the network in training on a held-out dataset, for `fmda.train.task`.
+    """Scores of the network in training, for `fmda.train.task`; `best` may name any of them.
 
     Attributes:
         name: of the evaluation; scores are logged as `<name>/<score>`.
         every: steps between evaluations; 0 evaluates at the end only.
-        score: training state -> scores, such as a call of `score_on_mesh`.
+        score: training state -> scores, such as a call of `score_on_mesh` or `label_free_scores`.
     """
 
     name: str
     every: int
-    score: Callable[[Any], Scores]
+    score: Callable[[Any], NamedScores]
 
-    def run(self, state: Any) -> Iterator[tuple[str, float]]:
-        """Yields ("miou", value), "accuracy", and "iou/<class>" for each class that occurs; values in 0..1."""
-        scores = self.score(state)
-        yield "miou", scores.miou
-        yield "accuracy", scores.accuracy
-        for name, iou in zip(scores.names, scores.iou, strict=True):
-            if not np.isnan(iou):
-                yield f"iou/{name}", float(iou)
+    def run(self, state: Any) -> Iterable[tuple[str, float]]:
+        """Returns the scores by name."""
+        return self.score(state).named()
 
 
 def read_ahead(read: Callable[[int], T], indices: Iterable[int]) -> Iterator[T]:

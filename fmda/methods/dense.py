@@ -67,22 +67,27 @@ class Encoder:
         return head_logits(params["head"], self.features(params["encoder"], pixels))
 
 
+def init_convolution(key: Any, size: int, inputs: int, outputs: int) -> Tree:
+    """Returns {"kernel" [size, size, inputs, outputs], "bias"}: normal of deviation 1 / sqrt(inputs), and 0."""
+    kernel = jax.random.normal(key, (size, size, inputs, outputs)) * (size * size * inputs) ** -0.5
+    return {"kernel": kernel, "bias": jnp.zeros((outputs,))}
+
+
+def convolved(params: Tree, x: Float[Array, "b h w c"], stride: int = 1, padding: Any = "SAME") -> Array:
+    """Returns the convolution of x [b, h2, w2, outputs] with the parameters of `init_convolution`."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x, params["kernel"], (stride, stride), padding, dimension_numbers=numbers)
+    return x + params["bias"][None, None, None]
+
+
 def init_head(key: Any, width: int, hidden: int, classes: int) -> Tree:
-    """Returns the parameters of a head: normal kernels of deviation 1 / sqrt(inputs), biases of 0."""
+    """Returns the parameters of a head (`init_convolution`)."""
     sizes = {"linear": (1, hidden or width, classes)} | ({"conv": (3, width, hidden)} if hidden else {})
-
-    def layer(key: Any, side: int, inputs: int, outputs: int) -> Tree:
-        kernel = jax.random.normal(key, (side, side, inputs, outputs)) * (side * side * inputs) ** -0.5
-        return {"kernel": kernel, "bias": jnp.zeros((outputs,))}
-
-    return {name: layer(jax.random.fold_in(key, i), *size) for i, (name, size) in enumerate(sizes.items())}
+    return {name: init_convolution(jax.random.fold_in(key, i), *size) for i, (name, size) in enumerate(sizes.items())}
 
 
 def head_logits(params: Tree, x: Float[Array, "b h w width"]) -> Float[Array, "b h w k"]:
     """Returns the logits of a head; with a hidden layer: 3x3 convolution, ReLU, linear."""
-    for name in ("conv", "linear") if "conv" in params else ("linear",):
-        kernel, bias = params[name]["kernel"], params[name]["bias"]
-        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        x = x + bias[None, None, None]
-        x = jax.nn.relu(x) if name == "conv" else x
-    return x
+    if "conv" in params:
+        x = jax.nn.relu(convolved(params["conv"], x))
+    return convolved(params["linear"], x)

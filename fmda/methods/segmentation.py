@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fmda.evaluate import Predictor, Protocol, Segmenter
 from fmda.evaluate.protocol import WHOLE_IMAGE
 from fmda.evaluate.segmenter import checkpoint_name
 from fmda.methods.dense import normalised
+from fmda.trees import Tree
 from fmda.weights.checkpoint import weight_fingerprint, weights_and_config
 from fmda.weights.files import read_json
 from fmda.weights.network import Loaded, load_segmentation
@@ -44,15 +46,21 @@ def load_segmenter(source: str | Path, protocol: Protocol = WHOLE_IMAGE) -> Segm
     Sides are rounded to what the network needs. Raises UserError as `open_segmentation`.
     """
     network, classes = open_segmentation(source)
-    graphdef = network.graphdef
-
-    def scores(params: Any, pixels: Float[Array, "n h w 3"]) -> Float[Array, "n h2 w2 k"]:
-        return nnx.merge(graphdef, params)(normalised(pixels))
-
-    protocol = replace(protocol, multiple=math.lcm(protocol.multiple, FAMILIES[network.family].multiple))
+    protocol = fitting(protocol, network.family)
+    scores = partial(dense_scores, network.graphdef)
     name = checkpoint_name(Path(source).expanduser())
     fingerprint = weight_fingerprint(network.params, network.config, classes.names, protocol)
     return Segmenter(Predictor(scores, network.params, protocol), classes, name, fingerprint, protocol)
+
+
+def dense_scores(graphdef: nnx.GraphDef, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
+    """Returns a network's logits of RGB in 0..255."""
+    return nnx.merge(graphdef, tree)(normalised(pixels))
+
+
+def fitting(protocol: Protocol, family: str) -> Protocol:
+    """Returns the protocol with the sides of images rounded to what networks of a family need."""
+    return replace(protocol, multiple=math.lcm(protocol.multiple, FAMILIES[family].multiple))
 
 
 def _classes(source: str | Path, folder: Path | None, count: int) -> ClassList:

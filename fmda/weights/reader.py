@@ -122,8 +122,10 @@ def written(config: Any, keys: Keys, fixed: Mapping[str, tuple[Any, ...]]) -> di
 
 
 def is_size(value: Any) -> bool:
+    """Returns whether a value of a configuration is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def is_number(value: Any) -> bool:
+    """Returns whether a value of a configuration is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -9,7 +9,7 @@ from test_scoring import PARAMS, PROTOCOL, forward
 
 from fmda.data import Example
 from fmda.errors import UserError
-from fmda.evaluate import LabelFreeEvaluator, Protocol, label_free_scores
+from fmda.evaluate import Protocol, SegmentationEvaluator, label_free_scores
 from fmda.evaluate.label_free import random_pixels, soft_neighbourhood_density
 from fmda.mesh import make_mesh
 
@@ -97,6 +97,6 @@ def test_an_empty_dataset_is_an_error(memory, mesh):
 
 
 def test_an_evaluator_leaves_out_the_agreement_without_a_teacher(memory, mesh):
-    evaluator = LabelFreeEvaluator("target", 50, lambda w: label_free_scores(forward, w, memory, mesh, PROTOCOL))
+    evaluator = SegmentationEvaluator("target", 50, lambda w: label_free_scores(forward, w, memory, mesh, PROTOCOL))
     assert (evaluator.name, evaluator.every) == ("target", 50)
     assert [name for name, _ in evaluator.run(PARAMS)] == ["snd", "certainty", "balance", "coverage"]

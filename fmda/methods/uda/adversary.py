@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from fmda.methods.dense import convolved, init_convolution
 from fmda.trees import Tree
 
 ADVERSARY = "adversary"
@@ -27,31 +28,16 @@ def without_adversary(params: Tree) -> Tree:
 
 
 def init_layers(key: Any, size: int, widths: Sequence[int]) -> Tree:
-    """Returns parameters of convolutions size x size from each width to the next.
-
-    Kernels are normal with deviation 1 / sqrt(inputs), biases 0.
-    """
-
-    def layer(key: Any, inputs: int, outputs: int) -> Tree:
-        kernel = jax.random.normal(key, (size, size, inputs, outputs)) * (size * size * inputs) ** -0.5
-        return {"kernel": kernel, "bias": jnp.zeros(outputs)}
-
+    """Returns parameters of convolutions size x size from each width to the next (`init_convolution`)."""
     pairs = zip(widths[:-1], widths[1:], strict=True)
-    return {i: layer(jax.random.fold_in(key, i), *pair) for i, pair in enumerate(pairs)}
+    return {i: init_convolution(jax.random.fold_in(key, i), size, *pair) for i, pair in enumerate(pairs)}
 
 
 def domain_logits(params: Tree, x: Float[Array, "b h w c"], stride: int, padding: int) -> Float[Array, "b h2 w2 1"]:
     """Returns the logits of the target domain, leaky ReLU (0.2) between the layers."""
     for i in range(len(params)):
         x = x if i == 0 else jax.nn.leaky_relu(x, 0.2)
-        x = jax.lax.conv_general_dilated(
-            x,
-            params[i]["kernel"],
-            (stride, stride),
-            [(padding, padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        x = x + params[i]["bias"][None, None, None]
+        x = convolved(params[i], x, stride, [(padding, padding)] * 2)
     return x
 
 

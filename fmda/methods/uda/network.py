@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 from fmda import trees
 from fmda.config import FolderOrName
 from fmda.errors import UserError
-from fmda.methods.dense import normalised
-from fmda.methods.segmentation import open_segmentation
+from fmda.methods.segmentation import dense_scores, open_segmentation
 from fmda.models.catalog import ENTRIES
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.deeplab_v2 import DeepLabV2Config
@@ -122,7 +121,8 @@ class Network:
 
     def init(self, key: Any) -> Tree:
         """Returns newly drawn parameters."""
-        return separated(self.graphdef, self._draw(key))[0]
+        build = FAMILIES[self.family].build
+        return separated(self.graphdef, init(lambda rngs: build(self.config, dtype=np.float32, rngs=rngs), key))[0]
 
     def statistics(self) -> Tree:
         """Returns the running statistics before training: those of the weights, elsewhere mean 0 and variance 1."""
@@ -142,9 +142,6 @@ class Network:
         """Returns logits of RGB in 0..255; `tree` is the whole tree."""
         return dense_scores(self.graphdef, tree, pixels)
 
-    def _draw(self, key: Any) -> Tree:
-        return init(lambda rngs: FAMILIES[self.family].build(self.config, dtype=np.float32, rngs=rngs), key)
-
 
 def known_encoder(source: str | None) -> Loaded | None:
     """Returns an encoder of the catalogue that is no folder here, with shapes in place of arrays; None for others."""
@@ -153,11 +150,6 @@ def known_encoder(source: str | None) -> Loaded | None:
             if entry.family and source in (entry.source, *entry.mirrors):
                 return Loaded(entry.family, entry.config, network_graph(entry.family, entry.config)[1])
     return None
-
-
-def dense_scores(graphdef: nnx.GraphDef, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
-    """Returns a network's logits of RGB in 0..255."""
-    return nnx.merge(graphdef, tree)(normalised(pixels))
 
 
 NETWORK = "network"

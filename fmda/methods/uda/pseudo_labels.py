@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, UInt8, UInt16
 
 from fmda.atomic import write_json
 from fmda.config import FolderOrName, Share
-from fmda.data import ClassList, Dataset, open_dataset, read_image
+from fmda.data import ClassList, Dataset, read_image
+from fmda.data.config import ImagesConfig
 from fmda.errors import disk_errors
 from fmda.evaluate import Predictor, Segmenter
 from fmda.evaluate.segmenter import Forward
@@ -32,26 +33,6 @@ LEVELS = 65535
 UNSURE = 255
 SPLIT = "train"
 """The split of the dataset that is written."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImagesConfig:
-    """Images whose labels, if there are any, are not read.
-
-    Attributes:
-        name, root, split: as `fmda.open_dataset` takes them.
-        only: names of the images that are taken; none takes all.
-    """
-
-    name: str = "cityscapes"
-    root: Path | None = None
-    split: str = "train"
-    only: tuple[str, ...] = ()
-
-    def open(self) -> Dataset:
-        """Returns the images. Raises UserError for a name in `only` that is not among them."""
-        images = open_dataset(self.name, self.root, self.split, labels=False)
-        return images.only(self.only) if self.only else images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """Adaptation of a segmentation network to a domain without labels. Kind `uda`; without a target, source only."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,9 +12,9 @@ import numpy as np
 from fmda import trees
 from fmda.atomic import write_json
 from fmda.config import FREE, NonNegativeInt, PositiveFloat, PositiveInt, from_dict, to_dict
-from fmda.data import Dataset, open_dataset
+from fmda.data import Dataset
 from fmda.data.check import check_images
-from fmda.data.config import DataConfig
+from fmda.data.config import DataConfig, ImagesConfig
 from fmda.data.dataset import Example
 from fmda.data.files import image_size
 from fmda.data.streams import Order, RareClasses, Shuffled, Stream, class_pixels
@@ -24,7 +23,6 @@ from fmda.errors import UserError
 from fmda.evaluate import (
     DeadClasses,
     LabelFree,
-    LabelFreeEvaluator,
     Protocol,
     Scores,
     SegmentationEvaluator,
@@ -51,34 +49,23 @@ from fmda.runs.stages import Stage, pending
 from fmda.train import Evaluator, Task, TrainerConfig, TrainState, best_step, read_params
 from fmda.trees import Tree
 from fmda.weights.files import read_json
-from fmda.weights.network import Loaded, save, weight_fingerprint
+from fmda.weights.network import Loaded, save
 from fmda.weights.registry import FAMILIES
 
 SHUFFLED = Shuffled()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetConfig:
-    """Images of the target domain.
+class TargetConfig(ImagesConfig):
+    """Images of the target domain; one alone, named by `only`, is the one-shot setting.
 
     Attributes:
-        name, root, split: as `fmda.open_dataset` takes them.
         labels: read the labels that lie beside the images, such as pseudo-labels; they are of the source's classes.
-        only: names of the images that are taken; none takes all. One alone is the one-shot setting.
         resize: largest (long, short) side of an image; None keeps the size.
     """
 
-    name: str = "cityscapes"
-    root: Path | None = None
-    split: str = "train"
     labels: bool = False
-    only: tuple[str, ...] = ()
     resize: tuple[PositiveInt, PositiveInt] | None = None
-
-    def open(self) -> Dataset:
-        """Returns the images. Raises UserError for a name in `only` that is not among them."""
-        images = open_dataset(self.name, self.root, self.split, labels=self.labels)
-        return images.only(self.only) if self.only else images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +171,7 @@ def check(config: Config) -> None:
     data = config.data.open()
     common_list(data.classes, config.val.open().classes, config.scoring.class_map)
     if config.target:
-        target = config.target.open()
+        target = config.target.open(labels=config.target.labels)
         check_crops(target, config.target.resize, config.crop)
         if config.target.labels and target.classes.names != data.classes.names:
             raise UserError(f"target: its labels are of {target.classes!r}, those of the source of {data.classes!r}")
@@ -259,18 +246,15 @@ def _blank_task(config: Config) -> Task:
 
 def _task(config: Config) -> Task:
     data, val = config.data.open(), config.val.open()
-    target = config.target.open() if config.target else None
+    target = config.target.open(labels=config.target.labels) if config.target else None
     for images in (data, target) if target else (data,):
         check_images(images)
     network = Network(config.network, len(data.classes.names))
-    order = (
-        SHUFFLED
-        if config.rare is None
-        else RareClasses(class_pixels(data), config.rare, config.rare_pixels, config.rare_crop)
-    )
+    order: Order = SHUFFLED
+    if config.rare is not None:
+        order = RareClasses(class_pixels(data), config.rare, config.rare_pixels, config.rare_crop)
     mesh, limit = make_mesh(*config.mesh), config.val.limit
-
-    protocol = replace(config.scoring, multiple=math.lcm(config.scoring.multiple, FAMILIES[network.family].multiple))
+    protocol = segmentation.fitting(config.scoring, network.family)
 
     def whole(state: TrainState, params: Tree | None = None) -> Tree:
         return trees.joined(without_adversary(params or state.params), state.aux["statistics"])
@@ -288,7 +272,7 @@ def _task(config: Config) -> Task:
         def score_target(state: TrainState) -> LabelFree:
             return without_labels(whole(state), teacher=whole(state, state.teacher) if state.teacher else None)
 
-        evaluators.append(LabelFreeEvaluator("target", config.evaluate_steps, score_target))
+        evaluators.append(SegmentationEvaluator("target", config.evaluate_steps, score_target))
         if config.learn.self_training:
             names = data.classes.names
             evaluators.append(DeadClasses("teacher", config.evaluate_steps, names, lambda state: state.aux["shares"]))
@@ -296,7 +280,7 @@ def _task(config: Config) -> Task:
     facts |= {"target": target.digest()} if target else {}
     autoencoder = open_autoencoder(config.learn.style, config.crop)
     if autoencoder is not None:
-        facts["autoencoder"] = weight_fingerprint(autoencoder.params, autoencoder.config)
+        facts["autoencoder"] = autoencoder.fingerprint
     task = make_task(config, network, data, target, order, autoencoder=autoencoder, evaluators=evaluators, facts=facts)
     return with_resident_data(task) if config.data.resident == "auto" else task
 
