@@ -53,15 +53,40 @@ def mmd(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, ""]:
     gets no gradient, for k = -3 to 1. Pairs of a row with itself are left out within a sample (unbiased).
     Source: Long et al. 2015, DAN.
     """
+    return class_mmd(x, y, jnp.zeros(len(x), jnp.int32), jnp.zeros(len(y), jnp.int32), 1)
+
+
+def class_mmd(
+    x: Float[Array, "n d"],
+    y: Float[Array, "m d"],
+    x_classes: Int[Array, " n"],
+    y_classes: Int[Array, " m"],
+    classes: int,
+) -> Float[Array, ""]:
+    """Returns the mean over classes of the `mmd` of the rows of a class in x and in y.
+
+    Only classes with at least two rows in both samples count; 0 without any. Rows of class 255 are in no class. The
+    kernels of all classes have the widths of all rows.
+    """
     n, m = len(x), len(y)
     rows = jnp.concatenate([x, y]).astype(jnp.float32)
-    products = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
+    exact = jax.lax.Precision.HIGHEST
+    products = jnp.matmul(rows, rows.T, precision=exact)
     lengths = jnp.diagonal(products)
     squared = jnp.maximum(lengths[:, None] + lengths[None] - 2 * products, 0.0)
     mean = jnp.maximum(jax.lax.stop_gradient(squared.mean()), 1e-12)
     kernel = sum((jnp.exp(-squared / (2 * 2.0**k * mean)) for k in range(-3, 2)), jnp.zeros_like(squared))
     own = kernel * (1 - jnp.eye(n + m))
-    return own[:n, :n].sum() / (n * (n - 1)) + own[n:, n:].sum() / (m * (m - 1)) - 2 * kernel[:n, n:].mean()
+    ours, theirs = jax.nn.one_hot(x_classes, classes), jax.nn.one_hot(y_classes, classes)
+    a, b = ours.sum(0), theirs.sum(0)
+
+    def average(kernel: Array, left: Array, right: Array, pairs: Array) -> Array:
+        return jnp.einsum("ik,ij,jk->k", left, kernel, right, precision=exact) / jnp.maximum(pairs, 1)
+
+    within = average(own[:n, :n], ours, ours, a * (a - 1)) + average(own[n:, n:], theirs, theirs, b * (b - 1))
+    distances = within - 2 * average(kernel[:n, n:], ours, theirs, a * b)
+    counted = (a > 1) & (b > 1)
+    return (distances * counted).sum() / jnp.maximum(counted.sum(), 1)
 
 
 @jax.custom_vjp

@@ -49,9 +49,20 @@ def pseudo_labels(
 
     The share is the weight of each pixel of the batch in the loss (Tranheden et al. 2021, DACS). No gradient.
     """
+    labels, confidence = _predicted(logits)
+    return labels, (confidence >= threshold).mean(dtype=jnp.float32)
+
+
+def confident_labels(logits: Float[Array, "b h w k"], threshold: float) -> Int[Array, "b h w"]:
+    """Returns the most probable classes, 255 where the probability is below `threshold`. No gradient."""
+    labels, confidence = _predicted(logits)
+    return jnp.where(confidence >= threshold, labels, IGNORE)
+
+
+def _predicted(logits: Array) -> tuple[Array, Array]:
+    """Returns (most probable classes, their probabilities), without a gradient."""
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
-    confidence = jax.nn.softmax(logits, axis=-1).max(-1)
-    return logits.argmax(-1), (confidence >= threshold).mean(dtype=jnp.float32)
+    return logits.argmax(-1), jax.nn.softmax(logits, axis=-1).max(-1)
 
 
 def entropy_loss(logits: Float[Array, "b h w k"], power: float = 1.0) -> Float[Array, ""]:

@@ -7,7 +7,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fmda.losses.features import coarse_labels, feature_distance, mmd, reversal_scale, reverse_gradient
+from fmda.losses.features import (
+    class_mmd,
+    coarse_labels,
+    feature_distance,
+    mmd,
+    reversal_scale,
+    reverse_gradient,
+)
 
 
 def cell(*counts: tuple[int, int]) -> np.ndarray:
@@ -62,6 +69,23 @@ def test_mmd_of_two_points_each_by_hand():
     x, y = jnp.zeros((2, 1)), jnp.ones((2, 1))
     expected = 10 - 2 * sum(np.exp(-1 / (2.0**k)) for k in range(-3, 2))
     assert float(mmd(x, y)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_mmd_of_classes_by_hand():
+    # 3 rows at 0 and 6 at 1: 36 of 81 ordered pairs have distance 1, the others 0
+    x, y = (jnp.asarray(rows)[:, None] for rows in ([0.0, 0, 1, 1], [1.0, 1, 1, 1, 0]))
+    apart = sum(np.exp(-1 / (2 * 2.0**k * 36 / 81)) for k in range(-3, 2))
+    # class 0 is apart, class 1 at one place, class 2 has one row in one sample alone
+    value = class_mmd(x, y, jnp.array([0, 0, 1, 1]), jnp.array([0, 0, 1, 1, 2]), 3)
+    assert float(value) == pytest.approx((10 - 2 * apart + 0) / 2, rel=1e-6)
+    without = class_mmd(x, y, jnp.array([0, 0, 1, 255]), jnp.array([0, 0, 1, 1, 255]), 3)
+    assert float(without) == pytest.approx(10 - 2 * apart, rel=1e-6)
+
+
+def test_mmd_of_classes_without_a_common_one_is_0_with_finite_gradients():
+    x, y = jnp.ones((3, 2)), jnp.zeros((3, 2))
+    value, gradients = jax.value_and_grad(class_mmd, (0, 1))(x, y, jnp.array([0, 0, 1]), jnp.array([1, 1, 0]), 2)
+    assert float(value) == 0 and np.isfinite(np.concatenate(gradients)).all()
 
 
 def test_mmd_has_finite_gradients_where_all_features_are_equal():

@@ -109,11 +109,13 @@ def make_objective(
     classes is a mean over all pixels, ignored ones included.
     """
 
-    def on_target(params: Tree, progress: Array, source: Outputs, target: Outputs, key: Any) -> dict[str, Array]:
+    def on_target(
+        params: Tree, progress: Array, source: Outputs, target: Outputs, labels: Array, key: Any
+    ) -> dict[str, Array]:
         """Returns the losses of the terms that see the target images as they are."""
         losses = {}
         if learn.mmd:
-            losses["mmd"] = mmd_loss(learn.mmd, source.features, target.features, key)
+            losses["mmd"] = mmd_loss(learn.mmd, source, target, labels, key)
         if learn.dann:
             adversary = params[ADVERSARY]["dann"]
             losses["dann"] = dann_loss(learn.dann, adversary, source.features, target.features, progress)
@@ -149,7 +151,7 @@ def make_objective(
             clean = student_outputs(student, normalised(target["image"]), target_key)
             if "labels" in target:
                 losses["target"] = learn.target_labels * clean.cross_entropy(target["labels"])
-            losses |= on_target(params, state.step / steps, outputs, clean, clean_key)
+            losses |= on_target(params, state.step / steps, outputs, clean, source["labels"], clean_key)
         aux["statistics"] = statistics_of(student)
         if target is not None and learn.self_training is not None:
             more = self_training_losses(graphdef, classes, learn.self_training, student, state, batch, training_key)

@@ -18,8 +18,9 @@ LEAST_CROP = 32
 
 @dataclass(frozen=True)
 class OutputAdversarialConfig:
-    """A discriminator of maps of class probabilities (Tsai et al. 2018, AdaptSegNet, with one level).
+    """A discriminator of maps of class probabilities (Tsai et al. 2018, AdaptSegNet, with a single level).
 
+    The second level of the original sees an auxiliary classifier of an earlier stage, which no network here has.
     The original trains it by Adam with a rate of 1e-4 and b2 = 0.99, and the segmentation network by SGD with 2.5e-4.
 
     Attributes:

@@ -20,7 +20,7 @@ from fmda.methods.uda.output_adversarial import (
     output_adversarial_losses,
 )
 from fmda.methods.uda.self_training import initial_aux
-from fmda.methods.uda.student import teacher_logits
+from fmda.methods.uda.student import Outputs, teacher_logits
 from fmda.methods.uda.style import StyleConfig, styled
 from fmda.models.module import abstract, init, separated
 from fmda.models.segformer import EncoderDecoder
@@ -44,10 +44,27 @@ def test_mmd_of_unit_vectors():
         return jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
     # of 12 vectors each, all are taken
-    value = mmd_loss(MmdConfig(), source, target, KEY)
+    outputs = [Outputs(jnp.zeros((2, 2, 3, CLASSES)), features) for features in (source, target)]
+    labels = jnp.zeros((2, 2, 3), jnp.uint8)
+    value = mmd_loss(MmdConfig(), *outputs, labels, KEY)
     assert float(value) == pytest.approx(0.1 * float(mmd(rows(source), rows(target))), abs=1e-6)
-    some = mmd_loss(MmdConfig(vectors=4), source, target, KEY)
+    some = mmd_loss(MmdConfig(vectors=4), *outputs, labels, KEY)
     assert float(some) != pytest.approx(float(value), rel=1e-3)
+
+
+def test_mmd_per_class_by_hand():
+    # cells of 2x2 pixels; the last cell of the target is not confident
+    labels = jnp.array([[0, 0, 0], [1, 1, 1]]).repeat(2, 0).repeat(2, 1)[None]
+    source = jnp.array([[[3.0, 0]] * 3, [[0, 2.0]] * 3])[None]
+    target = jnp.array([[[5.0, 0]] * 3, [[4.0, 0], [4.0, 0], [0, 1.0]]])[None]
+    certain = jnp.array([[[0, 9.0]] * 3, [[9.0, 0], [9.0, 0], [0.1, 0]]]).repeat(2, 0).repeat(2, 1)[None]
+    value = mmd_loss(
+        MmdConfig(weight=0.5, per_class=True), Outputs(certain, source), Outputs(certain, target), labels, KEY
+    )
+    # 8 unit vectors along one axis and 4 along the other: 64 of 144 ordered pairs have the squared distance 2
+    apart = sum(np.exp(-2 / (2 * 2.0**k * 2 * 64 / 144)) for k in range(-3, 2))
+    # class 0 is at one place in both domains, class 1 is not
+    assert float(value) == pytest.approx(0.5 * (0 + 10 - 2 * apart) / 2, rel=1e-5)
 
 
 def test_dann_by_hand():
