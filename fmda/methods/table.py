@@ -3,7 +3,8 @@
 A row is a set of changes to a common configuration, usually of kind `uda`. A column is another set: the images of a
 target and how it is validated. It also names the labelled test part on which each cell is scored once, at its end.
 Cells run in the order of seeds, then rows, then columns, so that an interrupted table has whole seeds. In a row the
-text `@row/...` means the folder of that row's run of the same column and seed, such as a network to start from.
+text `@row/...` means the folder of that row's run of the same column and seed, such as a network to start from, and
+`{image}` is the name of the one image of the target that a cell of this column and seed may see.
 """
 
 import json
@@ -25,6 +26,7 @@ from fmda.runs.stages import STAGE, Stage, pending
 
 CELLS = "cells"
 """Folder of the cells in a table's folder: `cells/<row>/<column>/<seed>`, `cells/<row>/<seed>` of rows trained once."""
+IMAGE = "{image}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +40,12 @@ class Row:
         once: it does not depend on the target: trained once per seed, without the column's configuration, and scored on
             every column.
         scored: a row that is not scored only makes what later rows read.
-        one_shot: take one image of the target, see `Column.one_shot`.
     """
 
     config: Raw = field(default_factory=dict)
     take: tuple[str, ...] | None = None
     once: bool = False
     scored: bool = True
-    one_shot: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +56,15 @@ class Column:
         config: what differs from the common configuration.
         test: labelled images that finished cells are scored on; its class map leads from the source's classes.
         only_with_data: a dataset without which the column is left out.
-        one_shot: names of single target images; a row with `one_shot` takes the first for the first seed, and so on.
-        rows: by name, what differs further in the configuration of a row.
+        images: names of single target images: what `{image}` means for the first seed, the second, and so on.
+        rows: by name, what differs further in the configuration of a row; null leaves the row out.
     """
 
     config: Raw
     test: DataConfig
     only_with_data: str | None = None
-    one_shot: tuple[str, ...] = ()
-    rows: dict[str, Raw] = field(default_factory=dict)
+    images: tuple[str, ...] = ()
+    rows: dict[str, Raw | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,19 +129,22 @@ def cell_values(config: Config, cell: Cell, where: str) -> dict[str, Any]:
     below = merge(below, column.config) if column else below
     if row.take is not None:
         below = {key: value for key, value in below.items() if key in row.take}
-    values = merge(merge(below, row.config), column.rows.get(cell.row, {}) if column else {})
-    if row.one_shot and column:
-        name = column.one_shot[config.seeds.index(cell.seed) % len(column.one_shot)]
-        values = merge(values, {"target": {"only": [name]}})
+    values = merge(merge(below, row.config), (column.rows.get(cell.row) or {}) if column else {})
     return _expanded(values, config, cell, f"{where}: rows.{cell.row}")
 
 
 def _expanded(value: Any, config: Config, cell: Cell, where: str) -> Any:
-    """Returns the values with references to rows replaced by references to their runs."""
+    """Returns the values with references to rows replaced by references to their runs, and with the image's name."""
     if isinstance(value, Mapping):
         return {key: _expanded(one, config, cell, where) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_expanded(one, config, cell, where) for one in value]
+    if isinstance(value, str) and IMAGE in value:
+        images = config.columns[cell.column].images if cell.column else ()
+        if not images:
+            fault = f"columns.{cell.column}.images names none" if cell.column else "a row trained once has no target"
+            raise UserError(f"{where}: '{value}' needs an image, but {fault}; fix either")
+        value = value.replace(IMAGE, images[config.seeds.index(cell.seed) % len(images)])
     if not pending(value):
         return value
     name = referred(value, config.rows)
@@ -158,7 +161,7 @@ class _Table:
 
     def __init__(self, config: Config, where: str, work_dir: Path, here: Path) -> None:
         _check_names(config, where)
-        self.config, self.where, self.work_dir = config, where, work_dir
+        self.config, self.where, self.work_dir, self.here = config, where, work_dir, here
         self.baseline = config.baseline or config.scored[0]
         self.columns = [name for name, one in config.columns.items() if available(one.only_with_data)]
         if not self.columns:
@@ -168,6 +171,7 @@ class _Table:
             for seed in config.seeds
             for name, row in config.rows.items()
             for column in ([None] if row.once else self.columns)
+            if column is None or config.columns[column].rows.get(name, {}) is not None
         ]
         cells = {cell.name: cell_values(config, cell, where) for cell in self.cells}
         self.runs = Runs({**config.runs, **cells}, where, work_dir, here)
@@ -195,6 +199,8 @@ class _Table:
         stages, flops, total, unknown = [], [], 0.0, []
         for name in self.config.rows:
             cells = [cell for cell in self.cells if cell.row == name]
+            if not cells:
+                continue
             columns = [cell.column for cell in cells if cell.column and cell.seed == self.config.seeds[0]]
             stages.append((name, f"{len(cells)} cells: {', '.join(columns) or 'once'}; {len(self.config.seeds)} seeds"))
             one = self._flops(cells[0])
@@ -310,7 +316,7 @@ class _Table:
         if isinstance(network, Mapping) and pending(network.get("start")):
             # the network of another row has the form of the common one
             values["network"] = {key: value for key, value in network.items() if key != "start"}
-        return Runs({cell.row: values}, self.where, self.work_dir, self.work_dir).jobs[cell.row].flops()
+        return Runs({cell.row: values}, self.where, self.work_dir, self.here).jobs[cell.row].flops()
 
 
 class _Clock:
@@ -364,8 +370,3 @@ def _check_names(config: Config, where: str) -> None:
         for name in one.rows:
             if name not in config.rows:
                 raise UserError(f"{where}: columns.{column}.rows: '{name}' is no row{did_you_mean(name, config.rows)}")
-    for name, row in config.rows.items():
-        without = [column for column, one in config.columns.items() if not one.one_shot]
-        if row.one_shot and (row.once or without):
-            fault = "trained once and has no target" if row.once else f"columns.{without[0]}.one_shot names no image"
-            raise UserError(f"{where}: rows.{name}.one_shot: {fault}; fix either")

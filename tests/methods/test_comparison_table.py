@@ -173,19 +173,28 @@ def test_rows_columns_and_seeds_may_be_added(log):
 
 
 def test_one_image_of_the_target_by_seed():
-    values = override({}, ["common={target: {split: all}}", "seeds=[4, 5, 6]", "rows={a: {one_shot: true}}"])
-    columns = override(values, ["columns={n: {config: {target: {name: camvid}}, one_shot: [000001, b], test: data}}"])
-    config = from_dict(Config, columns)
-    targets = [cell_values(config, Cell("a", "n", seed), "here")["target"] for seed in (4, 5, 6)]
-    assert [target["only"] for target in targets] == [["000001"], ["b"], ["000001"]]
-    assert from_dict(TargetConfig, targets[0]) == TargetConfig(name="camvid", split="all", only=("000001",))
+    column = "columns={n: {config: {target: {name: camvid}}, images: [000001, b], test: data}}"
+    values = override({}, ["common={target: {split: all}}", "seeds=[4, 5, 6]", column])
+    rows = {"a": {"config": {"target": {"only": ["{image}"]}, "look": "@b/{image}.png"}}, "b": {}}
+    config = from_dict(Config, values | {"rows": rows})
+    cells = [cell_values(config, Cell("a", "n", seed), "here") for seed in (4, 5, 6)]
+    assert [cell["target"]["only"] for cell in cells] == [["000001"], ["b"], ["000001"]]
+    assert cells[1]["look"] == "@cells/b/n/5/b.png"
+    assert from_dict(TargetConfig, cells[0]["target"]) == TargetConfig(name="camvid", split="all", only=("000001",))
 
 
 def test_rows_and_columns_may_be_left_out(log):
     execute("rows.labels=null", "rows.more=null", "columns.fog=null")
     assert log == ["weights", *(f"cells/{name}/{k}" for k in (0, 2) for name in ("source only", "adapted/night"))]
-    with pytest.raises(UserError, match=r"rows.labels.one_shot: columns.night.one_shot names no image"):
-        execute("rows.labels.one_shot=true")
+
+
+def test_a_row_may_be_left_out_of_a_column(log):
+    execute("rows.labels=null", "rows.more=null", "columns.fog.rows.adapted=null", "seeds=[0]")
+    assert log == ["weights", "cells/source only/0", "cells/adapted/night/0"]
+    assert table()["cells"]["adapted"]["fog"] is None
+    assert [name for name, _ in open_run("table.yaml", ["columns.fog=null", "columns.night.rows.more=null"]).plan().stages] == [
+        "weights", "source only", "adapted", "labels",
+    ]  # fmt: skip
 
 
 def test_a_plan_counts_the_cells(log):
@@ -245,6 +254,8 @@ def trained(stage):
         ("columns.night.config=dark", "columns.night.config: expected a group of keys"),
         ("columns.night.test.root=nowhere", "columns.night.test: .*nowhere"),
         ("columns.fog.rows.mor={}", "columns.fog.rows: 'mor' is no row; did you mean 'more'?"),
+        ("rows.adapted.config.read='{image}'", "rows.adapted: '{image}' needs an image, but columns.night.images names none"),
+        ("rows.source only.config.read='{image}'", "'{image}' needs an image, but a row trained once has no target"),
         ("seeds=[]", "rows, columns and seeds each need one entry at least"),
     ],
 )
