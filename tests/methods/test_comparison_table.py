@@ -192,9 +192,8 @@ def test_a_row_may_be_left_out_of_a_column(log):
     execute("rows.labels=null", "rows.more=null", "columns.fog.rows.adapted=null", "seeds=[0]")
     assert log == ["weights", "cells/source only/0", "cells/adapted/night/0"]
     assert table()["cells"]["adapted"]["fog"] is None
-    assert [name for name, _ in open_run("table.yaml", ["columns.fog=null", "columns.night.rows.more=null"]).plan().stages] == [
-        "weights", "source only", "adapted", "labels",
-    ]  # fmt: skip
+    plan = open_run("table.yaml", ["columns.fog=null", "columns.night.rows.more=null"]).plan()
+    assert [name for name, _ in plan.stages] == ["weights", "source only", "adapted", "labels"]
 
 
 def test_a_plan_counts_the_cells(log):
@@ -211,10 +210,14 @@ def test_the_comparison_of_adaptation_is_valid(monkeypatch):
     recipe = Path(__file__).parents[2] / "configs/tables/adaptation.yaml"
     stages = {stage.name: stage for stage in open_run(recipe, ["rows.mmd=null"]).stages()}
     cell = stages["cells/pseudo-labels/night/1"]
-    assert cell.inputs == ("cells/labels/night/1", "held", "training")
+    assert cell.inputs == ("cells/labels/night/1", "cells/start/1", "held", "training")
     assert cell.config["config"].val.split == "night" and "cells/source only/0/test-night" in stages
     assert not any("mmd/" in name and "one-shot" not in name for name in stages)
     assert stages["cells/one-shot dacs/fog/2"].config["config"].target.only == ("000002",)
+    # DATUM's one picture is that of the one-shot rows
+    image = stages["cells/personalise/fog/2"].config["config"].image
+    assert str(image) == "@training/render/fog/images/000002.png" and "cells/datum/kitti/0" not in stages
+    assert stages["cells/datum/fog/2"].inputs == ("cells/generate/fog/2", "cells/start/2", "held", "training")
     # photographs are not looked for among rendered scenes
     configs = [config for config in map(trained, stages.values()) if config and config.target]
     for data in (data for config in configs for data in (config.target, config.val)):
@@ -222,14 +225,14 @@ def test_the_comparison_of_adaptation_is_valid(monkeypatch):
     # every row is scored on the part that it neither trains on nor is validated on
     tests = [stage.config["test"] for name, stage in stages.items() if "/test-" in name]
     assert {(test.name, str(test.root), test.split) for test in tests if test.name == "world"} == {
-        ("world", "@test/render", split) for split in ("night", "fog", "rain", "photo")
+        ("world", "@test/render", split) for split in ("night", "fog")
     }
 
 
 def test_the_comparison_on_camvid_reads_no_street_world(monkeypatch):
     monkeypatch.setattr(table_kind, "available", lambda dataset: True)
     stages = open_run(Path(__file__).parents[2] / "configs/tables/camvid-dusk.yaml").stages()
-    assert stages[0].name == "cells/source only/0" and stages[0].inputs == ()
+    assert stages[0].name == "cells/start/0" and stages[0].inputs == ()
     used = {(c.data.split, c.target.split, c.val.split) for c in map(trained, stages) if c and c.target}
     assert used == {("train-day", "train-dusk", "train-dusk"), ("train-day", "train", "train-dusk")}
     tests = {stage.config["test"].split for stage in stages if "/test-" in stage.name}
@@ -254,7 +257,7 @@ def trained(stage):
         ("columns.night.config=dark", "columns.night.config: expected a group of keys"),
         ("columns.night.test.root=nowhere", "columns.night.test: .*nowhere"),
         ("columns.fog.rows.mor={}", "columns.fog.rows: 'mor' is no row; did you mean 'more'?"),
-        ("rows.adapted.config.read='{image}'", "rows.adapted: '{image}' needs an image, but columns.night.images names none"),
+        ("rows.adapted.config.read='{image}'", "'{image}' needs an image, but columns.night.images names none"),
         ("rows.source only.config.read='{image}'", "'{image}' needs an image, but a row trained once has no target"),
         ("seeds=[]", "rows, columns and seeds each need one entry at least"),
     ],
