@@ -266,14 +266,14 @@ def starting_state(
     if step is not None:
         return *checkpoints.restore(step, target), f"resuming at step {step}"
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    state = jax.jit(init, out_shardings=shardings)(key)
     if weights is None:
-        return state, {}, "starting from random parameters"
+        return jax.jit(init, out_shardings=shardings)(key), {}, "starting from random parameters"
     _check_weights(weights, target.params)
     leaves = trees.flatten(target.params)
     where = trees.unflatten({path: leaves[path].sharding for path in trees.flatten(weights)})
-    fill = jax.jit(_with_weights, out_shardings=shardings, donate_argnums=0)
-    state = fill(state, distribute(weights, where))
+    # in one program, which leaves out the draws of what is replaced: compiling those can take minutes
+    start = jax.jit(lambda key, weights: _with_weights(init(key), weights), out_shardings=shardings)
+    state = start(key, distribute(weights, where))
     return state, {}, f"starting from configured weights ({trees.count(weights):,} of {trees.count(state.params):,})"
 
 
