@@ -364,6 +364,19 @@ def load_segmentation(
     return restore(open_checkpoint(family, folder, single), dtype)
 
 
+def load_mask2former(
+    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
+) -> Loaded:
+    """Returns the Mask2Former of a folder or a hub id.
+
+    Called with normalised RGB pixels [B, H, W, 3] it returns class logits [B, Q, K + 1], "no object" last, and mask
+    logits [B, Q, h, w] at stride 4, float32; `models.mask2former.semantic_scores` makes class scores of them. Read are
+    transformers' names, on a ResNet, and those of CLOUDS, on CLIP's ConvNeXt or ResNet. Raises UserError as
+    `load_clip`.
+    """
+    return _load("mask2former", source, revision, dtype)
+
+
 def load_heads(folder: str | Path, width: int) -> Heads:
     """Returns CLIP-DINOiser's heads {"obj_proj", "bkg_decoder"}, each {"kernel" [k, k, width, out], "bias" [out]}.
 

@@ -26,6 +26,7 @@ from fmda.models.efficientnet_lite import EfficientNetLite
 from fmda.models.espnet_v2 import FACTOR, EspNetV2
 from fmda.models.hrda import SIDES, Hrda
 from fmda.models.lite_segmenter import LiteSegmenter
+from fmda.models.mask2former import Mask2Former
 from fmda.models.mit import Mit
 from fmda.models.resnet import ResNetEncoder
 from fmda.models.sd_unet import UNet
@@ -43,6 +44,7 @@ from fmda.weights import (
     efficientnet_lite,
     espnet_v2,
     lite_segmenter,
+    mask2former,
     mit,
     resnet,
     segformer,
@@ -275,6 +277,15 @@ FAMILIES: dict[str, Family] = {
         calls={"__call__": DeepLabV2.__call__},
         bare=deeplab_v2.BARE,
         segments=True,
+    ),
+    "mask2former": Family(
+        kinds=(mask2former.KIND, mask2former.CLOUDS_KIND),
+        files=WEIGHT_FILES,
+        read=mask2former.read,
+        export=mask2former.export,
+        build=Mask2Former,
+        calls={"__call__": Mask2Former.__call__},
+        bare=mask2former.BARE,
     ),
     "resnet": Family(
         kinds=(resnet.KIND,),

@@ -40,20 +40,23 @@ STEMS = {
 TABLES = {name: Table(torch_rows(layers(stem)), "ResNet") for name, stem in STEMS.items()}
 
 
-def _hugging_face() -> list[Layer]:
-    rows: list[Layer] = [("classifier.1", "classifier", "linear")]
-    rows += _conv_norm("resnet.embedder.embedder.convolution", "resnet.embedder.embedder.normalization", "stem/0")
-    block = "resnet.encoder.stages.{i}.layers.{j}"
+def hugging_face_layers(source: str, target: str = "") -> list[Layer]:
+    """Returns the layers of transformers' ResNetModel, behind prefixes."""
+    stem = f"{source}embedder.embedder"
+    rows: list[Layer] = [*_conv_norm(f"{stem}.convolution", f"{stem}.normalization", f"{target}stem/0")]
+    block = f"{source}encoder.stages.{{i}}.layers.{{j}}"
     parts = [(f"{block}.layer.{k}", f"conv{k + 1}") for k in range(3)]
     for part, ours in [*parts, (f"{block}.shortcut", "shortcut")]:
-        rows += _conv_norm(f"{part}.convolution", f"{part}.normalization", f"blocks/{{i}}/{{j}}/{ours}")
+        rows += _conv_norm(f"{part}.convolution", f"{part}.normalization", f"{target}blocks/{{i}}/{{j}}/{ours}")
     return rows
 
 
-HUGGING_FACE = Table(torch_rows(_hugging_face()), "Hugging Face ResNet")
+HUGGING_FACE = Table(
+    torch_rows([*hugging_face_layers("resnet."), ("classifier.1", "classifier", "linear")]), "Hugging Face ResNet"
+)
 """transformers.ResNetForImageClassification."""
 
-_FIXED = {
+FIXED = {
     "layer_type": ("bottleneck",),
     "hidden_act": ("relu",),
     "downsample_in_first_stage": (False,),
@@ -64,14 +67,19 @@ _FIXED = {
 def read(file: Path, names: Names) -> tuple[ResNetEncoderConfig, Table]:
     """Returns the configuration that names and shapes show, and the table of the layout that the names have."""
     if any(name.startswith("resnet.") for name in names):
-        fields = Fields.read(file.with_name("config.json"))
-        fields.only(_FIXED)
-        a, b, c, d = fields.sizes("depths", count=4)
-        width, classes = fields.size("embedding_size"), names.get("classifier.1.bias", (0,))[0]
-        if fields.sizes("hidden_sizes") != ResNetEncoderConfig(width=width).channels:
-            raise fields.fault("hidden_sizes", f"4, 8, 16 and 32 times embedding_size, {width}")
-        return ResNetEncoderConfig((a, b, c, d), width, classes=classes), HUGGING_FACE
+        classes = names.get("classifier.1.bias", (0,))[0]
+        return hugging_face_config(Fields.read(file.with_name("config.json")), classes), HUGGING_FACE
     return config_of(names, file), TABLES[stem_of(names)]
+
+
+def hugging_face_config(fields: Fields, classes: int = 0) -> ResNetEncoderConfig:
+    """Returns the configuration in transformers' keys. Raises UserError for a network that is not built here."""
+    fields.only(FIXED)
+    a, b, c, d = fields.sizes("depths", count=4)
+    width = fields.size("embedding_size")
+    if fields.sizes("hidden_sizes") != ResNetEncoderConfig(width=width).channels:
+        raise fields.fault("hidden_sizes", f"4, 8, 16 and 32 times embedding_size, {width}")
+    return ResNetEncoderConfig((a, b, c, d), width, classes=classes)
 
 
 def stem_of(names: Names, prefix: str = "") -> str:
