@@ -43,7 +43,8 @@ RULE["methods"] = EVERYTHING_BELOW
 RULE["cli"] = EVERYTHING_BELOW | {"methods"}
 # What one method may take from another.
 SHARED_METHODS = {
-    "dense", "generate", "judges", "kinds", "planning", "render", "resident", "segmentation", "table", "trainer", "uda"
+    "dense", "generate", "judges", "kinds", "mask_head", "planning", "render", "resident", "segmentation", "table",
+    "trainer", "uda",
 }  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
-from fmda.models.clip import VisionTransformer, vision_tower
+from fmda.losses.pixelwise import cross_entropy
+from fmda.models.clip import ConvNext, ModifiedResNet, VisionTransformer, vision_tower
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
 from fmda.trees import Tree
@@ -62,9 +63,40 @@ class Encoder:
             x = block(x)
         return net.norm_post(x)[:, 1:].reshape(len(pixels), h, w, -1).astype(jnp.float32)
 
+    def maps(self, params: Any, pixels: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], ...]:
+        """Returns float32 maps at strides 4, 8, 16, 32 of RGB in 0..255.
+
+        A transformer's are its last map, resized (a simple pyramid as that of Li et al. 2022, ViTDet, without layers of
+        its own). Raises UserError for a convolutional tower where a side is below 32.
+        """
+        net = nnx.merge(self._graphdef, params)
+        if isinstance(net, ModifiedResNet | ConvNext):
+            return tuple(x.astype(jnp.float32) for x in net.stages(normalised(pixels, *self._image)))
+        last, sides = self.features(params, pixels), pixels.shape[1:3]
+        return tuple(resize(last, (-(-sides[0] // stride), -(-sides[1] // stride))) for stride in (4, 8, 16, 32))
+
+
+class DenseNetwork:
+    """A frozen encoder under a head of convolutions; `hidden` and `classes` as in `init_head`."""
+
+    def __init__(self, encoder: Encoder, hidden: int, classes: int) -> None:
+        self.encoder, self._sizes = encoder, (encoder.width, hidden, classes)
+
+    def init(self, key: Any) -> Tree:
+        """Returns freshly drawn parameters of the head."""
+        return init_head(key, *self._sizes)
+
+    def loss(self, params: Any, batch: dict[str, Array], key: Any) -> tuple[Array, dict[str, Array]]:
+        """Returns (cross-entropy over labelled pixels, logits resized to the labels; metrics)."""
+        del key
+        _, height, width = batch["labels"].shape
+        logits = resize(self.scores(params, batch["image"]), (height, width))
+        loss, accuracy = cross_entropy(logits, batch["labels"])
+        return loss, {"accuracy": accuracy}
+
     def scores(self, params: Any, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
-        """Returns logits; `params` holds those of "encoder" and "head"."""
-        return head_logits(params["head"], self.features(params["encoder"], pixels))
+        """Returns logits of RGB in 0..255; `params` holds those of "encoder" and "head"."""
+        return head_logits(params["head"], self.encoder.features(params["encoder"], pixels))
 
 
 def init_convolution(key: Any, size: int, inputs: int, outputs: int) -> Tree:

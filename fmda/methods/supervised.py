@@ -1,4 +1,7 @@
-"""Supervised segmentation: a head on a frozen CLIP, DINO or DINOv2, trained on labelled images. Kind `supervised`."""
+"""Supervised segmentation: a head on a frozen CLIP, DINO or DINOv2, trained on labelled images. Kind `supervised`.
+
+The head is a convolution, or Mask2Former's decoders.
+"""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from jaxtyping import Array
 
 from fmda import trees
 from fmda.atomic import write_json
-from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict
+from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict, to_dict
 from fmda.data import ClassList
 from fmda.data.check import check_images
 from fmda.data.config import DataConfig
@@ -21,12 +24,11 @@ from fmda.data.transforms import training_transform
 from fmda.errors import UserError
 from fmda.evaluate import Predictor, Protocol, SegmentationEvaluator, Segmenter, evaluate_dataset, score_on_mesh
 from fmda.evaluate.maps import common_list
-from fmda.losses.pixelwise import cross_entropy
 from fmda.mesh import make_mesh
-from fmda.methods.dense import Encoder, init_head
+from fmda.methods.dense import DenseNetwork, Encoder
+from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork
 from fmda.methods.resident import with_resident_data
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
-from fmda.nn.resize import resize
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
@@ -45,6 +47,7 @@ class Config(TrainerConfig):
         val: what is scored, during training every `evaluate_steps` steps and at the end.
         encoder: folder, name of a model of the package, or hub id of a CLIP, a DINO or a DINOv2.
         hidden: channels of a 3x3 convolution before the linear layer; 0 leaves it out.
+        mask2former: Mask2Former's decoders in place of these layers; sides of the crop are multiples of 32 then.
         resize: largest (long, short) side of an image; None keeps the size. Training multiplies it within `scale`.
         crop, stride: training crop and scoring window, and the step between windows, pixels.
         max_class_ratio, jitter: see `training_transform`.
@@ -55,6 +58,7 @@ class Config(TrainerConfig):
     val: DataConfig
     encoder: FolderOrName = "street-clip"
     hidden: NonNegativeInt = 0
+    mask2former: MaskHeadConfig | None = None
     resize: tuple[PositiveInt, PositiveInt] | None = None
     scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     crop: PositiveInt = 512
@@ -76,40 +80,52 @@ class Config(TrainerConfig):
         return Protocol(resize=self.resize, crop=self.crop, stride=self.stride, class_map=maps)
 
 
-def make_objective(encoder: Encoder) -> Objective:
-    """Returns the objective of the head: cross-entropy over labelled pixels, logits resized to the labels."""
+def make_network(config: Config, encoder: Encoder, classes: int) -> DenseNetwork | MaskNetwork:
+    """Returns the network that is trained, for so many classes."""
+    if config.mask2former is None:
+        return DenseNetwork(encoder, config.hidden, classes)
+    return MaskNetwork(encoder, config.mask2former, classes)
+
+
+def make_objective(network: DenseNetwork | MaskNetwork) -> Objective:
+    """Returns the objective of the head alone."""
 
     def objective(head: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Any) -> Outcome:
-        del state, key
-        logits = encoder.scores({"encoder": frozen["encoder"], "head": head}, batch["image"])
-        _, height, width = batch["labels"].shape
-        loss, accuracy = cross_entropy(resize(logits, (height, width)), batch["labels"])
-        return Outcome(loss, {"accuracy": accuracy}, {})
+        del state
+        return Outcome(*network.loss({"encoder": frozen["encoder"], "head": head}, batch, key), {})
 
     return objective
 
 
 def make_task(
-    config: Config, encoder: Encoder, images: Sequence[Example], classes: int, order: Order = SHUFFLED, **options: Any
-) -> Task:
-    """Returns the task of training a head for so many classes; `options` are further attributes of the task."""
+    config: Config, network: DenseNetwork | MaskNetwork, images: Sequence[Example], order: Order = SHUFFLED,
+    **options: Any,
+) -> Task:  # fmt: skip
+    """Returns the task of training a network's head; `options` are further attributes of the task."""
     transform = training_transform(
         (config.crop, config.crop), resize=config.resize, scale=config.scale, max_class_ratio=config.max_class_ratio,
         jitter=config.jitter,
     )  # fmt: skip
     return Task(
         name="supervised",
-        objective=make_objective(encoder),
-        init=lambda key: init_head(key, encoder.width, config.hidden, classes),
+        objective=make_objective(network),
+        init=network.init,
         optim=config.optim,
         streams=Stream(images, transform, config.batch, order),
-        frozen={"encoder": encoder.params},
+        frozen={"encoder": network.encoder.params},
         **options,
     )
 
 
 def check(config: Config) -> None:
-    """Raises UserError for data, class maps or an encoder that cannot work."""
+    """Raises UserError for data, class maps, an encoder or a shape of the head that cannot work."""
+    if (masks := config.mask2former) is not None:
+        if masks.width % 32 or masks.width % masks.heads:
+            raise UserError(
+                f"mask2former.width: {masks.width} is not a multiple of 32 and of the {masks.heads} heads; choose one"
+            )
+        if config.crop % 32:
+            raise UserError(f"crop: {config.crop} is not a multiple of 32, the stride of the last map; choose one")
     if not pending(config.encoder):
         Encoder(str(config.encoder))
     if not pending(config.data.root) and not pending(config.val.root):
@@ -130,23 +146,25 @@ def plan(config: Config) -> Plan:
     if without := plan_without_sizes(steps, encoder=config.encoder, **{"data.root": config.data.root}):
         return without
     blank = Example(np.zeros((config.crop, config.crop, 3), np.uint8), np.zeros((config.crop,) * 2, np.uint8), "")
-    task = make_task(config, Encoder(str(config.encoder)), [blank], len(config.data.open().classes.names))
+    network = make_network(config, Encoder(str(config.encoder)), len(config.data.open().classes))
+    task = make_task(config, network, [blank])
     return trainer_plan(config, task, steps, example="crop")
 
 
 def _task(config: Config) -> Task:
     encoder, data, val = Encoder(str(config.encoder)), config.data.open(), config.val.open()
+    network = make_network(config, encoder, len(data.classes))
     check_images(data)
     order = SHUFFLED if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
     mesh, limit = make_mesh(*config.mesh), config.val.limit
     evaluator = SegmentationEvaluator(
         "val", config.evaluate_steps, lambda state: score_on_mesh(
-            encoder.scores, {"encoder": encoder.params, "head": state.params}, val, mesh, config.protocol,
+            network.scores, {"encoder": encoder.params, "head": state.params}, val, mesh, config.protocol,
             classes=data.classes, limit=limit,
         ),
     )  # fmt: skip
     facts = {"encoder": encoder.fingerprint, "data": data.digest()}
-    task = make_task(config, encoder, data, len(data.classes.names), order, evaluators=[evaluator], facts=facts)
+    task = make_task(config, network, data, order, evaluators=[evaluator], facts=facts)
     return with_resident_data(task) if config.data.resident == "auto" else task
 
 
@@ -155,6 +173,7 @@ def _write(config: Config, folder: Path, done: dict[str, Path], head: Any) -> No
     write_safetensors(folder / "head.safetensors", trees.flatten(head))
     model = {"encoder": str(config.encoder), "fingerprint": encoder.fingerprint, "classes": classes.to_dict()}
     protocol = {"resize": config.resize, "crop": config.crop, "stride": config.stride}
+    model["mask2former"] = None if config.mask2former is None else to_dict(config.mask2former)
     write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model, "protocol": protocol})
 
 
@@ -167,8 +186,12 @@ def load_segmenter(folder: Path) -> Segmenter:
     head = trees.unflatten(read_arrays(folder / "head.safetensors"))
     protocol = from_dict(Protocol, model["protocol"], str(folder / "model.json"))
     fingerprint = weight_fingerprint(head, encoder.fingerprint, protocol)
-    predictor = Predictor(encoder.scores, {"encoder": encoder.params, "head": head}, protocol)
-    return Segmenter(predictor, ClassList.from_dict(model["classes"], str(folder)), "supervised", fingerprint, protocol)
+    classes, masks = ClassList.from_dict(model["classes"], str(folder)), model.get("mask2former")
+    network: DenseNetwork | MaskNetwork = DenseNetwork(encoder, 0, len(classes))
+    if masks is not None:
+        network = MaskNetwork(encoder, from_dict(MaskHeadConfig, masks, str(folder / "model.json")), len(classes))
+    predictor = Predictor(network.scores, {"encoder": encoder.params, "head": head}, protocol)
+    return Segmenter(predictor, classes, "supervised", fingerprint, protocol)
 
 
 def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
