@@ -108,10 +108,8 @@ class Decoder(nnx.Module):
     def __init__(self, config: HeadConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width = config.width
         self.dtype = dtype
-        self.text_queries = None
-        if config.fixed:
-            self.text_queries = TextQueries(config.text_width, width, dtype=dtype, rngs=rngs)
-        else:
+        self.text_queries = TextQueries(config.text_width, width, dtype=dtype, rngs=rngs) if config.fixed else None
+        if not config.fixed:
             self.queries, self.positions = (
                 nnx.Param(jax.random.normal(rngs.params(), (config.queries, width))) for _ in range(2)
             )
