@@ -79,7 +79,7 @@ def mask_loss(
         key: of the points.
         config: weights and points.
     """
-    broken = sum((~jnp.isfinite(x)).sum() for x in (classes, masks))
+    broken = (~jnp.isfinite(classes)).sum() + (~jnp.isfinite(masks)).sum()
     classes, masks = (
         jnp.nan_to_num(x.astype(jnp.float32), nan=0.0, posinf=LIMIT, neginf=-LIMIT) for x in (classes, masks)
     )
