@@ -217,7 +217,7 @@ def _label_corners(
 
 
 def _valid(values: Int[Array, "*s 4"], corners: Float[Array, "*s 4"], config: MaskLossConfig) -> Float[Array, "*s"]:
-    """Returns how much of each point counts: all of it, or its share that is not ignored."""
+    """Returns how much of each point counts: all of it, or its share that has a class."""
     if config.ignore == "negative":
         return jnp.ones(values.shape[:-1])
-    return 1 - jnp.where(values == IGNORE, corners, 0).sum(-1)
+    return jnp.where((values >= 0) & (values != IGNORE), corners, 0).sum(-1)
