@@ -109,7 +109,7 @@ def _original_head() -> tuple[Row, ...]:
         (f"{decoder}.level_embed", f"{_DECODER}/level", "embedding"),
         (f"{decoder}.mask_embed.layers.{{i}}", f"{_DECODER}/mask/layers/{{i}}", "linear"),
         (f"{decoder}.class_embed", text, "linear"),
-        (f"{decoder}.class_embed.layers.{{i}}", f"{text}/layers/{{i}}", "linear"),
+        (f"{decoder}.class_embed.layers.{{i}}", f"{text}/mlp/layers/{{i}}", "linear"),
         (f"{decoder}._mask_pooling_proj.0", f"{text}/norm", "norm"),
         (f"{decoder}._mask_pooling_proj.1", f"{text}/project", "linear"),
         (f"{decoder}.logit_scale", f"{text}/logit_scale", "array"),

@@ -109,6 +109,21 @@ def test_classes_and_queries_from_text():
     np.testing.assert_allclose(masks[1], masks[0][:, :, [1, 0, 2]], atol=1e-3)
 
 
+def test_clip_classifies_what_is_under_the_masks():
+    head = HeadConfig(**vars(TINY) | {"text_classes": True, "text_width": 6})
+    text, seen = jax.ShapeDtypeStruct((3, 2, 6), jnp.float32), np.array([True, False, True])
+    pixels = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+
+    def shapes(tower):
+        graphdef, params = network_graph("mask2former", Mask2FormerConfig(TOWERS[tower], head, embed_dim=6))
+        run = lambda params, pixels, text: nnx.merge(graphdef, params).with_clip(pixels, text, seen)  # noqa: E731
+        return [x.shape for x in jax.eval_shape(run, params, pixels, text)]
+
+    assert shapes("ConvNeXt") == [(1, 5, 4), (1, 5, 16, 16)]
+    with pytest.raises(UserError, match="the encoder is no ConvNeXt of CLIP"):
+        shapes("ResNet")
+
+
 @pytest.fixture(scope="module", params=TOWERS)
 def saved(request, tmp_path_factory):
     """(configuration, parameters, folder) of a network in the released layout."""

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from fmda.models.mask2former.config import HeadConfig
+from fmda.models.mask2former.mlp import TORCH, Mlp
 from fmda.models.mask2former.pixel_decoder import LEVELS
 from fmda.models.mask2former.text import TextClassifier, TextQueries
 from fmda.nn.attention import attention
@@ -20,8 +21,6 @@ from fmda.nn.resize import resize
 XAVIER = nnx.initializers.xavier_uniform()
 PACKED = nnx.initializers.variance_scaling(0.5, "fan_in", "uniform")
 """Xavier's values for query, key and value that are stored as one array."""
-PLAIN = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""What torch draws for a linear layer."""
 BLOCKED = -1e9
 
 
@@ -85,19 +84,6 @@ class DecoderLayer(nnx.Module):
         return self.norm3(x + self.down(jax.nn.relu(self.up(x))))
 
 
-class MaskMlp(nnx.Module):
-    """Three linear layers with ReLU between them. [..., width] -> [..., after]."""
-
-    def __init__(self, width: int, after: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List(
-            nnx.Linear(width, out, kernel_init=PLAIN, dtype=dtype, rngs=rngs) for out in (width, width, after)
-        )
-
-    def __call__(self, x: Float[Array, "*s width"]) -> Float[Array, "*s after"]:
-        first, second, last = self.layers
-        return last(jax.nn.relu(second(jax.nn.relu(first(x)))))
-
-
 class Decoder(nnx.Module):
     """Mask features and memories of the pixel decoder -> `Predictions`.
 
@@ -120,8 +106,8 @@ class Decoder(nnx.Module):
         if config.text_classes:
             self.classifier = TextClassifier(width, config.mask_width, config.text_width, dtype=dtype, rngs=rngs)
         else:
-            self.classifier = nnx.Linear(width, config.classes + 1, kernel_init=PLAIN, dtype=dtype, rngs=rngs)
-        self.mask = MaskMlp(width, config.mask_width, dtype=dtype, rngs=rngs)
+            self.classifier = nnx.Linear(width, config.classes + 1, kernel_init=TORCH, dtype=dtype, rngs=rngs)
+        self.mask = Mlp(width, config.mask_width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -150,12 +136,13 @@ class Decoder(nnx.Module):
             values.append(value)
             # resized features give the resized masks of all layers, at a fraction of their cost
             small.append(jax.lax.stop_gradient(resize(features, size)).reshape(b, -1, features.shape[-1]))
-        predicted = [self._predict(self.norm(x), features, text)]
+        queries = self.norm(x)
+        predicted = [self._predict(queries, features, text)]
         for index, layer in enumerate(self.layers):
             level = index % LEVELS
-            bias = self._bias(self.norm(x), small[level])
-            x = layer(x, position, keys[level], values[level], bias)
-            predicted.append(self._predict(self.norm(x), features, text))
+            x = layer(x, position, keys[level], values[level], self._bias(queries, small[level]))
+            queries = self.norm(x)
+            predicted.append(self._predict(queries, features, text))
         return Predictions(*(jnp.stack(parts) for parts in zip(*predicted, strict=True)))
 
     def _first_queries(self, text: Float[Array, "k s e"] | None) -> tuple[Array, Array]:

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from fmda.errors import UserError
 from fmda.models.clip.config import ConvNextConfig
 from fmda.models.clip.convnext import ConvNext
 from fmda.models.clip.resnet import ModifiedResNet
 from fmda.models.mask2former.config import HeadConfig, Mask2FormerConfig
 from fmda.models.mask2former.decoder import Decoder, Predictions
 from fmda.models.mask2former.pixel_decoder import PixelDecoder
+from fmda.models.mask2former.text import MOST, cosines, geometric_ensemble, mask_pooled
 from fmda.models.resnet import ResNetEncoder, ResNetEncoderConfig
 from fmda.nn.resize import interpolation_matrix
 
@@ -61,6 +63,24 @@ class Mask2Former(nnx.Module):
         """Returns (class logits, "no object" last, mask logits at stride 4) of the last layer, float32."""
         predicted = self.predictions(pixels, text)
         return predicted.classes[-1], predicted.masks[-1]
+
+    def with_clip(
+        self, pixels: Float[Array, "b H W 3"], text: Float[Array, "k s e"], seen: Bool[Array, "k"]
+    ) -> tuple[Float[Array, "b q k+1"], Float[Array, "b q h w"]]:
+        """Returns what a call returns, its class logits mixed with CLIP's own classification (`geometric_ensemble`).
+
+        CLIP classifies the mean of its last map under each mask. `seen` marks the classes that occur in training.
+        Raises UserError for an encoder other than CLIP's ConvNeXt, which alone projects single places.
+        """
+        if not isinstance(self.encoder, ConvNext):
+            raise UserError(
+                "with_clip: the encoder is no ConvNeXt of CLIP, which alone projects single places; call it"
+            )
+        maps = self.encoder.stages(pixels)
+        predicted = self.head(maps, text)
+        classes, masks = predicted.classes[-1], predicted.masks[-1]
+        pooled = self.encoder.project(mask_pooled(maps[-1], masks))
+        return geometric_ensemble(classes, MOST * cosines(pooled, text), seen), masks
 
 
 def _encoder(config: Mask2FormerConfig, **options: Any) -> ResNetEncoder | ModifiedResNet | ConvNext:

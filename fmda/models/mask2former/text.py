@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from fmda.models.mask2former.mlp import Mlp
 from fmda.nn.norm import layer_norm, unit
 from fmda.nn.resize import resize
 
@@ -25,7 +26,7 @@ class TextClassifier(nnx.Module):
     def __init__(self, width: int, mask_width: int, text_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.norm = layer_norm(mask_width, dtype=dtype, rngs=rngs)
         self.project = nnx.Linear(mask_width, width, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(nnx.Linear(width, out, dtype=dtype, rngs=rngs) for out in (width, width, text_width))
+        self.mlp = Mlp(width, text_width, dtype=dtype, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(math.log(1 / 0.07), jnp.float32))
         self.void = nnx.Param(jax.random.normal(rngs.params(), (1, text_width)))
 
@@ -37,13 +38,10 @@ class TextClassifier(nnx.Module):
         names: Float[Array, "k s e"],
     ) -> Float[Array, "b q k+1"]:
         """Returns float32 logits; of a class the largest over its names."""
-        first, second, last = self.layers
-        y = x + self.project(self.norm(mask_pooled(features, masks)))
-        embedding = unit(last(jax.nn.relu(second(jax.nn.relu(first(y))))))
-        cosines = jnp.einsum("bqe,kse->bqks", embedding, unit(names)).max(-1)
+        embedding = unit(self.mlp(x + self.project(self.norm(mask_pooled(features, masks)))))
         void = jnp.einsum("bqe,ke->bqk", embedding, unit(self.void[...]))
         scale = jnp.minimum(jnp.exp(self.logit_scale[...].astype(jnp.float32)), MOST)
-        return scale * jnp.concatenate([cosines, void], axis=-1)
+        return scale * jnp.concatenate([cosines(embedding, names), void], axis=-1)
 
 
 class TextQueries(nnx.Module):
@@ -60,6 +58,11 @@ class TextQueries(nnx.Module):
         # unit vectors would enter with a mean square of 1 / e
         text = unit(unit(names).mean(1)) * math.sqrt(names.shape[-1])
         return self.query(text), self.position(text)
+
+
+def cosines(x: Float[Array, "b q e"], names: Float[Array, "k s e"]) -> Float[Array, "b q k"]:
+    """Returns cosines of embeddings with those of the classes' names, of a class the largest over its names."""
+    return jnp.einsum("bqe,kse->bqks", unit(x), unit(names)).max(-1)
 
 
 def mask_pooled(features: Float[Array, "b h w c"], masks: Float[Array, "b q h2 w2"]) -> Float[Array, "b q c"]:
