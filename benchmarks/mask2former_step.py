@@ -1,8 +1,8 @@
 """Forward and gradient of Mask2Former's decoders on a frozen ResNet-50, ours against transformers' in torch.
 
 Both have the same random weights, images and labels, and are timed in turns in one process: predictions of all layers,
-matching, loss at sampled points, gradients of pixel decoder and transformer decoder. The points are each side's own; the
-predictions are compared.
+matching, loss at sampled points, gradients of pixel decoder and transformer decoder. The points are each side's own, so
+predictions are compared, not losses.
 
     python benchmarks/mask2former_step.py --out benchmarks/results/mask2former-step.json
 

@@ -12,7 +12,9 @@ from jaxtyping import Array, Float
 from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
 from fmda.losses.pixelwise import cross_entropy
-from fmda.models.clip import ConvNext, ModifiedResNet, VisionTransformer, vision_tower
+from fmda.models.clip import VisionTransformer, vision_tower
+from fmda.models.clip.convnext import ConvNext
+from fmda.models.clip.resnet import ModifiedResNet
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
 from fmda.trees import Tree

@@ -171,9 +171,10 @@ def _task(config: Config) -> Task:
 def _write(config: Config, folder: Path, done: dict[str, Path], head: Any) -> None:
     encoder, classes = Encoder(str(config.encoder)), config.data.open().classes
     write_safetensors(folder / "head.safetensors", trees.flatten(head))
-    model = {"encoder": str(config.encoder), "fingerprint": encoder.fingerprint, "classes": classes.to_dict()}
+    model: dict[str, Any] = {"encoder": str(config.encoder), "fingerprint": encoder.fingerprint}
+    masks = None if config.mask2former is None else to_dict(config.mask2former)
+    model |= {"classes": classes.to_dict(), "mask2former": masks}
     protocol = {"resize": config.resize, "crop": config.crop, "stride": config.stride}
-    model["mask2former"] = None if config.mask2former is None else to_dict(config.mask2former)
     write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model, "protocol": protocol})
 
 
