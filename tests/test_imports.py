@@ -30,7 +30,7 @@ RULE = {
     "models": {"nn", "config"},
     "diffusion": {"nn", "trees", "models", "weights", "mesh", "runs", "config"},
     "data": {"config", "runs"},
-    "sam": {"data", "runs"},
+    "sam": {"data", "config"},
     "weights": {"trees", "models", "nn", "config"},
     "train": {"mesh", "precision", "trees", "config", "runs", "data", "evaluate", "perf"},
     "evaluate": {"data", "mesh", "trees", "nn", "config", "runs", "perf"},

@@ -1,6 +1,6 @@
 """Visualisation of label maps: colours, overlays, legends and comparison rows. Plain uint8 arrays in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -100,6 +100,11 @@ def comparison(
         "prediction": colours(prediction, classes),
         "errors": error_map(labels, prediction, classes),
     }
+    return in_row(tiles, width)
+
+
+def in_row(tiles: Mapping[str, UInt8[np.ndarray, "H W 3"]], width: int = 320) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns images of one size in a row, each below its title and at most `width` pixels wide."""
     titled = [_titled(shrink(tile, width), title) for title, tile in tiles.items()]
     gap = np.full((len(titled[0]), 4, 3), WHITE, np.uint8)
     return np.concatenate([part for tile in titled for part in (tile, gap)][:-1], axis=1)

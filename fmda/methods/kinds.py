@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "supervised": ("fmda.methods.supervised", "train a segmentation head on labelled images, over a frozen encoder"),
     "uda": ("fmda.methods.uda.run", "adapt a segmentation network to images without labels"),
     "pseudo-labels": ("fmda.methods.uda.pseudo_labels", "predict images and keep the labels that a network is sure of"),
+    "refine-labels": ("fmda.methods.refine_labels", "refine recorded label maps by a SAM in ONNX"),
     "pretrain-clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),
     "pretrain-dino": ("fmda.methods.pretrain.dino", "train a self-supervised teacher on images alone"),
     "pretrain-dinoiser": ("fmda.methods.pretrain.dinoiser", "train the two heads of CLIP-DINOiser"),
