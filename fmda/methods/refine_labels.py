@@ -21,12 +21,12 @@ from fmda.errors import UserError, disk_errors
 from fmda.evaluate.confusion import Scores, confusion_matrix
 from fmda.evaluate.maps import Common, common_list
 from fmda.evaluate.overlay import in_row, overlay
-from fmda.evaluate.sections import Section, Table, write_sections
+from fmda.evaluate.sections import Cell, Section, Table, write_sections
 from fmda.png import is_whole, read_png, write_png
 from fmda.progress import track
 from fmda.runs.identity import claim
 from fmda.runs.plan import Plan
-from fmda.runs.stages import Stage
+from fmda.runs.stages import Stage, pending
 from fmda.sam import Evidence, Improved, Masks, Refined, Roles, SamStage
 from fmda.sam.refine import paper, regions_of, voted
 
@@ -90,11 +90,13 @@ class Config:
 
 def check(config: Config) -> None:
     """Raises UserError for missing images, maps or graphs, and class lists that do not fit."""
+    SamStage(config.sam)
+    if pending(config.data.root) or pending(config.labels):
+        return
     images = config.open()
     _recorded(config, images)
     if config.score:
         common_list(class_list(config.classes), images.classes, config.class_map)
-    SamStage(config.sam)
 
 
 def stages(config: Config) -> list[Stage]:
@@ -120,7 +122,7 @@ def plan(config: Config) -> Plan:
     what = {"masks": "regions of each image", "improved": "regions vote", "paper": "CLOUDS' prompts",
             "scores": "before and after, by class"}  # fmt: skip
     named = tuple((stage.name, what[stage.name]) for stage in stages(config))
-    return Plan(stages=named, notes=(f"{len(config.open())} images",))
+    return Plan(stages=named, notes=() if pending(config.data.root) else (f"{len(config.open())} images",))
 
 
 def _sam(config: Config, folder: Path) -> SamStage:
@@ -248,10 +250,10 @@ def _scores(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     reads: dict[str, Callable[[str], np.ndarray]] = {"recorded": lambda name: _map(maps, name, roles)}
     for mode in config.modes:
         reads[mode] = lambda name, mode=mode: read_png(done[mode] / "labels" / f"{name}.png")  # type: ignore[misc]
-    found, rows, outputs = {}, [], {}
+    rows: list[tuple[Cell, ...]] = []
+    outputs: dict[str, dict[str, float]] = {}
     for which, read in reads.items():
         scores, answered = _score(images, common, read)
-        found[which] = scores
         outputs[which] = {"miou": scores.miou, "accuracy": scores.accuracy, "answered": answered}
         rows.append((which, *(round(100 * value, 2) for value in outputs[which].values())))
         (folder / which).mkdir(exist_ok=True)

@@ -20,7 +20,8 @@ from fmda.errors import UserError
 SIDE = 1024
 """Pixels of the longest side where a graph leaves it open."""
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+MEAN = np.array([123.675, 116.28, 103.53], np.float32)
+STD = np.array([58.395, 57.12, 57.375], np.float32)
 LOW_RES = 256
 TYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
@@ -138,7 +139,7 @@ class Encoder:
         size = (max(int(width * scale + 0.5), 1), max(int(height * scale + 0.5), 1))
         resized: np.ndarray = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
         if not self.raw:
-            resized = (resized.astype(np.float32) - np.float32(MEAN)) / np.float32(STD)
+            resized = (resized.astype(np.float32) - MEAN) / STD
         if not (self.last and self.open):
             rows, columns = self.height - resized.shape[0], self.width - resized.shape[1]
             resized = np.pad(resized, ((0, rows), (0, columns), (0, 0)))

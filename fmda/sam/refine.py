@@ -162,7 +162,7 @@ def paper(stage: SamStage, embedding: Embedding, label_map: UInt8[np.ndarray, "H
     highest predicted IoU; pixels of two masks or more belong to none; the others take the class of the component.
     What no mask covers is 255. A map without such a component stays as it is.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(np.ascontiguousarray(label_map))])
+    rng = np.random.default_rng([seed, zlib.crc32(label_map.tobytes())])
     parts = components(label_map, PAPER_SHARE * label_map.size)
     pairs = [(part, random_points(part, PAPER_POINTS, rng)) for part in parts]
     prompts = [prompt for _, prompt in pairs if prompt is not None]
@@ -199,7 +199,8 @@ def voted(
     Smaller regions lie above larger ones. A region without a class of `least_share` contradicts the map and is refused.
     `stage` and `embedding` are needed with `settings.boxes`.
     """
-    prompts = [Prompt(point[None], np.array([OBJECT])) for point in grid(*label_map.shape, settings.points)]
+    height, width = label_map.shape
+    prompts = [Prompt(point[None], np.array([OBJECT])) for point in grid(height, width, settings.points)]
     if settings.boxes:
         assert stage is not None and embedding is not None
         parts = components(label_map, settings.least_thing * label_map.size, roles.things)
