@@ -41,7 +41,8 @@ batch: 8
 steps: 30
 log_every: 5
 save_steps: 30
-evaluate_steps: 30
+evaluate_steps: 0
+best: null
 optim: {{learning_rate: 0.003, schedule: poly, weight_decay: 0.05, clip_norm: 1.0}}
 """
 

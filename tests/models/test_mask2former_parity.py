@@ -26,7 +26,7 @@ CLASSES = 4
 
 @pytest.fixture(scope="module")
 def peer():
-    """Returns transformers' network: one pixel layer, four decoder layers, so that a level comes a second time."""
+    """Returns transformers' network: one pixel layer, three decoder layers, one for each level."""
     import torch_clip
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
@@ -36,7 +36,7 @@ def peer():
     )  # fmt: skip
     config = Mask2FormerConfig(
         backbone_config=backbone, feature_size=64, mask_feature_size=16, hidden_dim=64, encoder_feedforward_dim=24,
-        encoder_layers=1, decoder_layers=5, num_attention_heads=2, dim_feedforward=40, num_queries=6,
+        encoder_layers=1, decoder_layers=4, num_attention_heads=2, dim_feedforward=40, num_queries=6,
         num_labels=CLASSES, train_num_points=40,
     )  # fmt: skip
     model = torch_clip.shaken(Mask2FormerForUniversalSegmentation(config))
