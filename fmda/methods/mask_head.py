@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from fmda.config import PositiveInt
 from fmda.losses.masks import MaskLossConfig, mask_loss
 from fmda.methods.dense import Encoder
-from fmda.models.mask2former import HeadConfig, Mask2FormerHead, Predictions, semantic_scores
+from fmda.models.mask2former import HeadConfig, Mask2FormerHead, Predictions, log_scores
 from fmda.models.module import abstract, init
 from fmda.trees import Tree
 
@@ -67,7 +67,6 @@ class MaskNetwork:
         return mask_loss(*self.predictions(params, batch["image"]), batch["labels"], key, self._loss)
 
     def scores(self, params: Any, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b H W k"]:
-        """Returns logarithms of class scores at the images' size: like logits, their softmax is a distribution."""
+        """Returns `log_scores` at the images' size."""
         predicted = self.predictions(params, pixels)
-        size = (pixels.shape[1], pixels.shape[2])
-        return jnp.log(jnp.maximum(semantic_scores(predicted.classes[-1], predicted.masks[-1], size), 1e-8))
+        return log_scores(predicted.classes[-1], predicted.masks[-1], (pixels.shape[1], pixels.shape[2]))

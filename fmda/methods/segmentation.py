@@ -28,14 +28,14 @@ COMMON = {19: "cityscapes"}
 """{number of classes: the list that is meant where a checkpoint names none}."""
 
 
-def open_segmentation(source: str | Path) -> tuple[Loaded, ClassList]:
-    """Returns a segmentation network and the classes of its logits.
+def open_segmentation(source: str | Path, *, masks: bool = False) -> tuple[Loaded, ClassList]:
+    """Returns a segmentation network and the classes of its logits; `masks` as in `load_segmentation`.
 
     Logits that stand for no class (ESPNetv2's background) are left out. The classes are those of `classes.yaml` in the
     folder, else those that config.json names, else Cityscapes' where there are 19. Raises UserError as
     `load_segmentation`, and where the classes are not known.
     """
-    network = load_segmentation(source)
+    network = load_segmentation(source, masks=masks)
     config, params = FAMILIES[network.family].without_unused(network.config, network.params)
     return replace(network, config=config, params=params), _classes(source, network.folder, config.classes)
 
@@ -45,9 +45,9 @@ def load_segmenter(source: str | Path, protocol: Protocol = WHOLE_IMAGE) -> Segm
 
     Sides are rounded to what the network needs. Raises UserError as `open_segmentation`.
     """
-    network, classes = open_segmentation(source)
+    network, classes = open_segmentation(source, masks=True)
     protocol = fitting(protocol, network.family)
-    scores = partial(dense_scores, network.graphdef)
+    scores = partial(mask_scores if FAMILIES[network.family].masks else dense_scores, network.graphdef)
     name = checkpoint_name(Path(source).expanduser())
     fingerprint = weight_fingerprint(network.params, network.config, classes.names, protocol)
     return Segmenter(Predictor(scores, network.params, protocol), classes, name, fingerprint, protocol)
@@ -56,6 +56,12 @@ def load_segmenter(source: str | Path, protocol: Protocol = WHOLE_IMAGE) -> Segm
 def dense_scores(graphdef: nnx.GraphDef, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
     """Returns a network's logits of RGB in 0..255."""
     return nnx.merge(graphdef, tree)(normalised(pixels))
+
+
+def mask_scores(graphdef: nnx.GraphDef, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b H W k"]:
+    """Returns the class scores, like logits, of a network of queries for RGB in 0..255."""
+    network = nnx.merge(graphdef, tree)
+    return network.scores(normalised(pixels, *network.config.image))
 
 
 def fitting(protocol: Protocol, family: str) -> Protocol:

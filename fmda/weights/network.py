@@ -345,22 +345,29 @@ def load_text_encoder(
 
 
 def load_segmentation(
-    source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    masks: bool = False,
 ) -> Loaded:
     """Returns the segmentation network of a folder, a weight file, a model of the package, or a hub id.
 
     Called with normalised RGB pixels [B, H, W, 3] it returns class logits [B, h, w, K], float32. Read are ESPNetv2,
     transformers' SegFormer, DAFormer, HRDA and DeepLabV2 under OpenMMLab's names, EfficientNet-Lite0 with SegFormer's
     head, and DINOv2 with a linear or DAFormer's head (`NAME.safetensors` with `NAME.json`, or model.safetensors with
-    config.json). Raises UserError as `load_clip`, and for a network that does not segment.
+    config.json). With `masks` a Mask2Former is, too, which returns what `load_mask2former` says. Raises UserError as
+    `load_clip`, and for a network that does not segment.
     """
     file = Path(source).expanduser()
     single = file if file.suffix == ".safetensors" and file.is_file() else None
     folder = file.parent if single else resolve(source, revision)
     family = family_of(folder, single)
-    if not FAMILIES[family].segments:
-        known = ", ".join(name for name, row in FAMILIES.items() if row.segments)
-        raise UserError(f"{source}: holds a network of family '{family}', which does not segment; known: {known}")
+    known = [name for name, row in FAMILIES.items() if row.segments or (masks and row.masks)]
+    if family not in known:
+        raise UserError(
+            f"{source}: holds a network of family '{family}', which does not segment; known: {', '.join(known)}"
+        )
     return restore(open_checkpoint(family, folder, single), dtype)
 
 

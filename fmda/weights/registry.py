@@ -73,6 +73,7 @@ class Family:
         tokenizer: whether a tokenizer may lie beside the weights.
         replay: (network, recorded inputs) -> outputs to compare with a record.
         segments: whether it maps pixels to class logits, for `load_segmentation`.
+        masks: whether it predicts classes and masks of queries, which its `scores` joins to class scores.
         multiple: what the sides of an image must be multiples of, where it segments.
         without_unused: (configuration, parameters) without the logits that stand for no class, where it segments.
         relative: whether a record is compared relative to its largest value.
@@ -90,6 +91,7 @@ class Family:
     tokenizer: bool = False
     replay: Callable[[Any, Mapping[str, np.ndarray]], Outputs] | None = None
     segments: bool = False
+    masks: bool = False
     multiple: int = 1
     without_unused: Callable[[Any, Tree], tuple[Any, Tree]] = lambda config, params: (config, params)
     relative: bool = True
@@ -286,6 +288,8 @@ FAMILIES: dict[str, Family] = {
         build=Mask2Former,
         calls={"__call__": Mask2Former.__call__},
         bare=mask2former.BARE,
+        masks=True,
+        multiple=32,
     ),
     "resnet": Family(
         kinds=(resnet.KIND,),

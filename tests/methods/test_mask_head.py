@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_place
+from small_diffusion import drawn
 
 from fmda import trees
 from fmda.errors import UserError
@@ -15,10 +16,9 @@ from fmda.evaluate import Segmenter
 from fmda.methods.dense import Encoder
 from fmda.methods.kinds import open_run
 from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork
-from fmda.models.clip import Clip, ClipConfig, ResNetConfig, TextConfig, VitConfig
-from fmda.models.dino import dino, vit_config
-from fmda.models.module import init
-from fmda.weights.network import save
+from fmda.models.clip import ClipConfig, ResNetConfig, TextConfig, VitConfig
+from fmda.models.dino import vit_config
+from fmda.weights.network import network_graph, save
 
 HEAD = {
     "width": 32, "mask_width": 8, "heads": 2, "pixel_layers": 1, "pixel_hidden": 16, "layers": 3, "hidden": 16,
@@ -53,9 +53,9 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("mask-head")
     for name in ("vit", "resnet"):
         config = ClipConfig(8, TOWERS[name], TextConfig(20, 6, 8, 1, 2, 16))
-        save("clip", place / name, config, init(lambda rngs, config=config: Clip(config, rngs=rngs), jax.random.key(0)))
+        save("clip", place / name, config, drawn(network_graph("clip", config)[1]))
     config = vit_config(4, 12, layers=2, heads=3, mlp_width=24, image_size=8)
-    save("dino", place / "dino", config, init(lambda rngs: dino(config, rngs=rngs), jax.random.key(1)))
+    save("dino", place / "dino", config, drawn(network_graph("dino", config)[1]))
     small_place.draw_labelled(place / "data")
     (place / "run.yaml").write_text(CONFIG)
     return place

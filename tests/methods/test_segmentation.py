@@ -22,6 +22,7 @@ from fmda.models.dinov2 import Dinov2Config
 from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.espnet_v2 import EspNetV2Config
 from fmda.models.lite_segmenter import LiteSegmenterConfig
+from fmda.models.mask2former import HeadConfig, Mask2FormerConfig
 from fmda.models.mit import MitConfig
 from fmda.models.resnet import ResNetEncoderConfig
 from fmda.models.segformer import SegFormerConfig
@@ -29,6 +30,7 @@ from fmda.weights.network import load_segmentation, network_graph, save
 
 MIT = MitConfig((8, 16, 24, 32), (1, 1, 1, 1), (1, 2, 3, 4))
 ESPNET = EspNetV2Config((16, 32, 48, 64), (1, 1), (16, 12, 8), classes=20, unused=1, pyramid=3)
+MASKS = HeadConfig(width=32, mask_width=8, pixel_layers=1, pixel_hidden=8, layers=1, hidden=8, queries=4)
 # family -> (configuration, rows and columns of the logits of an image of 50 x 70)
 NETWORKS = {
     "segformer": (SegFormerConfig(MIT, 12), (13, 18)),
@@ -38,6 +40,7 @@ NETWORKS = {
     "lite_segmenter": (LiteSegmenterConfig(width=8), (13, 18)),
     "dinov2_segmenter": (Dinov2SegmenterConfig(Dinov2Config(28, 7, 16, 4, 2, maps=(1, 2, 3, 4)), width=8), (8, 10)),
     "espnet_v2": (ESPNET, (48, 64)),
+    "mask2former": (Mask2FormerConfig(ResNetEncoderConfig(layers=(1, 1, 1, 1), width=8), MASKS), (64, 64)),
 }
 PUBLISHED = Path(os.environ.get("FMDA_DATA", "")) / "espnetv2" / "espnetv2-s2.0-cityscapes.safetensors"
 

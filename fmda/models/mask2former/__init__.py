@@ -2,6 +2,14 @@
 
 from fmda.models.mask2former.config import HeadConfig, Mask2FormerConfig
 from fmda.models.mask2former.decoder import Predictions
-from fmda.models.mask2former.mask2former import Mask2Former, Mask2FormerHead, semantic_scores
+from fmda.models.mask2former.mask2former import Mask2Former, Mask2FormerHead, log_scores, semantic_scores
 
-__all__ = ["HeadConfig", "Mask2Former", "Mask2FormerConfig", "Mask2FormerHead", "Predictions", "semantic_scores"]
+__all__ = [
+    "HeadConfig",
+    "Mask2Former",
+    "Mask2FormerConfig",
+    "Mask2FormerHead",
+    "Predictions",
+    "log_scores",
+    "semantic_scores",
+]

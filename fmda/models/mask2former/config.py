@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from fmda.models.clip.config import ConvNextConfig, ResNetConfig
+from fmda.models.clip.config import OPENAI_MEAN, OPENAI_STD, ConvNextConfig, ResNetConfig
+from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.models.resnet import ResNetEncoderConfig
 
 
@@ -52,3 +53,15 @@ class Mask2FormerConfig:
     encoder: ResNetEncoderConfig | ResNetConfig | ConvNextConfig = ConvNextConfig()
     head: HeadConfig = HeadConfig()
     embed_dim: int = 768
+
+    @property
+    def classes(self) -> int:
+        """Classes without "no object"."""
+        return self.head.classes
+
+    @property
+    def image(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation of RGB in 0..1 that images are normalised by: ImageNet's or CLIP's."""
+        if isinstance(self.encoder, ResNetEncoderConfig):
+            return IMAGENET_MEAN, IMAGENET_STD
+        return OPENAI_MEAN, OPENAI_STD

@@ -64,6 +64,15 @@ class Mask2Former(nnx.Module):
         predicted = self.predictions(pixels, text)
         return predicted.classes[-1], predicted.masks[-1]
 
+    def scores(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b H W k"]:
+        """Returns `log_scores` at the images' size; `pixels` as for a call.
+
+        Raises UserError for a network that needs text.
+        """
+        if self.config.head.text_classes or self.config.head.fixed:
+            raise UserError("this Mask2Former needs text embeddings of its classes; open it with fmda.load_mask2former")
+        return log_scores(*self(pixels), (pixels.shape[1], pixels.shape[2]))
+
     def with_clip(
         self, pixels: Float[Array, "b H W 3"], text: Float[Array, "k s e"], seen: Bool[Array, "k"]
     ) -> tuple[Float[Array, "b q k+1"], Float[Array, "b q h w"]]:
@@ -115,3 +124,10 @@ def semantic_scores(
 
     scores = jnp.moveaxis(lax.map(block, down), 0, 1)
     return scores.reshape(len(masks), blocks * rows, width, -1)[:, :height]
+
+
+def log_scores(
+    classes: Float[Array, "b q k+1"], masks: Float[Array, "b q h w"], size: tuple[int, int]
+) -> Float[Array, "b H W k"]:
+    """Returns logarithms of `semantic_scores`: like logits, their softmax is a distribution."""
+    return jnp.log(jnp.maximum(semantic_scores(classes, masks, size), 1e-8))
