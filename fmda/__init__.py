@@ -15,6 +15,7 @@ _PUBLIC = {
     "load_text_encoder": "fmda.weights.network",
     "load_segmentation": "fmda.weights.network",
     "load_mask2former": "fmda.weights.network",
+    "load_sam": "fmda.weights.network",
     "load_stable_diffusion": "fmda.diffusion.load",
     "open_dataset": "fmda.data",
     "Segmenter": "fmda.evaluate",

@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -281,6 +282,23 @@ def convert(
     print(convert_checkpoint(source, out, dtype, revision))
 
 
+def export_sam(source: Source, out: Positional[Path], revision: Revision = None, as_json: Json = False) -> None:
+    """Write a Segment Anything checkpoint as two ONNX graphs, for any size of image and any number of prompts.
+
+    Both graphs are run on images of three sizes and compared with JAX first. Needs the extra `export`.
+
+    Args:
+        out: a new folder for encoder.onnx and decoder.onnx.
+    """
+    _load_jax()
+    from fmda.weights.sam_export import export_sam as export
+
+    for comparison in export(source, out, revision):
+        print(json.dumps(asdict(comparison)) if as_json else comparison)
+    if not as_json:
+        print(out)
+
+
 def bench(name: Positional[str] = "", out: Path | None = None, arguments: Positional[tuple[str, ...]] = ()) -> None:
     """Run a benchmark of `benchmarks/` by name; without a name, list them. Needs a checkout.
 
@@ -331,6 +349,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "models list": models_list,
     "models check": models_check,
     "convert": convert,
+    "export-sam": export_sam,
     "bench": bench,
     "report": report,
 }

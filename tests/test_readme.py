@@ -13,7 +13,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_commands_configurations_and_benchmarks_exist():
-    assert set(re.findall(r"(?m)(?:^|`)fmda ([a-z]+)", TEXT)) <= {verb.split()[0] for verb in cli.VERBS}
+    assert set(re.findall(r"(?m)(?:^|`)fmda ([a-z][a-z-]*)", TEXT)) <= {verb.split()[0] for verb in cli.VERBS}
     paths = set(re.findall(r"configs/[\w/.-]+\.yaml|benchmarks/\w+\.py", TEXT))
     paths |= {f"benchmarks/{name}.py" for name in re.findall(r"fmda bench (\w+)", TEXT)}
     assert len(paths) > 10

@@ -8,6 +8,7 @@ from fmda.models.dino import vit_config
 from fmda.models.dinov2 import DINOV2, Dinov2Config
 from fmda.models.mit import MIT, MitConfig
 from fmda.models.resnet import ResNetEncoderConfig
+from fmda.models.sam.network import SAM, SamConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
 from fmda.models.segformer import SegFormerConfig
@@ -35,7 +36,10 @@ class Entry:
 
     name: str
     source: str
-    config: ClipConfig | VitConfig | Dinov2Config | MitConfig | SegFormerConfig | ResNetEncoderConfig | DiffusionConfig
+    config: (
+        ClipConfig | VitConfig | Dinov2Config | MitConfig | SegFormerConfig | ResNetEncoderConfig | SamConfig
+        | DiffusionConfig
+    )  # fmt: skip
     parameters: int
     licence: str = "MIT"
     family: str | None = "clip"
@@ -69,6 +73,7 @@ _RN101C = replace(_RN101, deep_stem=True)
 _DINO: dict[str, Any] = {"family": "dino", "licence": "Apache-2.0"}
 _DINOV2: dict[str, Any] = {"family": "dinov2", "licence": "Apache-2.0"}
 _MIT: dict[str, Any] = {"family": "mit", "licence": "NVIDIA Source Code License (non-commercial)"}
+_SAM: dict[str, Any] = {"family": "sam", "licence": "Apache-2.0"}
 _SEGFORMER = _MIT | {"family": "segformer"}
 
 ENTRIES: tuple[Entry, ...] = (
@@ -158,6 +163,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("resnet50", "timm/resnet50.tv_in1k", _RN50, 25_557_032, "BSD-3-Clause", "resnet"),
     Entry("resnet101", "timm/resnet101.tv_in1k", _RN101, 44_549_160, "BSD-3-Clause", "resnet"),
     Entry("resnet101-v1c", "timm/resnet101c.gluon_in1k", _RN101C, 44_568_392, "Apache-2.0", "resnet"),
+    Entry("sam-vit-b", "facebook/sam-vit-base", SAM["sam-vit-b"], 93_735_728, **_SAM),
+    Entry("sam-vit-l", "facebook/sam-vit-large", SAM["sam-vit-l"], 312_343_088, **_SAM),
+    Entry("sam-vit-h", "facebook/sam-vit-huge", SAM["sam-vit-h"], 641_090_864, **_SAM),
     Entry(
         "stable-diffusion-v1-4",
         "CompVis/stable-diffusion-v1-4",

@@ -7,7 +7,7 @@ we do, under "kernel".
 from collections.abc import Iterable
 
 from fmda.weights.table import Row, drop, row
-from fmda.weights.transforms import CONV, COPY, FLAX_POINT_CONV, LINEAR, POINT_CONV, Transform
+from fmda.weights.transforms import CONV, COPY, FLAX_POINT_CONV, LINEAR, POINT_CONV, UP_CONV, Transform
 
 Layer = tuple[str, str, str]
 Leaves = dict[str, tuple[tuple[str, str | None, Transform], ...]]
@@ -17,6 +17,7 @@ _TORCH: Leaves = {
     "linear": ((".weight", "/kernel", LINEAR), (".bias", "/bias", COPY)),
     "conv": ((".weight", "/kernel", CONV), (".bias", "/bias", COPY)),
     "point_conv": ((".weight", "/kernel", POINT_CONV), (".bias", "/bias", COPY)),
+    "up_conv": ((".weight", "/kernel", UP_CONV), (".bias", "/bias", COPY)),
     "norm": ((".weight", "/scale", COPY), (".bias", "/bias", COPY)),
     "batch_norm": (
         (".weight", "/scale", COPY),

@@ -344,6 +344,18 @@ def load_text_encoder(
     return _load("text_encoder", source, revision, dtype)
 
 
+def load_sam(source: str | os.PathLike[str], revision: str | None = None, dtype: DTypeLike = jnp.float32) -> Loaded:
+    """Returns the Segment Anything of a folder or a hub id (`facebook/sam-vit-base`).
+
+    Its methods: `encode(pixels)`, normalised RGB [B, S, S, 3] whose longest side is S, 1024, with zeros after it ->
+    embedding [B, h, w, 256]; `decode(embedding, points, labels, boxes, masks)`, p prompts of n points on each image,
+    [B, p, n, 2] and [B, p, n] -> (mask logits [B, p, 4, 4h, 4w], predicted IoU [B, p, 4]), both float32. Boxes and
+    masks may be left out, see `fmda.models.sam.Sam.decode`. Read are transformers' SamModel and, as model.safetensors,
+    its authors' and MobileSAM's names. Raises UserError as `load_clip`.
+    """
+    return _load("sam", source, revision, dtype)
+
+
 def load_segmentation(
     source: str | os.PathLike[str],
     revision: str | None = None,

@@ -29,6 +29,7 @@ from fmda.models.lite_segmenter import LiteSegmenter
 from fmda.models.mask2former import Mask2Former
 from fmda.models.mit import Mit
 from fmda.models.resnet import ResNetEncoder
+from fmda.models.sam.network import Sam, check_pixels, check_prompts
 from fmda.models.sd_unet import UNet
 from fmda.models.sd_vae import Vae
 from fmda.models.segformer import SegFormer
@@ -47,6 +48,7 @@ from fmda.weights import (
     mask2former,
     mit,
     resnet,
+    sam,
     segformer,
 )
 from fmda.weights import dino as dino_weights
@@ -299,6 +301,16 @@ FAMILIES: dict[str, Family] = {
         build=ResNetEncoder,
         calls={"__call__": ResNetEncoder.__call__, "stages": ResNetEncoder.stages},
         bare=resnet.BARE,
+    ),
+    "sam": Family(
+        kinds=(sam.KIND, sam.MOBILE),
+        files=WEIGHT_FILES,
+        read=sam.read,
+        export=sam.export,
+        build=Sam,
+        calls={"encode": Sam.encode, "decode": Sam.decode},
+        check={"encode": check_pixels, "decode": check_prompts},
+        bare=sam.BARE,
     ),
     "efficientnet_lite": Family(
         kinds=(),

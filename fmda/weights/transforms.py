@@ -28,6 +28,9 @@ LINEAR = _transposed("linear", 1, 0)
 CONV = _transposed("conv", 2, 3, 1, 0)
 """torch.nn.Conv2d [out, in/groups, h, w] -> kernel [h, w, in/groups, out]."""
 
+UP_CONV = _transposed("up conv", 0, 2, 3, 1)
+"""torch.nn.ConvTranspose2d [in, out, h, w] -> kernel [in, h, w, out]."""
+
 QKV_WEIGHT = Transform(
     "qkv weight", lambda x: tuple(part.T for part in np.split(x, 3)), lambda xs: np.concatenate([x.T for x in xs])
 )
@@ -35,6 +38,22 @@ QKV_WEIGHT = Transform(
 
 QKV_BIAS = Transform("qkv bias", lambda x: tuple(np.split(x, 3)), np.concatenate)
 """Packed bias [3 * width] -> three biases [width]."""
+
+
+def qkv_by_head(heads: int) -> tuple[Transform, Transform]:
+    """Returns the transforms of weight and bias of a projection packed as [heads, (query, key, value), head size]."""
+
+    def sorted_(x: np.ndarray) -> np.ndarray:
+        return x.reshape(heads, 3, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    def packed(x: np.ndarray) -> np.ndarray:
+        return x.reshape(3, heads, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    def by_head(of: Transform) -> Transform:
+        return Transform(f"{of.name} by head", lambda x: of.forward(sorted_(x)), lambda xs: packed(of.inverse(xs)))
+
+    return by_head(QKV_WEIGHT), by_head(QKV_BIAS)
+
 
 PAIR_WEIGHT = Transform(
     "pair weight", lambda x: tuple(part.T for part in np.split(x, 2)), lambda xs: np.concatenate([x.T for x in xs])
