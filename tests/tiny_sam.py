@@ -46,7 +46,8 @@ def encoder(path, *, form="normalised", shape=None, outputs=("image_embeddings",
 
 
 def decoder(
-    path, *, batch="prompts", points="points", names=META, candidates=1, low_res=True, baked=None, nan=False, drop=()
+    path, *, batch="prompts", points="points", names=META, candidates=1, low_res=True, baked=None, nan=False, drop=(),
+    mask=1,
 ):  # fmt: skip
     """Writes a decoder to `path`: `candidates` masks, each of a looser colour and of a higher predicted IoU."""
     nested = names is HUGGING_FACE
@@ -91,7 +92,7 @@ def decoder(
     inputs = {
         "image_embeddings": [1, 3, GRID, GRID], coords: [*lead, batch, points, 2], labels: [*lead, batch, points],
         **({"image_positional_embeddings": [1, 3, GRID, GRID]} if nested else
-           {"mask_input": [1, 1, GRID, GRID], "has_mask_input": [1], "orig_im_size": [2]}),
+           {"mask_input": [mask, 1, GRID, GRID], "has_mask_input": [mask], "orig_im_size": [2]}),
     }  # fmt: skip
     kinds = {labels: TensorProto.INT64} if nested else {}
     given = [value(name, shape, kinds.get(name, TensorProto.FLOAT)) for name, shape in inputs.items()]

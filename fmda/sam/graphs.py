@@ -177,7 +177,7 @@ class Decoder:
         shape = graph.inputs[names.points][0]
         self.boxes, self._nested = names.boxes, len(shape) == 4
         prompts, points = shape[-3], shape[-2]
-        self.fixed = isinstance(prompts, int)
+        self.fixed, self._axis = isinstance(prompts, int), prompts
         self.batch = prompts if isinstance(prompts, int) else MANY
         self.points = points if isinstance(points, int) else None
         self.outputs = [(names.embeddings, True)] + ([(names.positions, False)] if names.positions else [])
@@ -235,10 +235,13 @@ class Decoder:
         if name == "orig_im_size":
             return np.array(size)
         first, *rest = self.graph.inputs[name][0]
+        if not isinstance(first, int):
+            # an axis of another name than that of the prompts: one mask for all of them
+            first = count if first in (self._axis, None) else 1
         # has_mask_input has no further axes
         pairs = zip(rest, (1, LOW_RES, LOW_RES), strict=False)
         sides = [side if isinstance(side, int) else default for side, default in pairs]
-        return np.zeros([first if isinstance(first, int) else count, *sides])
+        return np.zeros([first, *sides])
 
 
 def open_pair(folder: str | Path, threads: int) -> tuple[Encoder, Decoder]:

@@ -51,6 +51,15 @@ def test_prompts_share_a_call_with_equal_masks(sam, tmp_path, batch, calls):
         np.testing.assert_array_equal(sam.decode(embedding, [prompt]).masks[0], mask)
 
 
+@pytest.mark.parametrize("axis, count", [(1, 1), ("masks", 1), ("prompts", 4)])
+def test_one_mask_prompt_for_all_where_its_axis_has_another_name(tmp_path, monkeypatch, axis, count):
+    stage = SamStage(pair(tmp_path, mask=axis))
+    fed, run = {}, stage._decoder.graph.run
+    monkeypatch.setattr(stage._decoder.graph, "run", lambda names, feed: fed.update(feed) or run(names, feed))
+    stage.decode(stage.embed(blocks()[0]), centres(48, 64))
+    assert len(fed["mask_input"]) == len(fed["has_mask_input"]) == count and len(fed["point_coords"]) == 4
+
+
 def test_prompts_of_unequal_points_go_to_calls_of_their_own(tmp_path):
     stage = SamStage(pair(tmp_path))
     two = at((3, 3), (60, 40), labels=[OBJECT, BACKGROUND])
