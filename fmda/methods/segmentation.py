@@ -20,10 +20,9 @@ from fmda.methods.dense import normalised
 from fmda.trees import Tree
 from fmda.weights.checkpoint import weight_fingerprint, weights_and_config
 from fmda.weights.files import read_json
-from fmda.weights.network import Loaded, load_segmentation
+from fmda.weights.network import CLASSES_FILE, Loaded, load_segmentation
 from fmda.weights.registry import FAMILIES
 
-CLASSES_FILE = "classes.yaml"
 COMMON = {19: "cityscapes"}
 """{number of classes: the list that is meant where a checkpoint names none}."""
 

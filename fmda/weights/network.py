@@ -29,6 +29,10 @@ from fmda.weights.tokenizer import FILES as TOKENIZER_FILES
 from fmda.weights.tokenizer import Tokenizer, has_tokenizer
 
 FLOAT16_MAX = 65504.0
+CLASSES_FILE = "classes.yaml"
+"""The class list beside the weights of a segmentation network; it comes before the names in its configuration."""
+_NAMES = ("id2label", "label2id", "classes")
+"""Keys of a configuration that name classes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +171,7 @@ def save(
     folder: str | os.PathLike[str],
     config: Any,
     params: Mapping[Any, Any],
-    tokenizer_files: Iterable[str | os.PathLike[str]] = (),
+    beside: Iterable[str | os.PathLike[str]] = (),
     *,
     dtype: DTypeLike | None = None,
     layout: str | None = None,
@@ -175,9 +179,9 @@ def save(
     """Writes a network under the names of PyTorch's libraries, so that they and the loaders here open it.
 
     Returns the folder. Arrays are stored in `dtype`, by default in their own; scalars and running statistics stay as
-    they are. `tokenizer_files` are copied under their names; `layout` as the family defines it. Raises UserError where
-    `params` does not fit `config`, holds values beyond `dtype`, or the folder cannot be written; nothing is written
-    then.
+    they are. The files `beside`, such as a tokenizer's, are copied under their names; `layout` as the family defines it.
+    Raises UserError where `params` does not fit `config`, holds values beyond `dtype`, or the folder cannot be written;
+    nothing is written then.
     """
     folder = Path(folder)
     try:
@@ -199,7 +203,7 @@ def save(
         files.write_safetensors(folder / export.weights, export.table.write(trees.unflatten(flat)))
         for name, value in export.objects.items():
             files.write_json(folder / name, value)
-        for file in map(Path, tokenizer_files):
+        for file in map(Path, beside):
             if file.resolve() != (folder / file.name).resolve():
                 shutil.copyfile(file, folder / file.name)
     return folder
@@ -219,13 +223,18 @@ def rounded(where: str, array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
 
 
 def convert(checkpoint: Checkpoint, out: Path, dtype: DTypeLike = jnp.float32, *, layout: str | None = None) -> Path:
-    """Rewrites a network of any known layout as safetensors, with its tokenizer. Returns the new folder.
+    """Rewrites a network of any known layout as safetensors, with tokenizer and class names. Returns the new folder.
 
     Raises UserError as `restore` and `save` do.
     """
     folder, params = checkpoint.folder, checkpoint.params()
-    words = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return save(checkpoint.family, out, checkpoint.config, params, words, dtype=dtype, layout=layout)
+    beside = [folder / name for name in (*TOKENIZER_FILES, CLASSES_FILE) if (folder / name).is_file()]
+    save(checkpoint.family, out, checkpoint.config, params, beside, dtype=dtype, layout=layout)
+    before, after = files.config_file(checkpoint.file), out / "config.json"
+    if FAMILIES[checkpoint.family].segments and before.is_file():
+        stored = files.read_json(before)
+        files.write_json(after, files.read_json(after) | {key: stored[key] for key in _NAMES if key in stored})
+    return out
 
 
 def part_folder(source: str | os.PathLike[str], part: str, revision: str | None = None) -> Path:

@@ -11,6 +11,7 @@ from small_diffusion import drawn
 
 from fmda import cli, trees
 from fmda.data import class_list, open_dataset
+from fmda.diffusion.checkpoints import convert
 from fmda.errors import UserError
 from fmda.evaluate import Protocol, Segmenter, evaluate_dataset
 from fmda.evaluate.windows import WindowGrid, score_samples
@@ -100,6 +101,14 @@ def test_classes_are_those_of_a_file_beside_the_weights_or_of_the_configuration(
     other = written("espnet_v2", EspNetV2Config((16, 32, 48, 64), (1, 1), classes=6, pyramid=3), tmp_path / "other")
     with pytest.raises(UserError, match="other: has 6 classes and does not name them; write their .*classes.yaml"):
         open_segmentation(other)
+
+
+def test_conversion_keeps_the_names_of_classes(folder, tmp_path):
+    names = tuple(f"thing {index}" for index in range(20))
+    named(folder, classes=names)
+    assert open_segmentation(convert(folder, tmp_path / "new"))[1].names == names[:19]
+    (folder / "classes.yaml").write_text("classes: cityscapes\n")
+    assert open_segmentation(convert(folder, tmp_path / "newer"))[1].names[0] == "road"
 
 
 def test_the_command_line_scores_and_predicts_with_a_protocol(folder, tmp_path, capsys, monkeypatch):

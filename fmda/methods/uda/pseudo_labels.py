@@ -20,12 +20,12 @@ from fmda.data.config import ImagesConfig
 from fmda.errors import disk_errors
 from fmda.evaluate import Predictor, Segmenter
 from fmda.evaluate.segmenter import Forward
-from fmda.methods.segmentation import CLASSES_FILE
 from fmda.png import is_whole, read_png, write_png
 from fmda.progress import track
 from fmda.runs.identity import claim
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
+from fmda.weights.network import CLASSES_FILE
 
 LEVELS = 65535
 """Confidence 1 in a 16-bit file."""

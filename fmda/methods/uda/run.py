@@ -36,7 +36,6 @@ from fmda.mesh import make_mesh
 from fmda.methods import segmentation
 from fmda.methods.planning import Training
 from fmda.methods.resident import with_resident_data
-from fmda.methods.segmentation import CLASSES_FILE
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.methods.uda.adversary import without_adversary
 from fmda.methods.uda.network import NETWORK, Network, NetworkConfig, known_encoder
@@ -49,7 +48,7 @@ from fmda.runs.stages import Stage, pending
 from fmda.train import Evaluator, Task, TrainerConfig, TrainState, best_step, read_params
 from fmda.trees import Tree
 from fmda.weights.files import read_json
-from fmda.weights.network import Loaded, save
+from fmda.weights.network import CLASSES_FILE, Loaded, save
 from fmda.weights.registry import FAMILIES
 
 SHUFFLED = Shuffled()
