@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from fmda.data.catalog import ALIASES, CATALOG, Entry, Labels, Split
 from fmda.data.classes import ClassList, ClassMap, class_list
@@ -25,11 +25,14 @@ class Example:
         image: uint8 [H, W, 3], RGB.
         labels: uint8 [H, W] in the dataset's class list, 255 where there is no class; None without labels.
         name: the image's name, unique in its dataset.
+        margins: int32 [4], of a crop the rows of the whole image above and below it and the columns left and right of
+            it; None elsewhere, and where `training_transform` is not asked for them.
     """
 
     image: UInt8[np.ndarray, "H W 3"]
     labels: UInt8[np.ndarray, "H W"] | None
     name: str
+    margins: Int32[np.ndarray, "4"] | None = None
 
 
 @dataclass(frozen=True)

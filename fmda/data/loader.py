@@ -126,7 +126,7 @@ def stack(examples: Sequence[Any]) -> Batch:
 
 def _arrays(example: Any) -> Mapping[str, Any]:
     if isinstance(example, Example):
-        arrays = {"image": example.image, "labels": example.labels}
+        arrays = {"image": example.image, "labels": example.labels, "margins": example.margins}
         return {name: array for name, array in arrays.items() if array is not None}
     if isinstance(example, Mapping):
         return example

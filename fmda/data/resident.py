@@ -19,7 +19,8 @@ class Resident(NamedTuple):
         arrays: all examples, resized and not cropped: {"image": uint8 [n, H, W, 3], "labels": uint8 [n, H, W]}; without
             labels no "labels". Smaller images are padded on the right and below.
         crop: (height, width) of a window.
-        stream: batches {"row", "top", "left", "flip"}, each [b]: which window of which row, and whether it is mirrored.
+        stream: batches {"row", "top", "left", "flip"}, each [b]: which window of which row, and whether it is mirrored;
+            "margins" [b, 4] too where the stream's own batches have them.
     """
 
     arrays: Batch
@@ -72,9 +73,12 @@ class _Places:
         example: tuple[int, tuple[int, int], UInt8[np.ndarray, "H W"] | None],
         rng: np.random.Generator,
         wanted: Wanted | None = None,
-    ) -> dict[str, np.generic]:
+    ) -> dict[str, Any]:
         row, size, labels = example
         top, left = self.crop.corner(size, labels, rng, wanted)
-        return {
-            "row": np.int32(row), "top": np.int32(top), "left": np.int32(left), "flip": np.bool_(self.flip.drawn(rng)),
-        }  # fmt: skip
+        flip = self.flip.drawn(rng)
+        place = {"row": np.int32(row), "top": np.int32(top), "left": np.int32(left), "flip": np.bool_(flip)}
+        if not self.crop.margins:
+            return place
+        margins = self.crop.around(size, top, left)
+        return place | {"margins": self.flip.mirrored(margins) if flip else margins}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from fmda.data.classes import IGNORE
@@ -100,18 +100,27 @@ class RandomCrop:
     With `max_class_ratio` below 1 the place is drawn again, up to `tries` times, until at least two classes occur and
     none covers more than that share of the labelled pixels (0.75 in DACS and DAFormer); the last draw is kept. All of
     this is done again, up to `tries` times, until the window shows what is wanted.
+
+    With `margins` the example records where the window lies.
     """
 
     size: tuple[int, int]
     max_class_ratio: float = 1.0
     tries: int = 10
+    margins: bool = False
 
     def __call__(self, example: Example, rng: np.random.Generator, wanted: Wanted | None = None) -> Example:
         """Returns the crop."""
         example = pad(example, self.size)
         height, width = example.image.shape[:2]
         top, left = self.corner((height, width), example.labels, rng, wanted)
+        if self.margins:
+            example = replace(example, margins=self.around((height, width), top, left))
         return on_both(example, lambda array: array[top : top + self.size[0], left : left + self.size[1]])
+
+    def around(self, size: tuple[int, int], top: int, left: int) -> Int32[np.ndarray, "4"]:
+        """Returns the margins (`Example`) of a window in an image of that size."""
+        return np.array([top, size[0] - top - self.size[0], left, size[1] - left - self.size[1]], np.int32)
 
     def corner(
         self,
@@ -171,11 +180,18 @@ class RandomFlip:
         """Returns the example, perhaps mirrored."""
         if not self.drawn(rng):
             return example
+        if example.margins is not None:
+            example = replace(example, margins=self.mirrored(example.margins))
         return on_both(example, lambda array: np.ascontiguousarray(array[:, ::-1]))
 
     def drawn(self, rng: np.random.Generator) -> bool:
         """Returns whether to mirror."""
         return bool(rng.random() < self.p)
+
+    @staticmethod
+    def mirrored(margins: Int32[np.ndarray, "4"]) -> Int32[np.ndarray, "4"]:
+        """Returns the margins (`Example`) of the mirrored window."""
+        return margins[[0, 1, 3, 2]]
 
 
 @dataclass(frozen=True)
@@ -222,11 +238,13 @@ def training_transform(
     max_class_ratio: float = 0.75,
     flip: float = 0.5,
     jitter: float = 0.0,
+    margins: bool = False,
 ) -> Compose:
     """Returns the usual chain: resize to fit (long, short) times a random scale, crop, flip, jitter with probability
-    `jitter`. Raises UserError for a crop without area."""
+    `jitter`. With `margins` examples record where in the resized, perhaps mirrored image they lie (`Example`). Raises
+    UserError for a crop without area."""
     if min(crop) < 1:
         raise UserError(f"crop {list(crop)}: needs a height and a width of at least 1")
     steps: list[Step] = [] if resize is None else [ResizeKeepRatio(max(resize), min(resize), scale)]
-    steps += [RandomCrop(crop, max_class_ratio), RandomFlip(flip)]
+    steps += [RandomCrop(crop, max_class_ratio, margins=margins), RandomFlip(flip)]
     return Compose((*steps, *([ColourJitter(p=jitter)] if jitter else [])))

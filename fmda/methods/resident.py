@@ -40,7 +40,7 @@ def with_resident_data(task: Task, names: Collection[str] | None = None) -> Task
             if name not in crops:
                 return places
             cut = windows(frozen["resident"][name], places["row"], places["top"], places["left"], crops[name])
-            return flipped(cut, places["flip"])
+            return flipped(cut, places["flip"]) | {key: places[key] for key in ("margins",) if key in places}
 
         if "" in crops:
             examples_batch = examples("", batch)

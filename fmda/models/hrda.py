@@ -1,9 +1,10 @@
 """HRDA (Hoyer et al. 2022): DAFormer on a whole image at half size and on crops at full size, joined by an attention.
 
 The context is the whole image at half resolution, the detail a window of half its sides at full resolution. One encoder
-and one head serve both; a second head on the context's maps weighs them for each class and place.
+and one head serve both; a second head on the context's maps, or a constant, weighs them for each class and place.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,18 @@ SIDES = 64
 """What the sides of an image must be multiples of."""
 
 
+@dataclass(frozen=True)
+class HrdaConfig(DaFormerConfig):
+    """Shape of the network; the defaults are those of the paper.
+
+    Attributes:
+        fixed_attention: share of the detail's logits wherever it is seen, 0.5 in the paper's ablation; None learns it
+            for each class and place.
+    """
+
+    fixed_attention: float | None = None
+
+
 class HrdaOutputs(NamedTuple):
     """What a training step reads.
 
@@ -42,11 +55,13 @@ class HrdaOutputs(NamedTuple):
 class Hrda(DaFormer):
     """Image -> class logits. `dtype` is what it computes in; parameters are drawn in float32."""
 
-    def __init__(self, config: DaFormerConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: HrdaConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         super().__init__(config, dtype=dtype, rngs=rngs)
-        self.attention = SegFormerHead(
-            config.encoder.widths, config.width, config.classes, config.dropout, dtype=dtype, rngs=rngs
-        )
+        self.fixed_attention = config.fixed_attention
+        if self.fixed_attention is None:
+            self.attention = SegFormerHead(
+                config.encoder.widths, config.width, config.classes, config.dropout, dtype=dtype, rngs=rngs
+            )
 
     def with_detail(
         self, pixels: Float[Array, "b H W 3"], corner: Int[Array, "2"], key: Key[Array, ""] | None = None
@@ -96,7 +111,10 @@ class Hrda(DaFormer):
         """Returns (maps, logits, attention in [0, 1] per class) of the image at half size."""
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
         maps = self.encoder.stages(halved(pixels), keys[0])
-        return maps, self.head(maps, keys[1]), jax.nn.sigmoid(self.attention(maps, keys[2]))
+        logits = self.head(maps, keys[1])
+        if self.fixed_attention is not None:
+            return maps, logits, jnp.full_like(logits, self.fixed_attention)
+        return maps, logits, jax.nn.sigmoid(self.attention(maps, keys[2]))
 
 
 def halved(pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w 3"]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fmda.models.daformer import DaFormerConfig
+from fmda.models.hrda import HrdaConfig
 from fmda.weights import mit
 from fmda.weights.files import config_file
 from fmda.weights.layers import Layer, torch_rows
@@ -17,6 +18,8 @@ KEYS: Keys = {
     "classes": ("num_classes", Fields.size, 19),
     "dropout": ("classifier_dropout_prob", Fields.share, 0.1),
 }
+
+HRDA_KEYS: Keys = {**KEYS, "fixed_attention": ("fixed_attention", Fields.share_or_null, None)}
 
 
 def _unit(source: str, target: str) -> tuple[Layer, ...]:
@@ -59,33 +62,35 @@ HRDA_TABLE = Table(
 
 def read(file: Path, names: Names) -> tuple[DaFormerConfig, Table]:
     """Returns the configuration beside a weight file (of its name, or config.json), and DAFormer's table."""
-    return _config(file, KIND), TABLE
+    fields = _fields(file, KIND)
+    return DaFormerConfig(mit.encoder_config(fields), **fields.of(KEYS)), TABLE
 
 
-def read_hrda(file: Path, names: Names) -> tuple[DaFormerConfig, Table]:
+def read_hrda(file: Path, names: Names) -> tuple[HrdaConfig, Table]:
     """Returns the configuration beside a weight file (of its name, or config.json), and HRDA's table."""
-    return _config(file, HRDA_KIND), HRDA_TABLE
+    fields = _fields(file, HRDA_KIND)
+    return HrdaConfig(mit.encoder_config(fields), **fields.of(HRDA_KEYS)), HRDA_TABLE
 
 
 def export(config: DaFormerConfig, layout: str | None = None) -> Export:
     """Returns the files of a saved DAFormer, as OpenMMLab names its weights."""
-    return Export("model.safetensors", TABLE, {"config.json": _value(config, KIND)})
+    return Export("model.safetensors", TABLE, {"config.json": _value(config, KEYS, KIND)})
 
 
-def export_hrda(config: DaFormerConfig, layout: str | None = None) -> Export:
+def export_hrda(config: HrdaConfig, layout: str | None = None) -> Export:
     """Returns the files of a saved HRDA, as OpenMMLab names its weights."""
-    return Export("model.safetensors", HRDA_TABLE, {"config.json": _value(config, HRDA_KIND)})
+    return Export("model.safetensors", HRDA_TABLE, {"config.json": _value(config, HRDA_KEYS, HRDA_KIND)})
 
 
-def _config(file: Path, kind: str) -> DaFormerConfig:
+def _fields(file: Path, kind: str) -> Fields:
     fields = Fields.read(config_file(file))
     if fields.values.get("model_type") != kind:
         raise fields.fault("model_type", f"'{kind}'")
-    return DaFormerConfig(mit.encoder_config(fields), **fields.of(KEYS))
+    return fields
 
 
-def _value(config: DaFormerConfig, kind: str) -> dict:
-    return written(config.encoder, mit.KEYS, mit.FIXED) | written(config, KEYS, {}) | {
+def _value(config: DaFormerConfig, keys: Keys, kind: str) -> dict:
+    return written(config.encoder, mit.KEYS, mit.FIXED) | written(config, keys, {}) | {
         "model_type": kind,
         **IMAGENET,
     }  # fmt: skip

@@ -179,7 +179,7 @@ def save(
     """Writes a network under the names of PyTorch's libraries, so that they and the loaders here open it.
 
     Returns the folder. Arrays are stored in `dtype`, by default in their own; scalars and running statistics stay as
-    they are. The files `beside`, such as a tokenizer's, are copied under their names; `layout` as the family defines it.
+    they are. The files `beside`, as of a tokenizer, are copied under their names; `layout` as the family defines it.
     Raises UserError where `params` does not fit `config`, holds values beyond `dtype`, or the folder cannot be written;
     nothing is written then.
     """

@@ -70,6 +70,11 @@ class Fields:
         expected = "a number from 0 to below 1"
         return self._checked(key, default, lambda v: is_number(v) and 0 <= v < 1, expected)
 
+    def share_or_null(self, key: str, default: float | None) -> float | None:
+        """Returns a number from 0 to 1, or None."""
+        expected = "null or a number from 0 to 1"
+        return self._checked(key, default, lambda v: v is None or (is_number(v) and 0 <= v <= 1), expected)
+
     def triple(self, key: str, default: Any, *, positive: bool) -> tuple[float, float, float]:
         """Returns three finite numbers, one a channel; with `positive` they are above 0."""
 

@@ -110,6 +110,19 @@ def test_training_transform_is_a_function_of_the_generator() -> None:
     assert first.image.shape == (4, 6, 3) and not np.array_equal(first.image, other.image)
 
 
+def test_margins_say_where_a_crop_lies_in_the_mirrored_image() -> None:
+    rows, columns = np.mgrid[:12, :16].astype(np.uint8)
+    image = np.stack([rows, columns, columns], axis=-1)
+    chain, both = training_transform((5, 6), margins=True), set()
+    for seed in range(8):
+        crop = chain(Example(image, None, "a"), np.random.default_rng(seed))
+        (top, first, _), (bottom, last, _) = crop.image[0, 0].tolist(), crop.image[-1, -1].tolist()
+        sides = (15 - first, last) if first > last else (first, 15 - last)
+        assert crop.margins is not None and crop.margins.tolist() == [top, 11 - bottom, *sides]
+        both.add(first > last)
+    assert both == {True, False}
+
+
 def test_crop_without_area_is_refused() -> None:
     with pytest.raises(UserError, match="height and a width of at least 1"):
         training_transform((0, 4))

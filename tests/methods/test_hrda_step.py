@@ -21,7 +21,7 @@ from fmda.methods.uda import student
 from fmda.methods.uda.objective import DistanceConfig, LearnConfig
 from fmda.methods.uda.self_training import SelfTrainingConfig
 from fmda.models import hrda
-from fmda.models.daformer import DaFormerConfig
+from fmda.models.hrda import HrdaConfig
 from fmda.weights import daformer, mit
 from fmda.weights.layers import torch_rows
 from fmda.weights.table import Table
@@ -81,7 +81,7 @@ def peer(tmp_path_factory):
         seen=seen,
         features=lambda encoder, images: encoder(torch_daformer.halved(images)).last_hidden_state,
         family="hrda",
-        config=DaFormerConfig(MIT, 12, classes=CLASSES, dropout=0.0),
+        config=HrdaConfig(MIT, 12, classes=CLASSES, dropout=0.0),
         table=TABLE,
         names=stored_names(network.segformer, tmp_path_factory.mktemp("peer"), mit.PREFIX),
         side=SIDE,
@@ -103,13 +103,11 @@ def everywhere(x, size, corner):
 
 
 placed = hrda._placed
-TWINS = {
-    "attention outside the detail": (hrda, "_placed", everywhere),
-    "no loss of the detail": (student, "DETAIL_WEIGHT", 0.0),
-}
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_faulty_twins_are_noticed(peer, theirs, name, monkeypatch):
-    monkeypatch.setattr(*TWINS[name])
-    assert losses_apart([first_losses(peer, LearnConfig())], [{"source": theirs[0][0]["source"]}]) > 1e-3
+@pytest.mark.parametrize("fault", ["attention outside the detail", "no loss of the detail"])
+def test_faulty_twins_are_noticed(peer, theirs, fault, monkeypatch):
+    if fault == "attention outside the detail":
+        monkeypatch.setattr(hrda, "_placed", everywhere)
+    learn = LearnConfig(detail_weight=0.0 if fault == "no loss of the detail" else 0.1)
+    assert losses_apart([first_losses(peer, learn)], [{"source": theirs[0][0]["source"]}]) > 1e-3

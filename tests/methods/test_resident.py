@@ -37,7 +37,7 @@ def streams() -> dict[str, Stream]:
     pixels = np.stack([np.bincount(one.labels.ravel(), minlength=3) for one in SOURCE])
     return {
         "source": Stream(SOURCE, training_transform(CROP), 8, RareClasses(pixels, least=1, least_in_crop=20)),
-        "target": Stream(TARGET, training_transform(CROP, resize=(14, 12)), 16),
+        "target": Stream(TARGET, training_transform(CROP, resize=(14, 12), margins=True), 16),
     }
 
 
@@ -62,7 +62,7 @@ def test_batches_are_those_of_the_host_on_eight_devices(names):
     places = itertools.islice(batches(held.streams, 5), 4)
     for expected, place in zip(batches(streams(), 5), places, strict=False):
         for name in expected if names is None else names:
-            assert set(place[name]) == {"row", "top", "left", "flip"}
+            assert set(place[name]) == {"row", "top", "left", "flip"} | ({"margins"} if name == "target" else set())
         found = run(shard_batch(place, mesh))
         assert [found[name]["image"].addressable_shards[0].data.shape[0] for name in found] == [1, 2]
         jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -22,6 +22,7 @@ from fmda.models.deeplab_v2 import DeepLabV2Config
 from fmda.models.dinov2 import Dinov2Config
 from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.espnet_v2 import EspNetV2Config
+from fmda.models.hrda import HrdaConfig
 from fmda.models.lite_segmenter import LiteSegmenterConfig
 from fmda.models.mask2former import HeadConfig, Mask2FormerConfig
 from fmda.models.mit import MitConfig
@@ -36,7 +37,7 @@ MASKS = HeadConfig(width=32, mask_width=8, pixel_layers=1, pixel_hidden=8, layer
 NETWORKS = {
     "segformer": (SegFormerConfig(MIT, 12), (13, 18)),
     "daformer": (DaFormerConfig(MIT, 12), (13, 18)),
-    "hrda": (DaFormerConfig(MIT, 12), (16, 16)),
+    "hrda": (HrdaConfig(MIT, 12), (16, 16)),
     "deeplab_v2": (DeepLabV2Config(ResNetEncoderConfig(layers=(1, 1, 1, 1), deep_stem=True)), (7, 9)),
     "lite_segmenter": (LiteSegmenterConfig(width=8), (13, 18)),
     "dinov2_segmenter": (Dinov2SegmenterConfig(Dinov2Config(28, 7, 16, 4, 2, maps=(1, 2, 3, 4)), width=8), (8, 10)),

@@ -24,7 +24,13 @@ from fmda.losses.pixelwise import pseudo_labels
 from fmda.methods.dense import normalised
 from fmda.methods.uda import self_training
 from fmda.methods.uda.objective import DistanceConfig, LearnConfig
-from fmda.methods.uda.self_training import SelfTrainingConfig, initial_aux, pseudo_weights, running_shares
+from fmda.methods.uda.self_training import (
+    SelfTrainingConfig,
+    initial_aux,
+    inside_border,
+    pseudo_weights,
+    running_shares,
+)
 from fmda.models.module import assembled
 from fmda.models.segformer import SegFormerConfig
 from fmda.nn.resize import resize
@@ -43,6 +49,14 @@ def test_the_teacher_keeps_nothing_at_first_and_then_more_and_more():
 def test_rows_without_weight_by_hand():
     weights = pseudo_weights(jnp.float32(0.5), (2, 6, 3), (1, 2))
     np.testing.assert_array_equal(weights[1, :, 2], [0, 0.5, 0.5, 0.5, 0, 0])
+
+
+def test_the_border_of_a_frame_by_hand():
+    # the crop at the top and the right of its frame, and one at the left
+    inside = inside_border(jnp.array([[0, 6, 2, 0], [3, 3, 0, 2]]), (4, 5), (1, 5, 3, 2))
+    expected = np.zeros((2, 4, 5), bool)
+    expected[0, 1:, 1:3] = expected[1, :2, 3:] = True
+    np.testing.assert_array_equal(inside, expected)
 
 
 def test_shares_are_a_plain_mean_at_first_and_then_a_running_one():

@@ -9,7 +9,7 @@ import pytest
 
 import fmda
 from fmda.models.daformer import DaFormerConfig, DaFormerHead
-from fmda.models.hrda import detail_corner
+from fmda.models.hrda import HrdaConfig, detail_corner
 from fmda.models.mit import MitConfig
 from fmda.models.module import abstract, assembled, separated, statistics_of
 from fmda.weights import daformer
@@ -18,7 +18,7 @@ from fmda.weights.network import network_graph
 
 pytestmark = pytest.mark.parity
 SMALL = MitConfig((8, 16, 24, 32), (1, 1, 1, 1), (1, 2, 3, 4))
-CONFIG = DaFormerConfig(SMALL, 12, classes=5)
+CONFIG = HrdaConfig(SMALL, 12, classes=5)
 
 
 def checkpoint(folder, heads, family):

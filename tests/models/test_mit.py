@@ -14,7 +14,7 @@ import fmda
 from fmda import trees
 from fmda.errors import UserError
 from fmda.models.daformer import DaFormer, DaFormerConfig, DaFormerHead
-from fmda.models.hrda import Hrda
+from fmda.models.hrda import Hrda, HrdaConfig
 from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import abstract, assembled, init, parameter_count, separated, statistics_of
 from fmda.models.segformer import SegFormerConfig, SegFormerHead
@@ -26,7 +26,7 @@ SMALL = MitConfig((8, 16, 24, 32), (1, 1, 2, 1), (1, 2, 3, 4))
 NETWORKS = {
     "segformer": SegFormerConfig(SMALL, 16, 5),
     "daformer": DaFormerConfig(SMALL, 16, classes=5),
-    "hrda": DaFormerConfig(SMALL, 16, classes=5),
+    "hrda": HrdaConfig(SMALL, 16, classes=5),
 }
 
 
@@ -35,7 +35,24 @@ def test_parameter_counts_are_the_published_ones():
     assert parameter_count(lambda rngs: DaFormerHead(widths, rngs=rngs)) == 3_712_275
     assert parameter_count(lambda rngs: SegFormerHead(widths, 256, 19, rngs=rngs)) == 530_707
     assert parameter_count(lambda rngs: DaFormer(DaFormerConfig(), rngs=rngs)) == 85_155_283
-    assert parameter_count(lambda rngs: Hrda(DaFormerConfig(), rngs=rngs)) == 85_155_283 + 530_707
+    assert parameter_count(lambda rngs: Hrda(HrdaConfig(), rngs=rngs)) == 85_155_283 + 530_707
+    assert parameter_count(lambda rngs: Hrda(HrdaConfig(fixed_attention=0.5), rngs=rngs)) == 85_155_283
+
+
+def test_a_fixed_attention_is_that_of_a_head_of_zeros(tmp_path):
+    config = NETWORKS["hrda"]
+    fixed = replace(config, fixed_attention=0.5)
+    tree = init(lambda rngs: Hrda(config, rngs=rngs), jax.random.key(0))
+    attention = tree.pop("attention")
+    attention["classifier"] = jax.tree.map(jnp.zeros_like, attention["classifier"])
+    pixels = jax.random.normal(jax.random.key(1), (1, 64, 64, 3))
+
+    def fused(config, tree):
+        return nnx.merge(network_graph("hrda", config)[0], tree).with_detail(pixels, jnp.array([8, 16])).fused
+
+    learned, constant = jax.jit(lambda: (fused(config, tree | {"attention": attention}), fused(fixed, tree)))()
+    np.testing.assert_allclose(constant, learned, atol=1e-6)
+    assert fmda.load_segmentation(save("hrda", tmp_path, fixed, tree)).config == fixed
 
 
 def test_epsilons_and_drop_rates_have_their_places():

@@ -13,13 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fmda import trees
-from fmda.config import FolderOrName
+from fmda.config import FolderOrName, Share
 from fmda.errors import UserError
 from fmda.methods.segmentation import dense_scores, open_segmentation
 from fmda.models.catalog import ENTRIES
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.deeplab_v2 import DeepLabV2Config
 from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
+from fmda.models.hrda import HrdaConfig
 from fmda.models.lite_segmenter import LiteSegmenterConfig
 from fmda.models.module import init, separated, with_remat
 from fmda.models.segformer import SegFormerConfig
@@ -38,7 +39,7 @@ from fmda.weights.registry import FAMILIES
 NEW: Mapping[str, tuple[type[Any], Callable[..., Any]]] = {
     "segformer": (SegFormerConfig, load_mit),
     "daformer": (DaFormerConfig, load_mit),
-    "hrda": (DaFormerConfig, load_mit),
+    "hrda": (HrdaConfig, load_mit),
     "deeplab_v2": (DeepLabV2Config, load_resnet),
     "lite_segmenter": (LiteSegmenterConfig, load_efficientnet_lite),
     "dinov2_segmenter": (Dinov2SegmenterConfig, load_dinov2),
@@ -58,6 +59,7 @@ class NetworkConfig:
         start: folder or hub id of a whole segmentation network to go on from, such as a run's `export`; its family
             counts then.
         new_head: draw the head of `start` anew, as where it has other classes.
+        fixed_attention: of a new `hrda`: share of its detail, see `HrdaConfig`.
         remat: compute the blocks of a Mix Transformer or DINOv2 again for the backward pass, which saves memory.
     """
 
@@ -65,6 +67,7 @@ class NetworkConfig:
     encoder: FolderOrName | None = None
     start: FolderOrName | None = None
     new_head: bool = False
+    fixed_attention: Share | None = None
     remat: bool = False
 
 
@@ -75,11 +78,14 @@ class Network:
         family, config, graphdef: what it is.
         weights: arrays to start from; what is missing is drawn.
 
-    Raises UserError for a `start` with other classes, unless its head is drawn anew, and for `remat` without blocks.
+    Raises UserError for a `start` with other classes, unless its head is drawn anew, and for settings that the network
+    does not have.
     """
 
     def __init__(self, config: NetworkConfig, classes: int, *, sizes: bool = False) -> None:
         """Opens the network; with `sizes` an encoder of the catalogue that is not here has shapes for arrays."""
+        if config.fixed_attention is not None and (config.start is not None or config.family != "hrda"):
+            raise UserError("network.fixed_attention: is of a new network of family 'hrda'; set it to null")
         if config.start is not None:
             loaded, _ = open_segmentation(network_folder(str(config.start)))
             if loaded.config.classes != classes and not config.new_head:
@@ -98,6 +104,8 @@ class Network:
             # ImageNet's classifier is left out
             encoder = replace(loaded.config, classes=0) if hasattr(loaded.config, "classes") else loaded.config
             self.family, self.config = config.family, shape(encoder=encoder, classes=classes)
+            if config.fixed_attention is not None:
+                self.config = replace(self.config, fixed_attention=config.fixed_attention)
             wanted = network_graph(self.family, self.config)[1]["encoder"]
             self.weights = {"encoder": {name: part for name, part in loaded.params.items() if name in wanted}}
         self.graphdef, self.shapes = network_graph(self.family, self.config)

@@ -127,7 +127,9 @@ def make_task(
     transform = training_transform(crop, resize=config.resize, max_class_ratio=config.max_class_ratio)
     streams = {"source": Stream(source, transform, config.batch, order)}
     if target is not None and config.target is not None:
-        streams["target"] = Stream(target, training_transform(crop, resize=config.target.resize), config.batch)
+        margins = learn.self_training is not None and any(learn.self_training.border)
+        transform = training_transform(crop, resize=config.target.resize, margins=margins)
+        streams["target"] = Stream(target, transform, config.batch)
     classes, channels = network.config.classes, network.channels(config.crop)
     frozen = {"encoder": network.weights["encoder"]} if learn.distance else {}
     graphdef = None

@@ -4,6 +4,7 @@ A teacher labels the clean target crops. Half of the classes of a source crop ar
 and the student learns the result after strong changes of colour and sharpness, beside the source crops themselves.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fmda.augment.mixing import class_masks, mixed, patch_masked
 from fmda.augment.photometric import strong_augmentation
@@ -52,6 +53,8 @@ class SelfTrainingConfig:
         strength, jitter, blur: see `strong_augmentation`.
         ignored_rows: rows at the top and at the bottom of a target crop whose pseudo-labels have no weight; (15, 120)
             in DAFormer, where a crop is as high as the frame and the car's bonnet is in it.
+        border: rows at the top and at the bottom, columns at the left and at the right of a resized target frame whose
+            pseudo-labels have no weight, wherever a crop lies; (30, 240, 30, 30) in HRDA.
         masked: weight of the loss on target images with hidden patches; 1 in MIC.
         patch, hidden: side of a patch in pixels and share that is hidden; MIC has patches of 64 for crops of 1024.
     """
@@ -63,6 +66,7 @@ class SelfTrainingConfig:
     jitter: Share = 0.8
     blur: Share = 0.5
     ignored_rows: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
+    border: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt] = (0, 0, 0, 0)
     masked: NonNegativeFloat = 0.0
     patch: PositiveInt = 32
     hidden: Share = 0.7
@@ -91,6 +95,20 @@ def pseudo_weights(weight: Float[Array, ""], shape: tuple[int, ...], ignored_row
     return jnp.broadcast_to(weight, shape) * jnp.broadcast_to(inside[None, :, None], shape)
 
 
+def inside_border(
+    margins: Int[Array, "b 4"], size: tuple[int, int], border: tuple[int, int, int, int]
+) -> Bool[Array, "b h w"]:
+    """Returns which pixels of crops of size (h, w) lie inside the border of their frame, a mirrored one included.
+
+    `margins` are the rows of the frame above and below, and its columns left and right of each crop; `border` is in the
+    same order.
+    """
+    rows, columns = jnp.arange(size[0])[None, :, None], jnp.arange(size[1])[None, None]
+    depths = (rows, size[0] - 1 - rows, columns, size[1] - 1 - columns)
+    sides = (depth + margins[:, i, None, None] >= border[i] for i, depth in enumerate(depths))
+    return functools.reduce(jnp.logical_and, sides)
+
+
 class SelfTraining(NamedTuple):
     """Losses of one step, scalars to log, and what of `state.aux` changes."""
 
@@ -107,6 +125,7 @@ def self_training_losses(
     state: TrainState,
     batch: Mapping[str, Any],
     key: Any,
+    detail_weight: float,
 ) -> SelfTraining:
     """Returns what the student learns from the target images of a batch, and from source pixels pasted over them.
 
@@ -118,16 +137,20 @@ def self_training_losses(
     target = batch["target"]["image"]
     pseudo, confident = pseudo_labels(teacher_logits(graphdef, state, target), config.threshold)
     weights = pseudo_weights(confident, pseudo.shape, config.ignored_rows)
+    if any(config.border):
+        weights *= inside_border(batch["target"]["margins"], pseudo.shape[1:], config.border)
     mask = class_masks(classes_key, labels, classes, per_image=config.mix_per_image)
     ours = {"image": image, "labels": labels, "weights": jnp.ones_like(weights)}
     mix = mixed(mask, ours, {"image": target, "labels": pseudo, "weights": weights})
     look = {"strength": config.strength, "jitter": config.jitter, "blur": config.blur}
     changed = normalised(strong_augmentation(augment_key, mix["image"], **look))
-    losses = {"mixed": student_outputs(student, changed, mixed_key).cross_entropy(mix["labels"], mix["weights"])}
+    outputs = student_outputs(student, changed, mixed_key, detail_weight)
+    losses = {"mixed": outputs.cross_entropy(mix["labels"], mix["weights"])}
     shares = running_shares(state.aux["shares"], pseudo, state.step)
     aux = {"statistics": statistics_of(student), "shares": shares}
     if config.masked:
         changed = normalised(strong_augmentation(look_key, target, **look))
         changed = patch_masked(hide_key, changed, patch=config.patch, ratio=config.hidden)
-        losses["masked"] = config.masked * student_outputs(student, changed, masked_key).cross_entropy(pseudo, weights)
+        outputs = student_outputs(student, changed, masked_key, detail_weight)
+        losses["masked"] = config.masked * outputs.cross_entropy(pseudo, weights)
     return SelfTraining(losses, {"confident": confident.mean()}, aux)

@@ -15,9 +15,6 @@ from fmda.models.module import assembled
 from fmda.nn.resize import resize
 from fmda.train import TrainState
 
-DETAIL_WEIGHT = 0.1
-"""Share of the detail's own loss in HRDA; the fused logits have the rest."""
-
 
 class Detail(NamedTuple):
     """What HRDA says of one window alone, seen at full resolution.
@@ -25,10 +22,12 @@ class Detail(NamedTuple):
     Attributes:
         logits: at the size of the window.
         corner: its first row and column.
+        weight: share of its own loss; the fused logits have the rest.
     """
 
     logits: Float[Array, "b h w k"]
     corner: Int[Array, "2"]
+    weight: float
 
 
 class Outputs(NamedTuple):
@@ -54,17 +53,20 @@ class Outputs(NamedTuple):
         (row, column), size = self.detail.corner, self.detail.logits.shape[:3]
         labels, weights = jax.tree.map(lambda x: lax.dynamic_slice(x, (0, row, column), size), (labels, weights))
         alone = weighted_cross_entropy(self.detail.logits, labels, weights)
-        return (1 - DETAIL_WEIGHT) * whole + DETAIL_WEIGHT * alone
+        return (1 - self.detail.weight) * whole + self.detail.weight * alone
 
 
-def student_outputs(student: Any, images: Float[Array, "b H W 3"], key: Any) -> Outputs:
-    """Returns the outputs of a network in training for normalised images; HRDA's detail is at a random place."""
+def student_outputs(student: Any, images: Float[Array, "b H W 3"], key: Any, detail_weight: float) -> Outputs:
+    """Returns the outputs of a network in training for normalised images.
+
+    HRDA's detail is at a random place; `detail_weight` is its share of a cross-entropy.
+    """
     first, second = jax.random.split(key)
     height, width = images.shape[1:3]
     if isinstance(student, Hrda):
         corner = detail_corner(second, (height, width))
         fused, window, maps = student.with_detail(images, corner, first)
-        detail = Detail(resize(window, (height // 2, width // 2)), corner)
+        detail = Detail(resize(window, (height // 2, width // 2)), corner, detail_weight)
         return Outputs(resize(fused, (height, width)), maps[-1], detail)
     maps = student.encoder.stages(images, first)
     return Outputs(resize(student.head(maps, second), (height, width)), maps[-1])

@@ -14,6 +14,7 @@ from fmda.models.deeplab_v2 import DeepLabV2Config
 from fmda.models.dinov2 import Dinov2Config
 from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.efficientnet_lite import EfficientNetLiteConfig
+from fmda.models.hrda import HrdaConfig
 from fmda.models.lite_segmenter import LiteSegmenterConfig
 from fmda.models.mit import MitConfig
 from fmda.models.module import separated
@@ -27,7 +28,7 @@ MIT = MitConfig((8, 8, 8, 8), (1, 1, 1, 1), (1, 1, 2, 2))
 CONFIGS = {
     "segformer": SegFormerConfig(MIT, 8, CLASSES),
     "daformer": DaFormerConfig(MIT, 8, classes=CLASSES),
-    "hrda": DaFormerConfig(MIT, 8, classes=CLASSES),
+    "hrda": HrdaConfig(MIT, 8, classes=CLASSES),
     "deeplab_v2": DeepLabV2Config(ResNetEncoderConfig(layers=(1, 1, 1, 1)), classes=CLASSES),
     "lite_segmenter": LiteSegmenterConfig(
         EfficientNetLiteConfig(tuple((1, 3, stride, 2, 8) for stride in (1, 2, 2, 2, 2)), 8, classes=0), 8, CLASSES

@@ -30,7 +30,7 @@ data: {name: folder, root: data, split: train}
 target: {name: folder, root: data, split: val}
 val: {name: folder, root: data, split: val}
 network: {family: segformer, encoder: mit}
-learn: {self_training: {}, distance: {things: [1]}}
+learn: {self_training: {border: [2, 6, 2, 2]}, distance: {things: [1]}}
 crop: 32
 rare_pixels: 10
 batch: 8
@@ -173,6 +173,7 @@ def test_faults_are_found_before_the_first_stage(place):
         (["learn={style: {method: adain}}"], "learn.style.autoencoder: the method 'adain' needs one"),
         (["learn={style: {method: adain, autoencoder: street-diffusion}}", "crop=30"], "crop: 30 is no multiple"),
         (["learn={output_adversarial: {}}", "crop=24"], "crop: 24 is below 32"),
+        (["network.fixed_attention=0.5"], "network.fixed_attention: is of a new network of family 'hrda'"),
         (["network.family=hrda"], "crop: 32 is no multiple of 64, which 'hrda' needs"),
     ):
         with pytest.raises(UserError, match=words):
