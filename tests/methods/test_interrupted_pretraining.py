@@ -2,18 +2,15 @@
 
 import itertools
 import json
-import os
 import random
 import resource
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import meeting
 import numpy as np
 import pytest
 import small_place
+from launched import finish, last_step, launch, steps_and_losses
 
 from fmda import trees
 from fmda.train import read_params
@@ -29,31 +26,8 @@ def place(tmp_path_factory):
     """A folder with a few scenes and the configuration."""
     folder = tmp_path_factory.mktemp("pretraining")
     small_place.draw_scenes(folder / "scenes", 4)
-    (folder / "clip.yaml").write_text(CONFIG)
+    (folder / "run.yaml").write_text(CONFIG)
     return folder
-
-
-def launch(place, work, *options, **variables):
-    """Returns the running `fmda run`, its stderr in `<work>.log`; compiled programs are shared by all runs."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        **variables,
-    }
-    command = [sys.executable, "-m", "fmda", "run", "clip.yaml", f"work_dir={work}", *options]
-    with open(place / f"{work}{variables.get('FMDA_PROCESS', '')}.log", "a") as log:
-        return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=log)
-
-
-def finish(place, work, *options, **variables):
-    """Runs to the end; returns the run folder."""
-    code = launch(place, work, *options, **variables).wait(timeout=900)
-    assert code == 0, (place / f"{work}.log").read_text()
-    return place / work
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +35,8 @@ def unbroken(place):
     return finish(place, "unbroken")
 
 
-def last_step(work):
-    """Returns the last step in the metrics, 0 where there is none."""
-    path = work / "train/metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
 def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def steps_and_losses(work):
-    lines = [json.loads(line) for line in (work / "train/metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
 def test_killed_at_20_random_moments_the_weights_are_the_same_bits(place, unbroken):

@@ -1,13 +1,17 @@
 """Kind `uda`: from two folders of images to a segmenter; resume, several devices, refusals."""
 
 import json
+import os
+import random
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_place
+from launched import finish, last_step, launch, steps_and_losses
 from PIL import Image
 
 from fmda import trees
@@ -100,6 +104,28 @@ def test_an_interrupted_run_ends_in_the_same_bytes(place, run, tmp_path):
     open_run(place / "run.yaml", [f"work_dir={work}"]).execute(lambda _: None)
     weights = "export/network/model.safetensors"
     assert (work / weights).read_bytes() == (run / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_in_the_same_bytes(place, run):
+    # the devices and the compiled programs of this process
+    shared = {"JAX_NUM_CPU_DEVICES": "8", "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
+    moments, work = random.Random(2), place / "killed"
+    for step in (1, 3):
+        process = launch(place, "killed", "save_steps=1", **shared)
+        while last_step(work) < step and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        assert process.wait(timeout=60) == -9
+    finish(place, "killed", "save_steps=1", **shared)
+    assert "resuming at step" in (place / "killed.log").read_text()
+    weights = "export/network/model.safetensors"
+    assert (work / weights).read_bytes() == (run / weights).read_bytes()
+    # the losses of each step are those of its images: both streams stand where they stood
+    assert steps_and_losses(work) == steps_and_losses(run)
+    mine, yours = (json.loads((one / "train/checkpoints/4/data/metadata").read_text()) for one in (work, run))
+    assert mine["position"] == yours["position"]
 
 
 @pytest.mark.slow
