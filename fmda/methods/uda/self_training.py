@@ -138,7 +138,8 @@ def self_training_losses(
     pseudo, confident = pseudo_labels(teacher_logits(graphdef, state, target), config.threshold)
     weights = pseudo_weights(confident, pseudo.shape, config.ignored_rows)
     if any(config.border):
-        weights *= inside_border(batch["target"]["margins"], pseudo.shape[1:], config.border)
+        size = (pseudo.shape[1], pseudo.shape[2])
+        weights *= inside_border(batch["target"]["margins"], size, config.border)
     mask = class_masks(classes_key, labels, classes, per_image=config.mix_per_image)
     ours = {"image": image, "labels": labels, "weights": jnp.ones_like(weights)}
     mix = mixed(mask, ours, {"image": target, "labels": pseudo, "weights": weights})
