@@ -1,18 +1,15 @@
-"""Mask2Former's decoders on frozen encoders: maps of each kind, a run from images to a segmenter, refusals."""
+"""Mask2Former's decoders on frozen encoders: maps of each kind, what is learned from them, refusals."""
 
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import small_place
 from small_diffusion import drawn
 
-from fmda import trees
 from fmda.errors import UserError
-from fmda.evaluate import Segmenter
 from fmda.methods.dense import Encoder
 from fmda.methods.kinds import open_run
 from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork
@@ -38,12 +35,7 @@ crop: 32
 stride: 16
 rare: null
 batch: 8
-steps: 30
-log_every: 5
-save_steps: 30
-evaluate_steps: 0
-best: null
-optim: {{learning_rate: 0.003, schedule: poly, weight_decay: 0.05, clip_norm: 1.0}}
+steps: 2
 """
 
 
@@ -73,21 +65,6 @@ def test_encoders_give_four_maps_and_the_head_learns_from_them(place, name):
     loss, metrics = jax.eval_shape(network.loss, params, batch, jax.random.key(0))
     assert loss.shape == () and set(metrics) == {"class", "mask", "dice", "non_finite"}
     assert jax.eval_shape(network.scores, params, batch["image"]).shape == (2, 64, 96, 3)
-
-
-@pytest.mark.slow
-def test_a_run_learns_and_gives_a_segmenter(place, monkeypatch):
-    monkeypatch.chdir(place)
-    run = open_run(place / "run.yaml", ["work_dir=run"])
-    assert dict(run.plan().parameters)["trained"] == trees.count(
-        MaskNetwork(Encoder("vit"), MaskHeadConfig(**HEAD), 3).init(jax.random.key(0))
-    )
-    run.execute(lambda _: None)
-    rows = [json.loads(line) for line in Path("run/train/metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0] and all(row.get("non_finite", 0) == 0 for row in rows)
-    result = Segmenter.load("run").predict("data/val/images/0.png")
-    assert result.labels.shape == (32, 48) and np.isin(result.labels, [0, 1, 2]).all()
 
 
 def test_shapes_that_cannot_work_are_refused(place, monkeypatch):
