@@ -27,7 +27,9 @@ SCORE = "run floss.yaml work_dir=new ranking.file=ranking.json"
 EVALUATE = "evaluate done folder --root data --out new"
 PREDICT = "predict done data/val/images --out new"
 CHECK, VERIFY, CONVERT = "data check folder --root data", "models check clip", "convert clip new"
-PROGRESS = re.compile(r"  |\[\d/\d\] |(rank|evaluate|encode|predict|check|captions|decode|render|clip|zero-shot)\b")
+PROGRESS = re.compile(
+    r"  |\[\d/\d\] |(rank|evaluate|encode|predict|check|captions|decode|render|clip|zero-shot)\b|[\w, -]+: left out, "
+)
 
 
 @pytest.fixture(scope="session")

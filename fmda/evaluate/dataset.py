@@ -173,6 +173,8 @@ class _Evaluation:
         """Returns (kind, index) of the images that become figures, no image twice."""
         if self.kinds:
             indices = {image.name: k for k, image in enumerate(self.images)}
+            if foreign := self.kinds.keys() - indices.keys():
+                raise UserError(f"examples_of: image '{min(foreign)}' is not of {self.dataset.name}; leave it out")
             return [(kind, indices[name]) for name, kind in self.kinds.items()]
         order = [index for _, index in self.extremes]
         worst = order[: min(self.keep, (len(order) + 1) // 2)]
@@ -235,5 +237,8 @@ def _example_kinds(folder: str | Path | None) -> dict[str, str]:
     """Returns the kind of each image that is an example of an evaluation, by name."""
     if folder is None:
         return {}
-    summary = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
+    try:
+        summary = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"examples_of: {folder} holds no scores.json; give the folder of a score") from None
     return {row["name"]: row["kind"] for row in summary["examples"]}

@@ -63,8 +63,18 @@ def _parent(evaluation: Evaluation) -> Path:
 
 
 def _labels(members: Sequence[Evaluation]) -> tuple[str, ...]:
-    """Returns labels that distinguish the members: the model, else run and model, else run, folder and model."""
-    for labels in ([e.model for e in members], [f"{e.run}: {e.model}" for e in members]):
+    """Returns labels that distinguish the members: the model, else the run (or its folder in a pipeline) and the model.
+
+    The model is left out where it is the same for all.
+    """
+    models = [e.model for e in members]
+    if len(set(models)) == len(models):
+        return tuple(models)
+    runs, parts = [e.run for e in members], [_parent(e).as_posix() for e in members]
+    for places in (runs, parts):
+        if len(set(models)) == 1 and len(set(places)) == len(places):
+            return tuple(places)
+        labels = [f"{place}: {model}" for place, model in zip(places, models, strict=True)]
         if len(set(labels)) == len(labels):
             return tuple(labels)
     return tuple(f"{e.run}/{e.where}: {e.model}" for e in members)

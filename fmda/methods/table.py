@@ -18,7 +18,7 @@ from fmda.atomic import write_atomic, write_json
 from fmda.config import FREE, NonNegativeInt, Raw, from_dict, merge, resolved
 from fmda.data.config import DataConfig
 from fmda.errors import UserError, did_you_mean
-from fmda.methods.kinds import ABSENT, Job, Runs, available, referred, resolve
+from fmda.methods.kinds import Job, Runs, absent, referred, resolve
 from fmda.progress import duration, process_index
 from fmda.runs.journal import read_rows
 from fmda.runs.plan import Plan
@@ -55,14 +55,14 @@ class Column:
     Attributes:
         config: what differs from the common configuration.
         test: labelled images that finished cells are scored on; its class map leads from the source's classes.
-        only_with_data: a dataset without which the column is left out.
+        only_with: a dataset, or an extra of the package, without which the column is left out.
         images: names of single target images: what `{image}` means for the first seed, the second, and so on.
         rows: by name, what differs further in the configuration of a row; null leaves the row out.
     """
 
     config: Raw
     test: DataConfig
-    only_with_data: str | None = None
+    only_with: str | None = None
     images: tuple[str, ...] = ()
     rows: dict[str, Raw | None] = field(default_factory=dict)
 
@@ -163,9 +163,10 @@ class _Table:
         _check_names(config, where)
         self.config, self.where, self.work_dir, self.here = config, where, work_dir, here
         self.baseline = config.baseline or config.scored[0]
-        self.columns = [name for name, one in config.columns.items() if available(one.only_with_data)]
+        self.missing = {name: reason for name, one in config.columns.items() if (reason := absent(one.only_with))}
+        self.columns = [name for name in config.columns if name not in self.missing]
         if not self.columns:
-            raise UserError(f"{where}: columns: the datasets of all are missing on this machine; set FMDA_DATA")
+            raise UserError(f"{where}: columns: all are left out: {'; '.join(dict.fromkeys(self.missing.values()))}")
         self.cells = [
             Cell(name, column, seed)
             for seed in config.seeds
@@ -182,11 +183,9 @@ class _Table:
 
     def stages(self, say: Callable[[str], None]) -> list[Stage]:
         """Returns the runs before the cells, the cells with their scores, and the table."""
-        for name in self.config.columns:
-            if name not in self.columns:
-                say(f"column {name}: {ABSENT}")
-        for name in sorted(self.runs.missing):
-            say(f"{name}: {ABSENT}")
+        for name, reason in self.missing.items():
+            say(f"column {name}: left out, {reason}")
+        self.runs.say_missing(say)
         stages = [self.runs.stage(name, say) for name in self.runs.order if name in self.config.runs]
         clock = _Clock([self._last(cell) for cell in self.cells], say)
         for cell in self.cells:

@@ -95,6 +95,19 @@ def test_examples_are_the_worst_and_the_best_of_many(segmenter, memory, tmp_path
     assert [(e["kind"], e["name"]) for e in examples] == [("worst", "image-5"), ("best", "image-0")]
 
 
+def test_examples_of_another_evaluation_are_shown_again(segmenter, memory, tmp_path):
+    evaluate_dataset(segmenter, memory, out=tmp_path / "before", keep=1)
+    inverse = Segmenter(lambda image: (2 - image[..., 0] // 100, None), segmenter.classes, "inverse", "inverse-100")
+    evaluate_dataset(inverse, memory, out=tmp_path / "after", keep=1, examples_of=tmp_path / "before")
+    summaries = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("before", "after")]
+    before, after = (summary["examples"] for summary in summaries)
+    assert [(row["kind"], row["name"]) for row in after] == [(row["kind"], row["name"]) for row in before]
+    assert after[0]["miou"] != before[0]["miou"]
+    for folder, fault in (("before", "image '.*' is not of memory"), ("nowhere", "holds no scores.json")):
+        with pytest.raises(UserError, match=f"examples_of: .*{fault}"):
+            evaluate_dataset(inverse, memory[1:], out=tmp_path / folder / "new", examples_of=tmp_path / folder)
+
+
 def test_a_folder_of_another_model_or_protocol_is_refused(segmenter, memory, tmp_path):
     evaluate_dataset(segmenter, memory, out=tmp_path, keep=1)
     before = files(tmp_path)

@@ -163,6 +163,14 @@ def hosts(tmp_path):
     return folder
 
 
+def test_equal_models_are_told_apart_by_their_runs(tmp_path):
+    for name, correct in (("source-only", 50), ("adapted", 60)):
+        scored(tmp_path / name / "score", "network", correct)
+    for runs in ([tmp_path], [tmp_path / "source-only", tmp_path / "adapted"]):
+        [group] = groups_of([e for run in runs for e in read_run(run).evaluations])
+        assert sorted(group.labels) == ["adapted", "source-only"]
+
+
 def test_a_method_is_compared_with_its_own_host(hosts, tmp_path):
     [group] = groups_of(read_run(hosts).evaluations)
     assert group.labels == ("host-a", "host-a + FLOSS", "host-b", "host-b + FLOSS")

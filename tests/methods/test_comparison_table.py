@@ -35,7 +35,7 @@ rows:
 columns:
   night: {config: {right: 4}, test: {name: folder, root: data, split: test}}
   fog: {config: {right: 3}, test: {name: folder, root: data, split: test}}
-  far: {config: {}, only_with_data: acdc, test: {name: acdc, split: val}}
+  far: {config: {}, only_with: acdc, test: {name: acdc, split: val}}
 seeds: [0, 2]
 """
 
@@ -125,7 +125,7 @@ def test_a_table_trains_each_cell_once_and_scores_it(log):
         "cells/labels/fog/{}", "cells/more/night/{}", "cells/more/fog/{}",
     ]  # fmt: skip
     assert log == ["weights", *(name.format(seed) for seed in (0, 2) for name in cells)]
-    assert lines[0].startswith("column far: left out, its dataset is not on this machine")
+    assert lines[0].startswith("column far: left out, the dataset 'acdc' is not on this machine")
     assert any(line.startswith("table: 1/14 cells, source only, seed 0: night 20.0, fog 20.0, ETA ") for line in lines)
     assert any(line.startswith("table: 14/14 cells, more, seed 2: fog 40.0") for line in lines)
     found = table()
@@ -206,7 +206,7 @@ def test_a_plan_counts_the_cells(log):
 
 
 def test_the_comparison_of_adaptation_is_valid(monkeypatch):
-    monkeypatch.setattr(table_kind, "available", lambda dataset: True)
+    monkeypatch.setattr(table_kind, "absent", lambda wanted: None)
     recipe = Path(__file__).parents[2] / "configs/tables/adaptation.yaml"
     stages = {stage.name: stage for stage in open_run(recipe, ["rows.mmd=null"]).stages()}
     cell = stages["cells/pseudo-labels/night/1"]
@@ -230,7 +230,7 @@ def test_the_comparison_of_adaptation_is_valid(monkeypatch):
 
 
 def test_the_comparison_on_camvid_reads_no_street_world(monkeypatch):
-    monkeypatch.setattr(table_kind, "available", lambda dataset: True)
+    monkeypatch.setattr(table_kind, "absent", lambda wanted: None)
     stages = open_run(Path(__file__).parents[2] / "configs/tables/camvid-dusk.yaml").stages()
     assert stages[0].name == "cells/start/0" and stages[0].inputs == ()
     used = {(c.data.split, c.target.split, c.val.split) for c in map(trained, stages) if c and c.target}

@@ -16,6 +16,7 @@ from fmda.methods import kinds
 from fmda.methods.kinds import open_run
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
+from fmda.weights import efficientnet_lite
 
 
 def test_plan_prints_aligned_lines():
@@ -175,6 +176,29 @@ def test_a_plan_of_a_pipeline_keeps_memory_shardings_and_notes(copies):
     plan = open_run("two.yaml").plan()
     assert plan.memory == (("first: file", 8.0), ("second: file", 8.0)) and len(plan.shardings) == 2
     assert plan.notes == ("first: a.txt", "second: @first/write/copy.txt")
+
+
+def test_runs_without_their_dataset_or_extra_are_left_out_with_a_line_for_each_reason(copies, monkeypatch):
+    Path("some.yaml").write_text(
+        "kind: pipeline\nruns:\n  first: {kind: copy, source: a.txt}\n"
+        "  second: {kind: copy, only_with: small, source: '@first/write/copy.txt'}\n"
+        "  third: {kind: copy, only_with: small, source: '@second/write/copy.txt'}\n"
+        "  fourth: {kind: copy, only_with: acdc, source: a.txt}\n"
+    )
+    lines: list[str] = []
+    monkeypatch.setattr(efficientnet_lite, "PACKAGE", "a_package_that_is_not_installed")
+    open_run("some.yaml", ["work_dir=out"]).execute(lines.append)
+    assert lines[0].startswith("second, third: left out, EfficientNet-Lite0's weights are not installed; run pip")
+    assert lines[1].startswith("fourth: left out, the dataset 'acdc' is not on this machine")
+    assert not Path("out/second").exists() and not Path("out/fourth").exists()
+
+    monkeypatch.setattr(efficientnet_lite, "PACKAGE", "package")
+    (Path("package") / "models").mkdir(parents=True)
+    (Path("package/__init__.py")).touch()
+    (Path("package/models/efficientnet-lite0-1.pth")).touch()
+    monkeypatch.syspath_prepend(".")
+    execute(recipe="some.yaml")
+    assert Path("out/third/write/copy.txt").read_text() == "a" and not Path("out/fourth").exists()
 
 
 def test_a_pipeline_inside_a_pipeline_is_refused(copies):

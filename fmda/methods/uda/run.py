@@ -84,6 +84,8 @@ class Config(TrainerConfig):
         rare, rare_pixels, rare_crop: `temperature`, `least` and `least_in_crop` of `RareClasses`; rare None shuffles.
         batch: source images of a step; as many are of the target.
         label_free_images: images of the target that are scored without labels, as `val` is with them.
+        examples_of: the folder of another run's score of the same images (`RUN/score`); the images that it shows are
+            shown here too. None shows the worst and the best of this run.
     """
 
     data: DataConfig
@@ -103,6 +105,7 @@ class Config(TrainerConfig):
     optim: Optimizer = Optimizer()
     evaluate_steps: NonNegativeInt = field(default=2000, metadata=FREE)
     label_free_images: PositiveInt = field(default=50, metadata=FREE)
+    examples_of: Path | None = field(default=None, metadata=FREE)
 
     @property
     def scoring(self) -> Protocol:
@@ -306,4 +309,7 @@ def load_segmenter(folder: Path) -> Segmenter:
 
 def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     segmenter, val = load_segmenter(done["export"]), config.val
-    return {"miou": evaluate_dataset(segmenter, val.open(), val.class_map, out=folder, limit=val.limit).miou}
+    scores = evaluate_dataset(
+        segmenter, val.open(), val.class_map, out=folder, limit=val.limit, examples_of=config.examples_of
+    )
+    return {"miou": scores.miou}
