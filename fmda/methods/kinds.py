@@ -12,6 +12,7 @@ machine, one with `only_with: small` where that extra is not installed. The kind
 columns and seeds.
 """
 
+import gc
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -153,6 +154,7 @@ class Runs:
             pairs = zip(actual.stages(), job.stages(), strict=True)
             inner = replace(job, make_stages=lambda _: [replace(one, config=text.config) for one, text in pairs])
             replace(inner, check=actual.check).execute(lambda line: say(f"  {name} {line}"))
+            _forget_programs()
             return None
 
         inputs = tuple(sorted(_references(self._raw[name], self.where, name, self.order)))
@@ -236,6 +238,14 @@ def _without(value: Any, missing: set[str]) -> Any:
     if isinstance(value, list | tuple):
         return [_without(v, missing) for v in value if not (pending(v) and referred(v, missing) in missing)]
     return value
+
+
+def _forget_programs() -> None:
+    """Frees the memory of compiled programs, which no other run calls: gigabytes after some dozens of runs."""
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 def _references(value: Any, where: str, name: str, order: list[str]) -> set[str]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.nn.conv import check_sides
-from fmda.nn.depthwise import depthwise
+from fmda.nn.grouped import grouped
 from fmda.nn.norm import BatchNorm
 
 Group = tuple[int, int, int, int, int]
@@ -61,7 +61,7 @@ class ConvNorm(nnx.Module):
     ) -> None:
         self.conv = nnx.Conv(
             before, after, (size, size), strides=(stride, stride), padding="SAME", feature_group_count=groups,
-            conv_general_dilated=depthwise if groups == before == after else jax.lax.conv_general_dilated,
+            conv_general_dilated=grouped if groups > 1 else jax.lax.conv_general_dilated,
             use_bias=False, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         self.norm = BatchNorm(after, eps=1e-3, dtype=dtype, rngs=rngs)

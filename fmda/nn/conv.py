@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fmda.errors import UserError
-from fmda.nn.depthwise import depthwise
+from fmda.nn.grouped import grouped
 
 
 def conv(
@@ -35,7 +35,7 @@ def conv(
         padding=((padding, padding), (padding, padding)),
         kernel_dilation=(dilation, dilation),
         feature_group_count=groups,
-        conv_general_dilated=depthwise if groups == in_channels == out_channels else jax.lax.conv_general_dilated,
+        conv_general_dilated=grouped if groups > 1 else jax.lax.conv_general_dilated,
         use_bias=use_bias,
         dtype=dtype,
         rngs=rngs,

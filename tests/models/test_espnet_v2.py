@@ -15,8 +15,8 @@ from small_diffusion import drawn, same
 import fmda
 from fmda import trees
 from fmda.errors import UserError
-from fmda.methods.uda.objective import DistanceConfig, LearnConfig, make_objective
-from fmda.methods.uda.self_training import SelfTrainingConfig, initial_aux
+from fmda.methods.uda.objective import LearnConfig, make_objective
+from fmda.methods.uda.self_training import initial_aux
 from fmda.models import espnet_v2
 from fmda.models.espnet_v2 import EspNetV2, EspNetV2Config, adaptive_average, halved
 from fmda.models.module import abstract, parameter_count, separated
@@ -104,30 +104,26 @@ def test_a_network_that_does_not_segment_is_refused():
         fmda.load_segmentation("street-clip")
 
 
-def test_one_step_of_self_training_has_finite_gradients_and_moves_the_statistics(params):
+def test_one_step_of_training_has_finite_gradients_and_moves_the_statistics(params):
     graphdef = network_graph("espnet_v2", SMALL)[0]
     student, statistics = separated(graphdef, params)
-    learn = LearnConfig(SelfTrainingConfig(masked=1.0, threshold=0.3), DistanceConfig(0.1, (1, 3)))
-    objective = make_objective(graphdef, 5, learn)
+    objective = make_objective(graphdef, 5, LearnConfig())
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, 2, 32, 48, 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
     labels = np.repeat(rng.integers(0, 5, (2, 2, 3), dtype=np.uint8), 16, 1).repeat(16, 2)
-    batch = {"source": {"image": images[0], "labels": labels}, "target": {"image": images[1]}}
+    batch = {"source": {"image": image, "labels": labels}}
     state = create_state(student, optax.identity(), aux=initial_aux(statistics, 5))
-    frozen = {"encoder": jax.tree.map(lambda leaf: 1.01 * leaf, params["encoder"])}
 
     @jax.jit
-    def run(params, state):
+    def run(params, state, batch, key):
         def loss(params):
-            outcome = objective(params, state, frozen, batch, jax.random.key(0))
+            outcome = objective(params, state, {}, batch, key)
             return outcome.loss, outcome
 
         return jax.grad(loss, has_aux=True)(params)
 
-    gradients, outcome = run(student, state)
-    assert set(outcome.metrics) >= {"confident", "loss_source", "loss_distance", "loss_mixed", "loss_masked"}
-    assert all(np.isfinite(value) for value in outcome.metrics.values())
-    assert all(value > 0 for name, value in outcome.metrics.items() if name.startswith("loss"))
+    gradients, outcome = run(student, state, batch, jax.random.key(0))
+    assert np.isfinite(outcome.loss) and outcome.loss > 0
     still = {path for path, leaf in trees.flatten(gradients).items() if not np.abs(leaf).max() > 0}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert still == {f"encoder/down{level}/pyramid/act/slope" for level in (2, 3, 4)}  # stored, and not used

@@ -1,4 +1,4 @@
-"""Depthwise convolution that is fast on a CPU too, where XLA's own takes up to fifty times as long."""
+"""Grouped convolution, also depthwise, that is fast on a CPU too, where XLA's own takes up to fifty times as long."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,17 +11,17 @@ from jaxtyping import Array, Float
 Pair = tuple[int, int]
 
 
-def depthwise(
+def grouped(
     x: Float[Array, "b h w c"],
-    kernel: Float[Array, "kh kw 1 c"],
+    kernel: Float[Array, "kh kw i o"],
     strides: Sequence[int],
     padding: Any,
     *,
     rhs_dilation: Sequence[int] | None = None,
     precision: Any = None,
     **_: Any,
-) -> Float[Array, "b h2 w2 c"]:
-    """Returns `jax.lax.conv_general_dilated` of NHWC and one filter per channel; stands in for it in `nnx.Conv`.
+) -> Float[Array, "b h2 w2 o"]:
+    """Returns `jax.lax.conv_general_dilated` of NHWC in c / i groups; stands in for it in `nnx.Conv`.
 
     On a CPU it is a sum of shifted products, elsewhere the convolution itself. Options of `nnx.Conv` that follow from
     the form, such as the number of groups, are ignored.
@@ -31,7 +31,7 @@ def depthwise(
     reach = [(size - 1) * step + 1 for size, step in zip(kernel.shape[:2], dilation, strict=True)]
     pads = jax.lax.padtype_to_pads(x.shape[1:3], reach, strides, padding) if isinstance(padding, str) else padding
     (top, bottom), (left, right) = pads
-    return _depthwise(_Form(strides, ((top, bottom), (left, right)), dilation, precision), x, kernel)
+    return _grouped(_Form(strides, ((top, bottom), (left, right)), dilation, precision), x, kernel)
 
 
 class _Form(NamedTuple):
@@ -44,12 +44,12 @@ class _Form(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _depthwise(form: _Form, x: Array, kernel: Array) -> Array:
+def _grouped(form: _Form, x: Array, kernel: Array) -> Array:
     return jax.lax.platform_dependent(x, kernel, cpu=partial(_shifted, form), default=partial(_convolved, form))
 
 
 def _forward(form: _Form, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _depthwise(form, x, kernel), (x, kernel)
+    return _grouped(form, x, kernel), (x, kernel)
 
 
 def _backward(form: _Form, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -58,7 +58,7 @@ def _backward(form: _Form, saved: tuple[Array, Array], gradient: Array) -> tuple
     )
 
 
-_depthwise.defvjp(_forward, _backward)
+_grouped.defvjp(_forward, _backward)
 
 
 # jitted, so that the many equal layers of a network are traced once
@@ -75,7 +75,7 @@ def _transposed(
 def _convolved(form: _Form, x: Array, kernel: Array) -> Array:
     return jax.lax.conv_general_dilated(
         x, kernel, form.strides, form.pads, rhs_dilation=form.dilation, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1], precision=form.precision,
+        feature_group_count=x.shape[-1] // kernel.shape[2], precision=form.precision,
     )  # fmt: skip
 
 
@@ -88,11 +88,23 @@ def _shifted(form: _Form, x: Array, kernel: Array) -> Array:
         for side, size, step, stride in zip(padded.shape[1:3], (rows, columns), form.dilation, strides, strict=True)
     )
     exact = jnp.promote_types(x.dtype, jnp.float32)
-    out = jnp.zeros((), exact)
+    taps = []
     for i in range(rows):
         for j in range(columns):
             corner = (0, i * down, j * right, 0)
             end = (len(x), corner[1] + (h - 1) * strides[0] + 1, corner[2] + (w - 1) * strides[1] + 1, x.shape[-1])
-            part = jax.lax.slice(padded, corner, end, (1, *strides, 1))
-            out = out + part.astype(exact) * kernel[i, j, 0].astype(exact).reshape(1, 1, 1, -1)
+            taps.append(jax.lax.slice(padded, corner, end, (1, *strides, 1)))
+    of_group, filters = kernel.shape[2:]
+    groups = x.shape[-1] // of_group
+    if groups == x.shape[-1] == filters:
+        out = jnp.zeros((), exact)
+        for tap, weight in zip(taps, kernel.reshape(-1, 1, 1, 1, filters), strict=True):
+            out = out + tap.astype(exact) * weight.astype(exact)
+    else:
+        # one product: one for each tap takes longer to run and to compile
+        stacked = jnp.stack(taps, 3).reshape(len(x), h, w, rows * columns, groups, of_group)
+        weights = kernel.reshape(rows * columns, of_group, groups, filters // groups)
+        out = jnp.einsum(
+            "bhwtgi,tigo->bhwgo", stacked, weights, precision=form.precision, preferred_element_type=exact
+        ).reshape(len(x), h, w, filters)
     return out.astype(x.dtype)
