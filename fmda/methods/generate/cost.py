@@ -1,6 +1,7 @@
 """What a set of generated images costs, from a trace of the program that draws them."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fmda import trees
-from fmda.diffusion.draw import SamplerConfig, latent_shape, make_graphs, make_program
+from fmda.diffusion.draw import SamplerConfig, image_size, latent_shape, make_graphs, make_program
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError, did_you_mean
 from fmda.mesh import FSDP_RULES
@@ -84,29 +85,15 @@ def image_flops(config: Config, networks: DiffusionConfig) -> dict[str, float]:
 
     The empty prompt is encoded once for a batch and is not in the FLOPs of an image.
     """
-    text, latent = networks.text_encoder, (1, *latent_shape(config.sample, networks))
-
-    def one(part: str, method: str, *shapes: tuple[int, ...], dtype: type = jnp.float32) -> int:
-        graph, params = network_graph(part, getattr(networks, part))
-        inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-        return count_flops(lambda params, *inputs: getattr(nnx.merge(graph, params), method)(*inputs), params, *inputs)
-
-    program = _program(networks, config.sample, config.dtype)
-    return {
-        "UNet, one call": one("unet", "__call__", latent, (1,), (1, text.context, text.width)),
-        "decoder": one("vae", "decode", latent),
-        "text encoder": one("text_encoder", "hidden", (1, text.context), dtype=jnp.int32),
-        "an image": program.flops(2) - program.flops(1),
-    }
+    program = _program(config, networks)
+    one_more = program.flops(2) - program.flops(1)
+    return _call_flops(networks, latent_shape(config.sample, networks)) | {"an image": one_more}
 
 
 def memory(config: Config, networks: DiffusionConfig, rows: int, shards: int) -> dict[str, int]:
     """Returns the bytes of each device by name, with `rows` images on it and parameters over `shards` devices."""
-    params = cast(parameter_shapes(networks), config.dtype)
-    where = placed(params, FSDP_RULES, shards)
-    cut = [position for position, one in enumerate(jax.tree.leaves(where)) if not one.is_fully_replicated]
-    program = _program(networks, config.sample, config.dtype)
-    return {"parameters": stored_bytes(params, where), "activations": program.peak(rows, gathered=cut)}
+    size, cut = _stored(networks, config.dtype, shards)
+    return {"parameters": size, "activations": _program(config, networks).peak(rows, gathered=cut)}
 
 
 def check_memory(config: Config, networks: DiffusionConfig, devices: int, shards: int, prefix: str = "") -> None:
@@ -128,8 +115,39 @@ def parameter_shapes(networks: DiffusionConfig) -> dict[str, Tree]:
 
 
 @functools.lru_cache(maxsize=8)
-def _program(networks: DiffusionConfig, sample: SamplerConfig, dtype: str) -> Program:
-    """Returns the traced program that draws images."""
+def _call_flops(networks: DiffusionConfig, latent: tuple[int, int, int]) -> dict[str, float]:
+    """Returns the FLOPs of one call of each network."""
+    text = networks.text_encoder
+
+    def one(part: str, method: str, *shapes: tuple[int, ...], dtype: type = jnp.float32) -> int:
+        graph, params = network_graph(part, getattr(networks, part))
+        inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        return count_flops(lambda params, *inputs: getattr(nnx.merge(graph, params), method)(*inputs), params, *inputs)
+
+    return {
+        "UNet, one call": one("unet", "__call__", (1, *latent), (1,), (1, text.context, text.width)),
+        "decoder": one("vae", "decode", (1, *latent)),
+        "text encoder": one("text_encoder", "hidden", (1, text.context), dtype=jnp.int32),
+    }
+
+
+@functools.lru_cache(maxsize=32)
+def _stored(networks: DiffusionConfig, dtype: str, shards: int) -> tuple[int, tuple[int, ...]]:
+    """Returns the bytes of the parameters on each device, and the positions of those that are sharded."""
+    params = cast(parameter_shapes(networks), dtype)
+    where = placed(params, FSDP_RULES, shards)
+    cut = (position for position, one in enumerate(jax.tree.leaves(where)) if not one.is_fully_replicated)
+    return stored_bytes(params, where), tuple(cut)
+
+
+def _program(config: Config, networks: DiffusionConfig) -> Program:
+    """Returns the traced program that draws images; equal ones are traced once."""
+    size = image_size(config.sample, networks)
+    return _traced(networks, replace(config.sample, size=size, negative=""), config.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _traced(networks: DiffusionConfig, sample: SamplerConfig, dtype: str) -> Program:
     program = make_program(make_graphs(networks, ScheduleConfig(), dtype), sample, latent_shape(sample, networks))
     params, context = cast(parameter_shapes(networks), dtype), networks.text_encoder.context
 

@@ -17,7 +17,8 @@ from flax import nnx
 from fmda import trees
 from fmda.diffusion.draw import Graphs
 from fmda.diffusion.schedule import ScheduleConfig, alphas_cumprod
-from fmda.methods.datum.dreambooth import NoiseConfig, make_objective, noised
+from fmda.methods.datum import dreambooth
+from fmda.methods.datum.dreambooth import NoiseConfig, make_objective
 from fmda.methods.datum.lora import init_adapters, merged
 from fmda.models.module import abstract
 from fmda.train import create_state, make_step
@@ -72,6 +73,16 @@ VAE_PARAMS = drawn(VAE_SHAPES)
 IDS = np.array([[1, 2, 3], [4, 5, 5]], np.int32)
 GRAPHS = Graphs(UNET, VAE, TEXT, ScheduleConfig(), SCALE)
 FROZEN = {"vae": VAE_PARAMS, "ids": IDS[:1]}
+noised = jax.jit(dreambooth.noised, static_argnums=(0, 4))
+
+
+@functools.cache
+def objective(**options):
+    return jax.jit(make_objective(GRAPHS, **options))
+
+
+def outcome(params, frozen, rows, **options):
+    return objective(**options)(params, None, frozen, rows, None)
 
 
 def batch(rows=4, pictures=1):
@@ -89,7 +100,7 @@ def moments(pixels):
 def test_latents_are_drawn_from_the_gaussian_times_from_all_and_noise_by_the_schedule():
     mean, logvar = np.full((4000, 2, 2, 1), 3.0, np.float32), np.full((4000, 2, 2, 1), np.log(4.0), np.float32)
     seeds = RNG.integers(2**32, size=4000, dtype=np.uint32)
-    latents, times, target = jax.jit(functools.partial(noised, GRAPHS))(mean, logvar, seeds)
+    latents, times, target = noised(GRAPHS, mean, logvar, seeds)
     left = alphas_cumprod(GRAPHS.schedule)[times][:, None, None, None]
     clean = (np.asarray(latents) - np.sqrt(1 - left) * np.asarray(target)) / np.sqrt(left)
     assert np.mean(target) == pytest.approx(0, abs=0.03) and np.std(target) == pytest.approx(1, abs=0.03)
@@ -152,7 +163,7 @@ def predicted(params, latents, times, ids):
 
 def test_the_loss_is_the_mean_squared_error_of_the_prediction():
     rows = batch(5)
-    value, metrics, _ = jax.jit(make_objective(GRAPHS))(PARAMS, None, FROZEN, rows, None)
+    value, metrics, _ = outcome(PARAMS, FROZEN, rows)
     asked = noised(GRAPHS, *moments(rows["pixels"][:, 0]), rows["seed"][:, 0])
     error = predicted(PARAMS, asked.latents, asked.times, IDS[0]) - asked.target
     assert float(value) == pytest.approx(float((error**2).mean()), rel=1e-5)
@@ -161,13 +172,11 @@ def test_the_loss_is_the_mean_squared_error_of_the_prediction():
 
 def test_class_pictures_are_the_second_half_of_the_loss():
     rows = batch(4, pictures=2)
-    value, metrics, _ = make_objective(GRAPHS, prior_weight=0.25)(PARAMS, None, FROZEN | {"ids": IDS}, rows, None)
+    value, metrics, _ = outcome(PARAMS, FROZEN | {"ids": IDS}, rows, prior_weight=0.25)
     halves = []
     for half, name in enumerate(("target_loss", "prior_loss")):
         alone = {key: leaf[:, half : half + 1] for key, leaf in rows.items()}
-        halves.append(
-            float(make_objective(GRAPHS)(PARAMS, None, FROZEN | {"ids": IDS[half : half + 1]}, alone, None).loss)
-        )
+        halves.append(float(outcome(PARAMS, FROZEN | {"ids": IDS[half : half + 1]}, alone).loss))
         assert float(metrics[name]) == pytest.approx(halves[-1], rel=1e-5)
     assert float(value) == pytest.approx(halves[0] + 0.25 * halves[1], rel=1e-5)
 
@@ -176,8 +185,7 @@ def test_encoded_crops_give_what_the_crops_give():
     rows = batch(3)
     mean, logvar = moments(rows["pixels"][:, 0])
     bank = {"moments": np.concatenate([mean, logvar], -1)[:, None], "seed": rows["seed"]}
-    objective = make_objective(GRAPHS)
-    ours, theirs = (float(objective(PARAMS, None, FROZEN, given, None).loss) for given in (bank, rows))
+    ours, theirs = (float(outcome(PARAMS, FROZEN, given).loss) for given in (bank, rows))
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
@@ -186,14 +194,14 @@ def test_a_text_encoder_that_does_not_train_is_read_once():
     context = nnx.merge(TEXT, PARAMS["text_encoder"]).hidden(IDS[:1])
     alone = {"unet": PARAMS["unet"]}
     frozen = {"vae": VAE_PARAMS, "context": context}
-    ours = float(make_objective(GRAPHS)(alone, None, frozen, rows, None).loss)
-    assert ours == pytest.approx(float(make_objective(GRAPHS)(PARAMS, None, FROZEN, rows, None).loss), rel=1e-6)
+    ours = float(outcome(alone, frozen, rows).loss)
+    assert ours == pytest.approx(float(outcome(PARAMS, FROZEN, rows).loss), rel=1e-6)
 
 
 def trained(params, frozen, rows, accumulate=1):
     """The parameters after one step of plain gradient descent, which hides no factor."""
     tx = optax.sgd(0.1)
-    step = jax.jit(make_step(make_objective(GRAPHS, lora_scale=2.0), tx, accumulate=accumulate))
+    step = jax.jit(make_step(objective(lora_scale=2.0), tx, accumulate=accumulate))
     state, metrics = step(create_state(params, tx, teacher=False), frozen, rows, jax.random.key(0))
     return state.params, metrics
 
@@ -222,8 +230,8 @@ def test_adapters_begin_as_nothing_and_move_alone():
     adapters = {"unet": init_adapters(jax.random.key(1), PARAMS["unet"], 2)}
     frozen = {"vae": VAE_PARAMS, "unet": PARAMS["unet"], "text_encoder": PARAMS["text_encoder"], "ids": IDS[:1]}
     rows = batch()
-    assert float(make_objective(GRAPHS)(adapters, None, frozen, rows, None).loss) == pytest.approx(
-        float(make_objective(GRAPHS)(PARAMS, None, FROZEN, rows, None).loss), rel=1e-6
+    assert float(outcome(adapters, frozen, rows).loss) == pytest.approx(
+        float(outcome(PARAMS, FROZEN, rows).loss), rel=1e-6
     )
     # a has no gradient while b is zero
     after, _ = trained(adapters, frozen, rows)
@@ -231,5 +239,5 @@ def test_adapters_begin_as_nothing_and_move_alone():
     again, _ = trained(after, frozen, rows)
     assert moved(after, again) == {"unet/attention/query/a", "unet/attention/query/b"}
     whole = {"unet": merged(PARAMS["unet"], again["unet"], 2.0), "text_encoder": PARAMS["text_encoder"]}
-    ours = float(make_objective(GRAPHS, lora_scale=2.0)(again, None, frozen, rows, None).loss)
-    assert ours == pytest.approx(float(make_objective(GRAPHS)(whole, None, FROZEN, rows, None).loss), rel=1e-6)
+    ours = float(outcome(again, frozen, rows, lora_scale=2.0).loss)
+    assert ours == pytest.approx(float(outcome(whole, FROZEN, rows).loss), rel=1e-6)
