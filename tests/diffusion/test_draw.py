@@ -21,14 +21,6 @@ SAMPLER = SamplerConfig(steps=3)
 UNET = replace(small_diffusion.UNET, channels=(8,), attention=(True,), heads=(2,))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles in half the time to slower programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return small_diffusion.stable_diffusion(tmp_path_factory.mktemp("draw") / "model", unet_config=UNET)

@@ -43,14 +43,6 @@ RUN = "run set.yaml work_dir=new"
 CLIP = "filters.clip=clip filters.clip_score=-1.0 filters.class_presence=0.0 filters.near_duplicate=1.0"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles in half the time to slower programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def draw_clip(folder):
     """Gives the CLIP in a folder parameters with which it tells images apart."""
     clip = load_clip(folder)

@@ -34,7 +34,6 @@ def run(place, work, processes, options=()):
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     if processes > 1:
         environment |= {"FMDA_COORDINATOR": f"localhost:{port}", "FMDA_PROCESSES": str(processes)}

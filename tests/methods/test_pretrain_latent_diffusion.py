@@ -43,14 +43,6 @@ SAMPLER = SamplerConfig("ddim", 2, 3.0)
 SKY, ROAD, CAR = (CLASSES.index(name) for name in ("sky", "road", "car"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles in half the time to slower programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def draw_scenes(folder, count, side=64):
     """Writes rendered images of 32 x `side` pixels: sky over road, a car in the left quarter."""
     for part in ("images", "labels", "instances"):

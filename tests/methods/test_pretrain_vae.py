@@ -21,14 +21,6 @@ MODEL = VaeConfig(channels=(8, 12), layers=1, latent_channels=3, groups=4, sampl
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles in half the time to slower programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def draw_images(folder, sizes):
     """Writes images of smooth colours with noise."""
     (folder / "images").mkdir(parents=True)

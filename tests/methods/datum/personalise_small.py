@@ -56,7 +56,6 @@ def launch(place, work, *options, devices=1, **variables):
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "PYTHONPATH": str(SCRIPT.parents[3]),
         **variables,
     }

@@ -107,7 +107,6 @@ def test_a_dry_run_walks_every_stage_with_sizes_shrunk_by_overrides_alone(tmp_pa
         "FMDA_DATA": str(tmp_path),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "PYTHONPATH": str(CONFIGS.parents[1]),
     }
     command = [sys.executable, "-m", "fmda", "run", str(REAL), "work_dir=run", *overrides]
