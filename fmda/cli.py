@@ -250,8 +250,14 @@ def models_check(source: Source, revision: Revision = None, as_json: Json = Fals
     """Load a checkpoint and verify every array: names, shapes, numbers, count.
 
     A whole Stable Diffusion, or one network: CLIP, DINO or another encoder, a segmentation network, UNet, autoencoder,
-    text encoder. Exit code 2 when anything is wrong.
+    text encoder; or the two ONNX graphs of a SAM. Exit code 2 when anything is wrong.
     """
+    if any(Path(source).glob("*.onnx")):
+        from fmda.sam.check import verify_graphs
+
+        graphs = verify_graphs(source)
+        print(json.dumps(graphs.to_json()) if as_json else graphs.text())
+        return
     _load_jax()
     from fmda.diffusion.checkpoints import verify
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from fmda.errors import UserError
 from fmda.sam.cache import EmbeddingCache
-from fmda.sam.graphs import open_pair
+from fmda.sam.graphs import Graph, open_pair
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -106,6 +106,11 @@ class SamStage:
             if name != output and not other:
                 raise UserError(f"{self._encoder.graph.path}: has no output {name}, which the decoder takes")
         self._cache = None if self.cache is None else EmbeddingCache(Path(self.cache).expanduser(), self.cache_bytes)
+
+    @property
+    def graphs(self) -> tuple[Graph, Graph]:
+        """Image encoder and mask decoder."""
+        return self._encoder.graph, self._decoder.graph
 
     def embed(self, image: UInt8[np.ndarray, "H W 3"]) -> Embedding:
         """Returns the embedding of an RGB image. Raises UserError for another type or shape."""

@@ -48,6 +48,9 @@ def test_graphs_equal_jax_at_three_sizes(folder, tmp_path, capsys):
         "has_mask_input": ["M"],
         "orig_im_size": [2],
     }
+    main(["models", "check", str(tmp_path / "out"), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and len(report["iou"]) == 4 and "point_coords ['P', 'N', 2]" in report["inputs"]["decoder.onnx"]
     with pytest.raises(UserError, match="out: holds files already; give a new folder"):
         sam_export.export_sam(folder, tmp_path / "out")
 
