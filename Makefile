@@ -10,12 +10,12 @@ PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadfile
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,small]'
 	touch $@
 
-# PyTorch and the published weights are wanted by the parity tests alone; the pin keeps a CPU build where one is offered
+# PyTorch is wanted by the parity tests alone; the pin keeps a CPU build where one is offered
 $(VENV)/parity: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0' --editable '.[small]'
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
 	touch $@
 
 demo: $(VENV)/installed

@@ -13,6 +13,9 @@ runs.maskclip-camvid.data.limit=1 runs.maskclip-camvid.unlabelled.images=1
 runs.personalise-night.bank=4 runs.personalise-night.steps=2 runs.personalise-night.snapshots=[1,2]
 runs.personalise-night.probe.count=4 runs.personalise-night.probe.batch=4 runs.personalise-night.probe.sample.steps=2
 runs.generate-night.count=2 runs.generate-night.batch=2 runs.generate-night.sample.steps=2
+runs.streets.domains.game=2 runs.streets.domains.night=1 runs.source-only.batch=1 runs.datum.batch=1
+runs.source-only.steps=1 runs.datum.steps=1 runs.source-only.optim.warmup_steps=0 runs.datum.optim.warmup_steps=0
+runs.source-only.crop=64 runs.datum.crop=64
 """.split()
 
 
