@@ -12,7 +12,6 @@ machine, one with `only_with: small` where that extra is not installed. The kind
 columns and seeds.
 """
 
-import gc
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -245,7 +244,6 @@ def _forget_programs() -> None:
     import jax
 
     jax.clear_caches()
-    gc.collect()
 
 
 def _references(value: Any, where: str, name: str, order: list[str]) -> set[str]:
