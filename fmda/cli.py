@@ -60,7 +60,7 @@ def _load_jax() -> None:
 def demo(work_dir: Path = Path("runs/demo"), overrides: Overrides = ()) -> None:
     """Run the whole system on the embedded default: render streets, rank templates, adapt to one image, report.
 
-    Less than ten minutes on two CPU cores. Ends with the path of an HTML report.
+    Five minutes on two CPU cores. Ends with the path of an HTML report.
 
     Args:
         work_dir: the run folder; run again to continue an interrupted demo.
