@@ -116,7 +116,8 @@ def test_a_velocity_is_the_target_where_the_schedule_predicts_one():
     mean, logvar = mean.astype(np.float32), logvar.astype(np.float32)
     noise = noised(GRAPHS, mean, logvar, seeds)
     found = noised(graphs, mean, logvar, seeds)
-    np.testing.assert_array_equal(found.latents, noise.latents)
+    # two programs
+    np.testing.assert_allclose(found.latents, noise.latents, atol=1e-6)
     left = alphas_cumprod(GRAPHS.schedule)[found.times][:, None, None, None]
     clean = (np.asarray(noise.latents) - np.sqrt(1 - left) * noise.target) / np.sqrt(left)
     velocity = np.sqrt(left) * noise.target - np.sqrt(1 - left) * clean
