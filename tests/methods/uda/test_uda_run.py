@@ -164,8 +164,8 @@ def test_hrda_trains_and_is_scored_in_windows(place):
 def test_eight_devices_take_the_steps_of_one(place):
     network = Network(NetworkConfig(family="segformer", encoder="mit"), 3)
     learn = LearnConfig(SelfTrainingConfig())
-    # AdamW would enlarge the rounding errors of parameters without a gradient, a rate of 0.01 those of every step: where
-    # a pixel changes its pseudo-label or a unit its sign, two programs part, on one device too
+    # AdamW would enlarge the rounding errors of parameters without a gradient, a rate of 0.01 those of each step:
+    # where a pixel changes its pseudo-label or a unit its sign, two programs part, on one device too
     tx = make_optimizer(OptimConfig(learning_rate=0.001, warmup_steps=0, method="sgd"), 10)
     step = make_step(
         make_objective(network.graphdef, 3, learn), tx, teacher_decay=teacher_decay(0.999), teacher_when="before"
