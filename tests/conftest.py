@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
 
-# tests compile much and compute little: a quarter of the time to slower programs, in the processes that tests start too
+# tests compile much and compute little: slower programs that compile faster, in the processes that tests start too
 flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 flags += ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):  # later ones end on a flag that they do not know

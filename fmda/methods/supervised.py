@@ -80,11 +80,14 @@ class Config(TrainerConfig):
         return Protocol(resize=self.resize, crop=self.crop, stride=self.stride, class_map=maps)
 
 
-def make_network(config: Config, encoder: Encoder, classes: int) -> DenseNetwork | MaskNetwork:
-    """Returns the network that is trained, for so many classes."""
-    if config.mask2former is None:
-        return DenseNetwork(encoder, config.hidden, classes)
-    return MaskNetwork(encoder, config.mask2former, classes)
+def make_network(
+    encoder: Encoder, classes: int, masks: MaskHeadConfig | None, hidden: int = 0
+) -> DenseNetwork | MaskNetwork:
+    """Returns the network for so many classes: with Mask2Former's decoders, or with a head of convolutions.
+
+    `hidden` counts where a head is drawn.
+    """
+    return DenseNetwork(encoder, hidden, classes) if masks is None else MaskNetwork(encoder, masks, classes)
 
 
 def make_objective(network: DenseNetwork | MaskNetwork) -> Objective:
@@ -146,14 +149,16 @@ def plan(config: Config) -> Plan:
     if without := plan_without_sizes(steps, encoder=config.encoder, **{"data.root": config.data.root}):
         return without
     blank = Example(np.zeros((config.crop, config.crop, 3), np.uint8), np.zeros((config.crop,) * 2, np.uint8), "")
-    network = make_network(config, Encoder(str(config.encoder)), len(config.data.open().classes))
+    network = make_network(
+        Encoder(str(config.encoder)), len(config.data.open().classes), config.mask2former, config.hidden
+    )
     task = make_task(config, network, [blank])
     return trainer_plan(config, task, steps, example="crop")
 
 
 def _task(config: Config) -> Task:
     encoder, data, val = Encoder(str(config.encoder)), config.data.open(), config.val.open()
-    network = make_network(config, encoder, len(data.classes))
+    network = make_network(encoder, len(data.classes), config.mask2former, config.hidden)
     check_images(data)
     order = SHUFFLED if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
     mesh, limit = make_mesh(*config.mesh), config.val.limit
@@ -188,9 +193,9 @@ def load_segmenter(folder: Path) -> Segmenter:
     protocol = from_dict(Protocol, model["protocol"], str(folder / "model.json"))
     fingerprint = weight_fingerprint(head, encoder.fingerprint, protocol)
     classes, masks = ClassList.from_dict(model["classes"], str(folder)), model.get("mask2former")
-    network: DenseNetwork | MaskNetwork = DenseNetwork(encoder, 0, len(classes))
     if masks is not None:
-        network = MaskNetwork(encoder, from_dict(MaskHeadConfig, masks, str(folder / "model.json")), len(classes))
+        masks = from_dict(MaskHeadConfig, masks, str(folder / "model.json"))
+    network = make_network(encoder, len(classes), masks)
     predictor = Predictor(network.scores, {"encoder": encoder.params, "head": head}, protocol)
     return Segmenter(predictor, classes, "supervised", fingerprint, protocol)
 

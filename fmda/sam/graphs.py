@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
 
 SIDE = 1024
 """Pixels of the longest side where a graph leaves it open."""
 
-MEAN = np.array([123.675, 116.28, 103.53], np.float32)
-STD = np.array([58.395, 57.12, 57.375], np.float32)
+MEAN, STD = (np.array([255 * one for one in three], np.float32) for three in (IMAGENET_MEAN, IMAGENET_STD))
 LOW_RES = 256
 TYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,

@@ -47,11 +47,10 @@ def components(
         large = np.flatnonzero(facts[:, cv2.CC_STAT_AREA] > least)
         places += [(int(label), numbers, int(k), facts[k].tolist()) for k in large if k > 0]
     largest = sorted(places, key=lambda place: -place[3][cv2.CC_STAT_AREA])[:most]
-    kept = sorted(((label, k) for label, _, k, _ in largest))
-    rank = {place: index for index, place in enumerate(kept)}
+    ordered = sorted(largest, key=lambda place: (place[0], place[2]))
     return [
         Component(label, numbers == k, area, (left, top, left + width, top + height))
-        for label, numbers, k, (left, top, width, height, area) in sorted(largest, key=lambda p: rank[p[0], p[2]])
+        for label, numbers, k, (left, top, width, height, area) in ordered
     ]
 
 

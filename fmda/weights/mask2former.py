@@ -15,7 +15,7 @@ from fmda.weights import clip_tables, resnet
 from fmda.weights.files import read_json
 from fmda.weights.layers import Layer, torch_rows
 from fmda.weights.reader import Fields, Keys, written
-from fmda.weights.table import Export, Names, Row, Table, drop, row
+from fmda.weights.table import Export, Names, Row, Table, count_numbers, drop, row
 from fmda.weights.transforms import QKV_BIAS, QKV_WEIGHT
 
 KIND, CLOUDS_KIND = "mask2former", "clouds-mask2former"
@@ -240,9 +240,9 @@ def _original_config(file: Path, names: Names) -> Mask2FormerConfig:
         mask_width=names[mask][0],
         heads=heads,
         points=names[needed[1]][0] // (heads * 3),
-        pixel_layers=_count(names, layer),
+        pixel_layers=count_numbers(names, layer),
         pixel_hidden=names[needed[0]][0],
-        layers=_count(names, ffn),
+        layers=count_numbers(names, ffn),
         hidden=names[f"{ffn}0.linear1.bias"][0],
         queries=HeadConfig.queries if fixed else names.get(BARE, (HeadConfig.queries,))[0],
         text_classes=text_classes,
@@ -260,17 +260,12 @@ def _tower(file: Path, names: Names) -> tuple[ResNetConfig | ConvNextConfig, int
         stages = [f"{tower}trunk.stages.{stage}.blocks." for stage in range(4)]
         a, b, c, d = (names[f"{stage}0.conv_dw.bias"][0] for stage in stages)
         embed_dim, head_width = names[f"{tower}head.mlp.fc2.weight"]
-        e, f, g, h = (_count(names, stage) for stage in stages)
+        e, f, g, h = (count_numbers(names, stage) for stage in stages)
         return ConvNextConfig(depths=(e, f, g, h), channels=(a, b, c, d), head_width=head_width), embed_dim
     position, stem = names.get(f"{tower}attnpool.positional_embedding"), names.get(f"{tower}conv1.weight")
     if position is None or stem is None:
         raise UserError(f"{file}: holds neither CLIP's ConvNeXt nor its ResNet; take CLOUDS' weights of one of them")
-    a, b, c, d = (_count(names, f"{tower}layer{stage}.") for stage in range(1, 5))
+    a, b, c, d = (count_numbers(names, f"{tower}layer{stage}.") for stage in range(1, 5))
     width = 2 * stem[0]
     config = ResNetConfig(32 * math.isqrt(position[0] - 1), (a, b, c, d), width, heads=width // 2)
     return config, names[f"{tower}attnpool.c_proj.bias"][0]
-
-
-def _count(names: Names, prefix: str) -> int:
-    """Returns how many different numbers follow a prefix."""
-    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from fmda.errors import UserError
+from fmda.models.dino import IMAGENET_MEAN, IMAGENET_STD
 from fmda.models.sam import SamConfig, SamVitConfig, TinyVitConfig
 from fmda.models.sam.decoder import MASKS, REDUCTION
-from fmda.models.sam.network import MEAN, STD
 from fmda.weights.clip import image_processor
 from fmda.weights.files import config_file
 from fmda.weights.reader import Fields, Keys, written
 from fmda.weights.sam_tables import HF_SAM, SAM, mobile_sam
-from fmda.weights.table import Export, Names, Table
+from fmda.weights.table import Export, Names, Table, count_numbers
 
 KIND, MOBILE = "sam", "mobile_sam"
 BARE = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
@@ -102,7 +102,7 @@ def authors(file: Path, names: Names) -> tuple[SamConfig, Table]:
         config = SamConfig(
             _tiny_from_shapes(names, fields) if tiny else _vit_from_shapes(names),
             names["prompt_encoder.mask_downscaling.3.weight"][0],
-            _count(names, "mask_decoder.transformer.layers."),
+            count_numbers(names, "mask_decoder.transformer.layers."),
             mlp_width=names["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0],
             iou_width=names["mask_decoder.iou_prediction_head.layers.0.weight"][0],
             **fields.of(_AUTHORS),
@@ -118,7 +118,7 @@ def authors(file: Path, names: Names) -> tuple[SamConfig, Table]:
 def _vit_from_shapes(names: Names) -> SamVitConfig:
     source = "image_encoder"
     width, _, patch, _ = names[f"{source}.patch_embed.proj.weight"]
-    side, layers = names[f"{source}.pos_embed"][1], _count(names, f"{source}.blocks.")
+    side, layers = names[f"{source}.pos_embed"][1], count_numbers(names, f"{source}.blocks.")
     head = names[f"{source}.blocks.0.attn.rel_pos_h"][1]
     reach = [(names[f"{source}.blocks.{i}.attn.rel_pos_h"][0] + 1) // 2 for i in range(layers)]
     return SamVitConfig(
@@ -132,18 +132,13 @@ def _tiny_from_shapes(names: Names, fields: Fields) -> TinyVitConfig:
     biases = [names[f"{source}.{stage}.blocks.0.attn.attention_biases"] for stage in (1, 2, 3)]
     widths = [names["image_encoder.patch_embed.seq.2.c.weight"][0]]
     widths += [names[f"{source}.{stage}.downsample.conv3.c.weight"][0] for stage in (0, 1, 2)]
-    depths = [_count(names, f"{source}.{stage}.blocks.") for stage in range(4)]
+    depths = [count_numbers(names, f"{source}.{stage}.blocks.") for stage in range(4)]
     return TinyVitConfig(
         fields.size("image_size", 1024), (widths[0], widths[1], widths[2], widths[3]),
         (depths[0], depths[1], depths[2], depths[3]), (biases[0][0], biases[1][0], biases[2][0]),
         (math.isqrt(biases[0][1]), math.isqrt(biases[1][1]), math.isqrt(biases[2][1])),
         names["image_encoder.neck.0.weight"][0],
     )  # fmt: skip
-
-
-def _count(names: Names, prefix: str) -> int:
-    """Returns how many numbers follow a prefix."""
-    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
 
 
 def export(config: SamConfig, layout: str | None = None) -> Export:
@@ -163,8 +158,7 @@ def export(config: SamConfig, layout: str | None = None) -> Export:
     value = {"architectures": ["SamModel"], "model_type": KIND} | {
         f"{part}_config": section for part, section in zip(_PARTS, parts, strict=True)
     }
-    mean, std = ([one / 255 for one in three] for three in (MEAN, STD))
-    processor = image_processor("Sam", {"longest_edge": encoder.image_size}, 2, mean, std) | {
+    processor = image_processor("Sam", {"longest_edge": encoder.image_size}, 2, IMAGENET_MEAN, IMAGENET_STD) | {
         "processor_class": "SamProcessor",
         "do_pad": True,
         "pad_size": {"height": encoder.image_size, "width": encoder.image_size},

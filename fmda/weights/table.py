@@ -36,6 +36,11 @@ def row(source: str, targets: str | tuple[str, ...], transform: Transform = COPY
     return Row(source, (targets,) if isinstance(targets, str) else targets, transform)
 
 
+def count_numbers(names: Names, prefix: str) -> int:
+    """Returns how many different numbers follow a prefix of stored names."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+
+
 def drop(source: str) -> Row:
     """Returns a row that accepts a stored name and discards its array."""
     return Row(source, ())

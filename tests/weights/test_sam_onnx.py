@@ -10,12 +10,13 @@ from flax import nnx
 from PIL import Image
 
 from fmda.errors import UserError
-from fmda.models.sam.network import MEAN, SAM, STD, masks_at
+from fmda.models.sam.network import SAM, masks_at
 
 pytest.importorskip("onnx")
 from fmda.weights.sam_onnx import load_sam_onnx
 
 DATA = Path(os.environ.get("FMDA_DATA", ""))
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 FILES = (DATA / "sam/encoder.onnx", DATA / "sam/sam.onnx")
 published = pytest.mark.skipif(not FILES[1].is_file(), reason="FMDA_DATA names no folder with sam/")
 

@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from fmda.models.mask2former.config import HeadConfig
-from fmda.models.mask2former.mlp import TORCH, Mlp
 from fmda.models.mask2former.pixel_decoder import LEVELS
-from fmda.models.mask2former.text import TextClassifier, TextQueries
-from fmda.nn.attention import attention
+from fmda.models.mask2former.text import TORCH, TextClassifier, TextQueries
+from fmda.nn.cross_attention import CrossAttention
+from fmda.nn.mlp import ThreeLayers
 from fmda.nn.norm import layer_norm
 from fmda.nn.position import sine_positions
 from fmda.nn.resize import resize
@@ -36,36 +36,16 @@ class Predictions(NamedTuple):
     masks: Float[Array, "l b q h w"]
 
 
-class CrossAttention(nnx.Module):
-    """Attention with projections of query, key, value and result. [B, t, width], [B, s, width] -> [B, t, width]."""
-
-    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.heads = heads
-        self.query, self.key, self.value = (
-            nnx.Linear(width, width, kernel_init=PACKED, dtype=dtype, rngs=rngs) for _ in range(3)
-        )
-        self.out = nnx.Linear(width, width, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        query: Float[Array, "b t width"],
-        key: Float[Array, "b s width"],
-        value: Float[Array, "b s width"],
-        bias: Float[Array, "b 1 t s"] | None = None,
-    ) -> Float[Array, "b t width"]:
-        parts = (self.query(query), self.key(key), self.value(value))
-        q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in parts)
-        return self.out(attention(q, k, v, bias=bias).reshape(query.shape))
-
-
 class DecoderLayer(nnx.Module):
     """Masked attention to a level, attention among queries, a two-layer network; each added and then normalised."""
 
     def __init__(self, config: HeadConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width = config.width
-        self.cross = CrossAttention(width, config.heads, dtype=dtype, rngs=rngs)
+        self.cross, self.attention = (
+            CrossAttention(width, config.heads, kernel_init=PACKED, out_init=XAVIER, dtype=dtype, rngs=rngs)
+            for _ in range(2)
+        )
         self.norm1 = layer_norm(width, dtype=dtype, rngs=rngs)
-        self.attention = CrossAttention(width, config.heads, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, dtype=dtype, rngs=rngs)
         self.up = nnx.Linear(width, config.hidden, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(config.hidden, width, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
@@ -107,7 +87,7 @@ class Decoder(nnx.Module):
             self.classifier = TextClassifier(width, config.mask_width, config.text_width, dtype=dtype, rngs=rngs)
         else:
             self.classifier = nnx.Linear(width, config.classes + 1, kernel_init=TORCH, dtype=dtype, rngs=rngs)
-        self.mask = Mlp(width, config.mask_width, dtype=dtype, rngs=rngs)
+        self.mask = ThreeLayers(width, width, config.mask_width, kernel_init=TORCH, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,

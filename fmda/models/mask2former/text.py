@@ -8,9 +8,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from fmda.models.mask2former.mlp import Mlp
+from fmda.nn.mlp import ThreeLayers
 from fmda.nn.norm import layer_norm, unit
 from fmda.nn.resize import resize
+
+TORCH = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""What torch draws for a linear layer."""
 
 MOST = 100.0
 """Largest factor of the cosines."""
@@ -26,7 +29,7 @@ class TextClassifier(nnx.Module):
     def __init__(self, width: int, mask_width: int, text_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.norm = layer_norm(mask_width, dtype=dtype, rngs=rngs)
         self.project = nnx.Linear(mask_width, width, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(width, text_width, dtype=dtype, rngs=rngs)
+        self.mlp = ThreeLayers(width, width, text_width, kernel_init=TORCH, dtype=dtype, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(math.log(1 / 0.07), jnp.float32))
         self.void = nnx.Param(jax.random.normal(rngs.params(), (1, text_width)))
 

@@ -1,6 +1,5 @@
 """SAM's mask decoder: a transformer in which prompts read the image and the image reads prompts, and its heads."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -8,29 +7,14 @@ from jaxtyping import Array, Float
 
 from fmda.models.clip.transformer import Mlp
 from fmda.nn.activation import gelu
-from fmda.nn.attention import attention
+from fmda.nn.cross_attention import CrossAttention
+from fmda.nn.mlp import ThreeLayers
 from fmda.nn.norm import layer_norm
 
 MASKS = 4
 """Masks per prompt: one for a prompt that is not ambiguous, then whole, part and subpart in any order."""
 REDUCTION = 2
 """Factor by which attention between prompts and image is narrower."""
-
-
-class Attention(nnx.Module):
-    """Multi-head attention with `inner` channels. query: [n, t, width], key, value: [n, s, width] -> [n, t, width]."""
-
-    def __init__(self, width: int, inner: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.heads = heads
-        self.query, self.key, self.value = (nnx.Linear(width, inner, dtype=dtype, rngs=rngs) for _ in range(3))
-        self.out = nnx.Linear(inner, width, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, query: Float[Array, "n t width"], key: Float[Array, "n s width"], value: Float[Array, "n s width"]
-    ) -> Float[Array, "n t width"]:
-        query, key, value = self.query(query), self.key(key), self.value(value)
-        heads = [x.reshape(*x.shape[:2], self.heads, -1) for x in (query, key, value)]
-        return self.out(attention(*heads).reshape(query.shape))
 
 
 class TwoWayBlock(nnx.Module):
@@ -43,9 +27,9 @@ class TwoWayBlock(nnx.Module):
         self, width: int, heads: int, mlp_width: int, *, first: bool, eps: float, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:  # fmt: skip
         self.first = first
-        self.self_attention = Attention(width, width, heads, dtype=dtype, rngs=rngs)
-        self.to_image = Attention(width, width // REDUCTION, heads, dtype=dtype, rngs=rngs)
-        self.to_tokens = Attention(width, width // REDUCTION, heads, dtype=dtype, rngs=rngs)
+        self.self_attention = CrossAttention(width, heads, dtype=dtype, rngs=rngs)
+        self.to_image = CrossAttention(width, heads, inner=width // REDUCTION, dtype=dtype, rngs=rngs)
+        self.to_tokens = CrossAttention(width, heads, inner=width // REDUCTION, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, mlp_width, 1, "relu", dtype=dtype, rngs=rngs)
         self.norm1, self.norm2, self.norm3, self.norm4 = (
             layer_norm(width, eps=eps, dtype=dtype, rngs=rngs) for _ in range(4)
@@ -86,18 +70,6 @@ class Upscale(nnx.Module):
         return tiles.reshape(n, 2 * h, 2 * w, -1) + self.bias[...].astype(self.dtype)[None, None, None]
 
 
-class Head(nnx.Module):
-    """Three linear layers with ReLU between. x: [..., width] -> [..., after]."""
-
-    def __init__(self, width: int, hidden: int, after: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        sizes = ((width, hidden), (hidden, hidden), (hidden, after))
-        self.layers = nnx.List(nnx.Linear(*size, dtype=dtype, rngs=rngs) for size in sizes)
-
-    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... after"]:
-        first, second, last = self.layers
-        return last(jax.nn.relu(second(jax.nn.relu(first(x)))))
-
-
 class MaskDecoder(nnx.Module):
     """Image and prompts -> mask logits at four times the embedding's size, and the IoU that each is expected to reach.
 
@@ -114,13 +86,13 @@ class MaskDecoder(nnx.Module):
         self.blocks = nnx.List(
             TwoWayBlock(width, heads, mlp_width, first=i == 0, eps=eps, dtype=dtype, rngs=rngs) for i in range(layers)
         )
-        self.final = Attention(width, width // REDUCTION, heads, dtype=dtype, rngs=rngs)
+        self.final = CrossAttention(width, heads, inner=width // REDUCTION, dtype=dtype, rngs=rngs)
         self.final_norm = layer_norm(width, eps=1e-5, dtype=dtype, rngs=rngs)
         self.upscale1 = Upscale(width, width // 4, dtype=dtype, rngs=rngs)
         self.upscale_norm = layer_norm(width // 4, eps=1e-6, dtype=dtype, rngs=rngs)
         self.upscale2 = Upscale(width // 4, width // 8, dtype=dtype, rngs=rngs)
-        self.mask_heads = nnx.List(Head(width, width, width // 8, dtype=dtype, rngs=rngs) for _ in range(MASKS))
-        self.iou_head = Head(width, iou_width, MASKS, dtype=dtype, rngs=rngs)
+        self.mask_heads = nnx.List(ThreeLayers(width, width, width // 8, dtype=dtype, rngs=rngs) for _ in range(MASKS))
+        self.iou_head = ThreeLayers(width, iou_width, MASKS, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, image: Float[Array, "n h w c"], position: Float[Array, "h w c"], prompts: Float[Array, "n t c"]

@@ -15,9 +15,6 @@ from fmda.models.sam.tiny_vit import TinyVit, TinyVitConfig
 from fmda.models.sam.vit import SamVit, SamVitConfig
 from fmda.nn.resize import resize
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-"""Of RGB in 0..255: how images are normalised."""
-
 
 @dataclass(frozen=True)
 class SamConfig:
@@ -69,7 +66,7 @@ class Sam(nnx.Module):
         )  # fmt: skip
 
     def encode(self, pixels: Float[Array, "b S S 3"]) -> Float[Array, "b h w c"]:
-        """Returns the embedding, float32, of normalised RGB whose longest side is S = `image_size`, zeros after it."""
+        """Returns the embedding, float32, of ImageNet-normalised RGB, longest side S = `image_size`, then zeros."""
         return self.encoder(pixels).astype(jnp.float32)
 
     def decode(
