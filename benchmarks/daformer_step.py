@@ -40,7 +40,7 @@ from fmda.perf import compiled_memory
 from fmda.train.optim import make_optimizer
 from fmda.train.step import TrainState, create_state, make_step, step_flops
 from fmda.trees import Tree
-from fmda.weights.network import network_graph
+from fmda.weights.checkpoint import network_graph
 
 COMPARED, STEPS = 3, 40000
 LOSSES = ("loss_source", "loss_distance", "loss_mixed", "grad_norm")

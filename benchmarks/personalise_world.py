@@ -36,7 +36,8 @@ from fmda.methods.pretrain.latents import WindowConfig, caption_maker
 from fmda.methods.render import RenderConfig, write_world
 from fmda.runs.stages import run_stages
 from fmda.weights.files import read_json
-from fmda.weights.network import Loaded, load_clip
+from fmda.weights.load import load_clip
+from fmda.weights.network import Loaded
 
 WORDS = {"night": "at night", "fog": "in fog", "dusk": "at dusk", "rain": "in the rain", "snow": "in snow"}
 """What the untouched model is told of a domain."""

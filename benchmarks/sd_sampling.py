@@ -32,7 +32,7 @@ from fmda.diffusion.draw import Program, SamplerConfig, make_graphs, make_progra
 from fmda.diffusion.schedule import CLASSES, SAMPLERS, ScheduleConfig
 from fmda.perf import compiled_memory, count_flops
 from fmda.trees import Tree
-from fmda.weights.network import network_graph
+from fmda.weights.checkpoint import network_graph
 
 GUIDANCE = 7.5
 PARTS = ("unet", "vae", "text_encoder")

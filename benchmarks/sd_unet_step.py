@@ -43,7 +43,7 @@ from fmda.perf import compiled_memory
 from fmda.train.optim import make_optimizer
 from fmda.train.step import TrainState, create_state, make_step
 from fmda.trees import Tree
-from fmda.weights.network import network_graph
+from fmda.weights.checkpoint import network_graph
 
 COMPARED = 3
 """First steps whose losses are compared."""

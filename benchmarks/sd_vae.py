@@ -28,7 +28,7 @@ from sides.processes import BATCHES, answer, arguments, parsed, shown, sweep, ti
 
 from fmda.perf import compiled_memory, count_flops
 from fmda.trees import Tree
-from fmda.weights.network import network_graph
+from fmda.weights.checkpoint import network_graph
 
 
 def inputs(options: argparse.Namespace) -> list[np.ndarray]:

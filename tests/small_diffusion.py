@@ -9,7 +9,8 @@ from fmda.diffusion.schedule import ScheduleConfig
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
-from fmda.weights.network import Loaded, network_graph
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.network import Loaded
 from fmda.weights.tokenizer import Tokenizer
 
 UNET = UNetConfig(

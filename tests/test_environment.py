@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from tyro.conf import Positional
 
 import fmda
 from fmda import cli, environment
@@ -115,7 +116,7 @@ def test_paths_of_the_command_line_know_the_home_folder(monkeypatch, tmp_path, c
     monkeypatch.setenv("HOME", str(tmp_path))
     calls = []
 
-    def report(runs: cli.Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
+    def report(runs: Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
         calls.append((runs, out))
 
     monkeypatch.setitem(cli.VERBS, "report", report)

@@ -15,7 +15,7 @@ from fmda.models.sd_unet import UNetConfig
 from fmda.models.sd_vae import VaeConfig
 from fmda.trees import Tree
 from fmda.weights import diffusers_tables
-from fmda.weights.network import network_graph
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.registry import FAMILIES
 
 MODES = {"compiled": "default", "autotuned": "max-autotune-no-cudagraphs"}

@@ -260,8 +260,7 @@ def sweep(
             model=model or ("tiny" if options.tiny else "Stable Diffusion 1.4, full size"),
             dtype=options.dtype,
             **values,
-            peer=f"{peer}; "
-            + "; ".join(f"{side}: torch.compile, mode {mode}" for side, mode in MODES.items()),
+            peer=f"{peer}; " + "; ".join(f"{side}: torch.compile, mode {mode}" for side, mode in MODES.items()),
             matmul_flops_per_second=stand_in,
             complete=complete,
             results=rows,

@@ -91,6 +91,7 @@ def _by_map(images: str, labels: str, class_map: str, red16: bool = False) -> La
 
 _ANONYMOUS = _by_ids("rgb_anon/{split}/{key}_rgb_anon.png", "gt/{split}/{key}_gt_label")
 
+
 def _acdc(condition: str, val: int, count: int = 1, *flat: Layout) -> Entry:
     """Returns ACDC of one condition, or of all `count` by the placeholder {condition}."""
     place = f"{condition}/{{split}}/{{key}}"

@@ -35,7 +35,6 @@ SPACINGS = ("leading", "linspace", "trailing")
 FINAL_SIGMAS = ("zero", "sigma_min")
 
 
-
 def _word(choices: tuple[str, ...]) -> Callable[[Fields, str, Any], Any]:
     return lambda fields, key, default: fields.word(key, default, choices)
 

@@ -119,7 +119,6 @@ class Side:
             weights[i, :, : len(columns)] = blocks[i][:, columns]
         return Resampling(sources, weights)
 
-
     def at(self, samples: int, pixels: Int[np.ndarray, " P"]) -> Resampling:
         """Returns the same matrix for chosen pixels of the label map, each a block of its own."""
         sources, weights = self.resampling(samples, 1)

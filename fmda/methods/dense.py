@@ -18,7 +18,8 @@ from fmda.models.clip.resnet import ModifiedResNet
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
 from fmda.trees import Tree
-from fmda.weights.network import family_of, load_clip, load_dino, load_dinov2, weight_fingerprint
+from fmda.weights.checkpoint import family_of, weight_fingerprint
+from fmda.weights.load import load_clip, load_dino, load_dinov2
 from fmda.weights.source import resolve
 
 

@@ -20,7 +20,8 @@ from fmda.methods.dense import normalised
 from fmda.trees import Tree
 from fmda.weights.checkpoint import weight_fingerprint, weights_and_config
 from fmda.weights.files import read_json
-from fmda.weights.network import CLASSES_FILE, Loaded, load_segmentation
+from fmda.weights.load import load_segmentation
+from fmda.weights.network import CLASSES_FILE, Loaded
 from fmda.weights.registry import FAMILIES
 
 COMMON = {19: "cityscapes"}

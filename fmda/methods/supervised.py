@@ -32,8 +32,8 @@ from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stage
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
+from fmda.weights.checkpoint import weight_fingerprint
 from fmda.weights.files import read_arrays, write_safetensors
-from fmda.weights.network import weight_fingerprint
 
 SHUFFLED = Shuffled()
 

@@ -126,7 +126,5 @@ def without_unused(config: EspNetV2Config, params: Tree) -> tuple[EspNetV2Config
     """Returns the network without the logits that stand for no class; those of the classes are the same."""
     used = config.classes - config.unused
     last = "head/pool/3/out/"
-    flat = {
-        path: leaf[..., :used] if path.startswith(last) else leaf for path, leaf in trees.flatten(params).items()
-    }
+    flat = {path: leaf[..., :used] if path.startswith(last) else leaf for path, leaf in trees.flatten(params).items()}
     return replace(config, classes=used, unused=0), trees.unflatten(flat)

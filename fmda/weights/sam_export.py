@@ -14,7 +14,8 @@ from fmda import trees
 from fmda.atomic import occupied
 from fmda.errors import UserError, disk_errors
 from fmda.models.sam.network import masks_at
-from fmda.weights.network import Loaded, load_sam
+from fmda.weights.load import load_sam
+from fmda.weights.network import Loaded
 from fmda.weights.sam_graphs import write_decoder, write_encoder
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"

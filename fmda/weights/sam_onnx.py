@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fmda.errors import UserError
-from fmda.weights.network import Loaded, network_graph
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.network import Loaded
 from fmda.weights.onnx_graph import onnx_package
 from fmda.weights.sam import authors
 

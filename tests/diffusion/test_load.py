@@ -20,7 +20,7 @@ from fmda.diffusion.load import check_stable_diffusion, load_stable_diffusion, s
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
 from fmda.weights import diffusers_tables as tables
-from fmda.weights.network import load_unet
+from fmda.weights.load import load_unet
 
 SCHEDULE = ScheduleConfig(prediction="v_prediction", sampler="plms")
 

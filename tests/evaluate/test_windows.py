@@ -176,4 +176,3 @@ def test_scores_of_another_form_are_refused():
 def test_the_numpy_reference_resizes_like_torch():
     scores = np.arange(4, dtype=np.float32).reshape(1, 2, 2)
     np.testing.assert_allclose(resize_scores(scores, (1, 4))[0, :, 0], [0, 0.5, 1.5, 2])
-    

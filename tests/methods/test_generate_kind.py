@@ -27,7 +27,8 @@ from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.methods.kinds import open_run
 from fmda.models.sd_unet import UNetConfig
 from fmda.png import read_png
-from fmda.weights.network import load_clip, save
+from fmda.weights.load import load_clip
+from fmda.weights.network import save
 from fmda.world.names import CLASSES
 
 UNET = UNetConfig(

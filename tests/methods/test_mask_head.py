@@ -15,7 +15,8 @@ from fmda.methods.kinds import open_run
 from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork
 from fmda.models.clip import ClipConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.models.dino import vit_config
-from fmda.weights.network import network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.network import save
 
 HEAD = {
     "width": 32, "mask_width": 8, "heads": 2, "pixel_layers": 1, "pixel_hidden": 16, "layers": 3, "hidden": 16,

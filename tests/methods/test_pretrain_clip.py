@@ -16,7 +16,7 @@ from fmda.methods.pretrain.prompts import LOOKS, fitting, looks_of, needs
 from fmda.models.clip import ClipConfig, TextConfig, VitConfig
 from fmda.runs.stages import run_stages
 from fmda.train import OptimConfig
-from fmda.weights.network import load_clip
+from fmda.weights.load import load_clip
 from fmda.world.captions import facts_of
 from fmda.world.names import CLASSES, STYLES
 

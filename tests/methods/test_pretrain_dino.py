@@ -32,7 +32,7 @@ from fmda.models.module import abstract, init
 from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
 from fmda.train import OptimConfig, Task, TrainerConfig, create_state, make_step, run_task
-from fmda.weights.network import load_dino
+from fmda.weights.load import load_dino
 from fmda.world.names import CLASSES
 
 HEAD = HeadConfig(16, 8, 24)

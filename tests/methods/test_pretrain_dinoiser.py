@@ -28,7 +28,8 @@ from fmda.models.dinoiser import guide_features, init_heads, object_features, sa
 from fmda.models.module import init
 from fmda.runs.stages import run_stages
 from fmda.train import make_optimizer
-from fmda.weights.network import load_dino, load_heads, save
+from fmda.weights.load import load_dino, load_heads
+from fmda.weights.network import save
 from fmda.world.names import CLASSES
 
 RNG = np.random.default_rng(0)

@@ -33,7 +33,8 @@ from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.module import init
 from fmda.runs.stages import run_stages
 from fmda.train import OptimConfig, Outcome, create_state, make_step
-from fmda.weights.network import load_vae, save
+from fmda.weights.load import load_vae
+from fmda.weights.network import save
 from fmda.world.captions import SYNONYMS, facts_of
 from fmda.world.names import CLASSES
 

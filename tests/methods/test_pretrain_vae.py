@@ -15,7 +15,8 @@ from fmda.models.sd_vae import VaeConfig
 from fmda.perf.flops import count_flops
 from fmda.runs.stages import run_stages
 from fmda.train import OptimConfig
-from fmda.weights.network import load_vae, network_graph
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.load import load_vae
 
 MODEL = VaeConfig(channels=(8, 12), layers=1, latent_channels=3, groups=4, sample_size=32)
 RNG = np.random.default_rng(0)

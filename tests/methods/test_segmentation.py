@@ -28,7 +28,9 @@ from fmda.models.mask2former import HeadConfig, Mask2FormerConfig
 from fmda.models.mit import MitConfig
 from fmda.models.resnet import ResNetEncoderConfig
 from fmda.models.segformer import SegFormerConfig
-from fmda.weights.network import load_segmentation, network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.load import load_segmentation
+from fmda.weights.network import save
 
 MIT = MitConfig((8, 16, 24, 32), (1, 1, 1, 1), (1, 2, 3, 4))
 ESPNET = EspNetV2Config((16, 32, 48, 64), (1, 1), (16, 12, 8), classes=20, unused=1, pyramid=3)

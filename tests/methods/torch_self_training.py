@@ -18,7 +18,7 @@ from fmda.models.mit import MitConfig
 from fmda.models.module import separated
 from fmda.train.optim import make_optimizer
 from fmda.train.step import create_state, make_step
-from fmda.weights.network import network_graph
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.table import Table
 
 CLASSES, CHOSEN, THINGS = 5, (0, 2, 255), (1, 3)

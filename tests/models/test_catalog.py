@@ -5,7 +5,7 @@ from fmda import trees
 from fmda.models.catalog import CATALOG, DiffusionConfig
 from fmda.models.clip import ConvNext, TextTransformer, VisionTransformer
 from fmda.models.module import parameter_count
-from fmda.weights.network import network_graph
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.registry import FAMILIES
 
 # As printed by the models' authors and counted in the released files.

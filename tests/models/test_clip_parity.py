@@ -13,8 +13,9 @@ from flax import nnx
 
 from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.weights import clip_tables, files
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.clip import open_clip_table
-from fmda.weights.network import load_clip, network_graph
+from fmda.weights.load import load_clip
 
 pytestmark = pytest.mark.parity
 

@@ -13,8 +13,8 @@ from fmda.models.hrda import HrdaConfig, detail_corner
 from fmda.models.mit import MitConfig
 from fmda.models.module import abstract, assembled, separated, statistics_of
 from fmda.weights import daformer
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.files import write_safetensors
-from fmda.weights.network import network_graph
 
 pytestmark = pytest.mark.parity
 SMALL = MitConfig((8, 16, 24, 32), (1, 1, 1, 1), (1, 2, 3, 4))

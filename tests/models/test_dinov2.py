@@ -15,7 +15,9 @@ from fmda.models.dinov2 import DINOV2, Dinov2Config
 from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.module import assembled, separated
 from fmda.weights.check import verify
-from fmda.weights.network import load_dinov2, network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.load import load_dinov2
+from fmda.weights.network import save
 
 SMALL = Dinov2Config(28, 7, 16, 4, 2, registers=2, gated=True, maps=(1, 2, 3, 4))
 NETWORKS = {

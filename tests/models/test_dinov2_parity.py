@@ -16,7 +16,8 @@ from fmda.nn.norm import LayerScale
 from fmda.weights import dinov2_segmenter
 from fmda.weights.dinov2 import rows
 from fmda.weights.files import write_safetensors
-from fmda.weights.network import load_dinov2, save
+from fmda.weights.load import load_dinov2
+from fmda.weights.network import save
 from fmda.weights.table import Table
 
 pytestmark = pytest.mark.parity

@@ -15,8 +15,10 @@ from fmda.models.efficientnet_lite import EfficientNetLite, EfficientNetLiteConf
 from fmda.models.lite_segmenter import LiteSegmenter, LiteSegmenterConfig
 from fmda.models.module import abstract, parameter_count
 from fmda.weights import efficientnet_lite
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.efficientnet_lite import PACKAGE, TABLE
-from fmda.weights.network import Loaded, load_efficientnet_lite, network_graph, save
+from fmda.weights.load import load_efficientnet_lite
+from fmda.weights.network import Loaded, save
 from fmda.weights.torch_pickle import read_torch_pickle
 
 SMALL = EfficientNetLiteConfig(
@@ -199,7 +201,5 @@ def test_the_segmenter_comes_back_and_keeps_its_encoder(tmp_path):
     }
     file = folder / "config.json"
     file.write_text(file.read_text().replace("efficientnet-lite0", "efficientnet-lite4"))
-    with pytest.raises(
-        UserError, match="encoder is 'efficientnet-lite4', not 'efficientnet-lite0', which"
-    ):
+    with pytest.raises(UserError, match="encoder is 'efficientnet-lite4', not 'efficientnet-lite0', which"):
         fmda.load_segmentation(folder)

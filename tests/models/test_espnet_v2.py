@@ -22,7 +22,8 @@ from fmda.models.espnet_v2 import EspNetV2, EspNetV2Config, adaptive_average, ha
 from fmda.models.module import abstract, parameter_count, separated
 from fmda.train.step import create_state
 from fmda.weights.check import verify
-from fmda.weights.network import network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.network import save
 
 PUBLISHED = Path(os.environ.get("FMDA_DATA", "")) / "espnetv2"
 SMALL = EspNetV2Config((16, 32, 48, 64), (1, 1), (16, 12, 8), classes=6, unused=1, pyramid=3)

@@ -20,8 +20,9 @@ from fmda.nn.resize import resize
 from fmda.perf import compiled_memory
 from fmda.weights import clip
 from fmda.weights.check import verify
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.files import read_arrays, write_safetensors
-from fmda.weights.network import network_graph, save
+from fmda.weights.network import save
 
 TINY = HeadConfig(
     classes=3, width=32, mask_width=8, heads=8, pixel_layers=1, pixel_hidden=16, layers=2, hidden=16, queries=5,

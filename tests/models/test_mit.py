@@ -20,7 +20,9 @@ from fmda.models.module import abstract, assembled, init, parameter_count, separ
 from fmda.models.segformer import SegFormerConfig, SegFormerHead
 from fmda.nn.drop import drop
 from fmda.weights.check import verify
-from fmda.weights.network import load_mit, network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.load import load_mit
+from fmda.weights.network import save
 
 SMALL = MitConfig((8, 16, 24, 32), (1, 1, 2, 1), (1, 2, 3, 4))
 NETWORKS = {

@@ -13,7 +13,8 @@ from fmda.models.dinov2 import Dinov2, Dinov2Config
 from fmda.models.lite_segmenter import LiteSegmenterConfig
 from fmda.models.mit import MitConfig, Stage
 from fmda.models.module import abstract, with_remat
-from fmda.weights.network import network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.network import save
 
 MIT = MitConfig((8, 8, 8, 8), (1, 1, 1, 1), (1, 1, 2, 2), drop_path=0.5)
 DINOV2 = Dinov2Config(width=8, layers=1, heads=2, maps=(1,))

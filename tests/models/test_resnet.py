@@ -14,7 +14,9 @@ from fmda.models.deeplab_v2 import DeepLabV2, DeepLabV2Config
 from fmda.models.module import parameter_count
 from fmda.models.resnet import ResNetEncoderConfig
 from fmda.weights.check import verify
-from fmda.weights.network import load_resnet, network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.load import load_resnet
+from fmda.weights.network import save
 
 ENCODER = ResNetEncoderConfig((1, 1, 2, 1), 4, deep_stem=True)
 SMALL = DeepLabV2Config(ENCODER, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), rates=(2, 3, 5), classes=6)

@@ -13,7 +13,7 @@ import fmda
 from fmda.models.deeplab_v2 import DeepLabV2, DeepLabV2Config
 from fmda.models.module import abstract, assembled, separated, statistics_of
 from fmda.models.resnet import ResNetEncoderConfig
-from fmda.weights.network import load_resnet
+from fmda.weights.load import load_resnet
 
 pytestmark = pytest.mark.parity
 LAYERS, WIDTH = (2, 1, 2, 2), 8

@@ -12,7 +12,7 @@ from small_diffusion import quickly
 
 from fmda.models import sd_unet
 from fmda.weights import diffusers_tables
-from fmda.weights.network import load_text_encoder, load_unet, load_vae
+from fmda.weights.load import load_text_encoder, load_unet, load_vae
 
 pytestmark = pytest.mark.parity
 

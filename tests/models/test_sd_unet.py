@@ -12,7 +12,7 @@ from small_diffusion import UNET, deviation, operand_types, quickly, unet
 from fmda.data import data_root
 from fmda.models import sd_unet
 from fmda.models.sd_unet import UNetConfig, time_sinusoid
-from fmda.weights.network import load_unet
+from fmda.weights.load import load_unet
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 ONE_LEVEL = UNetConfig(channels=(8,), layers=1, attention=(False,), heads=(2,), context_width=6, groups=4)

@@ -12,7 +12,8 @@ from small_diffusion import VAE, deviation, operand_types, quickly, vae
 from fmda import trees
 from fmda.data import data_root
 from fmda.models.sd_vae import VaeConfig
-from fmda.weights.network import load_text_encoder, load_vae, network_graph
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.load import load_text_encoder, load_vae
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

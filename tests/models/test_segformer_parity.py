@@ -10,7 +10,9 @@ from flax import nnx
 import fmda
 from fmda.models import segformer
 from fmda.models.segformer import SegFormer
-from fmda.weights.network import load_mit, network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.load import load_mit
+from fmda.weights.network import save
 
 pytestmark = pytest.mark.parity
 

@@ -14,8 +14,9 @@ from fmda.models.sam import SamConfig, TinyVitConfig, tiny_vit
 from fmda.models.sam.network import SAM
 from fmda.nn.activation import gelu
 from fmda.weights.check import verify
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.files import read_arrays, write_safetensors
-from fmda.weights.network import network_graph, save
+from fmda.weights.network import save
 from fmda.weights.sam_tables import mobile_sam
 
 pytestmark = pytest.mark.parity

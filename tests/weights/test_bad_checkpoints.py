@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fmda.errors import UserError
-from fmda.weights.network import load_clip, save
+from fmda.weights.load import load_clip
+from fmda.weights.network import save
 
 WEIGHTS = "model.safetensors"
 

@@ -14,7 +14,8 @@ from fmda import cli, trees
 from fmda.diffusion.load import check_stable_diffusion, load_stable_diffusion, save_stable_diffusion
 from fmda.errors import UserError
 from fmda.weights.files import read_names
-from fmda.weights.network import load_text_encoder, load_unet, load_vae, save
+from fmda.weights.load import load_text_encoder, load_unet, load_vae
+from fmda.weights.network import save
 from fmda.weights.source import DIFFUSION_FILES, weight_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -12,7 +12,7 @@ from fmda.models.dino import dino, vit_config
 from fmda.models.module import init
 from fmda.weights.check import verify
 from fmda.weights.dino import DINO
-from fmda.weights.network import load_clip, load_dino
+from fmda.weights.load import load_clip, load_dino
 from fmda.weights.registry import FAMILIES
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "flax-hf-clip"

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fmda.weights.network import load_clip
+from fmda.weights.load import load_clip
 
 pytestmark = pytest.mark.parity
 

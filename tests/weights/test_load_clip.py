@@ -15,8 +15,10 @@ from fmda.errors import UserError
 from fmda.models.clip import Clip, ClipConfig, ConvNextConfig, ResNetConfig
 from fmda.models.module import init
 from fmda.weights import source
+from fmda.weights.checkpoint import open_checkpoint
 from fmda.weights.clip import read_hf, read_open_clip, write_open_clip
-from fmda.weights.network import convert, load_clip, open_checkpoint, save
+from fmda.weights.load import load_clip
+from fmda.weights.network import convert, save
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "flax-hf-clip"
 TEXTS = ["a road", "photo of a car"]

@@ -20,16 +20,9 @@ from fmda.errors import UserError
 from fmda.models.sd_unet import UNetConfig
 from fmda.weights import check, diffusers, source
 from fmda.weights import diffusers_tables as tables
-from fmda.weights.network import (
-    family_of,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    network_graph,
-    open_checkpoint,
-    save,
-    weight_fingerprint,
-)
+from fmda.weights.checkpoint import family_of, network_graph, open_checkpoint, weight_fingerprint
+from fmda.weights.load import load_text_encoder, load_unet, load_vae
+from fmda.weights.network import save
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 LINEAR = UNetConfig(

@@ -10,8 +10,9 @@ import fmda
 from fmda.errors import UserError
 from fmda.models.sam import SamConfig, SamVitConfig
 from fmda.weights.check import verify
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.files import write_safetensors
-from fmda.weights.network import network_graph, save
+from fmda.weights.network import save
 from fmda.weights.sam_tables import SAM
 
 SMALL = SamConfig(SamVitConfig(64, 16, 24, 2, 3, 40, 3, (1,), 16), 8, 1, 2, 32, 24, 1e-6)

@@ -11,7 +11,8 @@ from fmda.cli import main
 from fmda.errors import UserError
 from fmda.models.sam import SamConfig, SamVitConfig, TinyVitConfig
 from fmda.weights import sam_export
-from fmda.weights.network import network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.network import save
 
 pytest.importorskip("onnx")
 VIT = SamConfig(SamVitConfig(64, 16, 24, 2, 3, 40, 3, (1,), 16), 8, 2, 2, 32, 24, 1e-6)

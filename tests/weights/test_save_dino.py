@@ -12,7 +12,8 @@ from fmda.models.clip import VitConfig
 from fmda.models.dino import dino, vit_config
 from fmda.models.module import init
 from fmda.weights.check import verify
-from fmda.weights.network import load_dino, save
+from fmda.weights.load import load_dino
+from fmda.weights.network import save
 
 CONFIG = vit_config(8, 24, layers=2, heads=3, mlp_width=40, image_size=32)
 

@@ -6,7 +6,8 @@ import pytest
 
 from fmda.models.dino import dino, vit_config
 from fmda.models.module import init
-from fmda.weights.network import load_dino, save
+from fmda.weights.load import load_dino
+from fmda.weights.network import save
 
 pytestmark = pytest.mark.parity
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmda.errors import UserError
-from fmda.weights.network import load_clip
+from fmda.weights.load import load_clip
 from fmda.weights.source import assets_folder
 from fmda.weights.tokenizer import Tokenizer
 
@@ -88,7 +88,7 @@ def test_shorter_contexts_give_the_same_embeddings(folder):
 
 def test_loading_needs_no_torch_and_prints_nothing(folder, tmp_path):
     code = (
-        "import sys; sys.modules['torch'] = None; from fmda.weights.network import load_clip; "
+        "import sys; sys.modules['torch'] = None; from fmda.weights.load import load_clip; "
         f"print(load_clip({str(shutil.copytree(folder, tmp_path / 'copy'))!r}).tokenize(['a road']).tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -40,7 +40,7 @@ from fmda.progress import track
 from fmda.runs.identity import RECORD, claim, compare
 from fmda.runs.stages import pending
 from fmda.train import make_optimizer
-from fmda.weights.network import load_vae
+from fmda.weights.load import load_vae
 
 BANK = "bank.json"
 """Record of the weights that encoded `bank.npz`."""

@@ -29,7 +29,8 @@ from fmda.methods.generate import Config as GenerateConfig
 from fmda.methods.generate import PromptConfig, draw_images
 from fmda.methods.judges import embed, grid_share
 from fmda.png import read_png, write_png
-from fmda.weights.network import Loaded, load_clip
+from fmda.weights.load import load_clip
+from fmda.weights.network import Loaded
 
 Precision = Literal["float32", "bfloat16"]
 SHOWN = 8

@@ -9,7 +9,8 @@ from fmda.methods.floss.inputs import compared_images, predicted_classes, unlabe
 from fmda.methods.floss.rankings import read_ranking
 from fmda.methods.floss.settings import Config
 from fmda.runs.stages import pending
-from fmda.weights.network import load_heads, open_checkpoint
+from fmda.weights.checkpoint import open_checkpoint
+from fmda.weights.load import load_heads
 from fmda.weights.source import asset_names, resolve
 from fmda.weights.tokenizer import has_tokenizer
 

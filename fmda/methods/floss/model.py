@@ -30,7 +30,8 @@ from fmda.methods.floss.text import (
 )
 from fmda.methods.floss.tower import Tower
 from fmda.runs.identity import claim
-from fmda.weights.network import load_clip, load_heads, weight_fingerprint
+from fmda.weights.checkpoint import weight_fingerprint
+from fmda.weights.load import load_clip, load_heads
 
 Chosen = tuple[tuple[int, ...], ...]
 Image = UInt8[np.ndarray, "H W 3"]

@@ -28,8 +28,8 @@ from fmda.perf.flops import count_flops
 from fmda.perf.trace import Program
 from fmda.runs.plan import Plan
 from fmda.trees import Tree
+from fmda.weights.checkpoint import network_graph
 from fmda.weights.clip import read_hf
-from fmda.weights.network import network_graph
 from fmda.weights.source import asset_names, resolve
 
 _SIZES = {"cityscapes": (1024, 2048), "voc20": (375, 500), "context59": (375, 500), "ade20k": (512, 683)} | {

@@ -21,7 +21,7 @@ from fmda.perf.trace import Program
 from fmda.precision import cast
 from fmda.runs.plan import Plan
 from fmda.trees import Tree
-from fmda.weights.network import network_graph, open_checkpoint
+from fmda.weights.checkpoint import network_graph, open_checkpoint
 from fmda.weights.source import PARTS, asset_names, assets_folder
 
 

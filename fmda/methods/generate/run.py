@@ -23,7 +23,7 @@ from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
 from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.runs.stages import Stage
 from fmda.weights import files
-from fmda.weights.network import load_clip
+from fmda.weights.load import load_clip
 
 
 def stages(config: Config) -> list[Stage]:

@@ -39,7 +39,8 @@ from fmda.progress import track
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
-from fmda.weights.network import load_clip, save
+from fmda.weights.load import load_clip
+from fmda.weights.network import save
 from fmda.weights.tokenizer import Tokenizer
 from fmda.world.captions import facts_of
 from fmda.world.names import CLASSES
@@ -172,6 +173,7 @@ def make_objective(graphdef: nnx.GraphDef, model: ClipConfig, patch_weight: floa
 
     `frozen` holds "prompts", ids of every template with every class [m, k, t], and "needs", see `template_needs`.
     """
+
     def objective(params: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array) -> Outcome:
         del state
         flat = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in batch.items()}

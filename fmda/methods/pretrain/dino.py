@@ -39,7 +39,8 @@ from fmda.models.module import abstract, init
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.train import OptimConfig, Task, TrainerConfig
-from fmda.weights.network import load_dino, save
+from fmda.weights.load import load_dino
+from fmda.weights.network import save
 
 
 @dataclass(frozen=True)

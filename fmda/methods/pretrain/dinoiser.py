@@ -37,7 +37,9 @@ from fmda.nn.resize import resize
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
-from fmda.weights.network import Loaded, load_clip, load_dino, load_heads, save_heads, weight_fingerprint
+from fmda.weights.checkpoint import weight_fingerprint
+from fmda.weights.load import load_clip, load_dino, load_heads
+from fmda.weights.network import Loaded, save_heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,9 @@ from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
 from fmda.train.step import rising
-from fmda.weights.network import Loaded, load_clip, load_vae, part_folder, weight_fingerprint
+from fmda.weights.checkpoint import weight_fingerprint
+from fmda.weights.load import load_clip, load_vae, part_folder
+from fmda.weights.network import Loaded
 
 SHOWN = 16
 """Images in the overview of the check."""

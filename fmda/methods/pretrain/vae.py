@@ -34,7 +34,8 @@ from fmda.progress import track
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
-from fmda.weights.network import Loaded, load_vae, save
+from fmda.weights.load import load_vae
+from fmda.weights.network import Loaded, save
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,9 @@ from fmda.models.lite_segmenter import LiteSegmenterConfig
 from fmda.models.module import init, separated, with_remat
 from fmda.models.segformer import SegFormerConfig
 from fmda.trees import Tree
-from fmda.weights.network import (
-    Loaded,
-    load_dinov2,
-    load_efficientnet_lite,
-    load_mit,
-    load_resnet,
-    network_graph,
-    weight_fingerprint,
-)
+from fmda.weights.checkpoint import network_graph, weight_fingerprint
+from fmda.weights.load import load_dinov2, load_efficientnet_lite, load_mit, load_resnet
+from fmda.weights.network import Loaded
 from fmda.weights.registry import FAMILIES
 
 NEW: Mapping[str, tuple[type[Any], Callable[..., Any]]] = {

@@ -12,7 +12,8 @@ from fmda.augment.photometric import colour_jitter
 from fmda.augment.style import adain, fourier_style
 from fmda.config import FolderOrName, NonNegativeFloat, Share
 from fmda.errors import UserError
-from fmda.weights.network import Loaded, load_vae
+from fmda.weights.load import load_vae
+from fmda.weights.network import Loaded
 
 
 @dataclass(frozen=True)

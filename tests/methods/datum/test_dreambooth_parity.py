@@ -15,7 +15,7 @@ from fmda.diffusion.schedule import ScheduleConfig
 from fmda.methods.datum.dreambooth import noised
 from fmda.methods.datum.personalise import personalisation
 from fmda.methods.datum.settings import Config, Optimizer, PriorConfig
-from fmda.weights.network import load_text_encoder, load_unet
+from fmda.weights.load import load_text_encoder, load_unet
 
 pytestmark = pytest.mark.parity
 RATE, STEPS, ROWS = 1e-3, 3, 2

@@ -9,7 +9,7 @@ from fmda import trees
 from fmda.methods.datum.lora import init_adapters, merged, target_kernels
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
-from fmda.weights.network import network_graph
+from fmda.weights.checkpoint import network_graph
 
 
 def test_stable_diffusion_1_has_them_on_every_projection_of_attention():

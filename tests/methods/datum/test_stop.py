@@ -13,7 +13,7 @@ from fmda.diffusion.manifest import Prompt
 from fmda.methods.datum import stop
 from fmda.methods.datum.stop import ProbeConfig, class_coverage, target_crops, write_choice
 from fmda.methods.render import RenderConfig, write_world
-from fmda.weights.network import load_clip
+from fmda.weights.load import load_clip
 
 PROBE = ProbeConfig(count=12, clip="street-clip", crops=24)
 PROMPTS = [Prompt("a photo of sks cars", 0, "car"), Prompt("a photo of sks persons", 1, "person")]

@@ -21,7 +21,7 @@ from fmda.methods.floss.run import Config, plan, stages
 from fmda.methods.kinds import open_run
 from fmda.runs.stages import run_stages
 from fmda.weights.files import write_safetensors
-from fmda.weights.network import load_clip, load_heads
+from fmda.weights.load import load_clip, load_heads
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ["sky", "road", "car"]

@@ -20,7 +20,8 @@ from fmda.methods.floss.model import Floss
 from fmda.methods.floss.run import stages
 from fmda.methods.floss.tower import TokenCache, Tower
 from fmda.runs.stages import run_stages
-from fmda.weights.network import load_clip, save, save_heads
+from fmda.weights.load import load_clip
+from fmda.weights.network import save, save_heads
 
 TEMPLATES = ("a photo of the {}.", "the {}.", "a {} road.", "sky and {}.")
 

@@ -17,7 +17,8 @@ from fmda.models.daformer import DaFormerConfig
 from fmda.models.dinov2 import Dinov2, Dinov2Config
 from fmda.models.module import init, separated
 from fmda.train.step import create_state, step_flops
-from fmda.weights.network import network_graph, save
+from fmda.weights.checkpoint import network_graph
+from fmda.weights.network import save
 
 FOLDER = Path(__file__).parents[3] / "configs/uda"
 

@@ -21,7 +21,7 @@ from fmda.models.module import separated
 from fmda.models.resnet import ResNetEncoderConfig
 from fmda.models.segformer import SegFormerConfig
 from fmda.train import create_state, make_optimizer
-from fmda.weights.network import network_graph
+from fmda.weights.checkpoint import network_graph
 
 CLASSES, SIDE = 5, 64
 MIT = MitConfig((8, 8, 8, 8), (1, 1, 1, 1), (1, 1, 2, 2))

@@ -27,7 +27,8 @@ from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import init
 from fmda.train import OptimConfig, create_state, make_optimizer, make_step
 from fmda.train.checkpoints import read_params
-from fmda.weights.network import load_segmentation, save
+from fmda.weights.load import load_segmentation
+from fmda.weights.network import save
 
 CONFIG = """kind: uda
 data: {name: folder, root: data, split: train}
