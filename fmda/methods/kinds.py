@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "pretrain-dinoiser": ("fmda.methods.pretrain.dinoiser", "train the two heads of CLIP-DINOiser"),
     "pretrain-vae": ("fmda.methods.pretrain.vae", "train an autoencoder of Stable Diffusion's shape"),
     "pretrain-latent-diffusion": ("fmda.methods.pretrain.latent_diffusion", "train a small Stable Diffusion"),
+    "prompts": ("fmda.methods.clouds.prompts", "write prompts of street scenes, balanced over classes"),
     "generate": ("fmda.methods.generate", "generate images from prompts with a diffusion model"),
     "personalise": ("fmda.methods.datum.personalise", "personalise a diffusion model on one image"),
     "report": ("fmda.methods.report", "write one HTML page over several runs"),

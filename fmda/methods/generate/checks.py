@@ -27,8 +27,8 @@ def check(config: Config) -> Checked | None:
         choose_prompts(prompts, text_filters(config.filters))
         if config.filters.class_presence is not None and not any(prompt.class_name for prompt in prompts):
             raise UserError(
-                "filters.class_presence: the prompts name no class, as those of prompts.file and prompts.texts never "
-                "do; leave the filter out, or give prompts.classes"
+                "filters.class_presence: the prompts name no class, as those of prompts.texts and of a text file never "
+                "do; leave the filter out, or give prompts.classes or a prompts.jsonl"
             )
     if config.filters.judge_images:
         check_weights(config.filters.clip)

@@ -20,6 +20,7 @@ from fmda.perf.flops import count_flops
 from fmda.perf.trace import Program
 from fmda.precision import cast
 from fmda.runs.plan import Plan
+from fmda.runs.stages import pending
 from fmda.trees import Tree
 from fmda.weights.checkpoint import network_graph, open_checkpoint
 from fmda.weights.source import PARTS, asset_names, assets_folder
@@ -28,11 +29,13 @@ from fmda.weights.source import PARTS, asset_names, assets_folder
 def plan(config: Config) -> Plan:
     """Returns the stage, and parameters, FLOPs and bytes where the model's sizes are known; writes nothing.
 
-    Raises UserError for invalid prompts, and sizes that do not fit the networks.
+    Prompts that an earlier run writes are not shown. Raises UserError for invalid prompts, and sizes that do not fit
+    the networks.
     """
-    prompts = make_prompts(config.prompts)
+    prompts = [] if pending(config.prompts.file) else make_prompts(config.prompts)
     notes = tuple(f"prompt {i}: {prompt.text}" for i, prompt in enumerate(prompts[:12]))
-    stages = [("images", f"{config.count} images of {len(prompts)} prompts by {config.model}")]
+    number = f"{len(prompts)} prompts" if prompts else f"the prompts of {config.prompts.file}"
+    stages = [("images", f"{config.count} images of {number} by {config.model}")]
     if config.copies:
         stages.append(("copies", f"patches of {config.copies.encoder} against crops of {config.copies.image}"))
     try:

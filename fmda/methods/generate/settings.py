@@ -9,6 +9,7 @@ from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, Posit
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.manifest import Prompt
 from fmda.errors import UserError
+from fmda.runs.journal import read_rows
 from fmda.text import read_lines
 
 THINGS: dict[str, str] = {
@@ -47,7 +48,7 @@ class PromptConfig:
         form: prompt with the slots {token} and {classes} (plural) or {class} (singular).
         token: the rare word of a personalised model.
         classes: of `THINGS` and `STUFF`; each gives a prompt, in this order.
-        file: a text file with one prompt on each line.
+        file: a text file with one prompt on each line, or the `prompts.jsonl` of kind `prompts`, which names classes.
         texts: prompts as they are.
     """
 
@@ -149,12 +150,13 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
         return [Prompt(text) for text in config.texts]
     if config.file is not None:
         try:
-            texts = read_lines(config.file)
+            written = config.file.suffix == ".jsonl"
+            prompts = _of_rows(config.file) if written else [Prompt(text) for text in read_lines(config.file)]
         except UserError as fault:
             raise UserError(f"prompts.file: {fault}") from None
-        if not texts:
+        if not prompts:
             raise UserError(f"prompts.file: {config.file} holds no prompt; write one on each line")
-        return [Prompt(text) for text in texts]
+        return prompts
     if not config.classes:
         raise UserError("prompts.classes: names no class; give some, or a file or texts")
     if re.search("[{}]", re.sub(r"\{(token|class|classes)\}", "", config.form)):
@@ -168,3 +170,15 @@ def make_prompts(config: PromptConfig) -> list[Prompt]:
         text = config.form.format_map({"token": config.token, "class": name, "classes": plurals[name]})
         prompts.append(Prompt(" ".join(text.split()), index, name))
     return prompts
+
+
+def _of_rows(file: Path) -> list[Prompt]:
+    """Returns the prompts of a file of JSON lines {"text", "class", ...}; classes are numbered in their order."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; name a file of prompts")
+    rows = read_rows(file, finished=True)
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row, dict) and {type(row.get("text")), type(row.get("class"))} == {str} and row["text"]):
+            raise UserError(f'{file}, line {number}: is no {{"text": ..., "class": ...}}; fix the line')
+    names = list(dict.fromkeys(row["class"] for row in rows))
+    return [Prompt(row["text"], names.index(row["class"]), row["class"]) for row in rows]
