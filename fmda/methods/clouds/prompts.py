@@ -64,7 +64,7 @@ def plan(config: Config) -> Plan:
 
 
 def _write(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": one.text, "class": one.subject, "writer": f"grammar {config.vocabulary}", "seed": config.seed}
         for one in config.scenes()
     ]
