@@ -120,13 +120,15 @@ def track(
     total: int | None = None,
     unit: str = "images",
     *,
+    more: Callable[[], str] = str,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
     """Yields the items, and shows how many are done, how fast, and how long the rest will take.
 
     `what` names the task ("rank camvid"). `total` defaults to `len(items)` where that exists; without it there is no
-    ETA. The rate leaves out the first item, which pays for compilation. `stream` and `clock` (seconds) are for tests.
+    ETA. The rate leaves out the first item, which pays for compilation. `more` returns what else the line shows, such
+    as "3 refused". `stream` and `clock` (seconds) are for tests.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -141,12 +143,12 @@ def track(
             if done == 1:
                 first = now
             rate = (done - 1) / (now - first) if now - first >= BURST else 0.0
-            line.update(_status(what, done, total, unit, rate, now - start))
+            line.update(_status(what, done, total, unit, more(), rate, now - start))
 
 
-def _status(what: str, done: int, total: int | None, unit: str, rate: float, seconds: float) -> str:
+def _status(what: str, done: int, total: int | None, unit: str, more: str, rate: float, seconds: float) -> str:
     """Returns "rank camvid: 120/500 images, 24.0 images/s, ETA 0:16"."""
-    parts = [f"{what}: {done}" + (f"/{total}" if total is not None else "") + f" {unit}"]
+    parts = [f"{what}: {done}" + (f"/{total}" if total is not None else "") + f" {unit}", *([more] if more else [])]
     if rate:
         parts.append(f"{rate:.1f} {unit}/s")
     if total is not None and rate and done < total:

@@ -9,7 +9,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -18,6 +18,26 @@ from fmda.diffusion.manifest import Prompt, Refusal, Verdict
 from fmda.errors import UserError
 
 Images = UInt8[np.ndarray, "n H W 3"]
+
+
+class Filter(Protocol):
+    """Whatever refuses images one by one.
+
+    Attributes:
+        name: unique in a set.
+        settings: what the verdicts depend on, as plain values.
+        unless: name of an earlier filter; images that it gave a score are not judged by this one.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def unless(self) -> str: ...
+
+    def judge(self, images: Images, prompts: Sequence[Prompt], rows: Sequence[int]) -> list[Verdict]:
+        """Returns a verdict for each of these rows of a batch uint8 [n, H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,7 @@ class ImageFilter:
         score: (images uint8 [n, H, W, 3], prompts) -> a score for each image, None where it is not judged.
         least: threshold.
         model: fingerprint of the network behind `score`.
+        unless: name of an earlier filter; images that it gave a score are not judged by this one.
     """
 
     name: str
@@ -37,15 +58,18 @@ class ImageFilter:
     score: Callable[[Images, Sequence[Prompt]], Sequence[float | None]]
     least: float
     model: str = ""
+    unless: str = ""
 
     @property
     def settings(self) -> dict[str, Any]:
         """Threshold and network."""
         return {"least": self.least, "model": self.model}
 
-    def judge(self, images: Images, prompts: Sequence[Prompt]) -> list[Verdict]:
-        """Returns a verdict for each image."""
-        return [Verdict() if score is None else self._verdict(_rounded(score)) for score in self.score(images, prompts)]
+    def judge(self, images: Images, prompts: Sequence[Prompt], rows: Sequence[int] | None = None) -> list[Verdict]:
+        """Returns a verdict for each of these rows of a batch, or for all; networks see the batch whole."""
+        scores = self.score(images, prompts)
+        chosen = [scores[row] for row in (range(len(images)) if rows is None else rows)]
+        return [Verdict() if score is None else self._verdict(_rounded(score)) for score in chosen]
 
     def _verdict(self, score: float | None) -> Verdict:
         if score is not None and score >= self.least:
@@ -60,6 +84,30 @@ def _spread(images: Images, prompts: Sequence[Prompt]) -> list[float]:
 
 CONSTANT = ImageFilter("constant", "spread of levels", _spread, 2.0)
 """Refuses black and near-constant images, by the standard deviation of the channel with the largest one (0..255)."""
+
+
+def unclipped(least: float) -> ImageFilter:
+    """Returns the filter of over- and underexposed images: share of pixels with a channel that is neither 0 nor 255."""
+
+    def shares(images: Images, prompts: Sequence[Prompt]) -> list[float]:
+        return [float(((image > 0) & (image < 255)).any(-1).mean()) for image in images]
+
+    return ImageFilter("unclipped", "share of pixels that are not clipped", shares, least)
+
+
+TILES = 8
+"""Tiles of an image in each direction whose spread `textured` compares."""
+
+
+def textured(least: float) -> ImageFilter:
+    """Returns the filter of half-empty images: share of 8 x 8 tiles that `CONSTANT` would keep."""
+
+    def shares(images: Images, prompts: Sequence[Prompt]) -> list[float]:
+        tiles = [tile for rows in np.array_split(images, TILES, axis=1) for tile in np.array_split(rows, TILES, axis=2)]
+        spreads = np.stack([tile.std((1, 2)).max(-1) for tile in tiles], -1)
+        return [float(share) for share in (spreads >= CONSTANT.least).mean(-1)]
+
+    return ImageFilter("textured", "share of tiles with content", shares, least)
 
 
 @dataclass(frozen=True)
@@ -129,6 +177,36 @@ def duplicate_prompt() -> PromptFilter:
     return PromptFilter("duplicate_prompt", judge)
 
 
+def similar_prompt(most: float) -> PromptFilter:
+    """Returns the filter that refuses prompts which share too many words with an earlier kept one of their class.
+
+    The score is the number of words in both by that of words in either (Jaccard), 0..1; above `most` it is refused.
+    """
+
+    def judge(prompts: Sequence[Prompt]) -> list[Verdict]:
+        kept: dict[int | None, list[tuple[frozenset[str], str]]] = {}
+        verdicts = []
+        for one in prompts:
+            words, earlier = word_set(one.text), kept.setdefault(one.class_index, [])
+            score, text = max(((round(overlap(words, other), 4), text) for other, text in earlier), default=(0.0, ""))
+            verdicts.append(Verdict(score, most, f"similar to '{text}'" if score > most else None))
+            if score <= most:
+                earlier.append((words, one.text))
+        return verdicts
+
+    return PromptFilter("similar_prompt", judge, {"most": most})
+
+
+def word_set(text: str) -> frozenset[str]:
+    """Returns the words of a text as `normalised`."""
+    return frozenset(normalised(text).split())
+
+
+def overlap(one: frozenset[str], other: frozenset[str]) -> float:
+    """Returns the share of words in both among those in either, 0 for two empty sets."""
+    return len(one & other) / max(1, len(one | other))
+
+
 def banned_words(words: Sequence[str]) -> PromptFilter:
     """Returns the filter that refuses prompts which contain one of the words or phrases, in any case and punctuation.
 
@@ -174,7 +252,7 @@ def choose_prompts(
     left, refused = list(enumerate(prompts)), []
     for one in filters:
         verdicts = one.judge([prompt for _, prompt in left])
-        for (index, prompt), (score, threshold, why) in zip(left, verdicts, strict=True):
+        for (index, prompt), (score, threshold, why, _) in zip(left, verdicts, strict=True):
             if why is not None:
                 words = prompt.text, index, prompt.class_index, prompt.class_name
                 refused.append(Refusal(None, None, one.name, score, threshold, why, *words, None))

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fmda.config import to_dict
-from fmda.diffusion.filters import CONSTANT, ImageFilter, NearDuplicate, PromptFilter, choose_prompts
+from fmda.diffusion.filters import CONSTANT, Filter, NearDuplicate, PromptFilter, choose_prompts
 from fmda.diffusion.manifest import IMAGES, REFUSED, GeneratedImage, Manifest, Progress, Prompt, Verdict, image_file
 from fmda.errors import UserError, disk_errors
 from fmda.png import read_png, write_png
@@ -34,7 +34,7 @@ def generate(
     batch: int,
     seed: int,
     facts: Any,
-    filters: Sequence[ImageFilter] = (),
+    filters: Sequence[Filter] = (),
     duplicates: NearDuplicate | None = None,
     prompt_filters: Sequence[PromptFilter] = (),
     tries: int = 4,
@@ -52,7 +52,8 @@ def generate(
     provided that `draw` and the filters treat each image of a batch as they would alone.
 
     A second call with the same arguments resumes, and restores files that were deleted or cut off. A larger `count`
-    adds images; a smaller one leaves those beyond it. Near-constant images are always generated again.
+    adds images; a smaller one leaves those beyond it. Near-constant images are always generated again. A filter may
+    give the next tries of an index another prompt.
 
     When `tries` images of one index are refused, the others are still generated, and an error names it at the end. The
     error comes at once where more indices are lost than kept, or with `duplicates`. The next call continues from there,
@@ -140,7 +141,7 @@ class _Work:
     cycle: Sequence[tuple[int, Prompt]]
     progress: Progress
     indices: range
-    filters: Sequence[ImageFilter]
+    filters: Sequence[Filter]
     duplicates: NearDuplicate | None
     batch: int
     seed: int
@@ -164,10 +165,14 @@ class _Work:
             images = (self.progress.images.get(j) for j in self.indices)
             unfinished += sum(image is not None and self.duplicates.name not in image.scores for image in images)
         if unfinished:
-            for _ in track(self._finished(), task, unfinished):
+            for _ in track(self._finished(), task, unfinished, more=self._refusals):
                 pass
         if self.lost:
             raise self._error()
+
+    def _refusals(self) -> str:
+        number = sum(map(len, self.progress.refused.values()))
+        return f"{number} refused" if number else ""
 
     def _finished(self) -> Iterator[int]:
         """Yields each index once its image is final for this process."""
@@ -197,11 +202,11 @@ class _Work:
         prompts = [Prompt(row.prompt, row.class_index, row.class_name) for row in filled]
         refused: dict[int, tuple[str, Verdict]] = {}
         for one in self.filters:
-            if len(refused) < len(group):
-                for k, (row, verdict) in enumerate(zip(rows, one.judge(images, prompts), strict=False)):
-                    row.scores[one.name] = verdict.score
-                    if verdict.why is not None:
-                        refused.setdefault(k, (one.name, verdict))
+            left = [k for k, row in enumerate(rows) if k not in refused and row.scores.get(one.unless) is None]
+            for k, verdict in zip(left, one.judge(images, prompts, left) if left else (), strict=True):
+                rows[k].scores[one.name] = verdict.score
+                if verdict.why is not None:
+                    refused[k] = one.name, verdict
         kept = [k for k in range(len(group)) if k not in refused]
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda k: write_png(self.progress.folder / rows[k].file, images[k]), kept))
@@ -252,8 +257,9 @@ class _Work:
         """Returns the manifest line of the next attempt at an image, without scores."""
         number, prompt = self.cycle[index % len(self.cycle)]
         attempt = self.progress.attempts(index)
+        text = self.progress.edit(index) or prompt.text
         return GeneratedImage(
-            index, image_file(index, number), prompt.text, number, prompt.class_index, prompt.class_name,
+            index, image_file(index, number), text, number, prompt.class_index, prompt.class_name,
             image_seed(self.seed, index, attempt), attempt, facts=self.facts,
         )  # fmt: skip
 

@@ -72,16 +72,23 @@ class GeneratedImage:
 
 
 class Verdict(NamedTuple):
-    """A score, its threshold, and the reason of a refusal; None where the image or prompt is kept."""
+    """A score, its threshold, and the reason of a refusal; None where the image or prompt is kept.
+
+    A refused image may come with an `edit`: the prompt of the next try.
+    """
 
     score: float | None = None
     threshold: float | None = None
     why: str | None = None
+    edit: str | None = None
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One line of `refused.jsonl`; `index`, `attempt` and `seed` are None where a prompt was refused."""
+    """One line of `refused.jsonl`; `index`, `attempt` and `seed` are None where a prompt was refused.
+
+    `edit` is the prompt of the later tries, None for the one before.
+    """
 
     index: int | None
     attempt: int | None
@@ -94,6 +101,7 @@ class Refusal:
     class_index: int | None
     class_name: str | None
     seed: int | None
+    edit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,10 @@ class Progress:
         """Returns the number of refused images of an index."""
         return max(self.refused[index], default=-1) + 1
 
+    def edit(self, index: int) -> str | None:
+        """Returns the prompt that the last refusal with an edit proposes for an index, None where there is none."""
+        return next((row.edit for _, row in sorted(self.refused[index].items(), reverse=True) if row.edit), None)
+
     def keep(self, *images: GeneratedImage) -> None:
         """Records images whose files are written."""
         self._journal.append(*(image.to_json() for image in images))
@@ -172,7 +184,7 @@ class Progress:
         """Records that the filter `by` refuses an image; its index has no current image any more."""
         refusal = Refusal(
             image.index, image.attempt, by, verdict.score, verdict.threshold, str(verdict.why), image.prompt,
-            image.prompt_index, image.class_index, image.class_name, image.seed,
+            image.prompt_index, image.class_index, image.class_name, image.seed, verdict.edit,
         )  # fmt: skip
         self._journal.append(vars(refusal))
         self.refused[image.index][image.attempt] = refusal
@@ -209,7 +221,8 @@ def _summary(
     images: Sequence[GeneratedImage], refused: Sequence[Refusal], prompts: Sequence[Refusal], filters: Sequence[str]
 ) -> dict[str, Any]:
     by_filter, again = Counter(row.filter for row in refused), Counter(row.prompt_index for row in refused)
-    texts = {image.prompt_index: image.prompt for image in images}
+    # the first try of a prompt last, as later ones may have an edited prompt
+    texts = {image.prompt_index: image.prompt for image in sorted(images, key=lambda image: -image.attempt)}
     counts = Counter(image.prompt_index for image in images)
     return {
         "images": len(images),
@@ -261,7 +274,8 @@ def _read(path: Path) -> tuple[list[GeneratedImage], list[Refusal]]:
     for row in read_rows(path):
         try:
             kind = Refusal if "filter" in row else GeneratedImage
-            values = {name: row[name] for name in _TYPES[kind]}
+            # folders of earlier versions have no edits
+            values = {name: row[name] for name in _TYPES[kind] if name != "edit" or name in row}
         except (KeyError, TypeError):
             raise _damaged(path) from None
         # not isinstance, by which true is an int

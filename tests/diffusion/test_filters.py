@@ -12,8 +12,11 @@ from fmda.diffusion.filters import (
     duplicate_prompt,
     long_prompt,
     normalised,
+    similar_prompt,
+    textured,
+    unclipped,
 )
-from fmda.diffusion.manifest import Prompt
+from fmda.diffusion.manifest import Prompt, Verdict
 from fmda.errors import UserError
 
 
@@ -46,13 +49,49 @@ def test_scores_meet_their_threshold_rounded():
     assert one.settings == {"least": 0.25, "model": "m"}
 
 
+def test_clipped_pixels_are_those_black_or_white_in_all_channels():
+    images = flat(100, 100, 255, 0, 100)
+    images[1, :2] = [255, 0, 255]  # half of the rows
+    images[2, :, :3] = [255, 254, 255]
+    images[4, 0, 0] = [0, 0, 7]
+    verdicts = unclipped(0.6).judge(images, [Prompt("x")] * 5)
+    assert [v.score for v in verdicts] == [1.0, 0.5, 0.5, 0.0, 1.0]
+    assert reasons(verdicts)[:2] == [None, "share of pixels that are not clipped is 0.5, below 0.6"]
+
+
+def test_tiles_of_one_colour_are_counted():
+    noise = np.random.default_rng(0).integers(0, 256, (33, 48, 3), np.uint8)
+    images = np.stack([noise, noise, noise, np.zeros_like(noise)])
+    images[1, :, 24:] = 128  # half of the tiles
+    images[2, :, 24:] = 128 + np.arange(24)[:, None] % 2  # spread 0.5: as good as one colour
+    verdicts = textured(0.9).judge(images, [Prompt("x")] * 4)
+    assert [v.score for v in verdicts] == [1.0, 0.5, 0.5, 0.0]
+    assert reasons(verdicts)[:2] == [None, "share of tiles with content is 0.5, below 0.9"]
+
+
+def test_only_the_rows_in_question_get_a_verdict():
+    one = ImageFilter("level", "level", lambda images, prompts: images.mean((1, 2, 3)).tolist(), 20)
+    assert [v.score for v in one.judge(flat(10, 20, 30), [Prompt("x")] * 3, [2, 0])] == [30.0, 10.0]
+
+
+def test_similar_prompts_share_words_with_a_kept_one_of_their_class():
+    texts = [
+        ("a red bus at night", 0), ("A red bus, at night!", 0), ("a red bus at dawn", 0), ("a red bus at night", 1),
+        ("a red car at dawn", 0), ("", 0), ("", 0),
+    ]  # fmt: skip
+    verdicts = similar_prompt(0.6).judge([Prompt(text, k) for text, k in texts])
+    # 5 of 5 words; 4 of 6; another class; 3 of 7 with the first, as the third is not kept
+    assert [v.score for v in verdicts] == [0.0, 1.0, 0.6667, 0.0, 0.4286, 0.0, 0.0]
+    assert reasons(verdicts) == [None, *["similar to 'a red bus at night'"] * 2, None, None, None, None]
+
+
 def test_near_duplicates_are_found_by_the_cosine():
     table = {1: [3.0, 0.0], 2: [3.0, 4.0], 3: [0.0, -2.0], 4: [0.0, 0.0], 5: [np.nan, 1.0]}
     one = NearDuplicate(lambda images: np.array([table[i[0, 0, 0]] for i in images]), most=0.6)
     rows = one.embeddings(flat(1, 2, 3, 4, 5))
     np.testing.assert_allclose(rows[:4], [[1, 0], [0.6, 0.8], [0, -1], [0, 0]])
-    assert one.compare(rows[0], rows[:0]) == (None, 0.6, None)
-    assert one.compare(rows[1], rows[:1]) == (0.6, 0.6, None)
+    assert one.compare(rows[0], rows[:0]) == Verdict(None, 0.6)
+    assert one.compare(rows[1], rows[:1]) == Verdict(0.6, 0.6)
     assert one.compare(rows[1], np.array([[0, 1.0], [0.8, 0.6]])).why == "cosine 0.96 to image 1 is above 0.6"
     assert one.compare(rows[3], rows[:3]).why is None
     assert one.compare(rows[4], rows[:3]).why == "embedding is not finite"

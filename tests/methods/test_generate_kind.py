@@ -406,3 +406,30 @@ def test_stable_diffusion_2_is_planned_at_full_size_with_its_file_of_prompts(mon
     assert len(make_prompts(run.config.prompts)) == 24
     text = found.text()
     assert "80 GB card: " in text and "v5e-8 slice: " in text and "does not fit" not in text
+
+
+def test_a_judge_that_is_silent_leaves_the_images_to_the_clip(place, capsys, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    judge = "'filters.judge={url: http://127.0.0.1:1/v1, model: eyes, tries: 1}'"
+    cli.main(shlex.split(f"{RUN} {CLIP} {judge} filters.unclipped=0.0 filters.textured=0.0"))
+    assert capsys.readouterr().err.count("warning: no verdict of the vision-language judge (127.0.0.1:1: no conn") == 1
+    rows, before = lines(Path("new/images/manifest.jsonl")), lines(Path("judged/images/manifest.jsonl"))
+    assert [row["scores"] for row in rows] == [
+        row["scores"] | {"vision_judge": None} | {name: here["scores"][name] for name in ("unclipped", "textured")}
+        for row, here in zip(before, rows, strict=True)
+    ]
+    outputs = json.loads(Path("new/images/stage.json").read_text())["outputs"]
+    assert outputs["without_verdict"] == 10
+    assert "; 10 judged by the CLIP" in json.loads(Path("new/images/sections.json").read_text())[0]["text"]
+    line = refused(capsys, f"run set.yaml work_dir=other {judge}")
+    assert "filters.judge: set filters.clip_score or filters.class_presence too" in line
+    line = refused(capsys, f"run set.yaml work_dir=other {CLIP} 'filters.judge={{url: http://a:b@c, model: eyes}}'")
+    assert "filters.judge.url: holds credentials" in line and "a:b" not in line
+
+
+def test_refused_prompts_are_in_the_report(place):
+    cli.main(shlex.split(f"{RUN} 'prompts.texts=[a red bus, a red bus now, a car]' filters.similar_prompt=0.7"))
+    (row,) = lines(Path("new/images/refused.jsonl"))
+    assert (row["filter"], row["score"], row["why"]) == ("similar_prompt", 0.75, "similar to 'a red bus'")
+    text = json.loads(Path("new/images/sections.json").read_text())[0]["text"]
+    assert text.startswith("10 images by ") and "; prompts refused: 1 by similar_prompt; refused and generated" in text

@@ -1,8 +1,10 @@
 """Prompts of street scenes as a file that kind `generate` reads (kind `prompts`).
 
-The stage `prompts` writes `prompts.jsonl`, a line for each prompt: text, class, who wrote it and with which seed. In a
-pipeline, `prompts: {file: '@<run>/prompts/prompts.jsonl'}` of a later `generate` takes them in turn, so that its images
-show every class equally often.
+A language model behind an endpoint writes them, or a seeded grammar where there is none or it fails. The stage
+`prompts` writes `prompts.jsonl`, a line for each prompt (text, class, and who wrote it, where, with which seed), and
+`refused.jsonl`, a line with a reason for each answer that was not taken. In a pipeline,
+`prompts: {file: '@<run>/prompts/prompts.jsonl'}` of a later `generate` takes them in turn, so that its images show
+every class equally often.
 """
 
 import functools
@@ -15,13 +17,16 @@ from typing import Any, Literal
 from fmda.config import NonNegativeInt, PositiveInt
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.methods.clouds.grammar import VOCABULARIES, Scene, scenes
+from fmda.methods.clouds.writer import Written, write
+from fmda.methods.endpoint import Endpoint, check_endpoint
 from fmda.methods.generate.naming import named_classes
+from fmda.progress import note
 from fmda.runs.journal import write_rows
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage
 from fmda.world.names import CLASSES
 
-FILE = "prompts.jsonl"
+FILE, REFUSED = "prompts.jsonl", "refused.jsonl"
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,15 @@ class Config:
         classes: of Cityscapes; each is the subject of as many prompts, to within one.
         vocabulary: places, weathers, lights and times: of photographs ("urban"), or of the street world ("street"),
             whose built-in models know few words.
-        seed: of the scenes.
+        seed: of the scenes and of the language model's answers.
+        endpoint: the language model; None leaves the writing to the grammar.
     """
 
     count: PositiveInt = 100
     classes: tuple[str, ...] = CLASSES
     vocabulary: Literal["urban", "street"] = "urban"
     seed: NonNegativeInt = 0
+    endpoint: Endpoint | None = None
 
     def scenes(self) -> list[Scene]:
         """Returns what the prompts are to show. Raises UserError as `grammar.scenes`."""
@@ -47,8 +54,10 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Raises UserError for classes and counts that cannot work."""
+    """Raises UserError for classes, counts and endpoints that cannot work; sends nothing to the endpoint."""
     config.scenes()
+    if config.endpoint is not None:
+        check_endpoint(config.endpoint, "endpoint")
 
 
 def stages(config: Config) -> list[Stage]:
@@ -58,25 +67,42 @@ def stages(config: Config) -> list[Stage]:
 
 def plan(config: Config) -> Plan:
     """Returns the stage and the first prompts of the grammar."""
+    check(config)
     made = config.scenes()
-    text = f"{config.count} prompts of {len(config.classes)} classes by the grammar '{config.vocabulary}'"
+    by = f"the grammar '{config.vocabulary}'"
+    if config.endpoint is not None:
+        by = f"{config.endpoint.model} at {config.endpoint.host}, or {by} where that fails"
+    text = f"{config.count} prompts of {len(config.classes)} classes by {by}"
     return Plan(stages=(("prompts", text),), notes=tuple(f"scene {k}: {one.text}" for k, one in enumerate(made[:12])))
 
 
 def _write(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = [
-        {"text": one.text, "class": one.subject, "writer": f"grammar {config.vocabulary}", "seed": config.seed}
-        for one in config.scenes()
-    ]
+    made = config.scenes()
+    written = Written() if config.endpoint is None else write(made, config.endpoint, config.seed)
+    rows: list[dict[str, Any]] = []
+    for k, one in enumerate(made):
+        writer = {"writer": f"grammar {config.vocabulary}"}
+        if config.endpoint is not None and k in written.texts:
+            writer = {"writer": config.endpoint.model, "endpoint": config.endpoint.host}
+        rows.append({"text": written.texts.get(k, one.text), "class": one.subject, **writer, "seed": config.seed})
+    missing = len(made) - len(written.texts)
+    if config.endpoint is not None and missing:
+        why = written.failure or f"{config.endpoint.host}: the answers cannot be used, see {folder / REFUSED}"
+        note(f"warning: the grammar writes {missing} of {len(made)} prompts ({why})")
+    write_rows(folder / REFUSED, written.refused)
     write_rows(folder / FILE, rows)
     named = coverage([row["text"] for row in rows])
     asked = Counter(row["class"] for row in rows)
     writers = Counter(row["writer"] for row in rows)
     table = Table(("class", "prompts of it", "prompts that name it"), tuple((n, asked[n], named[n]) for n in CLASSES))
-    text = "; ".join(f"{number} by {writer}" for writer, number in writers.items())
+    text = f"{len(rows)} prompts: " + "; ".join(f"{number} by {writer}" for writer, number in writers.items())
+    if reasons := Counter(row["why"] for row in written.refused):
+        counts = "; ".join(f"{number}: {why}" for why, number in reasons.most_common(5))
+        text += f". Refused answers: {len(written.refused)} ({counts})"
     examples = "\n\n".join(row["text"] for row in rows[:10])
-    write_sections(folder, [Section("Prompts", f"{len(rows)} prompts: {text}. The first ones:\n\n{examples}", table)])
-    return {"prompts": len(rows), "writers": dict(writers), "named": named}
+    write_sections(folder, [Section("Prompts", f"{text}. The first prompts:\n\n{examples}", table)])
+    refused = len(written.refused)
+    return {"prompts": len(rows), "writers": dict(writers), "refused": refused, "named": named}
 
 
 def coverage(texts: Sequence[str]) -> dict[str, int]:

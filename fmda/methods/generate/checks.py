@@ -4,11 +4,12 @@ import jax
 from jax.sharding import Mesh
 
 from fmda.diffusion.draw import image_size
-from fmda.diffusion.filters import PromptFilter, banned_words, choose_prompts, duplicate_prompt
+from fmda.diffusion.filters import PromptFilter, banned_words, choose_prompts, duplicate_prompt, similar_prompt
 from fmda.diffusion.load import Checked, check_stable_diffusion
 from fmda.diffusion.samplers import make_table
 from fmda.errors import UserError
 from fmda.mesh import make_mesh
+from fmda.methods.endpoint import check_endpoint
 from fmda.methods.generate.cost import check_memory
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
 from fmda.runs.stages import pending
@@ -29,6 +30,12 @@ def check(config: Config) -> Checked | None:
             raise UserError(
                 "filters.class_presence: the prompts name no class, as those of prompts.texts and of a text file never "
                 "do; leave the filter out, or give prompts.classes or a prompts.jsonl"
+            )
+    if config.filters.judge is not None:
+        check_endpoint(config.filters.judge, "filters.judge")
+        if config.filters.clip_score is None and config.filters.class_presence is None:
+            raise UserError(
+                "filters.judge: set filters.clip_score or filters.class_presence too, for when it is silent"
             )
     if config.filters.judge_images:
         check_weights(config.filters.clip)
@@ -65,7 +72,11 @@ def check_weights(source: str) -> None:
 
 def text_filters(config: FilterConfig) -> list[PromptFilter]:
     """Returns the filters of prompts that need no tokenizer."""
-    return [duplicate_prompt(), *([banned_words(config.banned)] if config.banned else [])]
+    return [
+        duplicate_prompt(),
+        *([banned_words(config.banned)] if config.banned else []),
+        *([] if config.similar_prompt is None else [similar_prompt(config.similar_prompt)]),
+    ]
 
 
 def local_mesh(config: Config) -> Mesh:

@@ -12,14 +12,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fmda.diffusion.draw import SamplerConfig, image_size, make_draw
-from fmda.diffusion.filters import ImageFilter, NearDuplicate, long_prompt
+from fmda.diffusion.filters import (
+    Filter,
+    ImageFilter,
+    NearDuplicate,
+    PromptFilter,
+    long_prompt,
+    textured,
+    unclipped,
+)
 from fmda.diffusion.generate import generate
 from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
-from fmda.diffusion.manifest import SHEET, Prompt
+from fmda.diffusion.manifest import SHEET, SUMMARY, Prompt
 from fmda.evaluate.sections import Section, write_sections
 from fmda.methods.generate.checks import check, local_mesh, text_filters
 from fmda.methods.generate.copies import write_copies
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
+from fmda.methods.generate.vision import JUDGE, VisionJudge
 from fmda.methods.judges import clip_score, embed, grid_share
 from fmda.runs.stages import Stage
 from fmda.weights import files
@@ -76,7 +85,7 @@ def draw_images(
     prompt_filters = text_filters(config.filters)
     if config.filters.long_prompt:
         prompt_filters.append(long_prompt(model.tokenizer.length, model.text_encoder.config.context))
-    filters, duplicates = image_filters(config.filters, prompts)
+    filters, duplicates = image_filters(config.filters, prompts, prompt_filters)
     manifest = generate(
         draw, prompts, folder, count=config.count, batch=config.batch, seed=config.seed, facts=facts,
         filters=filters, duplicates=duplicates, prompt_filters=prompt_filters, tries=config.tries,
@@ -84,7 +93,10 @@ def draw_images(
         wait=multihost_utils.sync_global_devices if jax.process_count() > 1 else lambda what: None,
         task=task,
     )  # fmt: skip
-    return {"images": len(manifest), "refused": dict(manifest.refused)}
+    counts: dict[str, Any] = {"images": len(manifest), "refused": dict(manifest.refused)}
+    if config.filters.judge is not None:
+        counts["without_verdict"] = sum(image.scores[JUDGE] is None for image in manifest)
+    return counts
 
 
 def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
@@ -95,15 +107,26 @@ def _images(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     if jax.process_index() == 0:
         refused = ", ".join(f"{number} by {name}" for name, number in counts["refused"].items()) or "none"
         made = f"{counts['images']} images by {config.model}"
+        if dropped := files.read_json(folder / SUMMARY)["refused_prompts"]:
+            made += f"; prompts refused: {', '.join(f'{number} by {name}' for name, number in dropped.items())}"
+        if silent := counts.get("without_verdict"):
+            made += f"; {silent} judged by the CLIP, as the vision-language judge gave no verdict"
         text = f"{made}; refused and generated again: {refused}. The first image of each prompt."
         write_sections(folder, [Section("Images from prompts", text, image=SHEET)])
     return counts
 
 
-def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> tuple[list[ImageFilter], NearDuplicate | None]:
-    """Returns the configured filters of images, all with one CLIP."""
+def image_filters(
+    config: FilterConfig, prompts: Sequence[Prompt], prompt_filters: Sequence[PromptFilter]
+) -> tuple[list[Filter], NearDuplicate | None]:
+    """Returns the configured filters of images, all with one CLIP; edited prompts have to pass the prompt filters."""
+    chosen: list[Filter] = [
+        make(least) for make, least in ((unclipped, config.unclipped), (textured, config.textured)) if least is not None
+    ]
+    if config.judge is not None:
+        chosen.append(VisionJudge(config.judge, prompt_filters))
     if not config.judge_images:
-        return [], None
+        return chosen, None
     clip = load_clip(config.clip)
     names = list(dict.fromkeys(prompt.class_name for prompt in prompts if prompt.class_name))
 
@@ -114,8 +137,8 @@ def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> tuple[list
         rows = grid_share(clip, names, images).tolist()
         return [row[names.index(p.class_name)] if p.class_name else None for row, p in zip(rows, prompts, strict=True)]
 
-    filters = [
-        ImageFilter(name, what, score, least, clip.fingerprint)
+    chosen += [
+        ImageFilter(name, what, score, least, clip.fingerprint, "" if config.judge is None else JUDGE)
         for name, what, score, least in (
             ("clip_score", "cosine of image and prompt", cosines, config.clip_score),
             ("class_presence", "share of the prompt's class", shares, config.class_presence),
@@ -123,5 +146,5 @@ def image_filters(config: FilterConfig, prompts: Sequence[Prompt]) -> tuple[list
         if least is not None
     ]
     if config.near_duplicate is None:
-        return filters, None
-    return filters, NearDuplicate(functools.partial(embed, clip), config.near_duplicate, clip.fingerprint)
+        return chosen, None
+    return chosen, NearDuplicate(functools.partial(embed, clip), config.near_duplicate, clip.fingerprint)

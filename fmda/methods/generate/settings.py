@@ -9,6 +9,7 @@ from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, Posit
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.manifest import Prompt
 from fmda.errors import UserError
+from fmda.methods.endpoint import Endpoint
 from fmda.runs.journal import read_rows
 from fmda.text import read_lines
 
@@ -69,8 +70,13 @@ class FilterConfig:
         near_duplicate: largest cosine of two images.
         class_presence: least share of a 4 x 4 grid of crops in which the prompt's class is the likeliest of all.
         banned: words that no prompt may contain.
+        similar_prompt: largest share of common words of two prompts of a class.
         long_prompt: whether prompts that the text encoder does not read to their end are refused; else they are cut,
             with a warning that shows what was lost.
+        unclipped: least share of pixels that are not 0 or 255 in every channel.
+        textured: least share of an image's 8 x 8 tiles that are not of one colour.
+        judge: a vision-language model that looks at each image and may edit its prompt for the next try. `clip_score`
+            and `class_presence` then judge the images for which it gives no verdict.
     """
 
     clip: FolderOrName = "openai/clip-vit-base-patch16"
@@ -78,11 +84,15 @@ class FilterConfig:
     near_duplicate: float | None = None
     class_presence: Share | None = None
     banned: tuple[str, ...] = ()
+    similar_prompt: Share | None = None
     long_prompt: bool = False
+    unclipped: Share | None = None
+    textured: Share | None = None
+    judge: Endpoint | None = None
 
     @property
     def judge_images(self) -> bool:
-        """Whether any filter judges images, by a CLIP."""
+        """Whether any filter judges images by a CLIP."""
         return any(value is not None for value in (self.clip_score, self.near_duplicate, self.class_presence))
 
 
