@@ -137,13 +137,19 @@ class Comparison:
             f"mIoU in percent: mean (range) over the seeds {seeds}, and the mean gain over '{self.baseline}' of the "
             "same seeds. The last column is the mean wall time of one training."
         ]
+        marked = []
         for row in self.rows:
             for column in self.columns:
                 summary = self.summary(row, column)
                 if summary and summary.dead:
-                    names = ", ".join(f"{name} ({n} of {len(summary.miou)} seeds)" for name, n in summary.dead.items())
-                    paragraphs.append(f"{MARK} {row}, {column}: classes without pseudo-labels: {names}.")
-        return "\n\n".join(paragraphs)
+                    count = len(summary.miou)
+                    names = [name if n == count else f"{name} ({n} of {count})" for name, n in summary.dead.items()]
+                    marked.append(f"{row}, {column}: {', '.join(names)}.")
+        if marked:
+            paragraphs.append(
+                f"{MARK} Classes without pseudo-labels at the end; in brackets the number of seeds, where not all:"
+            )
+        return "\n\n".join([*paragraphs, *marked])
 
 
 def _mean(values: Any) -> float:

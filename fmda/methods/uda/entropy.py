@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fmda.config import PositiveFloat
+from fmda.config import NonNegativeFloat, PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -12,9 +12,9 @@ class EntropyConfig:
     The robust entropy of FDA (Yang and Soatto 2020) has a power of 4 and a weight of 0.005.
 
     Attributes:
-        weight: of the loss.
+        weight: of the loss; at 0 the target moves the statistics of BatchNorm alone (Li et al. 2016, AdaBN).
         power: of the entropy of a pixel, which is between 0 and 1.
     """
 
-    weight: PositiveFloat = 0.001
+    weight: NonNegativeFloat = 0.001
     power: PositiveFloat = 1.0

@@ -8,6 +8,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import meeting
 import numpy as np
 import pytest
 import small_place
@@ -19,10 +20,15 @@ from fmda.errors import UserError
 from fmda.evaluate import Segmenter
 from fmda.mesh import make_mesh, replicate, shard_batch
 from fmda.methods.kinds import open_run
+from fmda.methods.uda.dann import DannConfig
+from fmda.methods.uda.entropy import EntropyConfig
+from fmda.methods.uda.mmd import MmdConfig
 from fmda.methods.uda.network import Network, NetworkConfig
-from fmda.methods.uda.objective import LearnConfig, make_objective
+from fmda.methods.uda.objective import LearnConfig, init_adversary, make_objective
+from fmda.methods.uda.output_adversarial import OutputAdversarialConfig
 from fmda.methods.uda.run import make_task
 from fmda.methods.uda.self_training import SelfTrainingConfig, initial_aux, teacher_decay
+from fmda.methods.uda.style import StyleConfig
 from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import init
 from fmda.train import OptimConfig, create_state, make_optimizer, make_step
@@ -130,6 +136,20 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bytes(place, run):
 
 
 @pytest.mark.slow
+def test_two_processes_score_what_one_does(place):
+    joined = {"FMDA_COORDINATOR": f"localhost:{meeting.free_port()}", "FMDA_PROCESSES": "2"}
+    joined["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # both compile everything
+    options = ["batch=2", "steps=1", "save_steps=1", "evaluate_steps=1", "best=null"]
+    pair = [launch(place, "two", *options, "--processes", FMDA_PROCESS=number, **joined) for number in "01"]
+    codes = [process.wait(timeout=900) for process in pair]
+    assert codes == [0, 0], "\n".join((place / f"two{number}.log").read_text() for number in "01")
+    scores = {name: value for row in rows(place / "two") for name, value in row.items()}
+    # the last stage scores the export in one process
+    outputs = json.loads((place / "two/score/stage.json").read_text())["outputs"]
+    assert outputs["miou"] == pytest.approx(scores["val/miou"], abs=1e-6) and scores["target/certainty"] > 0
+
+
+@pytest.mark.slow
 def test_source_only_and_then_one_image_from_there(place):
     first = execute(place, "source", "target=null", "learn.self_training=null", "steps=2")
     assert not any("loss_mixed" in row for row in rows(first))
@@ -164,18 +184,23 @@ def test_hrda_trains_and_is_scored_in_windows(place):
 @pytest.mark.slow
 def test_eight_devices_take_the_steps_of_one(place):
     network = Network(NetworkConfig(family="segformer", encoder="mit"), 3)
-    learn = LearnConfig(SelfTrainingConfig())
+    learn = LearnConfig(
+        SelfTrainingConfig(), mmd=MmdConfig(per_class=True, threshold=0.4), dann=DannConfig(width=4),
+        output_adversarial=OutputAdversarialConfig(width=2), entropy=EntropyConfig(), style=StyleConfig(share=0.1),
+    )  # fmt: skip
     # AdamW would enlarge the rounding errors of parameters without a gradient, a rate of 0.01 those of each step:
     # where a pixel changes its pseudo-label or a unit its sign, two programs part, on one device too
     tx = make_optimizer(OptimConfig(learning_rate=0.001, warmup_steps=0, method="sgd"), 10)
     step = make_step(
-        make_objective(network.graphdef, 3, learn), tx, teacher_decay=teacher_decay(0.999), teacher_when="before"
-    )
+        make_objective(network.graphdef, 3, learn, steps=10), tx, teacher_decay=teacher_decay(0.999),
+        teacher_when="before",
+    )  # fmt: skip
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 8, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 3, (8, 4, 4), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     batch = {"source": {"image": images[0], "labels": labels}, "target": {"image": images[1]}}
     params = network.init(jax.random.key(0))
+    params |= init_adversary(learn, jax.random.key(1), network.channels(32), 3)
 
     def ten(mesh):
         state = create_state(params, tx, aux=initial_aux(network.statistics(), 3))
@@ -183,7 +208,7 @@ def test_eight_devices_take_the_steps_of_one(place):
         take = jax.jit(step)
         for _ in range(10):
             state, metrics = take(state, {}, data, jax.random.key(1))
-        return jax.device_get((state.params, state.teacher, state.aux, metrics["loss"]))
+        return jax.device_get((state.params, state.teacher, state.aux, metrics))
 
     for one, eight in zip(*map(jax.tree.leaves, (ten(None), ten(make_mesh()))), strict=True):
         np.testing.assert_allclose(one, eight, atol=1e-4 * max(1, np.abs(one).max()))
