@@ -40,6 +40,25 @@ def colour_jitter(key: Any, images: Num[Array, "b h w 3"], strength: float = 0.2
     return jittered(images, order, amounts)
 
 
+def ssd_jitter(key: Any, images: Num[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """Returns images `jittered` as SSD does (Liu et al. 2016), the jitter of Mask2Former and CLOUDS."""
+    return jittered(images, *ssd_amounts(key, len(images)))
+
+
+def ssd_amounts(key: Any, count: int) -> tuple[Int[Array, "b 4"], Float[Array, "b 4"]]:
+    """Returns the order and the amounts of SSD's jitter for so many images.
+
+    Brightness changes by up to 32 of 255, contrast and saturation by a factor of 0.5 to 1.5, hue by up to 18 of 180,
+    each with probability 1/2. Brightness is first; contrast comes before or after saturation and hue.
+    """
+    order_key, chance_key, amount_key = jax.random.split(key, 3)
+    orders = jnp.array([[BRIGHTNESS, CONTRAST, SATURATION, HUE], [BRIGHTNESS, SATURATION, HUE, CONTRAST]])
+    order = orders[jax.random.bernoulli(order_key, shape=(count,)).astype(jnp.int32)]
+    applied = jax.random.bernoulli(chance_key, shape=(count, 4))
+    amounts = jax.random.uniform(amount_key, (count, 4), minval=-1.0) * jnp.array([[32 / 255, 0.5, 0.5, 18 / 180]])
+    return order, jnp.where(applied, amounts, 0.0)
+
+
 def jittered(
     images: Num[Array, "b h w 3"], order: Int[Array, "b 4"], amounts: Float[Array, "b 4"]
 ) -> Float[Array, "b h w 3"]:
