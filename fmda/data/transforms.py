@@ -101,13 +101,15 @@ class RandomCrop:
     none covers more than that share of the labelled pixels (0.75 in DACS and DAFormer); the last draw is kept. All of
     this is done again, up to `tries` times, until the window shows what is wanted.
 
-    With `margins` the example records where the window lies.
+    With `margins` the example records where the window lies. With `diagonal` one number decides for both axes, as in
+    detectron2's `FixedSizeCrop`, so that corners lie on a diagonal.
     """
 
     size: tuple[int, int]
     max_class_ratio: float = 1.0
     tries: int = 10
     margins: bool = False
+    diagonal: bool = False
 
     def __call__(self, example: Example, rng: np.random.Generator, wanted: Wanted | None = None) -> Example:
         """Returns the crop."""
@@ -143,12 +145,19 @@ class RandomCrop:
         self, size: tuple[int, int], labels: UInt8[np.ndarray, "H W"] | None, rng: np.random.Generator
     ) -> tuple[int, int]:
         for _ in range(self.tries):
-            top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(size, self.size, strict=True))
+            top, left = self._drawn_corner(size, rng)
             if labels is None or self.max_class_ratio >= 1:
                 break
             if self._varied(labels[top : top + self.size[0], left : left + self.size[1]]):
                 break
         return top, left
+
+    def _drawn_corner(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+        free = [whole - part for whole, part in zip(size, self.size, strict=True)]
+        if self.diagonal:
+            share = rng.random()
+            return round(share * free[0]), round(share * free[1])
+        return int(rng.integers(free[0] + 1)), int(rng.integers(free[1] + 1))
 
     def _varied(self, labels: UInt8[np.ndarray, "h w"]) -> bool:
         counts = np.bincount(labels.ravel(), minlength=256)[:IGNORE]
@@ -239,12 +248,13 @@ def training_transform(
     flip: float = 0.5,
     jitter: float = 0.0,
     margins: bool = False,
+    diagonal: bool = False,
 ) -> Compose:
     """Returns the usual chain: resize to fit (long, short) times a random scale, crop, flip, jitter with probability
-    `jitter`. With `margins` examples record where in the resized, perhaps mirrored image they lie (`Example`). Raises
-    UserError for a crop without area."""
+    `jitter`. With `margins` examples record where in the resized, perhaps mirrored image they lie (`Example`); for
+    `diagonal` see `RandomCrop`. Raises UserError for a crop without area."""
     if min(crop) < 1:
         raise UserError(f"crop {list(crop)}: needs a height and a width of at least 1")
     steps: list[Step] = [] if resize is None else [ResizeKeepRatio(max(resize), min(resize), scale)]
-    steps += [RandomCrop(crop, max_class_ratio, margins=margins), RandomFlip(flip)]
+    steps += [RandomCrop(crop, max_class_ratio, margins=margins, diagonal=diagonal), RandomFlip(flip)]
     return Compose((*steps, *([ColourJitter(p=jitter)] if jitter else [])))

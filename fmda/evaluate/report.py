@@ -25,6 +25,7 @@ RATES = {
     "time/examples_per_second": "images/s",
     "time/mfu": "MFU",
     "time/data_wait": "share of time waiting for data",
+    "time/label_wait": "share of time waiting for labels",
     "time/device_memory": "device memory, bytes",
 }
 

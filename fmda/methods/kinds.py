@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "floss": ("fmda.methods.floss.run", "rank templates without labels, fuse class experts, score"),
     "supervised": ("fmda.methods.supervised", "train a segmentation head on labelled images, over a frozen encoder"),
     "uda": ("fmda.methods.uda.run", "adapt a segmentation network to images without labels"),
+    "clouds": ("fmda.methods.clouds.run", "train on source and generated images, labelled by a teacher and a SAM"),
     "pseudo-labels": ("fmda.methods.uda.pseudo_labels", "predict images and keep the labels that a network is sure of"),
     "refine-labels": ("fmda.methods.refine_labels", "refine recorded label maps by a SAM in ONNX"),
     "pretrain-clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),

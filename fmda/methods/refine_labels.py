@@ -3,7 +3,7 @@
 The maps are those of any model whose answers are known and whose weights are not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,13 +79,18 @@ class Config:
 
     def roles(self) -> Roles:
         """Returns the roles of the classes."""
-        names = class_list(self.classes).names
-        things, kept = (frozenset(names.index(n) for n in part if n in names) for part in (self.things, self.kept))
-        return Roles(len(names), things, kept)
+        return roles_of(class_list(self.classes), self.things, self.kept)
 
     def open(self) -> Dataset:
         """Returns the images."""
         return self.data.open(labels=self.score)[:: self.every]
+
+
+def roles_of(classes: ClassList, things: Collection[str] = THINGS, kept: Collection[str] = KEPT) -> Roles:
+    """Returns the roles of a list's classes; names that it lacks are left out."""
+    names = classes.names
+    things_at, kept_at = (frozenset(names.index(n) for n in part if n in names) for part in (things, kept))
+    return Roles(len(names), things_at, kept_at)
 
 
 def check(config: Config) -> None:

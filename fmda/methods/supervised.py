@@ -3,11 +3,10 @@
 The head is a convolution, or Mask2Former's decoders.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array
@@ -33,7 +32,7 @@ from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
 from fmda.weights.checkpoint import weight_fingerprint
-from fmda.weights.files import read_arrays, write_safetensors
+from fmda.weights.files import read_arrays, read_json, write_safetensors
 
 SHUFFLED = Shuffled()
 
@@ -174,30 +173,69 @@ def _task(config: Config) -> Task:
 
 
 def _write(config: Config, folder: Path, done: dict[str, Path], head: Any) -> None:
-    encoder, classes = Encoder(str(config.encoder)), config.data.open().classes
+    encoder = Encoder(str(config.encoder))
+    write_model(
+        folder, head, encoder=str(config.encoder), fingerprint=encoder.fingerprint, classes=config.data.open().classes,
+        masks=config.mask2former, protocol=config.protocol,
+    )  # fmt: skip
+
+
+def write_model(
+    folder: Path, head: Any, *, encoder: str, fingerprint: str, classes: ClassList, masks: MaskHeadConfig | None,
+    protocol: Protocol,
+) -> None:  # fmt: skip
+    """Writes a trained head and `model.json`, which `open_model` and `Segmenter.load` open.
+
+    `fingerprint` is that of the encoder, `masks` the shape of Mask2Former's decoders, if the head is made of them.
+    """
     write_safetensors(folder / "head.safetensors", trees.flatten(head))
-    model: dict[str, Any] = {"encoder": str(config.encoder), "fingerprint": encoder.fingerprint}
-    masks = None if config.mask2former is None else to_dict(config.mask2former)
-    model |= {"classes": classes.to_dict(), "mask2former": masks}
-    protocol = {"resize": config.resize, "crop": config.crop, "stride": config.stride}
-    write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model, "protocol": protocol})
+    model: dict[str, Any] = {"encoder": encoder, "fingerprint": fingerprint, "classes": classes.to_dict()}
+    model["mask2former"] = None if masks is None else to_dict(masks)
+    seen = {"resize": protocol.resize, "crop": protocol.crop, "stride": protocol.stride}
+    write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model, "protocol": seen})
 
 
-def load_segmenter(folder: Path) -> Segmenter:
-    """Returns the trained segmenter. Raises UserError where the encoder is not the one that the head was trained on."""
-    model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+class Model(NamedTuple):
+    """A trained head on its encoder.
+
+    Attributes:
+        source, encoder: name of the encoder, and it.
+        head: parameters.
+        masks: shape of Mask2Former's decoders; None for convolutions.
+        classes: that are predicted.
+        protocol: how images are scored.
+    """
+
+    source: str
+    encoder: Encoder
+    head: Any
+    masks: MaskHeadConfig | None
+    classes: ClassList
+    protocol: Protocol
+
+
+def open_model(folder: Path) -> Model:
+    """Returns what `write_model` wrote. Raises UserError where the encoder is not that of the training."""
+    model = read_json(folder / "model.json")
     encoder = Encoder(model["encoder"])
     if encoder.fingerprint != model["fingerprint"]:
         raise UserError(f"{folder}: {model['encoder']} has other weights than the encoder of training; restore them")
     head = trees.unflatten(read_arrays(folder / "head.safetensors"))
-    protocol = from_dict(Protocol, model["protocol"], str(folder / "model.json"))
-    fingerprint = weight_fingerprint(head, encoder.fingerprint, protocol)
-    classes, masks = ClassList.from_dict(model["classes"], str(folder)), model.get("mask2former")
-    if masks is not None:
-        masks = from_dict(MaskHeadConfig, masks, str(folder / "model.json"))
-    network = make_network(encoder, len(classes), masks)
-    predictor = Predictor(network.scores, {"encoder": encoder.params, "head": head}, protocol)
-    return Segmenter(predictor, classes, "supervised", fingerprint, protocol)
+    masks, where = model.get("mask2former"), str(folder / "model.json")
+    return Model(
+        model["encoder"], encoder, head, None if masks is None else from_dict(MaskHeadConfig, masks, where),
+        ClassList.from_dict(model["classes"], str(folder)), from_dict(Protocol, model["protocol"], where),
+    )  # fmt: skip
+
+
+def load_segmenter(folder: Path) -> Segmenter:
+    """Returns the trained segmenter. Raises UserError as `open_model`."""
+    model = open_model(folder)
+    encoder, protocol = model.encoder, model.protocol
+    fingerprint = weight_fingerprint(model.head, encoder.fingerprint, protocol)
+    network = make_network(encoder, len(model.classes), model.masks)
+    predictor = Predictor(network.scores, {"encoder": encoder.params, "head": model.head}, protocol)
+    return Segmenter(predictor, model.classes, "supervised", fingerprint, protocol)
 
 
 def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 import fmda
-from fmda.data.loader import Batches
 from fmda.data.streams import batches
 from fmda.errors import UserError, did_you_mean, disk_errors
 from fmda.mesh import make_mesh, place, replicate, replicated, shard_batch
@@ -23,7 +22,7 @@ from fmda.train.checkpoints import Checkpoints, starting_state
 from fmda.train.metrics import Meter, MetricLog, status
 from fmda.train.step import Step, TrainState, step_flops
 from fmda.train.stop import Stopped, StopSignals, Watch
-from fmda.train.task import Task, TrainerConfig
+from fmda.train.task import Guided, Loader, Task, TrainerConfig
 
 MIB = 2**20
 
@@ -31,15 +30,18 @@ MIB = 2**20
 def run_task(task: Task, settings: TrainerConfig, folder: str | Path) -> TrainState:
     """Returns the state after `settings.steps` updates, or `settings.minutes`, resuming in `folder`; see `fit`."""
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    with batches(task.streams, settings.seed, workers=settings.workers, **processes) as loader:
-        return fit(task, settings, folder, loader, make_mesh(*settings.mesh))
+    mesh = make_mesh(*settings.mesh)
+    with contextlib.ExitStack() as opened:
+        plain = opened.enter_context(batches(task.streams, settings.seed, workers=settings.workers, **processes))
+        loader = plain if task.guide is None else opened.enter_context(task.guide(plain, mesh, Path(folder)))
+        return fit(task, settings, folder, loader, mesh)
 
 
 def fit(
     task: Task,
     settings: TrainerConfig,
     folder: str | Path,
-    loader: Batches,
+    loader: Loader,
     mesh: Mesh,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainState:
@@ -51,7 +53,7 @@ def fit(
     Args:
         task, settings: what is trained, and how long.
         folder: gets `metrics.jsonl`, `checkpoints/` and `identity.json`. Several processes must share it.
-        loader: batches of `task.streams`.
+        loader: batches of `task.streams`, guided where the task asks for it.
         mesh: devices of the run.
         clock: seconds, for tests.
 
@@ -82,6 +84,7 @@ def fit(
             loader.set_state(data["position"])
         key, frozen = replicate((key, task.frozen), mesh)
         feed = _Feed(loader, mesh, clock)
+        feed.follow(begin, state, {})
         batch = feed.draw()
         position = None if limit is None else _position(begin, 0.0, steps, mesh)
         line.note(f"{task.name}: compiling the training step ...")
@@ -103,12 +106,14 @@ def fit(
                 state, metrics = compiled(state, frozen, batch.arrays, key, position)
                 data_position = batch.position
                 meter.count(batch.examples)
+                if not last:
+                    feed.follow(number, state, metrics)
                 batch = batch if last else feed.draw()
                 # One step may be queued behind the running one, not more: each holds a batch on the devices.
                 jax.block_until_ready(running)
                 running = metrics
                 if last or number % settings.log_every == 0:
-                    reading = meter.read(feed.waited)
+                    reading = meter.read(feed.waited, feed.idle)
                     log.take(number, metrics, reading)
                 left = meter.seconds_left(steps - number, watch.seconds_left)
                 line.update(status(task.name, number, steps, log.loss, reading, left))
@@ -201,9 +206,20 @@ class _Placed(NamedTuple):
 class _Feed:
     """Draws batches and places them on the mesh; `waited` sums the seconds that `next` of the loader took."""
 
-    def __init__(self, loader: Batches, mesh: Mesh, clock: Callable[[], float]) -> None:
+    def __init__(self, loader: Loader, mesh: Mesh, clock: Callable[[], float]) -> None:
         self._loader, self._mesh, self._clock = loader, mesh, clock
         self.waited = 0.0
+
+    @property
+    def idle(self) -> float | None:
+        """Seconds for which the devices waited for batches that depend on the state; None for others."""
+        return self._loader.waited if isinstance(self._loader, Guided) else None
+
+    def follow(self, step: int, state: TrainState, metrics: Mapping[str, Any]) -> None:
+        """Shows the state after a step to batches that depend on it."""
+        if isinstance(self._loader, Guided):
+            with jax.transfer_guard("allow"):
+                self._loader.follow(step, state, metrics)
 
     def draw(self) -> _Placed:
         """Returns the next batch, on its way to the devices."""

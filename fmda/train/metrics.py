@@ -123,7 +123,7 @@ class Meter:
         self._clock = clock
         self._share = flops_per_example / peak_flops if flops_per_example and peak_flops else None
         self._start = self._run_start = self._first = clock()
-        self._paused = self._run_paused = self._waited = 0.0
+        self._paused = self._run_paused = self._waited = self._idle = 0.0
         self._steps = self._run_steps = self._examples = 0
         self._warm = False
 
@@ -148,11 +148,16 @@ class Meter:
             self._paused += seconds
             self._run_paused += seconds
 
-    def read(self, waited: float = 0.0) -> dict[str, float]:
-        """Returns the rates since the last reading and begins anew; `waited` sums all seconds of waiting for batches.
+    def read(self, waited: float = 0.0, idle: float | None = None) -> dict[str, float]:
+        """Returns the rates since the last reading and begins anew.
 
         Keys: `seconds` since the start of this process's run, `examples_per_second` over all devices, `data_wait`
-        (share of the time that the host spent waiting for batches, 0 to 1), `mfu` (0 to 1) where it is known.
+        (share of the time that the host spent waiting for batches, 0 to 1), `mfu` (0 to 1) where it is known,
+        `label_wait` (share of the time that the devices spent waiting for labels) where `idle` is given.
+
+        Args:
+            waited: all seconds for which the host waited for batches.
+            idle: all seconds for which the devices waited for labels.
         """
         now = self._clock()
         elapsed = max(now - self._start - self._paused, 1e-9)
@@ -160,6 +165,9 @@ class Meter:
         reading = {"seconds": now - self._first, "examples_per_second": rate}
         reading["data_wait"] = min(1.0, (waited - self._waited) / elapsed)
         self._waited = waited
+        if idle is not None:
+            reading["label_wait"] = min(1.0, (idle - self._idle) / elapsed)
+            self._idle = idle
         if self._share is not None:
             reading["mfu"] = rate * self._share
         self._restart()
@@ -192,6 +200,8 @@ def status(what: str, step: int, steps: int, loss: float | None, reading: dict[s
         parts.append(f"MFU {reading['mfu']:.1%}")
     if "data_wait" in reading:
         parts.append(f"data wait {reading['data_wait']:.0%}")
+    if "label_wait" in reading:
+        parts.append(f"label wait {reading['label_wait']:.0%}")
     if left is not None:
         parts.append(f"ETA {duration(left)}")
     return ", ".join(parts)

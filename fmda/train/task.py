@@ -1,10 +1,15 @@
 """What a method hands over to be trained, and the settings that all trainers share."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from jax.sharding import Mesh
 
 from fmda.config import FREE, NonNegativeInt, PositiveFloat, PositiveInt
+from fmda.data.loader import Batch, Batches
 from fmda.data.streams import Stream
 from fmda.mesh import FSDP_RULES, Rule
 from fmda.train.optim import OptimConfig, make_optimizer, make_schedule
@@ -80,6 +85,40 @@ class Snapshot:
     run: Callable[[TrainState], None]
 
 
+class Loader(Protocol):
+    """Endless batches with a position, as `Batches` are."""
+
+    def __next__(self) -> Batch:
+        """Returns the next batch."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the last batch, as JSON values."""
+        ...
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues after a position."""
+        ...
+
+
+@runtime_checkable
+class Guided(Loader, Protocol):
+    """Batches that depend on the state, such as those with pseudo-labels that are made on the host.
+
+    Attributes:
+        waited: seconds for which the devices waited for them.
+    """
+
+    waited: float
+
+    def follow(self, step: int, state: TrainState, metrics: Mapping[str, Any]) -> None:
+        """Sees the state and the metrics after `step` updates, which may still run; called before each batch.
+
+        The state's arrays are donated to the next step: what is kept must be copied.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
     """A training run without its settings.
@@ -99,6 +138,8 @@ class Task:
         snapshots: written during training.
         rules: sharding of the state, by the paths `params/...`, `opt/...`, `teacher/...`, `aux/...`; see `place`.
         facts: what a run folder is recognised by besides the settings: weight fingerprints, digests of data.
+        guide: (batches of the streams, mesh, folder of the run) -> batches that depend on the state; None takes the
+            batches of the streams as they are.
         precision: "bfloat16" or "float32", the number format whose peak MFU refers to.
     """
 
@@ -117,6 +158,7 @@ class Task:
     snapshots: Snapshot | None = None
     rules: Sequence[Rule] = FSDP_RULES
     facts: Mapping[str, Any] = field(default_factory=dict)
+    guide: Callable[[Batches, Mesh, Path], AbstractContextManager[Guided]] | None = None
     precision: Literal["bfloat16", "float32"] = "bfloat16"
 
     def initial_state(self, steps: int) -> Callable[[Any], TrainState]:

@@ -1,0 +1,211 @@
+"""The joint training of CLOUDS: source and generated images, labelled by a teacher and a SAM. Kind `clouds`.
+
+Its warm-up is a run of kind `supervised` with `mask2former`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from fmda.data import read_image
+from fmda.data.check import check_images
+from fmda.data.dataset import Example
+from fmda.data.loader import Batches
+from fmda.data.transforms import training_transform
+from fmda.diffusion.manifest import MANIFEST, Manifest
+from fmda.errors import UserError
+from fmda.evaluate import SegmentationEvaluator, evaluate_dataset, overlay, score_on_mesh
+from fmda.evaluate.maps import common_list
+from fmda.evaluate.overlay import in_row
+from fmda.evaluate.sections import Section, write_sections
+from fmda.mesh import make_mesh
+from fmda.methods.clouds.labelling import LabelledBatches, label_maps
+from fmda.methods.clouds.objective import initial_aux, make_objective, teacher_decay
+from fmda.methods.clouds.refinement import Refinement
+from fmda.methods.clouds.settings import Config
+from fmda.methods.clouds.streams import joint_stream
+from fmda.methods.mask_head import MaskNetwork
+from fmda.methods.refine_labels import figure, roles_of
+from fmda.methods.supervised import Model, load_segmenter, open_model, write_model
+from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
+from fmda.methods.uda.run import check_crops
+from fmda.png import write_png
+from fmda.runs.plan import Plan
+from fmda.runs.stages import Stage, pending
+from fmda.sam import SamStage
+from fmda.train import Task, TrainState, read_params
+from fmda.trees import Tree
+from fmda.weights.network import weight_fingerprint
+
+
+def make_task(
+    config: Config,
+    model: Model,
+    source: Sequence[Example],
+    generated: Sequence[Example],
+    **options: Any,
+) -> Task:
+    """Returns the task of the joint training; `options` are further attributes of the task."""
+    network, reference = joint_network(config, model), config.mode == "reference"
+    transform = training_transform(
+        (config.crop, config.crop), resize=config.resize, scale=config.scale, max_class_ratio=1.0, diagonal=reference
+    )
+
+    def guide(batches: Batches, mesh: Mesh, folder: Path) -> LabelledBatches:
+        refine = make_refinement(config, model, folder / "embeddings").labels
+        return LabelledBatches(
+            batches, generated, network, refine, folder / "labels", mesh,
+            check_every=config.labels.check_every, mirror_first=reference, ahead=config.labels.ahead,
+            threads=config.labels.threads,
+        )  # fmt: skip
+
+    return Task(
+        name="clouds",
+        objective=make_objective(
+            network, check_every=config.labels.check_every, moved=config.moved, hidden=config.hidden,
+            patch=config.patch,
+        ),
+        init=network.init,
+        optim=config.optim,
+        streams=joint_stream(source, generated, transform, config.crop, config.batch, config.factor),
+        frozen={"encoder": model.encoder.params},
+        aux=initial_aux(model.head),
+        teacher_decay=teacher_decay(config.teacher.decay, config.teacher_every),
+        teacher_when="before",
+        weights=model.head,
+        guide=guide,
+        **options,
+    )  # fmt: skip
+
+
+def joint_network(config: Config, model: Model) -> MaskNetwork:
+    """Returns the network of a warm-up with the loss of the mode. Raises UserError for a head of convolutions."""
+    if model.masks is None:
+        raise UserError(f"start: {config.start} has a head of convolutions; train the warm-up with mask2former")
+    masks = replace(model.masks, ignore="negative" if config.mode == "reference" else "excluded")
+    return MaskNetwork(model.encoder, masks, len(model.classes))
+
+
+def generator_of(root: Path | None) -> str | None:
+    """Returns the fingerprint of the diffusion model that made a folder of images; None for other images.
+
+    Raises UserError for images of several models.
+    """
+    if root is None or not (root / MANIFEST).is_file():
+        return None
+    made_by = sorted({str(image.facts.get("checkpoint")) for image in Manifest.read(root).images})
+    if len(made_by) > 1:
+        raise UserError(f"{root}: its images are of {len(made_by)} checkpoints; generate a set with one of them")
+    return made_by[0] if made_by else None
+
+
+def check(config: Config) -> None:
+    """Raises UserError for a warm-up, images, class maps or a SAM that cannot work."""
+    if config.crop % 32:
+        raise UserError(f"crop: {config.crop} is not a multiple of 32, the stride of the last map; choose one")
+    if config.labels.sam is not None and not pending(config.labels.sam):
+        SamStage(config.labels.sam)
+    if not pending(config.generated.root):
+        check_crops(config.generated.open(), None, config.crop)
+        generator_of(config.generated.root)
+    if pending(config.start) or pending(config.data.root) or pending(config.val.root):
+        return
+    data, model = config.data.open(), open_model(Path(config.start))
+    joint_network(config, model)
+    if data.classes.names != model.classes.names:
+        raise UserError(f"data: has {data.classes!r}, and the warm-up {model.classes!r}; name the data of the warm-up")
+    common_list(data.classes, config.val.open().classes, config.protocol.class_map)
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns train, export (`model.json`, which `Segmenter.load` opens), score, and labels (figures)."""
+    made = trainer_stages(
+        config, lambda _: _task(config), _write, exported=config, which="params", check=_score, checked=config.val,
+        check_name="score",
+    )  # fmt: skip
+    return [*made, Stage("labels", partial(_labels, config), config, ("train",), renew=True, alone=True)]
+
+
+def plan(config: Config) -> Plan:
+    """Returns parameters, FLOPs and memory, where warm-up and data are on this machine."""
+    steps = stages(config)
+    if without := plan_without_sizes(steps, start=config.start, **{"data.root": config.data.root}):
+        return without
+    blank = Example(np.zeros((config.crop, config.crop, 3), np.uint8), np.zeros((config.crop,) * 2, np.uint8), "")
+    task = make_task(config, open_model(Path(config.start)), [blank], [blank])
+    return trainer_plan(config, task, steps, example="crop")
+
+
+def make_refinement(config: Config, model: Model, cache: Path) -> Refinement:
+    """Returns what refines label maps; embeddings lie in `cache`."""
+    labels = config.labels
+    stage = None if labels.sam is None else SamStage(labels.sam, cache, labels.cache_bytes, labels.threads)
+    settings = None if config.mode == "reference" else labels.votes
+    return Refinement(stage, roles_of(model.classes, labels.things, labels.kept), settings)
+
+
+def _task(config: Config) -> Task:
+    model, data, val = open_model(Path(config.start)), config.data.open(), config.val.open()
+    generated = config.generated.open()
+    for images in (data, generated):
+        check_images(images)
+    network, mesh, limit = joint_network(config, model), make_mesh(*config.mesh), config.val.limit
+
+    def evaluator(name: str, every: int, which: str) -> SegmentationEvaluator:
+        def score(state: TrainState) -> Any:
+            params = {"encoder": model.encoder.params, "head": getattr(state, which)}
+            return score_on_mesh(network.scores, params, val, mesh, config.protocol, classes=data.classes, limit=limit)
+
+        return SegmentationEvaluator(name, every, score)
+
+    facts = {
+        "warm-up": weight_fingerprint(model.head, model.encoder.fingerprint),
+        "data": data.digest(),
+        "generated": generated.digest(labels=False),
+        "generator": generator_of(config.generated.root),
+        "sam": None if config.labels.sam is None else SamStage(config.labels.sam).fingerprint,
+    }
+    evaluators = [evaluator("val", config.evaluate_steps, "params"), evaluator("teacher", 0, "teacher")]
+    return make_task(config, model, data, generated, evaluators=evaluators, facts=facts)
+
+
+def _write(config: Config, folder: Path, done: dict[str, Path], head: Tree) -> None:
+    model = open_model(Path(config.start))
+    write_model(
+        folder, head, encoder=model.source, fingerprint=model.encoder.fingerprint, classes=model.classes,
+        masks=model.masks, protocol=config.protocol,
+    )  # fmt: skip
+
+
+def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    segmenter, val = load_segmenter(done["export"]), config.val
+    return {"miou": evaluate_dataset(segmenter, val.open(), val.class_map, out=folder, limit=val.limit).miou}
+
+
+def _labels(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    """Writes figures of generated images as the last teacher labels them."""
+    model, images = open_model(Path(config.start)), config.generated.open()
+    params = {"encoder": model.encoder.params, "head": read_params(done["train"], "teacher")}
+    predict = label_maps(joint_network(config, model))
+    refinement = make_refinement(config, model, done["train"] / "embeddings")
+    sections = []
+    for place in np.linspace(0, len(images) - 1, min(config.figures, len(images))).round().astype(int):
+        item = images.items[place]
+        image = read_image(item.image)
+        label_map = predict(params, image)
+        result = refinement.refined(image, label_map)
+        if result is None:
+            shown = in_row({"image": image, "map": overlay(image, label_map, model.classes, 0.8)})
+            text = "image, map of the teacher"
+        else:
+            shown = figure(image, label_map, result, model.classes)
+            text = "image, map of the teacher, prompts, masks (grey: refused), refined map"
+        write_png(folder / f"{place:06}.png", shown)
+        sections.append(Section(f"generated: {item.name}", text, image=f"{place:06}.png"))
+    write_sections(folder, sections)
+    return {"figures": len(sections)}
