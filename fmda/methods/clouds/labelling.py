@@ -45,7 +45,7 @@ class _Begun(NamedTuple):
 
 
 class LabelledBatches(Iterator[Batch]):
-    """Batches of `joint_stream` with labels, and "generated" (bool [b]) in place of "place".
+    """Batches of `joint_stream` with labels, and without "place".
 
     `follow` is called with the state before each batch. A context manager that ends its threads.
 
@@ -129,7 +129,7 @@ class LabelledBatches(Iterator[Batch]):
             place = place._replace(mirrored=place.mirrored and not self._mirror_first)
             labels[row] = cut(future.result(), place, labels.shape[1:])
         self._done += 1
-        return batch | {"labels": labels, "generated": places[:, 0] != SOURCE}
+        return batch | {"labels": labels}
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position, as `Batches` does, of the batches that were handed out."""

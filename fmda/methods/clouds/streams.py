@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Shaped, UInt8
+from jaxtyping import Int32, UInt8
 
 from fmda.data import IGNORE
 from fmda.data.dataset import Example
@@ -47,7 +47,7 @@ class Both(Sequence[tuple[int, Example]]):
 
 @dataclass(frozen=True)
 class View:
-    """(number, example) -> {"image", "labels", "place"}, generated images cropped and perhaps mirrored.
+    """(number, example) -> {"image", "labels", "generated", "place"}, generated images cropped and perhaps mirrored.
 
     Their labels are 255 everywhere.
 
@@ -60,18 +60,18 @@ class View:
     crop: RandomCrop
     flip: RandomFlip = RandomFlip()
 
-    def __call__(self, pair: tuple[int, Example], rng: np.random.Generator) -> dict[str, Shaped[np.ndarray, "..."]]:
+    def __call__(self, pair: tuple[int, Example], rng: np.random.Generator) -> dict[str, Any]:
         """Returns the arrays of a row."""
         number, example = pair
         if number == SOURCE:
             example = self.source(example, rng)
             assert example.labels is not None  # of a labelled dataset
-            return {"image": example.image, "labels": example.labels, "place": _stored(Place(SOURCE, False, 0, 0))}
+            return _row(example.image, example.labels, Place(SOURCE, False, 0, 0))
         image = example.image
         top, left = self.crop.corner((image.shape[0], image.shape[1]), None, rng)
         place = Place(number, self.flip.drawn(rng), top, left)
         blank = np.full(self.crop.size, IGNORE, np.uint8)
-        return {"image": cut(image, place, self.crop.size), "labels": blank, "place": _stored(place)}
+        return _row(cut(image, place, self.crop.size), blank, place)
 
 
 def cut(array: UInt8[np.ndarray, "H W *c"], place: Place, size: tuple[int, int]) -> UInt8[np.ndarray, "h w *c"]:
@@ -86,8 +86,9 @@ def place_of(row: Int32[np.ndarray, "4"]) -> Place:
     return Place(number, bool(mirrored), top, left)
 
 
-def _stored(place: Place) -> Int32[np.ndarray, "4"]:
-    return np.array(place, np.int32)
+def _row(image: UInt8[np.ndarray, "h w 3"], labels: UInt8[np.ndarray, "h w"], place: Place) -> dict[str, Any]:
+    generated = np.bool_(place.number != SOURCE)
+    return {"image": image, "labels": labels, "generated": generated, "place": np.array(place, np.int32)}
 
 
 def joint_stream(

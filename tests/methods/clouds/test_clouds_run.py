@@ -1,0 +1,199 @@
+"""Kind `clouds` from a warm-up to a scored network: resume, devices, other generated images, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_place
+import tiny_sam
+from PIL import Image
+from small_diffusion import drawn
+
+from fmda import trees
+from fmda.data import ClassList
+from fmda.errors import UserError
+from fmda.evaluate import Protocol, Segmenter
+from fmda.evaluate.sections import read_sections
+from fmda.methods.clouds.run import generator_of
+from fmda.methods.dense import Encoder
+from fmda.methods.kinds import open_run
+from fmda.methods.mask_head import MaskHeadConfig
+from fmda.methods.supervised import make_network, write_model
+from fmda.models.clip import ClipConfig, ResNetConfig, TextConfig
+from fmda.weights.files import read_arrays
+from fmda.weights.network import network_graph, save
+
+HEAD = MaskHeadConfig(
+    width=32, mask_width=8, heads=1, pixel_layers=1, pixel_hidden=8, layers=1, hidden=8, queries=4, points=32
+)
+CLASSES = ClassList(("road", "car", "sky"))
+CONFIG = """kind: clouds
+start: warm-up
+data: {name: folder, root: data, split: train}
+generated: {name: folder, root: generated}
+val: {name: folder, root: data, split: val}
+scale: [1.0, 1.0]
+crop: 32
+stride: 16
+batch: 8
+steps: 6
+factor: 3.0
+teacher: {decay: 0.5}
+labels: {sam: sam, check_every: 2, moved: 0.0001, votes: {points: 12}}
+optim: {learning_rate: 0.01}
+mesh: [1, 1]
+log_every: 1
+save_steps: 2
+evaluate_steps: 0
+figures: 2
+"""
+
+
+def start(folder, masks):
+    """Writes a warm-up that did not learn: a head as it was drawn."""
+    encoder = Encoder("clip")
+    head = jax.device_get(make_network(encoder, 3, masks).init(jax.random.key(0)))
+    folder.mkdir()
+    write_model(
+        folder, head, encoder="clip", fingerprint=encoder.fingerprint, classes=CLASSES, masks=masks,
+        protocol=Protocol(crop=32, stride=16),
+    )  # fmt: skip
+    return head
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with an encoder, two warm-ups, labelled images, generated ones, a SAM and the configuration."""
+    place = tmp_path_factory.mktemp("clouds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        vision = ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=8, heads=4)
+        config = ClipConfig(8, vision, TextConfig(20, 6, 8, 1, 2, 16))
+        save("clip", place / "clip", config, drawn(network_graph("clip", config)[1]))
+        small_place.draw_labelled(place / "data")
+        (place / "generated/images").mkdir(parents=True)
+        rng = np.random.default_rng(2)
+        rows = []
+        for number in range(4):
+            image, _ = tiny_sam.blocks(40, 48)
+            image = np.roll(image, number * 5, (0, 1)) // 2 + rng.integers(0, 99, image.shape)
+            file = f"images/im_{number:06}_p0.png"
+            Image.fromarray(image.astype(np.uint8)).save(place / "generated" / file)
+            row = {"index": number, "file": file, "prompt": "a street", "prompt_index": 0, "class_index": None}
+            rows.append(row | {"class_name": None, "seed": number, "attempt": 0, "scores": {}, "checkpoint": "a"})
+        write_manifest(place / "generated", rows)
+        tiny_sam.pair(place / "sam")
+        start(place / "warm-up", HEAD)
+        start(place / "convolutions", None)
+    (place / "run.yaml").write_text(CONFIG)
+    return place
+
+
+def write_manifest(folder, rows):
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def execute(work, *overrides):
+    open_run("run.yaml", [f"work_dir={work}", *overrides]).execute(lambda _: None)
+    return Path(work)
+
+
+def test_faults_are_found_before_the_first_stage(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for override, words in (
+        ("start=convolutions", "has a head of convolutions; train the warm-up with mask2former"),
+        ("crop=40", "crop: 40 is not a multiple of 32"),
+        ("crop=64", "less than a crop of 64"),
+        ("labels.sam=data", "data"),
+        ("start=nowhere", "nowhere"),
+    ):
+        with pytest.raises(UserError, match=words):
+            execute("refused", override)
+    assert not Path("refused/train").exists()
+
+
+def test_images_of_several_checkpoints_are_refused(place, tmp_path):
+    folder = shutil.copytree(place / "generated", tmp_path / "generated")
+    assert generator_of(folder) == "a" and generator_of(tmp_path) is None
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    write_manifest(folder, [rows[0] | {"checkpoint": "b"}, *rows[1:]])
+    with pytest.raises(UserError, match="its images are of 2 checkpoints; generate a set with one of them"):
+        generator_of(folder)
+
+
+def test_the_plan_counts_head_and_encoder(place, monkeypatch):
+    monkeypatch.chdir(place)
+    plan = open_run("run.yaml").plan()
+    head = trees.count(read_arrays(place / "warm-up/head.safetensors"))
+    assert dict(plan.parameters)["trained"] == head
+    # optimizer, teacher and labelling teacher
+    assert [name for name, _ in plan.stages] == ["train", "export", "score", "labels"]
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return place / execute("run")
+
+
+@pytest.mark.slow
+def test_a_run_trains_scores_and_shows_its_labels(place, run, monkeypatch):
+    rows = [json.loads(line) for line in (run / "train/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert len(steps) == 6 and all(np.isfinite(row["loss"]) and row["non_finite"] == 0 for row in steps)
+    assert 0.2 < np.mean([row["generated"] for row in steps]) < 0.95
+    assert all(0 <= row["time"]["label_wait"] <= 1 for row in steps)
+    # at steps 1, 3, 5 the teacher became the one that labels
+    assert [row["teacher_moved"] > 0 for row in steps] == [False, True] * 3
+    scores = rows[-1]
+    assert {"val/miou", "teacher/miou"} <= set(scores)
+    head, before = (read_arrays(path / "head.safetensors") for path in (run / "export", place / "warm-up"))
+    assert max(np.abs(head[name] - before[name]).max() for name in head) > 1e-3
+    monkeypatch.chdir(place)
+    assert Segmenter.load(run).predict(place / "data/val/images/0.png").labels.shape == (32, 48)
+    sections = read_sections(run / "labels")
+    assert len(sections) == 2 and "prompts" in sections[0].text
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_bytes(place, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    work = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(work / "train/checkpoints/6")
+    for name in ("train", "export", "score", "labels"):
+        (work / name / "stage.json").unlink()
+    (work / "export/head.safetensors").unlink()
+    # what a kill leaves of the caches: labels of a later teacher, and half-written files
+    (version,) = (work / "train/labels").iterdir()
+    assert version.name == "4"
+    next(version.iterdir()).write_bytes(b"\x89PNG")
+    for path in (work / "train/embeddings").iterdir():
+        path.write_bytes(b"")
+    execute(work)
+    assert (work / "export/head.safetensors").read_bytes() == (run / "export/head.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_set_of_another_checkpoint_is_refused(place, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    work = shutil.copytree(run, tmp_path / "run")
+    (work / "train/stage.json").unlink()
+    manifest = place / "generated/manifest.jsonl"
+    before = manifest.read_text()
+    manifest.write_text(before.replace('"checkpoint": "a"', '"checkpoint": "b"'))
+    with pytest.raises(UserError, match="generator: a -> b"):
+        execute(work)
+    manifest.write_text(before)
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one(place, run, monkeypatch):
+    monkeypatch.chdir(place)
+    alone, shared = (execute(name, "steps=2", f"mesh=[{mesh}]") for name, mesh in (("one", "1, 1"), ("eight", "8, 1")))
+    one, eight = (read_arrays(work / "export/head.safetensors") for work in (alone, shared))
+    for name, array in one.items():
+        np.testing.assert_allclose(eight[name], array, rtol=0, atol=1e-4, err_msg=name)
