@@ -1,6 +1,7 @@
 """Frozen encoders that give one feature per patch, and the heads that are trained on them."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,14 +13,16 @@ from jaxtyping import Array, Float
 from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
 from fmda.losses.pixelwise import cross_entropy
+from fmda.models.catalog import ENTRIES
 from fmda.models.clip import VisionTransformer, vision_tower
 from fmda.models.clip.convnext import ConvNext
 from fmda.models.clip.resnet import ModifiedResNet
 from fmda.models.module import abstract
 from fmda.nn.resize import resize
 from fmda.trees import Tree
-from fmda.weights.checkpoint import family_of, weight_fingerprint
+from fmda.weights.checkpoint import family_of, network_graph, weight_fingerprint
 from fmda.weights.load import load_clip, load_dino, load_dinov2
+from fmda.weights.network import Loaded
 from fmda.weights.source import resolve
 
 
@@ -30,26 +33,40 @@ def normalised(pixels: Any, mean: Any = IMAGENET_MEAN, std: Any = IMAGENET_STD) 
     return (pixels.astype(np.float32) / 255 - mean) / std
 
 
+def known_encoder(source: str | None) -> Loaded | None:
+    """Returns an encoder of the catalogue that is no folder here, with shapes in place of arrays; None for others."""
+    if source is not None and not Path(source).expanduser().is_dir():
+        for entry in ENTRIES:
+            if entry.family and source in (entry.source, *entry.mirrors):
+                return Loaded(entry.family, entry.config, network_graph(entry.family, entry.config)[1])
+    return None
+
+
+LOADERS = {"clip": load_clip, "dino": load_dino, "dinov2": load_dinov2}
+
+
 class Encoder:
     """A frozen network that gives one feature per patch. Raises UserError for a network of another kind.
+
+    With `sizes`, one of the catalogue that is not here has shapes for arrays, and no fingerprint.
 
     Attributes:
         params, width, fingerprint: its parameters, the channels of a feature, and what the run is recognised by.
     """
 
-    def __init__(self, source: str) -> None:
-        family = family_of(resolve(source))
-        loaders = {"clip": load_clip, "dino": load_dino, "dinov2": load_dinov2}
-        if family not in loaders:
+    def __init__(self, source: str, *, sizes: bool = False) -> None:
+        known = known_encoder(source) if sizes else None
+        family = known.family if known else family_of(resolve(source))
+        if family not in LOADERS:
             raise UserError(f"encoder: {source} is a network of family '{family}'; name a CLIP, a DINO or a DINOv2")
-        net = loaders[family](source)
+        net = known or LOADERS[family](source)
         if family == "clip":
             tower = functools.partial(vision_tower, net.config.vision, net.config.embed_dim)
             self._graphdef, self.params = abstract(lambda rngs: tower(rngs=rngs))[0], net.params["vision"]
         else:
             self._graphdef, self.params = net.graphdef, net.params
         self._image = (net.config.image_mean, net.config.image_std) if family == "clip" else ()
-        self.fingerprint = weight_fingerprint(self.params, net.config)
+        self.fingerprint = "" if known else weight_fingerprint(self.params, net.config)
         square = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
         self.width = jax.eval_shape(self.features, self.params, square).shape[-1]
 

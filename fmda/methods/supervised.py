@@ -24,7 +24,7 @@ from fmda.errors import UserError
 from fmda.evaluate import Predictor, Protocol, SegmentationEvaluator, Segmenter, evaluate_dataset, score_on_mesh
 from fmda.evaluate.maps import common_list
 from fmda.mesh import make_mesh
-from fmda.methods.dense import DenseNetwork, Encoder
+from fmda.methods.dense import DenseNetwork, Encoder, known_encoder
 from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork
 from fmda.methods.resident import with_resident_data
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
@@ -143,16 +143,17 @@ def stages(config: Config) -> list[Stage]:
 
 
 def plan(config: Config) -> Plan:
-    """Returns parameters, FLOPs and memory, where encoder and data are on this machine."""
+    """Returns parameters, FLOPs and memory, where the sizes of the encoder and the classes are known."""
     steps = stages(config)
-    if without := plan_without_sizes(steps, encoder=config.encoder, **{"data.root": config.data.root}):
+    encoder, classes = str(config.encoder), config.data.known_classes()
+    absent = {"encoder": None if known_encoder(encoder) else encoder}
+    absent |= {} if classes else {"data.root": str(config.data.root)}
+    if without := plan_without_sizes(steps, **absent):
         return without
     blank = Example(np.zeros((config.crop, config.crop, 3), np.uint8), np.zeros((config.crop,) * 2, np.uint8), "")
-    network = make_network(
-        Encoder(str(config.encoder)), len(config.data.open().classes), config.mask2former, config.hidden
-    )
-    task = make_task(config, network, [blank])
-    return trainer_plan(config, task, steps, example="crop")
+    count = len(classes or config.data.open().classes)
+    network = make_network(Encoder(encoder, sizes=True), count, config.mask2former, config.hidden)
+    return trainer_plan(config, make_task(config, network, [blank]), steps, example="crop")
 
 
 def _task(config: Config) -> Task:
@@ -182,15 +183,16 @@ def _write(config: Config, folder: Path, done: dict[str, Path], head: Any) -> No
 
 def write_model(
     folder: Path, head: Any, *, encoder: str, fingerprint: str, classes: ClassList, masks: MaskHeadConfig | None,
-    protocol: Protocol,
+    protocol: Protocol, method: str = "supervised",
 ) -> None:  # fmt: skip
     """Writes a trained head and `model.json`, which `open_model` and `Segmenter.load` open.
 
-    `fingerprint` is that of the encoder, `masks` the shape of Mask2Former's decoders, if the head is made of them.
+    `fingerprint` is that of the encoder, `masks` the shape of Mask2Former's decoders, if the head is made of them, and
+    `method` the name of the segmenter.
     """
     write_safetensors(folder / "head.safetensors", trees.flatten(head))
-    model: dict[str, Any] = {"encoder": encoder, "fingerprint": fingerprint, "classes": classes.to_dict()}
-    model["mask2former"] = None if masks is None else to_dict(masks)
+    model: dict[str, Any] = {"method": method, "encoder": encoder, "fingerprint": fingerprint}
+    model |= {"classes": classes.to_dict(), "mask2former": None if masks is None else to_dict(masks)}
     seen = {"resize": protocol.resize, "crop": protocol.crop, "stride": protocol.stride}
     write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model, "protocol": seen})
 
@@ -199,6 +201,7 @@ class Model(NamedTuple):
     """A trained head on its encoder.
 
     Attributes:
+        method: that trained it.
         source, encoder: name of the encoder, and it.
         head: parameters.
         masks: shape of Mask2Former's decoders; None for convolutions.
@@ -206,6 +209,7 @@ class Model(NamedTuple):
         protocol: how images are scored.
     """
 
+    method: str
     source: str
     encoder: Encoder
     head: Any
@@ -221,11 +225,11 @@ def open_model(folder: Path) -> Model:
     if encoder.fingerprint != model["fingerprint"]:
         raise UserError(f"{folder}: {model['encoder']} has other weights than the encoder of training; restore them")
     head = trees.unflatten(read_arrays(folder / "head.safetensors"))
-    masks, where = model.get("mask2former"), str(folder / "model.json")
-    return Model(
-        model["encoder"], encoder, head, None if masks is None else from_dict(MaskHeadConfig, masks, where),
-        ClassList.from_dict(model["classes"], str(folder)), from_dict(Protocol, model["protocol"], where),
-    )  # fmt: skip
+    where, masks = str(folder / "model.json"), model.get("mask2former")
+    if masks is not None:
+        masks = from_dict(MaskHeadConfig, masks, where)
+    classes, protocol = ClassList.from_dict(model["classes"], where), from_dict(Protocol, model["protocol"], where)
+    return Model(model.get("method", "supervised"), model["encoder"], encoder, head, masks, classes, protocol)
 
 
 def load_segmenter(folder: Path) -> Segmenter:
@@ -235,7 +239,7 @@ def load_segmenter(folder: Path) -> Segmenter:
     fingerprint = weight_fingerprint(model.head, encoder.fingerprint, protocol)
     network = make_network(encoder, len(model.classes), model.masks)
     predictor = Predictor(network.scores, {"encoder": encoder.params, "head": model.head}, protocol)
-    return Segmenter(predictor, model.classes, "supervised", fingerprint, protocol)
+    return Segmenter(predictor, model.classes, model.method, fingerprint, protocol)
 
 
 def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from fmda.train.metrics import last_metrics
 from fmda.train.optim import OptimConfig, make_optimizer, make_schedule
 from fmda.train.step import Objective, Outcome, TrainState, create_state, make_step
 from fmda.train.stop import Stopped
-from fmda.train.task import Evaluator, Guided, Snapshot, Task, TrainerConfig
+from fmda.train.task import Evaluator, Snapshot, Task, TrainerConfig
 
 __all__ = [
     "Evaluator",
-    "Guided",
     "Objective",
     "OptimConfig",
     "Outcome",

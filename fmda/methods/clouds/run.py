@@ -178,7 +178,7 @@ def _write(config: Config, folder: Path, done: dict[str, Path], head: Tree) -> N
     model = open_model(Path(config.start))
     write_model(
         folder, head, encoder=model.source, fingerprint=model.encoder.fingerprint, classes=model.classes,
-        masks=model.masks, protocol=config.protocol,
+        masks=model.masks, protocol=config.protocol, method="clouds",
     )  # fmt: skip
 
 

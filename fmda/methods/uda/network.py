@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from fmda import trees
 from fmda.config import FolderOrName, Share
 from fmda.errors import UserError
+from fmda.methods.dense import known_encoder
 from fmda.methods.segmentation import dense_scores, open_segmentation
-from fmda.models.catalog import ENTRIES
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.deeplab_v2 import DeepLabV2Config
 from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
@@ -27,7 +27,6 @@ from fmda.models.segformer import SegFormerConfig
 from fmda.trees import Tree
 from fmda.weights.checkpoint import network_graph, weight_fingerprint
 from fmda.weights.load import load_dinov2, load_efficientnet_lite, load_mit, load_resnet
-from fmda.weights.network import Loaded
 from fmda.weights.registry import FAMILIES
 
 NEW: Mapping[str, tuple[type[Any], Callable[..., Any]]] = {
@@ -143,15 +142,6 @@ class Network:
     def scores(self, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
         """Returns logits of RGB in 0..255; `tree` is the whole tree."""
         return dense_scores(self.graphdef, tree, pixels)
-
-
-def known_encoder(source: str | None) -> Loaded | None:
-    """Returns an encoder of the catalogue that is no folder here, with shapes in place of arrays; None for others."""
-    if source is not None and not Path(source).expanduser().is_dir():
-        for entry in ENTRIES:
-            if entry.family and source in (entry.source, *entry.mirrors):
-                return Loaded(entry.family, entry.config, network_graph(entry.family, entry.config)[1])
-    return None
 
 
 NETWORK = "network"
