@@ -20,6 +20,8 @@ from fmda.errors import UserError
 
 MOST_BYTES = 1 << 20
 """Of an answer; the rest is not read."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Hosts that are reached without the proxy of the environment."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def ask(endpoint: Endpoint, messages: list[dict[str, Any]], *, temperature: floa
             reason = f"no answer in {endpoint.timeout:g} s"
         except urllib.error.URLError as fault:
             late = isinstance(fault.reason, TimeoutError)
-            reason = f"no answer in {endpoint.timeout:g} s" if late else "no connection"
+            cause = getattr(fault.reason, "strerror", None) or fault.reason
+            reason = f"no answer in {endpoint.timeout:g} s" if late else f"no connection ({cause})"
         except (OSError, http.client.HTTPException, UnicodeError):
             reason = "the connection broke"
         except _Unusable as fault:
@@ -148,8 +151,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _read(request: urllib.request.Request, timeout: float) -> bytes:
+    handlers: list[Any] = [_NoRedirect]
+    if urlsplit(request.full_url).hostname in LOOPBACK:
+        handlers.append(urllib.request.ProxyHandler({}))
     end, data = time.monotonic() + timeout, b""
-    with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as answer:
+    with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as answer:
         # piece by piece: an endpoint that sends a byte now and then is late too
         while piece := answer.read1(1 << 16):
             data += piece

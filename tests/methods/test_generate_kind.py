@@ -408,8 +408,7 @@ def test_stable_diffusion_2_is_planned_at_full_size_with_its_file_of_prompts(mon
     assert "80 GB card: " in text and "v5e-8 slice: " in text and "does not fit" not in text
 
 
-def test_a_judge_that_is_silent_leaves_the_images_to_the_clip(place, capsys, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def test_a_judge_that_is_silent_leaves_the_images_to_the_clip(place, capsys):
     judge = "'filters.judge={url: http://127.0.0.1:1/v1, model: eyes, tries: 1}'"
     cli.main(shlex.split(f"{RUN} {CLIP} {judge} filters.unclipped=0.0 filters.textured=0.0"))
     assert capsys.readouterr().err.count("warning: no verdict of the vision-language judge (127.0.0.1:1: no conn") == 1

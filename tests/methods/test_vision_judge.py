@@ -18,11 +18,6 @@ PROMPTS = (Prompt("a bus", 0, "bus"), Prompt("a car", 1, "car"))
 YES = '{"accept": true, "reason": "fine"}'
 
 
-@pytest.fixture(autouse=True)
-def direct(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 def no(prompt=None, reason="two heads"):
     return json.dumps({"accept": False, "reason": reason, "prompt": prompt})
 

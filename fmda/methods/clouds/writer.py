@@ -1,11 +1,12 @@
 """Prompts of street scenes written by a language model behind an endpoint.
 
-CLOUDS prints 100 prompts of Llama 2 70B as they came. Here the model is asked, for each scene of the grammar, for one
-sentence, so that classes and conditions stay balanced. Every sentence is checked, and the grammar's own stands in for
-those that stay missing. A sentence is only ever a prompt: nothing in it is followed or executed.
+CLOUDS takes the 100 prompts of Llama 2 70B as they come. Here the model is asked, for each scene of the grammar, for
+one sentence, so that classes and conditions stay balanced. Every sentence is checked, and the grammar's own stands in
+for those that stay missing. A sentence is only ever a prompt: nothing in it is followed or executed.
 """
 
 import unicodedata
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,11 +40,21 @@ class Written:
         texts: accepted sentences by scene.
         refused: a row for each refused sentence or answer: scene, class, round, why, answer (its beginning, escaped).
         failure: why the endpoint fell silent; None where it did not.
+        scene_of: scene by sentence, without case and punctuation.
+        words: (scene, words of its sentence) of each class.
     """
 
     texts: dict[int, str] = field(default_factory=dict)
     refused: list[dict[str, Any]] = field(default_factory=list)
     failure: str | None = None
+    scene_of: dict[str, int] = field(default_factory=dict)
+    words: dict[str, list[tuple[int, frozenset[str]]]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, k: int, subject: str, text: str) -> None:
+        """Takes the sentence of scene k."""
+        self.texts[k] = text
+        self.scene_of[normalised(text)] = k
+        self.words[subject].append((k, word_set(text)))
 
 
 def write(scenes: Sequence[Scene], endpoint: Endpoint, seed: int) -> Written:
@@ -80,26 +91,26 @@ def _ask(scenes: Sequence[Scene], asked: Sequence[int], endpoint: Endpoint, seed
         return
     for k in asked:
         text = plain_line(values.get(str(k)), MOST_LETTERS)
-        why = f"is no line of at most {MOST_LETTERS} letters" if text is None else _fault(text, k, scenes, out)
+        bounds = f"is no line of at most {MOST_LETTERS} letters"
+        why = bounds if text is None else _fault(text, scenes[k].subject, out)
         if text is None or why is not None:
             refuse(k, str(why), values.get(str(k)))
         else:
-            out.texts[k] = text
+            out.add(k, scenes[k].subject, text)
 
 
-def _fault(text: str, k: int, scenes: Sequence[Scene], out: Written) -> str | None:
-    """Returns why a sentence cannot be the prompt of scene k, None where it can."""
+def _fault(text: str, subject: str, out: Written) -> str | None:
+    """Returns why a sentence cannot be the prompt of a scene with this subject, None where it can."""
     if not FEWEST_WORDS <= len(text.split()) <= MOST_WORDS:
         return f"has not {FEWEST_WORDS} to {MOST_WORDS} words"
     if MARKUP & set(text) or "://" in text:
         return "holds markup or an address"
     if any(c.isalpha() and not unicodedata.name(c, "").startswith("LATIN ") for c in text):
         return "holds letters that are not Latin"
-    if scenes[k].subject not in named_classes(text):
-        return f"does not name the class '{scenes[k].subject}' in English"
-    for other, earlier in out.texts.items():
-        if normalised(earlier) == normalised(text):
-            return f"is the sentence of scene {other}"
-        if scenes[other].subject == scenes[k].subject and overlap(word_set(earlier), word_set(text)) > MOST_OVERLAP:
-            return f"is nearly the sentence of scene {other}"
-    return None
+    if subject not in named_classes(text):
+        return f"does not name the class '{subject}' in English"
+    if (same := out.scene_of.get(normalised(text))) is not None:
+        return f"is the sentence of scene {same}"
+    words = word_set(text)
+    near = next((k for k, earlier in out.words[subject] if overlap(earlier, words) > MOST_OVERLAP), None)
+    return None if near is None else f"is nearly the sentence of scene {near}"

@@ -23,11 +23,6 @@ from fmda.world.names import CLASSES
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture(autouse=True)
-def direct(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -235,6 +230,21 @@ def test_an_endpoint_without_prompts_leaves_them_to_the_grammar(tmp_path, capsys
     assert {row["why"] for row in gone} == ({refused} if refused else set())
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warning.startswith("warning: the grammar writes 19 of 19 prompts (127.0.0.1:") and why in warning
+
+
+def test_nearly_the_same_sentence_of_a_class_is_refused(tmp_path):
+    def answer(request, number):
+        line = "A bus stands in the wide street near a house"
+        # the first two share 10 of 12 words, the third shares 9 of 14 with the first
+        texts = {"0": f"{line} {{}} today", "1": f"{line} {{}} today!", "2": f"{line} {{}} again, empty"}
+        return json.dumps({k: text.format("now" if k == "0" else "then") for k, text in texts.items()})
+
+    with answering(answer) as (url, _):
+        config = Config(3, ("bus",), endpoint=Endpoint(url, "m", pause=0.0))
+        outputs = stages(config)[0].run(tmp_path, {})
+    first = lines(tmp_path / "refused.jsonl")[0]
+    assert outputs["writers"] == {"m": 2, "grammar urban": 1}
+    assert (first["scene"], first["why"]) == (1, "is nearly the sentence of scene 0")
 
 
 def test_a_server_that_recovers_is_used(tmp_path, capsys):
