@@ -4,7 +4,8 @@ The module of a kind offers `Config` (a frozen dataclass), `stages(config) -> li
 It may offer `check(config)`, which raises UserError for whatever is certain to fail later: class lists, maps, folders
 and weights that are missing or damaged. Checks of all runs are made before the first stage starts. They skip values
 that are `pending`, since an earlier run makes what these name. It may offer `flops(config)`, those of the whole run, or
-None where they are not known yet; a table adds them up.
+None where they are not known yet; a table adds them up. It may offer `plan_after(config, earlier)`, the plan where
+`start` refers to a run of this configuration.
 
 The kind `pipeline` runs several such configurations one after another in one folder; text `@name/...` in a later one
 means the folder of the earlier run `name`. A run with `only_with: camvid` is left out where that dataset is not on the
@@ -171,7 +172,14 @@ class Runs:
         return _job(resolve(self._raw[name], folders), f"{self.where}: runs.{name}", folder)
 
     def plan(self, name: str) -> Plan:
-        """Returns the plan of a run; a model that an earlier run personalises has the sizes of the one that it was."""
+        """Returns the plan of a run.
+
+        A model that an earlier run personalises has the sizes of the one that it was, a network that an earlier run
+        trains those of its configuration.
+        """
+        start, module = str(self._raw[name].get("start", "")), importlib.import_module(KINDS[self.jobs[name].kind][0])
+        if pending(start) and hasattr(module, "plan_after"):
+            return module.plan_after(self.jobs[name].config, self.jobs[referred(start, self.order)].config)
         model = str(self._raw[name].get("model", ""))
         base = self._raw[referred(model, self.order)].get("model") if pending(model) else None
         if base is None:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
 from fmda import trees
 from fmda.atomic import write_json
+from fmda.augment.photometric import ssd_jitter
 from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict, to_dict
 from fmda.data import ClassList
 from fmda.data.check import check_images
@@ -50,6 +52,7 @@ class Config(TrainerConfig):
         resize: largest (long, short) side of an image; None keeps the size. Training multiplies it within `scale`.
         crop, stride: training crop and scoring window, and the step between windows, pixels.
         max_class_ratio, jitter: see `training_transform`.
+        ssd_jitter: change colours as SSD, Mask2Former and CLOUDS do (`fmda.augment.photometric`).
         rare, rare_pixels: `temperature` and `least` of `RareClasses`; rare None shuffles.
     """
 
@@ -64,6 +67,7 @@ class Config(TrainerConfig):
     stride: PositiveInt = 341
     max_class_ratio: PositiveFloat = 0.75
     jitter: Share = 0.0
+    ssd_jitter: bool = False
     rare: PositiveFloat | None = 0.01
     rare_pixels: NonNegativeInt = 3000
     steps: PositiveInt = 40000
@@ -89,11 +93,13 @@ def make_network(
     return DenseNetwork(encoder, hidden, classes) if masks is None else MaskNetwork(encoder, masks, classes)
 
 
-def make_objective(network: DenseNetwork | MaskNetwork) -> Objective:
-    """Returns the objective of the head alone."""
+def make_objective(network: DenseNetwork | MaskNetwork, jitter: bool = False) -> Objective:
+    """Returns the objective of the head alone; with `jitter` it sees the images after SSD's."""
 
     def objective(head: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Any) -> Outcome:
         del state
+        if jitter:
+            batch = batch | {"image": ssd_jitter(jax.random.fold_in(key, 1), batch["image"])}
         return Outcome(*network.loss({"encoder": frozen["encoder"], "head": head}, batch, key), {})
 
     return objective
@@ -110,7 +116,7 @@ def make_task(
     )  # fmt: skip
     return Task(
         name="supervised",
-        objective=make_objective(network),
+        objective=make_objective(network, config.ssd_jitter),
         init=network.init,
         optim=config.optim,
         streams=Stream(images, transform, config.batch, order),
@@ -145,15 +151,35 @@ def stages(config: Config) -> list[Stage]:
 def plan(config: Config) -> Plan:
     """Returns parameters, FLOPs and memory, where the sizes of the encoder and the classes are known."""
     steps = stages(config)
-    encoder, classes = str(config.encoder), config.data.known_classes()
-    absent = {"encoder": None if known_encoder(encoder) else encoder}
-    absent |= {} if classes else {"data.root": str(config.data.root)}
-    if without := plan_without_sizes(steps, **absent):
+    if without := plan_of_unknown(config, steps):
         return without
-    blank = Example(np.zeros((config.crop, config.crop, 3), np.uint8), np.zeros((config.crop,) * 2, np.uint8), "")
-    count = len(classes or config.data.open().classes)
-    network = make_network(Encoder(encoder, sizes=True), count, config.mask2former, config.hidden)
-    return trainer_plan(config, make_task(config, network, [blank]), steps, example="crop")
+    model = model_of_shapes(config)
+    network = make_network(model.encoder, len(model.classes), model.masks, config.hidden)
+    return trainer_plan(config, make_task(config, network, [blank_example(config.crop)]), steps, example="crop")
+
+
+def plan_of_unknown(config: Config, steps: Sequence[Stage]) -> Plan | None:
+    """Returns a plan of these stages alone where the sizes of the encoder or the classes are not known."""
+    encoder = str(config.encoder)
+    absent = {} if known_encoder(encoder) else {"encoder": encoder}
+    absent |= {} if config.data.known_classes() else {"data.root": str(config.data.root)}
+    return plan_without_sizes(steps, **absent)
+
+
+def model_of_shapes(config: Config) -> "Model":
+    """Returns what a run will train, with shapes for the arrays that are not here."""
+    encoder, classes = (
+        Encoder(str(config.encoder), sizes=True),
+        config.data.known_classes() or config.data.open().classes,
+    )
+    network = make_network(encoder, len(classes), config.mask2former, config.hidden)
+    head = jax.eval_shape(network.init, jax.random.key(0))
+    return Model("supervised", str(config.encoder), encoder, head, config.mask2former, classes, config.protocol)
+
+
+def blank_example(side: int) -> Example:
+    """Returns a black square with labels."""
+    return Example(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), "")
 
 
 def _task(config: Config) -> Task:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
+from fmda.data import IGNORE
 from fmda.data.dataset import Example
 from fmda.data.loader import Batch, Batches
 from fmda.errors import disk_errors
@@ -57,6 +58,7 @@ class LabelledBatches(Iterator[Batch]):
         folder: of the labels.
         mesh: devices of the run.
         check_every: see `next_labeller`.
+        confidence: see `label_maps`.
         mirror_first: label the mirrored image for a mirrored view, as the released code does; else its labels are
             those of the image, mirrored.
         ahead: batches whose labels are begun before they are needed.
@@ -76,6 +78,7 @@ class LabelledBatches(Iterator[Batch]):
         mesh: Mesh,
         *,
         check_every: int,
+        confidence: float = 0.0,
         mirror_first: bool = False,
         ahead: int = 2,
         threads: int = 2,
@@ -83,7 +86,7 @@ class LabelledBatches(Iterator[Batch]):
         self._batches, self._images, self._refine = batches, images, refine
         self._encoder, self._folder, self._mesh = network.encoder.params, folder, mesh
         self._check_every, self._mirror_first, self._most_ahead = check_every, mirror_first, ahead
-        self._forward = label_maps(network)
+        self._forward = label_maps(network, confidence)
         self._version, self._predict = -1, _unset
         self._metrics: Mapping[str, Any] = {}
         self._begun: deque[_Begun] = deque()
@@ -179,9 +182,20 @@ class LabelledBatches(Iterator[Batch]):
                 wait(futures, timeout=POLL)
 
 
-def label_maps(network: MaskNetwork) -> Callable[[Any, UInt8[np.ndarray, "H W 3"]], LabelMap]:
-    """Returns the function (parameters of "encoder" and "head", image) -> the classes that the network predicts."""
-    forward = jax.jit(lambda params, image: jnp.argmax(network.scores(params, image[None])[0], -1).astype(jnp.uint8))
+def label_maps(network: MaskNetwork, confidence: float = 0.0) -> Callable[[Any, UInt8[np.ndarray, "H W 3"]], LabelMap]:
+    """Returns the function (parameters of "encoder" and "head", image) -> the classes that the network predicts.
+
+    Pixels whose class has a probability below `confidence` are 255.
+    """
+
+    @jax.jit
+    def forward(params: Any, image: Any) -> Any:
+        scores = network.scores(params, image[None])[0]
+        labels = jnp.argmax(scores, -1)
+        if confidence:
+            labels = jnp.where(jax.nn.softmax(scores).max(-1) >= confidence, labels, IGNORE)
+        return labels.astype(jnp.uint8)
+
     return lambda params, image: np.asarray(forward(params, image))
 
 

@@ -24,6 +24,7 @@ from fmda.evaluate.maps import common_list
 from fmda.evaluate.overlay import in_row
 from fmda.evaluate.sections import Section, write_sections
 from fmda.mesh import make_mesh
+from fmda.methods import supervised
 from fmda.methods.clouds.labelling import LabelledBatches, label_maps
 from fmda.methods.clouds.objective import initial_aux, make_objective, teacher_decay
 from fmda.methods.clouds.refinement import Refinement
@@ -31,7 +32,15 @@ from fmda.methods.clouds.settings import Config
 from fmda.methods.clouds.streams import joint_stream
 from fmda.methods.mask_head import MaskNetwork
 from fmda.methods.refine_labels import figure, roles_of
-from fmda.methods.supervised import Model, load_segmenter, open_model, write_model
+from fmda.methods.supervised import (
+    Model,
+    blank_example,
+    load_segmenter,
+    model_of_shapes,
+    open_model,
+    plan_of_unknown,
+    write_model,
+)
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.methods.uda.run import check_crops
 from fmda.png import write_png
@@ -60,8 +69,8 @@ def make_task(
         refine = make_refinement(config, model, folder / "embeddings").labels
         return LabelledBatches(
             batches, generated, network, refine, folder / "labels", mesh,
-            check_every=config.labels.check_every, mirror_first=reference, ahead=config.labels.ahead,
-            threads=config.labels.threads,
+            check_every=config.labels.check_every, confidence=config.labels.confidence, mirror_first=reference,
+            ahead=config.labels.ahead, threads=config.labels.threads,
         )  # fmt: skip
 
     return Task(
@@ -136,9 +145,17 @@ def plan(config: Config) -> Plan:
     steps = stages(config)
     if without := plan_without_sizes(steps, start=config.start, **{"data.root": config.data.root}):
         return without
-    blank = Example(np.zeros((config.crop, config.crop, 3), np.uint8), np.zeros((config.crop,) * 2, np.uint8), "")
-    task = make_task(config, open_model(Path(config.start)), [blank], [blank])
-    return trainer_plan(config, task, steps, example="crop")
+    return _plan(config, open_model(Path(config.start)))
+
+
+def plan_after(config: Config, warm_up: supervised.Config) -> Plan:
+    """Returns the plan where the warm-up is an earlier run of the same pipeline, not made yet."""
+    return plan_of_unknown(warm_up, stages(config)) or _plan(config, model_of_shapes(warm_up))
+
+
+def _plan(config: Config, model: Model) -> Plan:
+    blank = [blank_example(config.crop)]
+    return trainer_plan(config, make_task(config, model, blank, blank), stages(config), example="crop")
 
 
 def make_refinement(config: Config, model: Model, cache: Path) -> Refinement:
@@ -191,7 +208,7 @@ def _labels(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     """Writes figures of generated images as the last teacher labels them."""
     model, images = open_model(Path(config.start)), config.generated.open()
     params = {"encoder": model.encoder.params, "head": read_params(done["train"], "teacher")}
-    predict = label_maps(joint_network(config, model))
+    predict = label_maps(joint_network(config, model), config.labels.confidence)
     refinement = make_refinement(config, model, done["train"] / "embeddings")
     sections = []
     for place in np.linspace(0, len(images) - 1, min(config.figures, len(images))).round().astype(int):

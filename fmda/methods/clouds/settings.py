@@ -54,6 +54,7 @@ class LabelsConfig:
     """How generated images are labelled.
 
     Attributes:
+        confidence: probability from which a pixel keeps the teacher's class; CLOUDS keeps all.
         sam: folder of the ONNX graphs of a SAM; None takes the teacher's label maps as they are.
         votes: how SAM's regions vote in the improved mode; the reference mode has the paper's points.
         things, kept: classes in these roles (`fmda.sam.Roles`), where the list has them.
@@ -65,6 +66,7 @@ class LabelsConfig:
         cache_bytes: size of the folder of SAM's embeddings.
     """
 
+    confidence: Share = 0.0
     sam: Path | None = None
     votes: Improved = field(default_factory=Improved)
     things: tuple[str, ...] = THINGS

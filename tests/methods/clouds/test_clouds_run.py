@@ -14,6 +14,7 @@ from PIL import Image
 from small_diffusion import drawn
 
 from fmda import trees
+from fmda.config import to_dict
 from fmda.data import ClassList
 from fmda.errors import UserError
 from fmda.evaluate import Protocol, Segmenter
@@ -132,12 +133,21 @@ def test_images_of_several_checkpoints_are_refused(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_plan_counts_head_and_encoder(place, monkeypatch):
+def test_the_plan_counts_the_head_of_a_warm_up_that_is_not_made_yet(place, monkeypatch):
     monkeypatch.chdir(place)
-    plan = open_run("run.yaml").plan()
+    data = "{name: folder, root: data, split: train}"
+    warm_up = (
+        f"{{kind: supervised, encoder: clip, mask2former: {json.dumps(to_dict(HEAD))}, data: {data}, val: {data}}}"
+    )
+    joint = "\n".join(f"    {line}" for line in CONFIG.replace("start: warm-up", "start: '@w/export'").splitlines())
+    Path("both.yaml").write_text(f"kind: pipeline\nruns:\n  w: {warm_up}\n  j:\n{joint}\n")
+    plan = open_run("both.yaml").plan()
     head = trees.count(read_arrays(place / "warm-up/head.safetensors"))
-    assert dict(plan.parameters)["trained"] == head
-    assert [name for name, _ in plan.stages] == ["train", "export", "score", "labels"]
+    assert dict(plan.parameters)["j: trained"] == dict(plan.parameters)["w: trained"] == head
+    # the teacher, and the one that labels
+    assert dict(plan.memory)["j: average of parameters"] == 4 * head
+    assert dict(plan.memory)["j: auxiliary state"] == 4 * head + 4
+    assert [name for name, _ in plan.stages][-4:] == ["j: train", "j: export", "j: score", "j: labels"]
 
 
 @pytest.fixture(scope="module")

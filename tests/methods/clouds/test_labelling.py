@@ -13,7 +13,7 @@ from fmda.data.dataset import Example
 from fmda.data.streams import batches
 from fmda.data.transforms import training_transform
 from fmda.mesh import make_mesh
-from fmda.methods.clouds.labelling import LabelledBatches
+from fmda.methods.clouds.labelling import LabelledBatches, label_maps
 from fmda.methods.clouds.refinement import Refinement
 from fmda.methods.clouds.streams import SOURCE, joint_stream, place_of
 from fmda.png import read_png
@@ -121,6 +121,15 @@ def test_a_batch_without_generated_images(tmp_path):
         batch = next(loader)
         assert not batch["generated"].any() and (batch["labels"] == 7).all()
         assert loader.waited == 0
+
+
+def test_unsure_pixels_have_no_label():
+    image = GENERATED[0].image
+    labels = label_maps(stub(), 0.9)({"encoder": {}, "head": {"level": jnp.float32(100)}}, image)
+    # the two logits are the level and the channel
+    unsure = np.abs(image[..., 0].astype(int) - 100) < np.log(9)
+    np.testing.assert_array_equal(labels, np.where(unsure, 255, expected(image, 100)))
+    assert unsure.any()
 
 
 def test_time_for_which_nothing_runs_is_counted(tmp_path):
