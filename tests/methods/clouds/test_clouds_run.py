@@ -14,7 +14,7 @@ from PIL import Image
 from small_diffusion import drawn
 
 from fmda import trees
-from fmda.config import to_dict
+from fmda.config import read_yaml, to_dict
 from fmda.data import ClassList
 from fmda.errors import UserError
 from fmda.evaluate import Protocol, Segmenter
@@ -23,7 +23,7 @@ from fmda.losses.masks import MaskLossConfig, mask_loss
 from fmda.methods.clouds import run as clouds
 from fmda.methods.clouds.run import generator_of
 from fmda.methods.dense import Encoder
-from fmda.methods.kinds import open_run
+from fmda.methods.kinds import Runs, open_run
 from fmda.methods.mask_head import MaskHeadConfig
 from fmda.methods.supervised import make_network, open_model, write_model
 from fmda.models.clip import ClipConfig, ResNetConfig, TextConfig
@@ -141,13 +141,13 @@ def test_the_plan_counts_the_head_of_a_warm_up_that_is_not_made_yet(place, monke
     )
     joint = "\n".join(f"    {line}" for line in CONFIG.replace("start: warm-up", "start: '@w/export'").splitlines())
     Path("both.yaml").write_text(f"kind: pipeline\nruns:\n  w: {warm_up}\n  j:\n{joint}\n")
-    plan = open_run("both.yaml").plan()
+    plan = Runs(read_yaml("both.yaml")["runs"], "both.yaml", Path("both"), Path()).plan("j")
     head = trees.count(read_arrays(place / "warm-up/head.safetensors"))
-    assert dict(plan.parameters)["j: trained"] == dict(plan.parameters)["w: trained"] == head
+    assert dict(plan.parameters)["trained"] == head
     # the teacher, and the one that labels
-    assert dict(plan.memory)["j: average of parameters"] == 4 * head
-    assert dict(plan.memory)["j: auxiliary state"] == 4 * head + 4
-    assert [name for name, _ in plan.stages][-4:] == ["j: train", "j: export", "j: score", "j: labels"]
+    assert dict(plan.memory)["average of parameters"] == 4 * head
+    assert dict(plan.memory)["auxiliary state"] == 4 * head + 4
+    assert [name for name, _ in plan.stages] == ["train", "export", "score", "labels"]
 
 
 @pytest.fixture(scope="module")
