@@ -25,7 +25,7 @@ from fmda.data.loader import Batch, Batches
 from fmda.errors import disk_errors
 from fmda.mesh import replicated
 from fmda.methods.clouds.objective import labeller_of
-from fmda.methods.clouds.streams import SOURCE, Place, cut, place_of
+from fmda.methods.clouds.streams import SOURCE, cut, place_of
 from fmda.methods.mask_head import MaskNetwork
 from fmda.png import is_whole, read_png, write_png
 from fmda.train import TrainState
@@ -90,6 +90,7 @@ class LabelledBatches(Iterator[Batch]):
         self._version, self._predict = -1, _unset
         self._metrics: Mapping[str, Any] = {}
         self._begun: deque[_Begun] = deque()
+        self._making: dict[tuple[int, int, bool], Future[LabelMap]] = {}
         self._done = 0
         self._pool = ThreadPoolExecutor(threads)
         self.waited = 0.0
@@ -151,16 +152,21 @@ class LabelledBatches(Iterator[Batch]):
         self._pool.shutdown(cancel_futures=True)
 
     def _begin(self, batch: Batch) -> _Begun:
+        # two threads must not write one file; what is finished lies in the folder
+        self._making = {key: future for key, future in self._making.items() if not future.done()}
         labels = {}
         for row, numbers in enumerate(batch["place"]):
             place = place_of(numbers)
             if place.number != SOURCE:
-                labels[row] = self._pool.submit(self._labels, self._version, self._predict, place)
+                key = (self._version, place.number, place.mirrored and self._mirror_first)
+                if key not in self._making:
+                    self._making[key] = self._pool.submit(self._labels, self._predict, *key)
+                labels[row] = self._making[key]
         return _Begun(batch, labels)
 
-    def _labels(self, version: int, predict: Predict, place: Place) -> LabelMap:
+    def _labels(self, predict: Predict, version: int, number: int, mirrored: bool) -> LabelMap:
         """Returns the labels of a whole image; runs in a thread."""
-        example, mirrored = self._images[place.number], place.mirrored and self._mirror_first
+        example = self._images[number]
         path = self._folder / str(version) / f"{example.name}{'-mirrored' if mirrored else ''}.png"
         if is_whole(path):
             return read_png(path)

@@ -96,7 +96,10 @@ def test_labels_are_renewed_with_the_teacher_and_others_deleted(tmp_path):
             rows = next(loader)
             for image, labels in zip(rows["image"][rows["generated"]], rows["labels"][rows["generated"]], strict=True):
                 np.testing.assert_array_equal(labels, expected(image, 200))
-    assert [path.name for path in tmp_path.iterdir() if list(path.iterdir())] == ["2"]
+        # by now all images have labels, so that no thread writes any more
+        assert len(list((tmp_path / "2").iterdir())) == 3
+        loader.follow(5, state_of(4, 200), {})
+        assert not (tmp_path / "2").exists()
 
 
 def test_a_position_is_that_of_the_batches_handed_out(tmp_path):
@@ -121,6 +124,21 @@ def test_a_batch_without_generated_images(tmp_path):
         batch = next(loader)
         assert not batch["generated"].any() and (batch["labels"] == 7).all()
         assert loader.waited == 0
+
+
+def test_an_image_is_labelled_once_however_many_views_of_it_wait(tmp_path):
+    refined = []
+
+    def slow(image, label_map):
+        time.sleep(0.02)
+        refined.append(image[0, 0].tolist())
+        return label_map
+
+    with opened(tmp_path, factor=99, refine=slow, ahead=5, threads=4) as loader:
+        loader.follow(0, state_of(-1, 100), {})
+        for _ in range(3):
+            next(loader)
+    assert sorted(refined) == sorted(one.image[0, 0].tolist() for one in GENERATED)
 
 
 def test_unsure_pixels_have_no_label():
