@@ -120,7 +120,7 @@ def check(config: Config) -> None:
     if config.labels.sam is not None and not pending(config.labels.sam):
         SamStage(config.labels.sam)
     if not pending(config.generated.root):
-        check_crops(config.generated.open(), None, config.crop)
+        check_crops(config.generated.open(), None, config.crop, "lower crop or generate larger images")
         generator_of(config.generated.root)
     if pending(config.start) or pending(config.data.root) or pending(config.val.root):
         return

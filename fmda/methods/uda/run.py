@@ -186,16 +186,21 @@ def check(config: Config) -> None:
             raise UserError(f"{name}: {side} is no multiple of {multiple}, which '{network.family}' needs")
 
 
-def check_crops(images: Dataset, resize: tuple[int, int] | None, crop: int) -> None:
-    """Raises UserError where an image, resized, holds no crop: what is filled up would get pseudo-labels too."""
+def check_crops(
+    images: Dataset,
+    resize: tuple[int, int] | None,
+    crop: int,
+    remedy: str = "lower crop or enlarge the images by target.resize",
+) -> None:
+    """Raises UserError where an image, resized, holds no crop: what is filled up would get pseudo-labels too.
+
+    `remedy` is the end of the message.
+    """
     for item in images.items:
         width, height = image_size(item.image)
         size = fit_size(height, width, max(resize), min(resize)) if resize else (height, width)
         if min(size) < crop:
-            raise UserError(
-                f"target: {item.image} has {size[1]}x{size[0]} pixels, less than a crop of {crop}; lower crop or "
-                "enlarge the images by target.resize"
-            )
+            raise UserError(f"{item.image}: has {size[1]}x{size[0]} pixels, less than a crop of {crop}; {remedy}")
 
 
 def stages(config: Config) -> list[Stage]:

@@ -114,7 +114,7 @@ def test_faults_are_found_before_the_first_stage(place, monkeypatch):
     for override, words in (
         ("start=convolutions", "has a head of convolutions; train the warm-up with mask2former"),
         ("crop=40", "crop: 40 is not a multiple of 32"),
-        ("crop=64", "less than a crop of 64"),
+        ("crop=64", "less than a crop of 64; lower crop or generate larger images"),
         ("labels.sam=data", "data"),
         ("start=nowhere", "nowhere"),
     ):

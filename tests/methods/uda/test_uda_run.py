@@ -259,7 +259,7 @@ def test_generated_targets_of_differing_sizes_are_cropped_and_smaller_ones_refus
     streams = make_task(job.config, Network(job.config.network, 3), target, target).streams
     assert streams["target"].rows(range(8), 0)["image"].shape == (8, 32, 32, 3)
     Image.fromarray(np.zeros((24, 48, 3), np.uint8)).save(folder / "c.png")
-    with pytest.raises(UserError, match=r"c.png has 48x24 pixels, less than a crop of 32; lower crop or enlarge"):
+    with pytest.raises(UserError, match=r"c.png: has 48x24 pixels, less than a crop of 32; lower crop or enlarge"):
         execute(place, "refused", *overrides)
     open_run(place / "run.yaml", [*overrides, "target.resize=[96,48]"]).check()
 
