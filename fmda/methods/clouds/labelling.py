@@ -179,6 +179,9 @@ class LabelledBatches(Iterator[Batch]):
 
     def _wait(self, futures: list[Future[LabelMap]]) -> None:
         """Returns when the labels are made; counts the time after the devices' last step as waited."""
+        if not self._metrics:
+            # nothing waits before the first step, which is not even compiled
+            wait(futures)
         while not all(future.done() for future in futures):
             if all(leaf.is_ready() for leaf in self._metrics.values()):
                 start = monotonic()
