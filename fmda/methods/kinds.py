@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "pretrain-clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),
     "pretrain-dino": ("fmda.methods.pretrain.dino", "train a self-supervised teacher on images alone"),
     "pretrain-dinoiser": ("fmda.methods.pretrain.dinoiser", "train the two heads of CLIP-DINOiser"),
+    "pretrain-sam": ("fmda.methods.pretrain.sam", "train a small Segment Anything on rendered scenes"),
     "pretrain-vae": ("fmda.methods.pretrain.vae", "train an autoencoder of Stable Diffusion's shape"),
     "pretrain-latent-diffusion": ("fmda.methods.pretrain.latent_diffusion", "train a small Stable Diffusion"),
     "prompts": ("fmda.methods.clouds.prompts", "write prompts of street scenes, balanced over classes"),
