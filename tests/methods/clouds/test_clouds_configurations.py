@@ -1,4 +1,4 @@
-"""The configurations of CLOUDS: each is valid, they hold the paper's constants, and the head has its number of parameters."""
+"""The configurations of CLOUDS: each is valid and holds the constants of the paper, the head its number of parameters."""
 
 from pathlib import Path
 
