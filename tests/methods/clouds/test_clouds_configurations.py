@@ -1,4 +1,4 @@
-"""The configurations of CLOUDS: each is valid and holds the constants of the paper, the head its number of parameters."""
+"""CLOUDS' configurations: each is valid and holds the constants of the paper, the head its number of parameters."""
 
 from pathlib import Path
 
