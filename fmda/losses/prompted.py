@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 FOCAL, DICE = 20.0, 1.0
 """Weights of the terms of a mask's loss."""
-ALPHA, GAMMA = 0.75, 2.0
+ALPHA, GAMMA = 0.75, 2
 """Weight of pixels on the object, and exponent of the focal loss (Lin et al. 2017).
 
 Their weight, 0.25, is for detectors: masks of a small network stay empty for long with it.

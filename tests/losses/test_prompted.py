@@ -29,6 +29,8 @@ def test_the_loss_of_a_mask_pixel_by_pixel():
     # far from any limit the two terms add up to nothing for a right answer and to more than 20 for a wrong one
     sure = np.where(TARGET, 60.0, -60.0).astype(np.float32)
     assert float(mask_losses(sure, TARGET)) == pytest.approx(0, abs=1e-5) and float(mask_losses(-sure, TARGET)) > 20
+    for logits in (sure, -sure):
+        assert np.isfinite(jax.grad(mask_losses)(jnp.asarray(logits), jnp.asarray(TARGET))).all()
 
 
 def test_the_object_weighs_three_quarters_and_a_twin_with_weights_exchanged_is_caught(monkeypatch):

@@ -13,7 +13,7 @@ from fmda import trees
 from fmda.errors import UserError
 from fmda.methods.pretrain import sam as trainer
 from fmda.methods.pretrain.regions import PromptConfig, Prompts, noisy_box, region_map
-from fmda.methods.pretrain.sam import Config, ModelConfig, encoder_weights, in_square, pointed, stages
+from fmda.methods.pretrain.sam import Config, ModelConfig, encoder_weights, in_square, plan, pointed, stages
 from fmda.models.sam import SamConfig, SamVitConfig
 from fmda.runs.stages import run_stages
 from fmda.sam import SamStage
@@ -123,6 +123,18 @@ class Recorder:
         return jnp.repeat(logits, 4, axis=2), jnp.zeros((*labels.shape[:2], 4))
 
 
+def test_zeros_fill_the_square_of_an_image_that_is_left_over(monkeypatch):
+    row = Prompts(PromptConfig(count=3, least=4), 64, 2)(scene(), np.random.default_rng(0))
+    batch = {name: values[None] for name, values in row.items()}
+    target = np.concatenate([np.asarray(in_square(jnp.asarray(np.repeat(batch["masks"], 2, 0)), 2))[:, :3]] * 2, 1)
+    recorder = Recorder(target)
+    monkeypatch.setattr(trainer.nnx, "merge", lambda graphdef, params: recorder)
+    outcome = trainer.make_objective(None, PromptConfig(count=3), 0.0)({}, None, {}, batch, jax.random.key(0))
+    assert recorder.pixels.shape == (1, 64, 64, 3) and not recorder.pixels[0, 32:].any()
+    # what is answered to the prompts of no image does not count
+    assert float(outcome.metrics["last"]) == 1
+
+
 @pytest.mark.parametrize("alone", [0.0, 1.0])
 def test_each_round_adds_a_point_where_the_answer_was_wrong(monkeypatch, alone):
     config = PromptConfig(count=3, least=4, rounds=3)
@@ -198,6 +210,7 @@ def test_a_run_ends_in_a_checkpoint_that_exports_as_two_graphs(tmp_path):
         data=(str(tmp_path / "scenes"),), held=(str(tmp_path / "held"),), model=MODEL, steps=3, batch=8, log_every=1,
         prompts=PromptConfig(count=2, rounds=2), optim=OptimConfig(multipliers={"prompts/frequencies": 0.0}), seed=1,
     )  # fmt: skip
+    assert dict(plan(config).parameters)["trained"] == trees.count(network_graph("sam", MODEL.sam)[1])
     done = run_stages(stages(config), tmp_path / "run", config, lambda _: None)
     lines = [json.loads(line) for line in (done["train"] / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(line["loss"] == pytest.approx(line["mask"] + line["score"]) for line in lines)

@@ -135,12 +135,15 @@ def make_objective(graphdef: nnx.GraphDef, prompts: PromptConfig, alone: float) 
         del state, frozen
         sam: Sam = nnx.merge(graphdef, params)
         size = sam.config.encoder.image_size
-        images, height = normalised(batch["image"]), batch["image"].shape[1]
-        squares, rows = len(images) * height // size, size // height
+        there, height = len(batch["image"]), batch["image"].shape[1]
+        rows = size // height
+        squares = -(-there // rows)
+        batch = {name: _filled(values, squares * rows) for name, values in batch.items()}
         keep_key, *keys = jax.random.split(key, prompts.rounds + 1)
         # the first image of a square stays; zeros stand for the others where it is to be alone
         together = jax.random.bernoulli(keep_key, 1 - alone, (squares, 1)) | (jnp.arange(rows)[None] == 0)
-        pixels = images.reshape(squares, rows, height, size, 3) * together[:, :, None, None, None]
+        together &= (jnp.arange(squares * rows) < there).reshape(squares, rows)
+        pixels = normalised(batch["image"]).reshape(squares, rows, height, size, 3) * together[:, :, None, None, None]
         embedding = sam.encode(pixels.reshape(squares, size, size, 3))
         cell = size / (4 * embedding.shape[1])
         target = in_square(batch["masks"], rows)
@@ -178,6 +181,11 @@ def make_objective(graphdef: nnx.GraphDef, prompts: PromptConfig, alone: float) 
         return Outcome(mask_loss + score_loss, metrics, {})
 
     return objective
+
+
+def _filled(values: Array, count: int) -> Array:
+    """Returns values [b, ...] with zeros up to [count, ...]."""
+    return jnp.pad(values, [(0, count - len(values)), *[(0, 0)] * (values.ndim - 1)])
 
 
 def in_square(masks: Array, rows: int) -> Array:
@@ -265,15 +273,14 @@ def _write(config: Config, folder: Path, done: dict[str, Path], params: Any) -> 
 def _check(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     """Measures the answers to prompts of held-out scenes, each alone in its square: means over prompts."""
     sam, transform = load_sam(done["export"]), config.transform
-    objective = jax.jit(make_objective(sam.graphdef, config.prompts, alone=1.0))
+    objective = jax.jit(make_objective(sam.graphdef, config.prompts, config.alone))
     result = {}
     for source in config.held:
         scenes = Scenes([source])
         rows, counts = [], []
         for place in track(range(len(scenes)), f"prompt {source}"):
             example = transform(scenes[place], np.random.default_rng([config.seed, place]))
-            batch = stack([example] * (config.model.image_size // len(example["image"])))
-            metrics = objective(sam.params, None, {}, batch, jax.random.key(place)).metrics
+            metrics = objective(sam.params, None, {}, stack([example]), jax.random.key(place)).metrics
             boxes = int((example["labels"][:, 0] == TOP_LEFT).sum())
             rows.append([float(metrics[name]) for name in ("point", "box", "last")])
             counts.append([config.prompts.count - boxes, boxes, config.prompts.count])
