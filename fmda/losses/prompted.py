@@ -47,7 +47,9 @@ def prompted_losses(
     losses, iou = mask_losses(logits, target), mask_iou(logits, target)
     single = jnp.where(ambiguous, 0.0, losses[..., 0])
     error = ((predicted.astype(jnp.float32) - jax.lax.stop_gradient(iou)) ** 2).mean(-1)
-    return losses[..., 1:].min(-1) + single, error, iou
+    # not `min`: where a compiler rounds its input and its result apart, the gradient divides by no equal value
+    best = 1 + losses[..., 1:].argmin(-1, keepdims=True)
+    return jnp.take_along_axis(losses, best, axis=-1)[..., 0] + single, error, iou
 
 
 def error_points(

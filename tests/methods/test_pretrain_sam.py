@@ -203,7 +203,6 @@ def test_values_that_cannot_be_are_named(changes, message):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="under the compiler options of the tests its gradient is not finite; no cause found yet")
 def test_a_run_ends_in_a_checkpoint_that_exports_as_two_graphs(tmp_path):
     for folder in ("scenes", "held"):
         draw_scenes(tmp_path / folder, 4)
