@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from sides.record import record, write_record
 
-from fmda.config import read_yaml
 from fmda.data import open_dataset, read_image
 from fmda.evaluate import Segmenter, evaluate_dataset
 from fmda.methods.kinds import open_run
@@ -56,7 +55,7 @@ def write_windows(table: Path, column: str, count: int, folder: Path) -> None:
 
 def trained(table: Path, column: str, seed: int, images: Path, work: Path) -> float:
     """Returns the test mIoU of DATUM's training on a folder of images."""
-    values = placed(read_yaml(table / f"cells/datum/{column}/{seed}/config.yaml")["config"], table)
+    values = placed(read_json(table / f"cells/datum/{column}/{seed}/identity.json")["config"], table)
     values["target"]["root"] = str(images)
     write_json(work.with_suffix(".yaml"), {"kind": "uda", **values})
     done = open_run(work.with_suffix(".yaml"), [f"work_dir={work}"]).execute(print)

@@ -45,7 +45,9 @@ KINDS: dict[str, tuple[str, str]] = {
 }
 FRAMES = ("pipeline", "table")
 """Kinds that are made of runs of the other kinds."""
-OLD_NAMES = {name.removeprefix("pretrain-").replace("-", "_"): name for name in KINDS if name.startswith("pretrain-")}
+OLD_NAMES = {
+    name: f"pretrain-{name.replace('_', '-')}" for name in ("clip", "dino", "dinoiser", "vae", "latent_diffusion")
+}
 
 
 @dataclass(frozen=True)

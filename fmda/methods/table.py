@@ -56,7 +56,7 @@ class Column:
         config: what differs from the common configuration.
         test: labelled images that finished cells are scored on; its class map leads from the source's classes.
         only_with: a dataset, or an extra of the package, without which the column is left out.
-        images: names of single target images: what `{image}` means for the first seed, the second, and so on.
+        images: names of single target images: what `{image}` means for the seeds 0, 1, ...; then from the first again.
         rows: by name, what differs further in the configuration of a row; null leaves the row out.
     """
 
@@ -144,7 +144,7 @@ def _expanded(value: Any, config: Config, cell: Cell, where: str) -> Any:
         if not images:
             fault = f"columns.{cell.column}.images names none" if cell.column else "a row trained once has no target"
             raise UserError(f"{where}: '{value}' needs an image, but {fault}; fix either")
-        value = value.replace(IMAGE, images[config.seeds.index(cell.seed) % len(images)])
+        value = value.replace(IMAGE, images[cell.seed % len(images)])
     if not pending(value):
         return value
     name = referred(value, config.rows)

@@ -180,6 +180,9 @@ def test_one_image_of_the_target_by_seed():
     cells = [cell_values(config, Cell("a", "n", seed), "here") for seed in (4, 5, 6)]
     assert [cell["target"]["only"] for cell in cells] == [["000001"], ["b"], ["000001"]]
     assert cells[1]["look"] == "@cells/b/n/5/b.png"
+    # whichever other seeds run beside it
+    alone = cell_values(dataclasses.replace(config, seeds=(5,)), Cell("a", "n", 5), "here")
+    assert alone["target"]["only"] == ["b"]
     assert from_dict(TargetConfig, cells[0]["target"]) == TargetConfig(name="camvid", split="all", only=("000001",))
 
 
