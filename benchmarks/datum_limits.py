@@ -35,6 +35,13 @@ def placed(value: Any, table: Path) -> Any:
     return str(table / value[1:]) if isinstance(value, str) and value.startswith("@") else value
 
 
+def scored(table: Path, row: str, column: str, seed: int) -> float:
+    """Returns the test mIoU of a finished cell, of a row that is trained once for all columns too."""
+    cells = table / "cells" / row
+    cell = (cells / column if (cells / column).is_dir() else cells) / str(seed)
+    return round(read_json(cell / f"test-{column}/stage.json")["outputs"]["miou"], 4)
+
+
 def write_windows(table: Path, column: str, count: int, folder: Path) -> None:
     """Writes windows of the target in `crops/` and what the autoencoder makes of them in `through autoencoder/`."""
     vae = load_vae(MODEL)
@@ -73,8 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     table = options.table.resolve()
-    cells = read_json(table / "table/table.json")["cells"]
-    scores = {row: cells[row][options.column]["miou"] for row in ROWS}
+    scores = {row: {str(seed): scored(table, row, options.column, seed) for seed in options.seeds} for row in ROWS}
     with tempfile.TemporaryDirectory(prefix="fmda-limits-") as name:
         folder = Path(name)
         write_windows(table, options.column, options.count, folder)
