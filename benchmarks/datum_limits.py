@@ -20,6 +20,7 @@ from sides.record import record, write_record
 from fmda.data import open_dataset, read_image
 from fmda.evaluate import Segmenter, evaluate_dataset
 from fmda.methods.kinds import open_run
+from fmda.models.sd_vae import signed
 from fmda.png import write_png
 from fmda.weights.files import read_json, write_json
 from fmda.weights.load import load_vae
@@ -52,7 +53,7 @@ def write_windows(table: Path, column: str, count: int, folder: Path) -> None:
         images = np.stack([read_image(file) for file in files[start : start + BATCH]])
         left = (images.shape[2] - side) // 2
         images = images[:, :side, left : left + side]
-        again = np.asarray(through(images.astype(np.float32) / 127.5 - 1))
+        again = np.asarray(through(signed(images)))
         again = np.clip(np.rint((again + 1) * 127.5), 0, 255).astype(np.uint8)
         for name, shown in (("crops", images), ("through autoencoder", again)):
             (folder / name).mkdir(parents=True, exist_ok=True)

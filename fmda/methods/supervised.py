@@ -143,7 +143,7 @@ def check(config: Config) -> None:
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (`model.json`, which `Segmenter.load` opens) and score (`scores.json`, figures)."""
     return trainer_stages(
-        config, lambda _: _task(config), _write, exported=config, which="params", check=_score, checked=config.val,
+        config, lambda _: _task(config), _write, exported=config, which="params", check=score, checked=config.val,
         check_name="score",
     )  # fmt: skip
 
@@ -268,6 +268,7 @@ def load_segmenter(folder: Path) -> Segmenter:
     return Segmenter(predictor, model.classes, model.method, fingerprint, protocol)
 
 
-def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+def score(config: Any, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
+    """Scores the exported model on `config.val`, of this or another trainer of such heads."""
     segmenter, val = load_segmenter(done["export"]), config.val
     return {"miou": evaluate_dataset(segmenter, val.open(), val.class_map, out=folder, limit=val.limit).miou}

@@ -19,7 +19,7 @@ from fmda.data.loader import Batches
 from fmda.data.transforms import training_transform
 from fmda.diffusion.manifest import MANIFEST, Manifest
 from fmda.errors import UserError
-from fmda.evaluate import SegmentationEvaluator, evaluate_dataset, overlay, score_on_mesh
+from fmda.evaluate import SegmentationEvaluator, overlay, score_on_mesh
 from fmda.evaluate.maps import common_list
 from fmda.evaluate.overlay import in_row
 from fmda.evaluate.sections import Section, write_sections
@@ -35,7 +35,6 @@ from fmda.methods.refine_labels import figure, roles_of
 from fmda.methods.supervised import (
     Model,
     blank_example,
-    load_segmenter,
     model_of_shapes,
     open_model,
     plan_of_unknown,
@@ -49,7 +48,7 @@ from fmda.runs.stages import Stage, pending
 from fmda.sam import SamStage
 from fmda.train import Task, TrainState, read_params
 from fmda.trees import Tree
-from fmda.weights.network import weight_fingerprint
+from fmda.weights.checkpoint import weight_fingerprint
 
 
 def make_task(
@@ -134,8 +133,8 @@ def check(config: Config) -> None:
 def stages(config: Config) -> list[Stage]:
     """Returns train, export (`model.json`, which `Segmenter.load` opens), score, and labels (figures)."""
     made = trainer_stages(
-        config, lambda _: _task(config), _write, exported=config, which="params", check=_score, checked=config.val,
-        check_name="score",
+        config, lambda _: _task(config), _write, exported=config, which="params", check=supervised.score,
+        checked=config.val, check_name="score",
     )  # fmt: skip
     return [*made, Stage("labels", partial(_labels, config), config, ("train",), renew=True, alone=True)]
 
@@ -197,11 +196,6 @@ def _write(config: Config, folder: Path, done: dict[str, Path], head: Tree) -> N
         folder, head, encoder=model.source, fingerprint=model.encoder.fingerprint, classes=model.classes,
         masks=model.masks, protocol=config.protocol, method="clouds",
     )  # fmt: skip
-
-
-def _score(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
-    segmenter, val = load_segmenter(done["export"]), config.val
-    return {"miou": evaluate_dataset(segmenter, val.open(), val.class_map, out=folder, limit=val.limit).miou}
 
 
 def _labels(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int, UInt8, UInt16
 
 from fmda.config import NonNegativeFloat, PositiveInt, Share
 from fmda.errors import UserError
+from fmda.sam.prompts import components
 from fmda.sam.stage import CORNERS, NONE, OBJECT
 from fmda.world.names import VOID
 
@@ -50,13 +51,9 @@ def region_map(
         if mask.sum() >= least:
             found += 1
             numbers[mask] = found
-    for label in np.unique(labels[labels != VOID]):
-        of_class = ((labels == label) & (instances == 0)).astype(np.uint8)
-        _, parts, facts, _ = cv2.connectedComponentsWithStats(of_class, connectivity=4)
-        for part in range(1, len(facts)):
-            if facts[part, cv2.CC_STAT_AREA] >= least:
-                found += 1
-                numbers[parts == part] = found
+    rest = np.where(instances > 0, VOID, labels).astype(np.uint8)
+    for number, part in enumerate(components(rest, least - 1, most=rest.size), found + 1):
+        numbers[part.mask] = number
     return numbers
 
 
