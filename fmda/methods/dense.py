@@ -1,5 +1,6 @@
 """Frozen encoders that give one feature per patch, and the heads that are trained on them."""
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fmda import trees
 from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
 from fmda.losses.pixelwise import cross_entropy
@@ -51,7 +53,10 @@ class Encoder:
     With `sizes`, one of the catalogue that is not here has shapes for arrays, and no fingerprint.
 
     Attributes:
-        params, width, fingerprint: its parameters, the channels of a feature, and what the run is recognised by.
+        source: its name.
+        params, width: its parameters, and the channels of a feature.
+        changes: those of the parameters that a training changed.
+        fingerprint: of the stored parameters, without these changes.
     """
 
     def __init__(self, source: str, *, sizes: bool = False) -> None:
@@ -65,10 +70,17 @@ class Encoder:
             self._graphdef, self.params = abstract(lambda rngs: tower(rngs=rngs))[0], net.params["vision"]
         else:
             self._graphdef, self.params = net.graphdef, net.params
+        self.source, self.changes = source, Tree()
         self._image = (net.config.image_mean, net.config.image_std) if family == "clip" else ()
         self.fingerprint = "" if known else weight_fingerprint(self.params, net.config)
         square = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
         self.width = jax.eval_shape(self.features, self.params, square).shape[-1]
+
+    def changed(self, changes: Tree) -> "Encoder":
+        """Returns the encoder with these leaves in place of its own, recorded in `changes`."""
+        encoder = copy.copy(self)
+        encoder.params, encoder.changes = (trees.joined(tree, changes) for tree in (self.params, self.changes))
+        return encoder
 
     def features(self, params: Any, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w width"]:
         """Returns features of RGB in 0..255; images are stretched to whole patches."""

@@ -1,6 +1,6 @@
-"""Supervised segmentation: a head on a frozen CLIP, DINO or DINOv2, trained on labelled images. Kind `supervised`.
+"""Supervised segmentation: a head on a CLIP, DINO or DINOv2, trained on labelled images. Kind `supervised`.
 
-The head is a convolution, or Mask2Former's decoders.
+The head is a convolution, or Mask2Former's decoders. The encoder is frozen, or trained too.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from fmda.methods.dense import DenseNetwork, Encoder, known_encoder
 from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork
 from fmda.methods.resident import with_resident_data
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
+from fmda.methods.tune import TuneConfig, TunedNetwork, finished, starting, tuned
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import Objective, OptimConfig, Outcome, Task, TrainerConfig, TrainState
@@ -37,6 +38,9 @@ from fmda.weights.checkpoint import weight_fingerprint
 from fmda.weights.files import read_arrays, read_json, write_safetensors
 
 SHUFFLED = Shuffled()
+ENCODER_FILE = "encoder.safetensors"
+"""Beside a trained head: the parameters of the encoder that training changed, by path."""
+Network = DenseNetwork | MaskNetwork | TunedNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class Config(TrainerConfig):
         encoder: folder, name of a model of the package, or hub id of a CLIP, a DINO or a DINOv2.
         hidden: channels of a 3x3 convolution before the linear layer; 0 leaves it out.
         mask2former: Mask2Former's decoders in place of these layers; sides of the crop are multiples of 32 then.
+        tune: how the encoder is trained too, under the paths `encoder/...` of `optim`; None freezes it.
         resize: largest (long, short) side of an image; None keeps the size. Training multiplies it within `scale`.
         crop, stride: training crop and scoring window, and the step between windows, pixels.
         max_class_ratio, jitter: see `training_transform`.
@@ -61,6 +66,7 @@ class Config(TrainerConfig):
     encoder: FolderOrName = "street-clip"
     hidden: NonNegativeInt = 0
     mask2former: MaskHeadConfig | None = None
+    tune: TuneConfig | None = None
     resize: tuple[PositiveInt, PositiveInt] | None = None
     scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     crop: PositiveInt = 512
@@ -93,8 +99,8 @@ def make_network(
     return DenseNetwork(encoder, hidden, classes) if masks is None else MaskNetwork(encoder, masks, classes)
 
 
-def make_objective(network: DenseNetwork | MaskNetwork, jitter: bool = False) -> Objective:
-    """Returns the objective of the head alone; with `jitter` it sees the images after SSD's."""
+def make_objective(network: Network, jitter: bool = False) -> Objective:
+    """Returns the objective of what is trained; with `jitter` the network sees the images after SSD's."""
 
     def objective(head: Any, state: TrainState, frozen: Any, batch: dict[str, Array], key: Any) -> Outcome:
         del state
@@ -106,10 +112,10 @@ def make_objective(network: DenseNetwork | MaskNetwork, jitter: bool = False) ->
 
 
 def make_task(
-    config: Config, network: DenseNetwork | MaskNetwork, images: Sequence[Example], order: Order = SHUFFLED,
+    config: Config, network: Network, images: Sequence[Example], order: Order = SHUFFLED,
     **options: Any,
 ) -> Task:  # fmt: skip
-    """Returns the task of training a network's head; `options` are further attributes of the task."""
+    """Returns the task of training a network; `options` are further attributes of the task."""
     transform = training_transform(
         (config.crop, config.crop), resize=config.resize, scale=config.scale, max_class_ratio=config.max_class_ratio,
         jitter=config.jitter,
@@ -121,6 +127,7 @@ def make_task(
         optim=config.optim,
         streams=Stream(images, transform, config.batch, order),
         frozen={"encoder": network.encoder.params},
+        weights=starting(network, {}) or None,
         **options,
     )
 
@@ -135,7 +142,7 @@ def check(config: Config) -> None:
         if config.crop % 32:
             raise UserError(f"crop: {config.crop} is not a multiple of 32, the stride of the last map; choose one")
     if not pending(config.encoder):
-        Encoder(str(config.encoder))
+        tuned(DenseNetwork(Encoder(str(config.encoder)), 0, 1), config.tune)
     if not pending(config.data.root) and not pending(config.val.root):
         common_list(config.data.open().classes, config.val.open().classes, config.protocol.class_map)
 
@@ -154,8 +161,9 @@ def plan(config: Config) -> Plan:
     if without := plan_of_unknown(config, steps):
         return without
     model = model_of_shapes(config)
-    network = make_network(model.encoder, len(model.classes), model.masks, config.hidden)
-    return trainer_plan(config, make_task(config, network, [blank_example(config.crop)]), steps, example="crop")
+    network = tuned(make_network(model.encoder, len(model.classes), model.masks, config.hidden), config.tune)
+    task = make_task(config, network, [blank_example(config.crop)])
+    return trainer_plan(config, task, steps, parts=() if config.tune is None else ("encoder",), example="crop")
 
 
 def plan_of_unknown(config: Config, steps: Sequence[Stage]) -> Plan | None:
@@ -174,7 +182,7 @@ def model_of_shapes(config: Config) -> "Model":
     )
     network = make_network(encoder, len(classes), config.mask2former, config.hidden)
     head = jax.eval_shape(network.init, jax.random.key(0))
-    return Model("supervised", str(config.encoder), encoder, head, config.mask2former, classes, config.protocol)
+    return Model("supervised", encoder, head, config.mask2former, classes, config.protocol)
 
 
 def blank_example(side: int) -> Example:
@@ -184,13 +192,13 @@ def blank_example(side: int) -> Example:
 
 def _task(config: Config) -> Task:
     encoder, data, val = Encoder(str(config.encoder)), config.data.open(), config.val.open()
-    network = make_network(encoder, len(data.classes), config.mask2former, config.hidden)
+    network = tuned(make_network(encoder, len(data.classes), config.mask2former, config.hidden), config.tune)
     check_images(data)
     order = SHUFFLED if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
     mesh, limit = make_mesh(*config.mesh), config.val.limit
     evaluator = SegmentationEvaluator(
         "val", config.evaluate_steps, lambda state: score_on_mesh(
-            network.scores, {"encoder": encoder.params, "head": state.params}, val, mesh, config.protocol,
+            network.scores, {"encoder": network.encoder.params, "head": state.params}, val, mesh, config.protocol,
             classes=data.classes, limit=limit,
         ),
     )  # fmt: skip
@@ -199,25 +207,28 @@ def _task(config: Config) -> Task:
     return with_resident_data(task) if config.data.resident == "auto" else task
 
 
-def _write(config: Config, folder: Path, done: dict[str, Path], head: Any) -> None:
-    encoder = Encoder(str(config.encoder))
+def _write(config: Config, folder: Path, done: dict[str, Path], trained: Any) -> None:
+    classes = config.data.open().classes
+    network = make_network(Encoder(str(config.encoder)), len(classes), config.mask2former, config.hidden)
+    head, encoder = finished(tuned(network, config.tune), trained)
     write_model(
-        folder, head, encoder=str(config.encoder), fingerprint=encoder.fingerprint, classes=config.data.open().classes,
-        masks=config.mask2former, protocol=config.protocol,
+        folder, head, encoder=encoder, classes=classes, masks=config.mask2former, protocol=config.protocol,
     )  # fmt: skip
 
 
 def write_model(
-    folder: Path, head: Any, *, encoder: str, fingerprint: str, classes: ClassList, masks: MaskHeadConfig | None,
-    protocol: Protocol, method: str = "supervised",
+    folder: Path, head: Any, *, encoder: Encoder, classes: ClassList, masks: MaskHeadConfig | None, protocol: Protocol,
+    method: str = "supervised",
 ) -> None:  # fmt: skip
     """Writes a trained head and `model.json`, which `open_model` and `Segmenter.load` open.
 
-    `fingerprint` is that of the encoder, `masks` the shape of Mask2Former's decoders, if the head is made of them, and
-    `method` the name of the segmenter.
+    Of the encoder, what was changed is written. `masks` is the shape of Mask2Former's decoders, if the head is made of
+    them, and `method` the name of the segmenter.
     """
     write_safetensors(folder / "head.safetensors", trees.flatten(head))
-    model: dict[str, Any] = {"method": method, "encoder": encoder, "fingerprint": fingerprint}
+    if encoder.changes:
+        write_safetensors(folder / ENCODER_FILE, trees.flatten(encoder.changes))
+    model: dict[str, Any] = {"method": method, "encoder": encoder.source, "fingerprint": encoder.fingerprint}
     model |= {"classes": classes.to_dict(), "mask2former": None if masks is None else to_dict(masks)}
     seen = {"resize": protocol.resize, "crop": protocol.crop, "stride": protocol.stride}
     write_json(folder / "model.json", {"loader": f"{__name__}:load_segmenter", **model, "protocol": seen})
@@ -228,7 +239,7 @@ class Model(NamedTuple):
 
     Attributes:
         method: that trained it.
-        source, encoder: name of the encoder, and it.
+        encoder: with its changes in place.
         head: parameters.
         masks: shape of Mask2Former's decoders; None for convolutions.
         classes: that are predicted.
@@ -236,12 +247,15 @@ class Model(NamedTuple):
     """
 
     method: str
-    source: str
     encoder: Encoder
     head: Any
     masks: MaskHeadConfig | None
     classes: ClassList
     protocol: Protocol
+
+    def fingerprint(self, *settings: Any) -> str:
+        """Returns what changes with any parameter or setting."""
+        return weight_fingerprint({**self.head, "encoder": self.encoder.changes}, self.encoder.fingerprint, *settings)
 
 
 def open_model(folder: Path) -> Model:
@@ -250,22 +264,23 @@ def open_model(folder: Path) -> Model:
     encoder = Encoder(model["encoder"])
     if encoder.fingerprint != model["fingerprint"]:
         raise UserError(f"{folder}: {model['encoder']} has other weights than the encoder of training; restore them")
+    if (folder / ENCODER_FILE).is_file():
+        encoder = encoder.changed(trees.unflatten(read_arrays(folder / ENCODER_FILE)))
     head = trees.unflatten(read_arrays(folder / "head.safetensors"))
     where, masks = str(folder / "model.json"), model.get("mask2former")
     if masks is not None:
         masks = from_dict(MaskHeadConfig, masks, where)
     classes, protocol = ClassList.from_dict(model["classes"], where), from_dict(Protocol, model["protocol"], where)
-    return Model(model.get("method", "supervised"), model["encoder"], encoder, head, masks, classes, protocol)
+    return Model(model.get("method", "supervised"), encoder, head, masks, classes, protocol)
 
 
 def load_segmenter(folder: Path) -> Segmenter:
     """Returns the trained segmenter. Raises UserError as `open_model`."""
     model = open_model(folder)
     encoder, protocol = model.encoder, model.protocol
-    fingerprint = weight_fingerprint(model.head, encoder.fingerprint, protocol)
     network = make_network(encoder, len(model.classes), model.masks)
     predictor = Predictor(network.scores, {"encoder": encoder.params, "head": model.head}, protocol)
-    return Segmenter(predictor, model.classes, model.method, fingerprint, protocol)
+    return Segmenter(predictor, model.classes, model.method, model.fingerprint(protocol), protocol)
 
 
 def score(config: Any, folder: Path, done: dict[str, Path]) -> dict[str, Any]:

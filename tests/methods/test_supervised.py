@@ -18,6 +18,7 @@ from fmda.methods.kinds import open_run
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
 from fmda.models.dino import dino, vit_config
 from fmda.models.module import init
+from fmda.weights.files import read_arrays
 from fmda.weights.network import save
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,21 @@ def test_a_dino_with_a_hidden_layer_and_shuffled_order(place, monkeypatch):
     monkeypatch.chdir(place)
     work = execute(place, "dino-run", "encoder=dino", "hidden=4", "rare=null", "steps=2", "evaluate_steps=0")
     assert Segmenter.load(work).predict(place / "data/val/images/1.png").labels.max() < 3
+
+
+def test_a_trained_encoder_is_part_of_the_export(place, monkeypatch):
+    monkeypatch.chdir(place)
+    overrides = ("tune={method: weights, blocks: 1}", "optim.multipliers={'encoder/*': 0.1}", "steps=2", "mesh=[1, 1]")
+    work = execute(place, "tuned", *overrides, "evaluate_steps=2")
+    changed = read_arrays(work / "export/encoder.safetensors")
+    assert {path.rsplit("/", 1)[0].split("/")[1] for path in changed} == {"1"}
+    scores = json.loads((work / "train/metrics.jsonl").read_text().splitlines()[-1])
+    # what was scored with adapters apart is what the export scores
+    assert json.loads((work / "score/stage.json").read_text())["outputs"]["miou"] == pytest.approx(scores["val/miou"])
+    plan = open_run(place / "run.yaml", overrides).plan()
+    assert dict(plan.parameters)["encoder"] == sum(leaf.size for leaf in changed.values())
+    with pytest.raises(UserError, match="tune.blocks: 9 of 2 blocks"):
+        execute(place, "refused", "tune={method: weights, blocks: 9}")
 
 
 def test_another_encoder_under_the_same_name_is_refused(run, place, tmp_path):

@@ -27,6 +27,7 @@ from fmda.mesh import replicated
 from fmda.methods.clouds.objective import labeller_of
 from fmda.methods.clouds.streams import SOURCE, cut, place_of
 from fmda.methods.mask_head import MaskNetwork
+from fmda.methods.tune import TunedNetwork
 from fmda.png import is_whole, read_png, write_png
 from fmda.train import TrainState
 
@@ -72,7 +73,7 @@ class LabelledBatches(Iterator[Batch]):
         self,
         batches: Batches,
         images: Sequence[Example],
-        network: MaskNetwork,
+        network: MaskNetwork | TunedNetwork,
         refine: Refine,
         folder: Path,
         mesh: Mesh,
@@ -191,7 +192,9 @@ class LabelledBatches(Iterator[Batch]):
                 wait(futures, timeout=POLL)
 
 
-def label_maps(network: MaskNetwork, confidence: float = 0.0) -> Callable[[Any, UInt8[np.ndarray, "H W 3"]], LabelMap]:
+def label_maps(
+    network: MaskNetwork | TunedNetwork, confidence: float = 0.0
+) -> Callable[[Any, UInt8[np.ndarray, "H W 3"]], LabelMap]:
     """Returns the function (parameters of "encoder" and "head", image) -> the classes that the network predicts.
 
     Pixels whose class has a probability below `confidence` are 255.

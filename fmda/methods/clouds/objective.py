@@ -12,6 +12,7 @@ from fmda import trees
 from fmda.augment.mixing import patch_masked
 from fmda.augment.photometric import ssd_jitter
 from fmda.methods.mask_head import MaskNetwork
+from fmda.methods.tune import TunedNetwork
 from fmda.train import Objective, Outcome, TrainState
 from fmda.trees import Tree
 
@@ -57,7 +58,7 @@ def next_labeller(state: TrainState, check_every: int, moved: float) -> tuple[Tr
 
 
 def make_objective(
-    network: MaskNetwork, *, check_every: int, moved: float, hidden: float = 0.0, patch: int = 64
+    network: MaskNetwork | TunedNetwork, *, check_every: int, moved: float, hidden: float = 0.0, patch: int = 64
 ) -> Objective:
     """Returns the joint objective of the head: Mask2Former's loss over the whole mixed batch, after SSD's jitter.
 

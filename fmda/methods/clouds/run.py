@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -41,6 +42,7 @@ from fmda.methods.supervised import (
     write_model,
 )
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
+from fmda.methods.tune import TunedNetwork, finished, starting, tuned
 from fmda.methods.uda.run import check_crops
 from fmda.png import write_png
 from fmda.runs.plan import Plan
@@ -48,7 +50,6 @@ from fmda.runs.stages import Stage, pending
 from fmda.sam import SamStage
 from fmda.train import Task, TrainState, read_params
 from fmda.trees import Tree
-from fmda.weights.checkpoint import weight_fingerprint
 
 
 def make_task(
@@ -81,22 +82,25 @@ def make_task(
         init=network.init,
         optim=config.optim,
         streams=joint_stream(source, generated, transform, config.crop, config.batch, config.factor),
-        frozen={"encoder": model.encoder.params},
-        aux=initial_aux(model.head),
+        frozen={"encoder": network.encoder.params},
+        aux=initial_aux(jax.eval_shape(network.init, jax.random.key(0))),
         teacher_decay=teacher_decay(config.teacher.decay, config.teacher_every),
         teacher_when="before",
-        weights=model.head,
+        weights=starting(network, model.head),
         guide=guide,
         **options,
     )  # fmt: skip
 
 
-def joint_network(config: Config, model: Model) -> MaskNetwork:
-    """Returns the network of a warm-up with the loss of the mode. Raises UserError for a head of convolutions."""
+def joint_network(config: Config, model: Model) -> MaskNetwork | TunedNetwork:
+    """Returns the network of a warm-up with the loss of the mode, and with what is trained of the encoder.
+
+    Raises UserError for a head of convolutions, and as `TunedNetwork`.
+    """
     if model.masks is None:
         raise UserError(f"start: {config.start} has a head of convolutions; train the warm-up with mask2former")
     masks = replace(model.masks, ignore="negative" if config.mode == "reference" else "excluded")
-    return MaskNetwork(model.encoder, masks, len(model.classes))
+    return tuned(MaskNetwork(model.encoder, masks, len(model.classes)), config.tune)
 
 
 def generator_of(root: Path | None) -> str | None:
@@ -154,7 +158,8 @@ def plan_after(config: Config, warm_up: supervised.Config) -> Plan:
 
 def _plan(config: Config, model: Model) -> Plan:
     blank = [blank_example(config.crop)]
-    return trainer_plan(config, make_task(config, model, blank, blank), stages(config), example="crop")
+    parts = () if config.tune is None else ("encoder",)
+    return trainer_plan(config, make_task(config, model, blank, blank), stages(config), parts=parts, example="crop")
 
 
 def make_refinement(config: Config, model: Model, cache: Path) -> Refinement:
@@ -174,13 +179,13 @@ def _task(config: Config) -> Task:
 
     def evaluator(name: str, every: int, which: str) -> SegmentationEvaluator:
         def score(state: TrainState) -> Any:
-            params = {"encoder": model.encoder.params, "head": getattr(state, which)}
+            params = {"encoder": network.encoder.params, "head": getattr(state, which)}
             return score_on_mesh(network.scores, params, val, mesh, config.protocol, classes=data.classes, limit=limit)
 
         return SegmentationEvaluator(name, every, score)
 
     facts = {
-        "warm-up": weight_fingerprint(model.head, model.encoder.fingerprint),
+        "warm-up": model.fingerprint(),
         "data": data.digest(),
         "generated": generated.digest(labels=False),
         "generator": generator_of(config.generated.root),
@@ -190,19 +195,21 @@ def _task(config: Config) -> Task:
     return make_task(config, model, data, generated, evaluators=evaluators, facts=facts)
 
 
-def _write(config: Config, folder: Path, done: dict[str, Path], head: Tree) -> None:
+def _write(config: Config, folder: Path, done: dict[str, Path], trained: Tree) -> None:
     model = open_model(Path(config.start))
+    head, encoder = finished(joint_network(config, model), trained)
     write_model(
-        folder, head, encoder=model.source, fingerprint=model.encoder.fingerprint, classes=model.classes,
-        masks=model.masks, protocol=config.protocol, method="clouds",
+        folder, head, encoder=encoder, classes=model.classes, masks=model.masks, protocol=config.protocol,
+        method="clouds",
     )  # fmt: skip
 
 
 def _labels(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     """Writes figures of generated images as the last teacher labels them."""
     model, images = open_model(Path(config.start)), config.generated.open()
-    params = {"encoder": model.encoder.params, "head": read_params(done["train"], "teacher")}
-    predict = label_maps(joint_network(config, model), config.labels.confidence)
+    network = joint_network(config, model)
+    params = {"encoder": network.encoder.params, "head": read_params(done["train"], "teacher")}
+    predict = label_maps(network, config.labels.confidence)
     refinement = make_refinement(config, model, done["train"] / "embeddings")
     sections = []
     for place in np.linspace(0, len(images) - 1, min(config.figures, len(images))).round().astype(int):

@@ -17,6 +17,7 @@ from fmda.config import (
 from fmda.data.config import DataConfig, ImagesConfig
 from fmda.evaluate import Protocol
 from fmda.methods.refine_labels import KEPT, THINGS
+from fmda.methods.tune import TuneConfig
 from fmda.sam import Improved
 from fmda.train import OptimConfig, TrainerConfig
 
@@ -60,7 +61,7 @@ class LabelsConfig:
         things, kept: classes in these roles (`fmda.sam.Roles`), where the list has them.
         check_every: steps after which the labelling teacher may be renewed.
         moved: distance of the teacher from the one that labels, relative to its norm, from which it is; None is 0.02,
-            in the reference mode 0, which renews it each time.
+            in the reference mode 0, which renews it each time. What is trained of the encoder counts.
         ahead: batches whose labels are begun before they are needed.
         threads: images at work at once.
         cache_bytes: size of the folder of SAM's embeddings.
@@ -92,6 +93,8 @@ class Config(TrainerConfig):
             diagonal. "improved": the teacher moves at each step, regions vote, pixels without a label are left out.
         factor: how often a generated image occurs for each time that a source image does.
         teacher, labels: see there.
+        tune: how the encoder is trained too, of the teacher as of the student, under the paths `encoder/...` of
+            `optim`; None freezes it, as in CLOUDS.
         hidden, patch: share of the patches of that side, pixels, which are hidden in the student's view of a generated
             image.
         resize: largest (long, short) side of a source image, which training multiplies within `scale`; None keeps it.
@@ -107,6 +110,7 @@ class Config(TrainerConfig):
     factor: PositiveFloat = 2.0
     teacher: TeacherConfig = TeacherConfig()
     labels: LabelsConfig = field(default_factory=LabelsConfig)
+    tune: TuneConfig | None = None
     hidden: Share = 0.0
     patch: PositiveInt = 64
     resize: tuple[PositiveInt, PositiveInt] | None = None

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from fmda.config import Bounds, NonNegativeFloat
 from fmda.diffusion.draw import Graphs
 from fmda.diffusion.schedule import add_noise, training_target
-from fmda.methods.datum.lora import merged
+from fmda.methods.lora import merged
 from fmda.models.sd_vae import signed
 from fmda.train.step import Objective, Outcome, TrainState
 from fmda.trees import Tree

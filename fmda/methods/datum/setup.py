@@ -12,8 +12,8 @@ from fmda.diffusion.draw import make_graphs
 from fmda.diffusion.schedule import ScheduleConfig
 from fmda.mesh import FSDP_RULES
 from fmda.methods.datum.dreambooth import make_objective
-from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.settings import Config
+from fmda.methods.lora import init_adapters
 from fmda.models.catalog import DiffusionConfig
 from fmda.precision import cast
 from fmda.train.task import Task

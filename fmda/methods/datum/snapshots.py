@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from fmda import trees
 from fmda.diffusion.load import StableDiffusion, load_stable_diffusion
 from fmda.errors import UserError
-from fmda.methods.datum.lora import merged
 from fmda.methods.datum.settings import Config
+from fmda.methods.lora import merged
 from fmda.runs.identity import RECORD
 from fmda.train import TrainState
 from fmda.trees import Tree

@@ -22,12 +22,14 @@ from fmda.evaluate.sections import read_sections
 from fmda.losses.masks import MaskLossConfig, mask_loss
 from fmda.methods.clouds import run as clouds
 from fmda.methods.clouds.run import generator_of
-from fmda.methods.dense import Encoder
+from fmda.methods.dense import DenseNetwork, Encoder
 from fmda.methods.kinds import Runs, open_run
 from fmda.methods.mask_head import MaskHeadConfig
-from fmda.methods.supervised import make_network, open_model, write_model
-from fmda.models.clip import ClipConfig, ResNetConfig, TextConfig
+from fmda.methods.supervised import Model, make_network, open_model, write_model
+from fmda.methods.tune import finished, tuned
+from fmda.models.clip import ClipConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.models.mask2former import log_scores
+from fmda.png import read_png
 from fmda.train import run_task
 from fmda.weights.files import read_arrays
 from fmda.weights.network import network_graph, save
@@ -64,8 +66,7 @@ def start(folder, masks):
     head = jax.device_get(make_network(encoder, 3, masks).init(jax.random.key(0)))
     folder.mkdir()
     write_model(
-        folder, head, encoder="clip", fingerprint=encoder.fingerprint, classes=CLASSES, masks=masks,
-        protocol=Protocol(crop=32, stride=16),
+        folder, head, encoder=encoder, classes=CLASSES, masks=masks, protocol=Protocol(crop=32, stride=16),
     )  # fmt: skip
     return head
 
@@ -244,6 +245,57 @@ def test_a_killed_run_ends_in_the_same_bits(train, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     # threads that were at work when the teacher changed may still write for an earlier one
     assert {"4"} <= {path.name for path in (work / "labels").iterdir()} <= {"0", "2", "4"}
+
+
+class Dense(DenseNetwork):
+    """Logits of each patch at the size of the image, in place of queries that compile slowly."""
+
+    def scores(self, params, pixels):
+        return super().scores(params, pixels).repeat(8, 1).repeat(8, 2)
+
+
+@pytest.mark.slow
+def test_an_encoder_that_is_trained_labels_as_its_average_does(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    vision = VitConfig(16, 8, 16, 2, 2, 32)
+    config = ClipConfig(8, vision, TextConfig(20, 6, 8, 1, 2, 16))
+    save("clip", tmp_path / "vit", config, drawn(network_graph("clip", config)[1]))
+    encoder = Encoder(str(tmp_path / "vit"))
+    plain = Dense(encoder, 0, 3)
+    monkeypatch.setattr(clouds, "joint_network", lambda config, model: tuned(Dense(model.encoder, 0, 3), config.tune))
+    head = jax.device_get(plain.init(jax.random.key(1)))
+    model = Model("supervised", encoder, head, None, CLASSES, Protocol(crop=32))
+    overrides = ("tune={method: minor-lora, rank: 2, blocks: 1}", "labels.sam=null", "optim.learning_rate=0.05")
+    config = open_run("run.yaml", overrides).config
+    images = config.generated.open()
+    task = clouds.make_task(config, model, config.data.open(), images)
+
+    def train(folder):
+        return jax.device_get(run_task(task, config.of_loop(), folder))
+
+    whole = train(tmp_path / "whole")
+    labeller, version = whole.aux["labeller"], whole.aux["version"]
+    assert version == 4 and labeller.keys() == whole.teacher.keys() == whole.params.keys() == {"linear", "encoder"}
+    start, average = (trees.flatten(tree["encoder"]) for tree in (task.weights, whole.teacher))
+    assert all(np.abs(leaf - start[path]).max() > 1e-3 for path, leaf in average.items())
+    # the labels in use are those of the labeller's own encoder, merged
+    merged_head, merged_encoder = finished(clouds.joint_network(config, model), labeller)
+    differs = 0
+    paths = sorted((tmp_path / "whole/labels/4").iterdir())
+    for path in paths:
+        image = next(images[i].image for i, item in enumerate(images.items) if item.name == path.stem)
+        ours, frozen = (
+            np.asarray(plain.scores({"encoder": one.params, "head": merged_head}, image[None])[0].argmax(-1))
+            for one in (merged_encoder, encoder)
+        )
+        labels = read_png(path)
+        assert (labels == ours).mean() > 0.999
+        differs += (labels != frozen).mean() > 0.01
+    assert paths and differs
+    work = shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(work / "checkpoints/6")
+    for ours, theirs in zip(jax.tree.leaves(train(work)), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from fmda.diffusion.schedule import ScheduleConfig
 from fmda.errors import UserError
 from fmda.methods.datum.cost import check_memory, plan, training
 from fmda.methods.datum.dreambooth import make_objective
-from fmda.methods.datum.lora import init_adapters
 from fmda.methods.datum.settings import Config, LoraConfig, PriorConfig
 from fmda.methods.kinds import open_run
+from fmda.methods.lora import init_adapters
 from fmda.methods.planning import GIB
 from fmda.models.catalog import CATALOG, DiffusionConfig
 from fmda.perf.flops import count_flops

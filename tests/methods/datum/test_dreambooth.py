@@ -19,7 +19,7 @@ from fmda.diffusion.draw import Graphs
 from fmda.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from fmda.methods.datum import dreambooth
 from fmda.methods.datum.dreambooth import NoiseConfig, make_objective
-from fmda.methods.datum.lora import init_adapters, merged
+from fmda.methods.lora import init_adapters, merged
 from fmda.models.module import abstract
 from fmda.train import create_state, make_step
 

@@ -17,7 +17,6 @@ from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.load import load_stable_diffusion
 from fmda.errors import UserError
 from fmda.evaluate.report import report
-from fmda.methods.datum.lora import target_kernels
 from fmda.methods.datum.personalise import export_steps, personalisation, prepare
 from fmda.methods.datum.settings import Config
 from fmda.methods.datum.snapshots import read_snapshot, snapshot_model
@@ -25,6 +24,7 @@ from fmda.methods.generate import Config as GenerateConfig
 from fmda.methods.generate import PromptConfig
 from fmda.methods.generate import stages as generate_stages
 from fmda.methods.kinds import open_run
+from fmda.methods.lora import target_kernels
 from fmda.runs.stages import run_stages
 from fmda.train.checkpoints import read_params
 

@@ -6,7 +6,7 @@ import pytest
 import small_diffusion as small
 
 from fmda import trees
-from fmda.methods.datum.lora import init_adapters, merged, target_kernels
+from fmda.methods.lora import init_adapters, merged, target_kernels
 from fmda.models.clip import TextConfig
 from fmda.models.sd_unet import UNetConfig
 from fmda.weights.checkpoint import network_graph
