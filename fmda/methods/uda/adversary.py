@@ -1,7 +1,8 @@
 """Discriminators of source and target: small convolutional networks that are trained beside the student.
 
-Their parameters are `params["adversary"]`. The network itself, its teacher and its export never see them. Their
-learning rate is a multiplier of the optimizer, `adversary/*`; `Optimizer` has 10, as for heads.
+Their parameters, and those of an auxiliary classifier, are `params["adversary"]`. The network itself, its teacher and
+its export never see them. Their learning rate is a multiplier of the optimizer, `adversary/*`; `Optimizer` has 10, as
+for heads.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from fmda.methods.dense import convolved, init_convolution
 from fmda.trees import Tree
 
 ADVERSARY = "adversary"
-"""Name of the discriminators among the parameters."""
+"""Name of what is trained beside the network among the parameters."""
 
 SOURCE, TARGET = 0.0, 1.0
 """Labels of the two domains."""

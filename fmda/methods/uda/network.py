@@ -133,11 +133,11 @@ class Network:
         }
         return trees.joined(trees.unflatten(blank), self.parts(self.weights)[1])
 
-    def channels(self, crop: int) -> int:
-        """Returns the channels of the encoder's last map of images of such a side."""
+    def channels(self, crop: int) -> tuple[int, ...]:
+        """Returns the channels of each of the encoder's maps of images of such a side."""
         image = jax.ShapeDtypeStruct((1, crop, crop, 3), jnp.float32)
-        last = jax.eval_shape(lambda tree, x: nnx.merge(self.graphdef, tree).encoder.stages(x)[-1], self.shapes, image)
-        return last.shape[-1]
+        maps = jax.eval_shape(lambda tree, x: nnx.merge(self.graphdef, tree).encoder.stages(x), self.shapes, image)
+        return tuple(one.shape[-1] for one in maps)
 
     def scores(self, tree: Tree, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
         """Returns logits of RGB in 0..255; `tree` is the whole tree."""

@@ -1,6 +1,6 @@
 """What a student learns in adaptation: the labels of the source, and the terms on the target that are asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from fmda.methods.uda.entropy import EntropyConfig
 from fmda.methods.uda.mmd import MmdConfig, mmd_loss
 from fmda.methods.uda.output_adversarial import (
     OutputAdversarialConfig,
+    auxiliary_losses,
+    init_auxiliary,
     init_discriminator,
     output_adversarial_losses,
 )
@@ -80,17 +82,20 @@ class LearnConfig:
         return tuple(name for name in ("self_training", *CLEAN, "style") if getattr(self, name) is not None)
 
 
-def init_adversary(learn: LearnConfig, key: Any, channels: int, classes: int) -> Tree:
-    """Returns the parameters beside those of the network: {} or {"adversary": discriminators that terms ask for}.
+def init_adversary(learn: LearnConfig, key: Any, channels: Sequence[int], classes: int) -> Tree:
+    """Returns the parameters beside those of the network: {} or {"adversary": what terms train beside it}.
 
-    `channels` are those of the encoder's last map.
+    `channels` are those of the encoder's maps.
     """
     dann_key, output_key = jax.random.split(key)
     drawn = {}
     if learn.dann:
-        drawn["dann"] = init_classifier(learn.dann, dann_key, channels)
+        drawn["dann"] = init_classifier(learn.dann, dann_key, channels[-1])
     if learn.output_adversarial:
         drawn["output"] = init_discriminator(learn.output_adversarial, output_key, classes)
+        if learn.output_adversarial.auxiliary:
+            beyond = jax.random.fold_in(output_key, 5)  # the five layers of the discriminator have 0 to 4
+            drawn["auxiliary"] = init_auxiliary(learn.output_adversarial, beyond, channels[-2], classes)
     return {ADVERSARY: drawn} if drawn else {}
 
 
@@ -120,12 +125,13 @@ def make_objective(
         if learn.mmd:
             losses["mmd"] = mmd_loss(learn.mmd, source, target, labels, key)
         if learn.dann:
-            adversary = params[ADVERSARY]["dann"]
-            losses["dann"] = dann_loss(learn.dann, adversary, source.features, target.features, progress)
+            classifier = params[ADVERSARY]["dann"]
+            losses["dann"] = dann_loss(learn.dann, classifier, source.features, target.features, progress)
         if learn.output_adversarial:
-            adversary = params[ADVERSARY]["output"]
-            logits = (source.logits, target.logits)
-            losses |= output_adversarial_losses(learn.output_adversarial, adversary, *logits)
+            config, adversary = learn.output_adversarial, params[ADVERSARY]
+            losses |= output_adversarial_losses(config, adversary["output"], source.logits, target.logits)
+            if config.auxiliary:
+                losses |= auxiliary_losses(config, config.auxiliary, adversary["auxiliary"], source, target, labels)
         if learn.entropy:
             losses["entropy"] = learn.entropy.weight * entropy_loss(target.logits, learn.entropy.power)
         return losses

@@ -1,5 +1,6 @@
 """The two networks of adaptation: the student as it learns, and the teacher as it labels."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,13 +36,18 @@ class Outputs(NamedTuple):
 
     Attributes:
         logits: class logits at the size of the images; HRDA's are fused.
-        features: the last map of the encoder; HRDA's is that of the context.
+        maps: of the encoder; HRDA's are those of the context.
         detail: HRDA's, else None.
     """
 
     logits: Float[Array, "b H W k"]
-    features: Float[Array, "b h w c"]
+    maps: Sequence[Float[Array, "b h w c"]]
     detail: Detail | None = None
+
+    @property
+    def features(self) -> Float[Array, "b h w c"]:
+        """The last map."""
+        return self.maps[-1]
 
     def cross_entropy(
         self, labels: Int[Array, "b H W"], weights: Float[Array, "b H W"] | None = None
@@ -67,9 +73,9 @@ def student_outputs(student: Any, images: Float[Array, "b H W 3"], key: Any, det
         corner = detail_corner(second, (height, width))
         fused, window, maps = student.with_detail(images, corner, first)
         detail = Detail(resize(window, (height // 2, width // 2)), corner, detail_weight)
-        return Outputs(resize(fused, (height, width)), maps[-1], detail)
+        return Outputs(resize(fused, (height, width)), maps, detail)
     maps = student.encoder.stages(images, first)
-    return Outputs(resize(student.head(maps, second), (height, width)), maps[-1])
+    return Outputs(resize(student.head(maps, second), (height, width)), maps)
 
 
 def reference_features(network: Any, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:

@@ -15,7 +15,10 @@ from fmda.methods.uda.entropy import EntropyConfig
 from fmda.methods.uda.mmd import MmdConfig, mmd_loss
 from fmda.methods.uda.objective import LearnConfig, init_adversary, make_objective
 from fmda.methods.uda.output_adversarial import (
+    AuxiliaryConfig,
     OutputAdversarialConfig,
+    auxiliary_losses,
+    init_auxiliary,
     init_discriminator,
     output_adversarial_losses,
 )
@@ -29,7 +32,7 @@ from fmda.nn.norm import BatchNorm
 from fmda.train import OptimConfig, TrainState, create_state, make_optimizer
 
 KEY = jax.random.key(0)
-CLASSES, CHANNELS = 3, 4
+CLASSES, CHANNELS = 3, (2, 4)
 
 
 def normal(seed, *shape):
@@ -44,7 +47,7 @@ def test_mmd_of_unit_vectors():
         return jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
     # of 12 vectors each, all are taken
-    outputs = [Outputs(jnp.zeros((2, 2, 3, CLASSES)), features) for features in (source, target)]
+    outputs = [Outputs(jnp.zeros((2, 2, 3, CLASSES)), (features,)) for features in (source, target)]
     labels = jnp.zeros((2, 2, 3), jnp.uint8)
     value = mmd_loss(MmdConfig(), *outputs, labels, KEY)
     assert float(value) == pytest.approx(0.1 * float(mmd(rows(source), rows(target))), abs=1e-6)
@@ -59,7 +62,7 @@ def test_mmd_per_class_by_hand():
     target = jnp.array([[[5.0, 0]] * 3, [[4.0, 0], [4.0, 0], [0, 1.0]]])[None]
     certain = jnp.array([[[0, 9.0]] * 3, [[9.0, 0], [9.0, 0], [0.1, 0]]]).repeat(2, 0).repeat(2, 1)[None]
     value = mmd_loss(
-        MmdConfig(weight=0.5, per_class=True), Outputs(certain, source), Outputs(certain, target), labels, KEY
+        MmdConfig(weight=0.5, per_class=True), Outputs(certain, (source,)), Outputs(certain, (target,)), labels, KEY
     )
     # 8 unit vectors along one axis and 4 along the other: 64 of 144 ordered pairs have the squared distance 2
     apart = sum(np.exp(-2 / (2 * 2.0**k * 2 * 64 / 144)) for k in range(-3, 2))
@@ -115,6 +118,65 @@ def test_student_and_discriminator_learn_from_their_own_losses_alone():
     assert [moves(part) for part in gradients("discriminator")] == [True, False, False]
 
 
+@pytest.mark.parity
+def test_the_auxiliary_level_equals_torch():
+    import torch
+    from torch.nn import functional as F
+
+    config = OutputAdversarialConfig(width=2, auxiliary=AuxiliaryConfig())
+    maps = [3 * normal(i, 2, 14, 14, 4) for i in (0, 1)]
+    labels = np.random.default_rng(0).choice([0, 1, 2, 255], (2, 40, 40)).astype(np.uint8)
+
+    def ours(params, maps):
+        outputs = [Outputs(jnp.zeros((2, 40, 40, CLASSES)), (x, jnp.zeros((2, 7, 7, 5)))) for x in maps]
+        losses = auxiliary_losses(config, config.auxiliary, params, *outputs, labels)
+        return sum(losses.values()), losses
+
+    params = init_auxiliary(config, KEY, 4, CLASSES)
+    gradients, losses = jax.jit(jax.grad(ours, 1, has_aux=True))(params, maps)
+
+    def convolved(x, layer, **options):
+        kernel, bias = (torch.tensor(np.asarray(layer[name])) for name in ("kernel", "bias"))
+        return F.conv2d(x, kernel.permute(3, 2, 0, 1), bias, **options)
+
+    def judged(x):
+        for i in range(5):
+            x = convolved(x if i == 0 else F.leaky_relu(x, 0.2), params["discriminator"][i], stride=2, padding=1)
+        return x
+
+    def theirs(detach):
+        inputs = [torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).requires_grad_() for x in maps]
+        branches = [params["classifier"]["branches"][i] for i in (0, 1)]
+        source, target = (
+            F.interpolate(
+                sum(convolved(x, one, padding=r, dilation=r) for one, r in zip(branches, (6, 12), strict=True)),
+                (40, 40), mode="bilinear",
+            )
+            for x in inputs
+        )  # fmt: skip
+        each = F.cross_entropy(source, torch.tensor(labels).long(), ignore_index=255, reduction="none")
+        probabilities = [x.softmax(1) for x in (source, target)]
+        own = [judged(x.detach() if detach else x) for x in probabilities]
+        fooled = judged(probabilities[1])
+        found = {
+            "auxiliary": 0.1 * each.mean(),
+            "auxiliary_adversarial": 0.0002 * F.softplus(fooled).mean(),
+            "auxiliary_discriminator": (F.softplus(own[0]).mean() + F.softplus(-own[1]).mean()) / 2,
+        }
+        return found, [x.permute(0, 2, 3, 1) for x in torch.autograd.grad(sum(found.values()), inputs)]
+
+    def apart(wanted):
+        return max(
+            float(abs(np.asarray(a) - b.numpy()).max() / b.abs().max()) for a, b in zip(gradients, wanted, strict=True)
+        )
+
+    expected, wanted = theirs(detach=True)
+    assert {k: float(v) for k, v in losses.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, 1e-5)
+    assert apart(wanted) < 1e-4
+    # a faulty twin: the student learns from the discriminator's own loss too
+    assert apart(theirs(detach=False)[1]) > 1e-2
+
+
 def test_discriminators_at_full_size():
     shapes = jax.eval_shape(lambda: init_discriminator(OutputAdversarialConfig(), KEY, 19))
     assert [tuple(shapes[i]["kernel"].shape) for i in range(5)] == [
@@ -123,6 +185,8 @@ def test_discriminators_at_full_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 2_781_121
     out = jax.eval_shape(lambda p: domain_logits(p, jnp.zeros((1, 512, 1024, 19)), 2, 1), shapes)
     assert out.shape == (1, 16, 32, 1)
+    shapes = jax.eval_shape(lambda: init_auxiliary(OutputAdversarialConfig(), KEY, 1024, 19))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 2_781_121 + 2 * (9 * 1024 * 19 + 19)
     shapes = jax.eval_shape(lambda: init_classifier(DannConfig(), KEY, 512))
     assert [tuple(shapes[i]["kernel"].shape) for i in range(3)] == [(1, 1, 512, 256), (1, 1, 256, 256), (1, 1, 256, 1)]
 
@@ -172,16 +236,18 @@ def test_adain_in_latents():
 
 class Encoder(nnx.Module):
     def __init__(self, rngs):
-        self.layer = conv(3, CHANNELS, 4, stride=4, rngs=rngs)
-        self.norm = BatchNorm(CHANNELS, rngs=rngs)
+        self.stem = conv(3, CHANNELS[0], 2, stride=2, rngs=rngs)
+        self.layer = conv(*CHANNELS, 2, stride=2, rngs=rngs)
+        self.norm = BatchNorm(CHANNELS[1], rngs=rngs)
 
     def stages(self, x, key=None):
-        return (jax.nn.relu(self.norm(self.layer(x))),)
+        x = jax.nn.relu(self.stem(x))
+        return x, jax.nn.relu(self.norm(self.layer(x)))
 
 
 class Head(nnx.Module):
     def __init__(self, rngs):
-        self.layer = conv(CHANNELS, CLASSES, 1, rngs=rngs)
+        self.layer = conv(CHANNELS[-1], CLASSES, 1, rngs=rngs)
 
     def __call__(self, maps, key=None):
         return self.layer(maps[-1])
@@ -193,10 +259,12 @@ class Network(EncoderDecoder):
 
 
 EVERYTHING = LearnConfig(
-    mmd=MmdConfig(), dann=DannConfig(width=4), output_adversarial=OutputAdversarialConfig(width=2),
+    mmd=MmdConfig(), dann=DannConfig(width=4),
+    output_adversarial=OutputAdversarialConfig(width=2, auxiliary=AuxiliaryConfig()),
     entropy=EntropyConfig(), style=StyleConfig(share=0.1, jitter=0.1),
 )  # fmt: skip
-TERMS = {"source", "mmd", "dann", "adversarial", "discriminator", "entropy"}
+LEVEL = ("adversarial", "discriminator")
+TERMS = {"source", "mmd", "dann", *LEVEL, "auxiliary", *(f"auxiliary_{name}" for name in LEVEL), "entropy"}
 
 
 def make():
@@ -262,6 +330,6 @@ def test_the_teacher_is_the_network_alone():
 
 
 def test_names_of_the_terms_that_need_a_target():
-    assert LearnConfig().of_target == () and init_adversary(LearnConfig(), KEY, 4, 3) == {}
+    assert LearnConfig().of_target == () and init_adversary(LearnConfig(), KEY, CHANNELS, 3) == {}
     assert EVERYTHING.of_target == ("mmd", "dann", "output_adversarial", "entropy", "style")
     assert style.open_autoencoder(EVERYTHING.style, 32) is None
