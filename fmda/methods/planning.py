@@ -14,9 +14,9 @@ from fmda.data.streams import Stream
 from fmda.errors import UserError
 from fmda.mesh import FSDP_RULES, REPLICATED_RULES, Rule, place
 from fmda.perf.memory import device_memory
-from fmda.perf.trace import Program, residual_bytes
+from fmda.perf.trace import Gradient
 from fmda.runs.plan import Plan
-from fmda.train.step import Objective, TrainState, scalar_loss, step_flops
+from fmda.train.step import Objective, TrainState, scalar_loss
 from fmda.train.task import Task
 from fmda.trees import Tree
 
@@ -76,11 +76,11 @@ class Training:
 
     def flops(self, batch: int) -> float:
         """Returns the model's own FLOPs of a step on so many examples, nothing that is computed twice."""
-        return step_flops(self.objective, self.state, self.frozen, self.batch(batch), _key())
+        return self._gradient.flops(batch)
 
     def residuals(self, batch: int) -> int:
         """Returns the bytes of activations that are kept for the gradient."""
-        return residual_bytes(scalar_loss(self.objective), *self._arguments(batch))
+        return self._gradient.residuals(batch)
 
     def memory(self, batch: int, shards: int = 1) -> dict[str, int]:
         """Returns the bytes of each device by name, with `batch` examples on it at once and fsdp over `shards`."""
@@ -109,8 +109,8 @@ class Training:
         return sum(self.memory(batch, shards).values())
 
     @functools.cached_property
-    def _gradient(self) -> Program:
-        return Program(jax.value_and_grad(scalar_loss(self.objective), has_aux=True), self._arguments)
+    def _gradient(self) -> Gradient:
+        return Gradient(scalar_loss(self.objective), self._arguments)
 
     def _arguments(self, batch: int) -> tuple[Any, ...]:
         return self.state.params, self.state, self.frozen, self.batch(batch), _key()

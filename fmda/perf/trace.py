@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from fmda.perf.flops import inner_programs, on_host, program_flops
@@ -101,6 +102,49 @@ class Program:
         return 0 if kind is None else math.prod(self._shape(variable, batch)) * kind.itemsize
 
 
+class Gradient(Program):
+    """Value and gradient of an objective, traced at two batch sizes.
+
+    The outputs are the value, auxiliary values and the gradient.
+
+    Args:
+        objective: (params, *rest) -> (scalar, auxiliary values).
+        shapes: its arguments at a batch size.
+
+    Raises ValueError as `Program`.
+    """
+
+    def __init__(self, objective: Callable[..., Any], shapes: Shapes) -> None:
+        kept = 0
+
+        def gradient(params: Any, *rest: Any) -> Any:
+            nonlocal kept
+            value, pullback, aux = jax.vjp(lambda params: objective(params, *rest), params, has_aux=True)
+            kept = len(jax.tree.leaves(pullback))
+            return value, aux, pullback(np.ones((), value.dtype))[0], pullback
+
+        super().__init__(gradient, shapes)
+        self._objective, self._arguments = objective, shapes
+        outputs = self.jaxpr.outvars
+        first = len(outputs) - kept
+        self._kept = {out for out in outputs[first:] if not isinstance(out, Literal)} - set(self.jaxpr.invars)
+        # as outputs, what is kept would take memory to the end
+        self.jaxpr = self.jaxpr.replace(outvars=outputs[:first])
+
+    def flops(self, batch: int) -> int:
+        """Returns `training_flops` at a batch size; a third trace where something is computed again."""
+        if _repeats(self.jaxpr):
+            return training_flops(self._objective, *self._arguments(batch))
+        return super().flops(batch)
+
+    def residuals(self, batch: int) -> int:
+        """Returns the bytes that jax keeps from the forward pass for the gradient.
+
+        Arguments that are kept are not counted, copies of them in another dtype are.
+        """
+        return sum(self._bytes(variable, batch) for variable in self._kept)
+
+
 def training_flops(objective: Callable[..., Any], *arguments: Any) -> int:
     """Returns the model's own FLOPs of one gradient of an objective, the numerator of MFU.
 
@@ -109,21 +153,6 @@ def training_flops(objective: Callable[..., Any], *arguments: Any) -> int:
     """
     with on_host():
         return program_flops(jax.make_jaxpr(_work(objective))(*arguments).jaxpr)
-
-
-def residual_bytes(objective: Callable[..., Any], *arguments: Any) -> int:
-    """Returns the bytes that jax keeps from the forward pass of an objective for its gradient.
-
-    Arguments that are kept are not counted, copies of them in another dtype are. Arguments as of `training_flops`.
-    """
-
-    def pullback(params: Any, *rest: Any) -> Any:
-        return jax.vjp(lambda params: objective(params, *rest), params, has_aux=True)[1]
-
-    with on_host():
-        program = jax.make_jaxpr(pullback)(*arguments).jaxpr
-    kept = {variable for variable in program.outvars if not isinstance(variable, Literal)} - set(program.invars)
-    return sum(math.prod(_shape(variable)) * variable.aval.dtype.itemsize for variable in kept)
 
 
 def _work(objective: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,6 +164,14 @@ def _work(objective: Callable[..., Any]) -> Callable[..., Any]:
         return jax.value_and_grad(lambda params: loss(*jax.tree.leaves(params))[0])(params)
 
     return gradient
+
+
+def _repeats(program: Any) -> bool:
+    """Returns whether a gradient computes again what a `jax.checkpoint` has not kept."""
+    return any(
+        equation.params.get("differentiated") or any(map(_repeats, inner_programs(equation.params)))
+        for equation in program.eqns
+    )
 
 
 def _keeping(program: Any) -> Any:
