@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fmda.losses.matching import LIMIT, NONE, match
-from fmda.losses.pixelwise import IGNORE
+from fmda.losses.pixelwise import IGNORE, dice_loss
 from fmda.nn.deformable import bilinear_corners, gather_sum, packed
 
 
@@ -132,11 +132,10 @@ def matching_costs(
         jnp.einsum("bpq,bp->bq", x, valid, precision=exact)[..., None] for x in (probs, jax.nn.softplus(logits))
     )
     mean = jnp.maximum(valid.sum(1), 1.0).reshape(-1, 1, 1)
-    dice = 1 - (2 * overlap + 1) / (area + targets.sum(1)[:, None] + 1)
     return (
         config.mask_weight * (softplus - positive) / mean
         - config.class_weight * jax.nn.softmax(classes)[..., :-1]
-        + config.dice_weight * dice
+        + config.dice_weight * dice_loss(overlap, area + targets.sum(1)[:, None])
     )
 
 
@@ -171,7 +170,7 @@ def prediction_loss(
     valid = _valid(values, corners, config)
     probs = jax.nn.sigmoid(logits)
     each_mask = (valid * jax.nn.softplus(logits) - targets * logits).sum(-1) / jnp.maximum(valid.sum(-1), 1.0)
-    each_dice = 1 - (2 * (probs * targets).sum(-1) + 1) / ((valid * probs).sum(-1) + targets.sum(-1) + 1)
+    each_dice = dice_loss((probs * targets).sum(-1), (valid * probs).sum(-1) + targets.sum(-1))
     masks_in_all = jnp.maximum(present.sum(), 1)
     mask, dice = ((each * matched).sum() / masks_in_all for each in (each_mask, each_dice))
 

@@ -42,6 +42,14 @@ def weighted_cross_entropy(
     return (losses if weights is None else losses * weights).mean()
 
 
+def dice_loss(overlap: Float[Array, "*n"], areas: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Returns 1 - (2 overlap + 1) / (areas + 1), from the sum of the product of two soft masks and that of both masks.
+
+    Source: Milletari et al. 2016 (V-Net), with Mask2Former's ones, which make it 0 for two empty masks.
+    """
+    return 1 - (2 * overlap + 1) / (areas + 1)
+
+
 def pseudo_labels(
     logits: Float[Array, "b h w k"], threshold: float = 0.968
 ) -> tuple[Int[Array, "b h w"], Float[Array, ""]]:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from fmda.losses.pixelwise import dice_loss
+
 FOCAL, DICE = 20.0, 1.0
 """Weights of the terms of a mask's loss."""
 ALPHA, GAMMA = 0.75, 2
@@ -23,7 +25,7 @@ def mask_losses(logits: Float[Array, "*n h w"], target: Bool[Array, "*n h w"]) -
     weight = (1 - ALPHA) + (2 * ALPHA - 1) * wanted
     focal = (weight * missed**GAMMA * entropy).mean((-2, -1))
     overlap, areas = (chance * wanted).sum((-2, -1)), (chance + wanted).sum((-2, -1))
-    return FOCAL * focal + DICE * (1 - (2 * overlap + 1) / (areas + 1))
+    return FOCAL * focal + DICE * dice_loss(overlap, areas)
 
 
 def mask_iou(logits: Float[Array, "*n h w"], target: Bool[Array, "*n h w"]) -> Float[Array, "*n"]:
