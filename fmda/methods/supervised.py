@@ -6,7 +6,7 @@ The head is a convolution, or Mask2Former's decoders. The encoder is frozen, or 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -16,14 +16,22 @@ from fmda import trees
 from fmda.atomic import write_json
 from fmda.augment.photometric import ssd_jitter
 from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict, to_dict
-from fmda.data import ClassList
+from fmda.data import ClassList, Dataset
 from fmda.data.check import check_images
 from fmda.data.config import DataConfig
 from fmda.data.dataset import Example
 from fmda.data.streams import Order, RareClasses, Shuffled, Stream, class_pixels
 from fmda.data.transforms import training_transform
 from fmda.errors import UserError
-from fmda.evaluate import Predictor, Protocol, SegmentationEvaluator, Segmenter, evaluate_dataset, score_on_mesh
+from fmda.evaluate import (
+    Predictor,
+    Protocol,
+    Scores,
+    SegmentationEvaluator,
+    Segmenter,
+    evaluate_dataset,
+    score_on_mesh,
+)
 from fmda.evaluate.maps import common_list
 from fmda.mesh import make_mesh
 from fmda.methods.dense import DenseNetwork, Encoder, known_encoder
@@ -195,16 +203,26 @@ def _task(config: Config) -> Task:
     network = tuned(make_network(encoder, len(data.classes), config.mask2former, config.hidden), config.tune)
     check_images(data)
     order = SHUFFLED if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
-    mesh, limit = make_mesh(*config.mesh), config.val.limit
-    evaluator = SegmentationEvaluator(
-        "val", config.evaluate_steps, lambda state: score_on_mesh(
-            network.scores, {"encoder": network.encoder.params, "head": state.params}, val, mesh, config.protocol,
-            classes=data.classes, limit=limit,
-        ),
-    )  # fmt: skip
+    evaluators = [evaluator("val", config.evaluate_steps, "params", config, network, val, data.classes)]
     facts = {"encoder": encoder.fingerprint, "data": data.digest()}
-    task = make_task(config, network, data, order, evaluators=[evaluator], facts=facts)
+    task = make_task(config, network, data, order, evaluators=evaluators, facts=facts)
     return with_resident_data(task) if config.data.resident == "auto" else task
+
+
+def evaluator(
+    name: str, every: int, which: Literal["params", "teacher"], config: Any, network: Network,
+    val: Dataset, classes: ClassList,
+) -> SegmentationEvaluator:  # fmt: skip
+    """Returns what scores the head of a state, or its average, as `config` of this or another trainer of heads says."""
+    mesh = make_mesh(*config.mesh)
+
+    def scores(state: TrainState) -> Scores:
+        params = {"encoder": network.encoder.params, "head": getattr(state, which)}
+        return score_on_mesh(
+            network.scores, params, val, mesh, config.protocol, classes=classes, limit=config.val.limit
+        )
+
+    return SegmentationEvaluator(name, every, scores)
 
 
 def _write(config: Config, folder: Path, done: dict[str, Path], trained: Any) -> None:

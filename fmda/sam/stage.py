@@ -1,5 +1,6 @@
 """`SamStage`: masks of prompted objects by a SAM in ONNX. Nothing here imports jax."""
 
+import copy
 import hashlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,6 +107,12 @@ class SamStage:
             if name != output and not other:
                 raise UserError(f"{self._encoder.graph.path}: has no output {name}, which the decoder takes")
         self._cache = None if self.cache is None else EmbeddingCache(Path(self.cache).expanduser(), self.cache_bytes)
+
+    def cached(self, folder: Path) -> "SamStage":
+        """Returns the stage with its embeddings in a folder; the graphs are not opened again."""
+        other = copy.copy(self)
+        other.cache, other._cache = folder, EmbeddingCache(folder, self.cache_bytes)
+        return other
 
     @property
     def graphs(self) -> tuple[Graph, Graph]:

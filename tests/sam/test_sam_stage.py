@@ -184,7 +184,9 @@ def counted(stage, monkeypatch):
 
 def test_a_cached_image_is_not_encoded_again(tmp_path, monkeypatch):
     image, cache = blocks()[0], tmp_path / "cache"
-    stage = SamStage(pair(tmp_path / "sam"), cache=cache)
+    plain = SamStage(pair(tmp_path / "sam"))
+    stage = plain.cached(cache)
+    assert stage.graphs == plain.graphs and stage.fingerprint == plain.fingerprint
     calls = counted(stage, monkeypatch)
     first = stage.embed(image)
     np.testing.assert_array_equal(stage.embed(image).arrays, first.arrays)

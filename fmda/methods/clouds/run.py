@@ -20,11 +20,10 @@ from fmda.data.loader import Batches
 from fmda.data.transforms import training_transform
 from fmda.diffusion.manifest import MANIFEST, Manifest
 from fmda.errors import UserError
-from fmda.evaluate import SegmentationEvaluator, overlay, score_on_mesh
+from fmda.evaluate import overlay
 from fmda.evaluate.maps import common_list
 from fmda.evaluate.overlay import in_row
 from fmda.evaluate.sections import Section, write_sections
-from fmda.mesh import make_mesh
 from fmda.methods import supervised
 from fmda.methods.clouds.labelling import LabelledBatches, label_maps
 from fmda.methods.clouds.objective import initial_aux, make_objective, teacher_decay
@@ -48,7 +47,7 @@ from fmda.png import write_png
 from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.sam import SamStage
-from fmda.train import Task, TrainState, read_params
+from fmda.train import Task, read_params
 from fmda.trees import Tree
 
 
@@ -57,16 +56,20 @@ def make_task(
     model: Model,
     source: Sequence[Example],
     generated: Sequence[Example],
+    stage: SamStage | None,
     **options: Any,
 ) -> Task:
-    """Returns the task of the joint training; `options` are further attributes of the task."""
+    """Returns the task of the joint training; `options` are further attributes of the task.
+
+    The embeddings of `stage` will lie in the run's folder.
+    """
     network, reference = joint_network(config, model), config.mode == "reference"
     transform = training_transform(
         (config.crop, config.crop), resize=config.resize, scale=config.scale, max_class_ratio=1.0, diagonal=reference
     )
 
     def guide(batches: Batches, mesh: Mesh, folder: Path) -> LabelledBatches:
-        refine = make_refinement(config, model, folder / "embeddings").labels
+        refine = make_refinement(config, model, stage and stage.cached(folder / "embeddings")).labels
         return LabelledBatches(
             batches, generated, network, refine, folder / "labels", mesh,
             check_every=config.labels.check_every, confidence=config.labels.confidence, mirror_first=reference,
@@ -120,8 +123,8 @@ def check(config: Config) -> None:
     """Raises UserError for a warm-up, images, class maps or a SAM that cannot work."""
     if config.crop % 32:
         raise UserError(f"crop: {config.crop} is not a multiple of 32, the stride of the last map; choose one")
-    if config.labels.sam is not None and not pending(config.labels.sam):
-        SamStage(config.labels.sam)
+    if not pending(config.labels.sam):
+        open_stage(config)
     if not pending(config.generated.root):
         check_crops(config.generated.open(), None, config.crop, "lower crop or generate larger images")
         generator_of(config.generated.root)
@@ -158,14 +161,19 @@ def plan_after(config: Config, warm_up: supervised.Config) -> Plan:
 
 def _plan(config: Config, model: Model) -> Plan:
     blank = [blank_example(config.crop)]
-    parts = () if config.tune is None else ("encoder",)
-    return trainer_plan(config, make_task(config, model, blank, blank), stages(config), parts=parts, example="crop")
+    task = make_task(config, model, blank, blank, None)
+    return trainer_plan(config, task, stages(config), parts=() if config.tune is None else ("encoder",), example="crop")
 
 
-def make_refinement(config: Config, model: Model, cache: Path) -> Refinement:
-    """Returns what refines label maps; embeddings lie in `cache`."""
+def open_stage(config: Config, cache: Path | None = None) -> SamStage | None:
+    """Returns the SAM, its embeddings in `cache`; None without one."""
     labels = config.labels
-    stage = None if labels.sam is None else SamStage(labels.sam, cache, labels.cache_bytes, labels.threads)
+    return None if labels.sam is None else SamStage(labels.sam, cache, labels.cache_bytes, labels.threads)
+
+
+def make_refinement(config: Config, model: Model, stage: SamStage | None) -> Refinement:
+    """Returns what refines label maps."""
+    labels = config.labels
     settings = None if config.mode == "reference" else labels.votes
     return Refinement(stage, roles_of(model.classes, labels.things, labels.kept), settings)
 
@@ -175,24 +183,20 @@ def _task(config: Config) -> Task:
     generated = config.generated.open()
     for images in (data, generated):
         check_images(images)
-    network, mesh, limit = joint_network(config, model), make_mesh(*config.mesh), config.val.limit
-
-    def evaluator(name: str, every: int, which: str) -> SegmentationEvaluator:
-        def score(state: TrainState) -> Any:
-            params = {"encoder": network.encoder.params, "head": getattr(state, which)}
-            return score_on_mesh(network.scores, params, val, mesh, config.protocol, classes=data.classes, limit=limit)
-
-        return SegmentationEvaluator(name, every, score)
-
+    stage = open_stage(config)
+    where = (config, joint_network(config, model), val, data.classes)
+    evaluators = [
+        supervised.evaluator("val", config.evaluate_steps, "params", *where),
+        supervised.evaluator("teacher", 0, "teacher", *where),
+    ]
     facts = {
         "warm-up": model.fingerprint(),
         "data": data.digest(),
         "generated": generated.digest(labels=False),
         "generator": generator_of(config.generated.root),
-        "sam": None if config.labels.sam is None else SamStage(config.labels.sam).fingerprint,
+        "sam": stage and stage.fingerprint,
     }
-    evaluators = [evaluator("val", config.evaluate_steps, "params"), evaluator("teacher", 0, "teacher")]
-    return make_task(config, model, data, generated, evaluators=evaluators, facts=facts)
+    return make_task(config, model, data, generated, stage, evaluators=evaluators, facts=facts)
 
 
 def _write(config: Config, folder: Path, done: dict[str, Path], trained: Tree) -> None:
@@ -210,7 +214,7 @@ def _labels(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, An
     network = joint_network(config, model)
     params = {"encoder": network.encoder.params, "head": read_params(done["train"], "teacher")}
     predict = label_maps(network, config.labels.confidence)
-    refinement = make_refinement(config, model, done["train"] / "embeddings")
+    refinement = make_refinement(config, model, open_stage(config, done["train"] / "embeddings"))
     sections = []
     for place in np.linspace(0, len(images) - 1, min(config.figures, len(images))).round().astype(int):
         item = images.items[place]

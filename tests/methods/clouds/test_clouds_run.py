@@ -224,7 +224,7 @@ def train(place, monkeypatch):
 
     def train(folder, *overrides):
         config = open_run("run.yaml", overrides).config
-        task = clouds.make_task(config, model, config.data.open(), config.generated.open())
+        task = clouds.make_task(config, model, config.data.open(), config.generated.open(), clouds.open_stage(config))
         return jax.device_get(run_task(task, config.of_loop(), folder))
 
     return train
