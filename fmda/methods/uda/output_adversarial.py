@@ -102,10 +102,10 @@ def auxiliary_losses(
 
     The latter is its weighted cross-entropy for the `labels` of the source. All names begin with "auxiliary".
     """
-    classes, size = source.logits.shape[-1], labels.shape[1:3]
+    _, height, width, classes = source.logits.shape
     graphdef, _ = abstract(_classifier(source.maps[-2].shape[-1], classes))
     head = nnx.merge(graphdef, params["classifier"])
-    logits = [resize(head(outputs.maps[:-1]), size) for outputs in (source, target)]
+    logits = [resize(head(outputs.maps[:-1]), (height, width)) for outputs in (source, target)]
     own = replace(config, weight=auxiliary.weight)
     losses = output_adversarial_losses(own, params["discriminator"], *logits)
     segmentation = auxiliary.segmentation * weighted_cross_entropy(logits[0], labels)
