@@ -176,6 +176,8 @@ def _model_folder(folder: Path) -> Path:
     if (folder / "model.json").is_file():
         return folder
     below = sorted(p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/model.json"))
+    # a model in the folder of another one, such as its teacher, belongs to it
+    below = [one for one in below if one.parent not in below]
     if not below:
         raise UserError(f"{folder}: holds no model.json; give the folder of a finished run, or of a network")
     if len(below) > 1:

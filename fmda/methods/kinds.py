@@ -5,7 +5,7 @@ It may offer `check(config)`, which raises UserError for whatever is certain to 
 and weights that are missing or damaged. Checks of all runs are made before the first stage starts. They skip values
 that are `pending`, since an earlier run makes what these name. It may offer `flops(config)`, those of the whole run, or
 None where they are not known yet; a table adds them up. It may offer `plan_after(config, earlier)`, the plan where
-`start` refers to a run of this configuration.
+`start` refers to a run of this configuration, or to one that started from it.
 
 The kind `pipeline` runs several such configurations one after another in one folder; text `@name/...` in a later one
 means the folder of the earlier run `name`. A run with `only_with: camvid` is left out where that dataset is not on the
@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "supervised": ("fmda.methods.supervised", "train a segmentation head on labelled images, over a frozen encoder"),
     "uda": ("fmda.methods.uda.run", "adapt a segmentation network to images without labels"),
     "clouds": ("fmda.methods.clouds.run", "train on source and generated images, labelled by a teacher and a SAM"),
+    "weak-spots": ("fmda.methods.clouds.weak_spots", "weigh what to generate by what a network is unsure of"),
     "pseudo-labels": ("fmda.methods.uda.pseudo_labels", "predict images and keep the labels that a network is sure of"),
     "refine-labels": ("fmda.methods.refine_labels", "refine recorded label maps by a SAM in ONNX"),
     "pretrain-clip": ("fmda.methods.pretrain.clip", "train a CLIP on images and captions"),
@@ -182,7 +183,10 @@ class Runs:
         """
         start, module = str(self._raw[name].get("start", "")), importlib.import_module(KINDS[self.jobs[name].kind][0])
         if pending(start) and hasattr(module, "plan_after"):
-            return module.plan_after(self.jobs[name].config, self.jobs[referred(start, self.order)].config)
+            first = referred(start, self.order)
+            while pending(earlier := str(self._raw[first].get("start", ""))):
+                first = referred(earlier, self.order)
+            return module.plan_after(self.jobs[name].config, self.jobs[first].config)
         model = str(self._raw[name].get("model", ""))
         base = self._raw[referred(model, self.order)].get("model") if pending(model) else None
         if base is None:

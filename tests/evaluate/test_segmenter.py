@@ -98,6 +98,8 @@ def write_model(folder, **values):
 def test_load_calls_the_named_loader_also_one_stage_below(classes, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "CLASS_LIST", classes)
     write_model(tmp_path / "run" / "rank", loader=f"{__name__}:make_segmenter", label=2)
+    # another model of that run, which is opened by its own folder alone
+    write_model(tmp_path / "run" / "rank" / "teacher", loader=f"{__name__}:make_segmenter", label=1)
     package = __name__.split(".")[0]
     for folder in (tmp_path / "run", tmp_path / "run" / "rank"):
         loaded = Segmenter.load(folder, packages=(package,))

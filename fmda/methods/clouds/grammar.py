@@ -7,9 +7,12 @@ prompts of the paper name no pole, fence, rider or terrain.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
+from fmda.config import PositiveFloat
 from fmda.errors import UserError, did_you_mean
 from fmda.world.names import CLASSES
 
@@ -99,12 +102,15 @@ class Scene:
         subject, companion: classes.
         nouns: how the prompt names both.
         conditions: phrases in the order of the sentence.
+        time, weather: those of the conditions that weights are of.
     """
 
     subject: str
     companion: str
     nouns: tuple[str, str]
     conditions: tuple[str, ...]
+    time: str
+    weather: str
 
     @property
     def text(self) -> str:
@@ -113,11 +119,24 @@ class Scene:
         return ", ".join([f"a photo of {' and '.join(self.nouns)} {place}", *rest])
 
 
-def scenes(count: int, classes: Sequence[str], vocabulary: Vocabulary, seed: int) -> list[Scene]:
-    """Returns scenes, no two with the same text; the first ones of a larger count are the same.
+@dataclass(frozen=True)
+class Weights:
+    """How often a grammar takes each class, time and weather, relative to others; what is missing has the weight 1."""
+
+    classes: dict[str, PositiveFloat]
+    times: dict[str, PositiveFloat]
+    weathers: dict[str, PositiveFloat]
+
+
+def scenes(
+    count: int, classes: Sequence[str], vocabulary: Vocabulary, seed: int, weights: Weights | None = None
+) -> list[Scene]:
+    """Returns scenes, no two with the same text; without weights the first ones of a larger count are the same.
 
     Scene k shows class k modulo their number. In each round over Cityscapes' 19 classes, each of them is once the
-    companion of another. Raises UserError for an unknown class and for more scenes than the vocabulary gives.
+    companion of another. With weights, scenes of a class are as many as its weight says, as far as there are, and
+    those with large weights of time and weather come first. Raises UserError for an unknown class and for more scenes
+    than the vocabulary gives.
     """
     for name in classes:
         if name not in NOUNS:
@@ -131,30 +150,64 @@ def scenes(count: int, classes: Sequence[str], vocabulary: Vocabulary, seed: int
             f"prompts, not {count}; ask for fewer, or for another vocabulary"
         )
     steps = np.random.default_rng(seed).permutation(np.arange(1, len(CLASSES)))
-    made = []
+    likely = None if weights is None else [
+        weights.times.get(one.time, 1.0) * weights.weathers.get(one.weather, 1.0) for one in conditions
+    ]  # fmt: skip
     orders = {}
     for name in classes:
         rng = np.random.default_rng([seed, CLASSES.index(name)])
-        orders[name] = rng, rng.permutation(len(conditions))
-    for k in range(count):
-        turn, place = divmod(k, len(classes))
-        subject = classes[place]
+        orders[name] = rng, _order(len(conditions), likely, rng)
+    made = []
+    for subject, turn in _turns(count, classes, len(conditions), weights):
         rng, order = orders[subject]
         companion = CLASSES[(CLASSES.index(subject) + int(steps[turn % len(steps)])) % len(CLASSES)]
         nouns = (_choice(NOUNS[subject], rng), _choice(NOUNS[companion], rng))
-        made.append(Scene(subject, companion, nouns, conditions[order[turn]]))
+        where = conditions[order[turn]]
+        made.append(Scene(subject, companion, nouns, where.phrases, where.time, where.weather))
     return made
 
 
-def _conditions(vocabulary: Vocabulary) -> list[tuple[str, ...]]:
-    """Returns every combination of conditions that go together, without the empty ones."""
+class _Conditions(NamedTuple):
+    phrases: tuple[str, ...]
+    time: str
+    weather: str
+
+
+def _conditions(vocabulary: Vocabulary) -> list[_Conditions]:
+    """Returns every combination of conditions that go together, their phrases without the empty ones."""
     made = []
     for place, time, weather in itertools.product(vocabulary.places, vocabulary.times, vocabulary.weathers):
         lights = [phrase for phrase, (t, w) in vocabulary.lights.items() if time in t and weather in w]
         for light, viewpoint in itertools.product(lights or [""], vocabulary.viewpoints):
             # one phrase of time and weather, as captions have it
-            made.append((f"{place} {time} {weather}", *(phrase for phrase in (light, viewpoint) if phrase)))
+            phrases = (f"{place} {time} {weather}", *(phrase for phrase in (light, viewpoint) if phrase))
+            made.append(_Conditions(phrases, time, weather))
     return made
+
+
+def _order(count: int, likely: Sequence[float] | None, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+    """Returns numbers below `count` in random order, those of large weights likely first.
+
+    Source: Efraimidis and Spirakis 2006, weighted sampling without replacement.
+    """
+    if likely is None:
+        return rng.permutation(count)
+    return np.argsort(-np.log(rng.random(count)) / np.asarray(likely), kind="stable")
+
+
+def _turns(count: int, classes: Sequence[str], most: int, weights: Weights | None) -> list[tuple[str, int]]:
+    """Returns (class, how many scenes of it came before) of each scene, the scenes of a class evenly spread."""
+    if weights is None:
+        return [(classes[k % len(classes)], k // len(classes)) for k in range(count)]
+    shares = np.array([weights.classes.get(name, 1.0) for name in classes])
+    numbers = np.zeros(len(classes), int)
+    turns = []
+    # the class that is furthest below its share comes next, as seats are given in Sainte-Lague's method
+    for _ in range(count):
+        k = int(np.argmax(np.where(numbers < most, shares / (numbers + 0.5), -1.0)))
+        turns.append((classes[k], int(numbers[k])))
+        numbers[k] += 1
+    return turns
 
 
 def _choice(options: Sequence[str], rng: np.random.Generator) -> str:

@@ -1,10 +1,10 @@
 """Prompts of street scenes as a file that kind `generate` reads (kind `prompts`).
 
 A language model behind an endpoint writes them, or a seeded grammar where there is none or it fails. The stage
-`prompts` writes `prompts.jsonl`, a line for each prompt (text, class, and who wrote it, where, with which seed), and
-`refused.jsonl`, a line with a reason for each answer that was not taken. In a pipeline,
+`prompts` writes `prompts.jsonl`, a line for each prompt (text, class, time, weather, and who wrote it, where, with
+which seed), and `refused.jsonl`, a line with a reason for each answer that was not taken. In a pipeline,
 `prompts: {file: '@<run>/prompts/prompts.jsonl'}` of a later `generate` takes them in turn, so that its images show
-every class equally often.
+every class equally often, or as `weights` say.
 """
 
 import functools
@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fmda.config import NonNegativeInt, PositiveInt
+from fmda.config import NonNegativeInt, PositiveInt, from_dict
 from fmda.evaluate.sections import Section, Table, write_sections
-from fmda.methods.clouds.grammar import VOCABULARIES, Scene, scenes
+from fmda.methods.clouds.grammar import VOCABULARIES, Scene, Weights, scenes
 from fmda.methods.clouds.writer import Written, write
 from fmda.methods.endpoint import Endpoint, check_endpoint
 from fmda.methods.generate.naming import named_classes
 from fmda.progress import note
 from fmda.runs.journal import write_rows
 from fmda.runs.plan import Plan
-from fmda.runs.stages import Stage
+from fmda.runs.stages import Stage, pending
+from fmda.weights.files import read_json
 from fmda.world.names import CLASSES
 
 FILE, REFUSED = "prompts.jsonl", "refused.jsonl"
@@ -35,9 +36,11 @@ class Config:
 
     Attributes:
         count: prompts; CLOUDS has 100.
-        classes: of Cityscapes; each is the subject of as many prompts, to within one.
+        classes: of Cityscapes; without weights each is the subject of as many prompts, to within one.
         vocabulary: places, weathers, lights and times: of photographs ("urban"), or of the street world ("street"),
             whose built-in models know few words.
+        weights: file of kind `weak-spots`, by which classes, times and weathers are more frequent or less; None has all
+            as frequent.
         seed: of the scenes and of the language model's answers.
         endpoint: the language model; None leaves the writing to the grammar.
     """
@@ -45,12 +48,19 @@ class Config:
     count: PositiveInt = 100
     classes: tuple[str, ...] = CLASSES
     vocabulary: Literal["urban", "street"] = "urban"
+    weights: Path | None = None
     seed: NonNegativeInt = 0
     endpoint: Endpoint | None = None
 
     def scenes(self) -> list[Scene]:
-        """Returns what the prompts are to show. Raises UserError as `grammar.scenes`."""
-        return scenes(self.count, self.classes, VOCABULARIES[self.vocabulary], self.seed)
+        """Returns what the prompts are to show, without weights that an earlier run is to write.
+
+        Raises UserError as `grammar.scenes`, and for a damaged file of weights.
+        """
+        weights = None
+        if self.weights is not None and not pending(self.weights):
+            weights = from_dict(Weights, read_json(self.weights), str(self.weights))
+        return scenes(self.count, self.classes, VOCABULARIES[self.vocabulary], self.seed, weights)
 
 
 def check(config: Config) -> None:
@@ -84,7 +94,8 @@ def _write(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any
         writer = {"writer": f"grammar {config.vocabulary}"}
         if config.endpoint is not None and k in written.texts:
             writer = {"writer": config.endpoint.model, "endpoint": config.endpoint.host}
-        rows.append({"text": written.texts.get(k, one.text), "class": one.subject, **writer, "seed": config.seed})
+        shown = {"class": one.subject, "time": one.time, "weather": one.weather}
+        rows.append({"text": written.texts.get(k, one.text), **shown, **writer, "seed": config.seed})
     missing = len(made) - len(written.texts)
     if config.endpoint is not None and missing:
         why = written.failure or f"{config.endpoint.host}: the answers cannot be used, see {folder / REFUSED}"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fmda.data import read_image
+from fmda.data import Dataset, read_image
 from fmda.data.check import check_images
 from fmda.data.dataset import Example
 from fmda.data.loader import Batches
@@ -49,6 +49,9 @@ from fmda.runs.stages import Stage, pending
 from fmda.sam import SamStage
 from fmda.train import Task, read_params
 from fmda.trees import Tree
+
+TEACHER = "teacher"
+"""Folder of the teacher in an export."""
 
 
 def make_task(
@@ -106,6 +109,15 @@ def joint_network(config: Config, model: Model) -> MaskNetwork | TunedNetwork:
     return tuned(MaskNetwork(model.encoder, masks, len(model.classes)), config.tune)
 
 
+def open_generated(config: Config) -> Dataset:
+    """Returns the generated images, those of earlier rounds included, under names that differ."""
+    newest, *earlier = (images.open() for images in (config.generated, *config.earlier))
+    items = [
+        replace(item, name=f"{number}-{item.name}") for number, one in enumerate(earlier, 1) for item in one.items
+    ]
+    return Dataset(newest.name, newest.split, newest.root, [*newest.items, *items], newest.classes)
+
+
 def generator_of(root: Path | None) -> str | None:
     """Returns the fingerprint of the diffusion model that made a folder of images; None for other images.
 
@@ -125,9 +137,10 @@ def check(config: Config) -> None:
         raise UserError(f"crop: {config.crop} is not a multiple of 32, the stride of the last map; choose one")
     if not pending(config.labels.sam):
         open_stage(config)
-    if not pending(config.generated.root):
-        check_crops(config.generated.open(), None, config.crop, "lower crop or generate larger images")
-        generator_of(config.generated.root)
+    for images in (config.generated, *config.earlier):
+        if not pending(images.root):
+            check_crops(images.open(), None, config.crop, "lower crop or generate larger images")
+            generator_of(images.root)
     if pending(config.start) or pending(config.data.root) or pending(config.val.root):
         return
     data, model = config.data.open(), open_model(Path(config.start))
@@ -180,7 +193,7 @@ def make_refinement(config: Config, model: Model, stage: SamStage | None) -> Ref
 
 def _task(config: Config) -> Task:
     model, data, val = open_model(Path(config.start)), config.data.open(), config.val.open()
-    generated = config.generated.open()
+    generated = open_generated(config)
     for images in (data, generated):
         check_images(images)
     stage = open_stage(config)
@@ -194,23 +207,29 @@ def _task(config: Config) -> Task:
         "data": data.digest(),
         "generated": generated.digest(labels=False),
         "generator": generator_of(config.generated.root),
+        **({"earlier": [generator_of(one.root) for one in config.earlier]} if config.earlier else {}),
         "sam": stage and stage.fingerprint,
     }
     return make_task(config, model, data, generated, stage, evaluators=evaluators, facts=facts)
 
 
 def _write(config: Config, folder: Path, done: dict[str, Path], trained: Tree) -> None:
+    """Writes the student and, in `teacher`, the last teacher."""
     model = open_model(Path(config.start))
-    head, encoder = finished(joint_network(config, model), trained)
-    write_model(
-        folder, head, encoder=encoder, classes=model.classes, masks=model.masks, protocol=config.protocol,
-        method="clouds",
-    )  # fmt: skip
+    network = joint_network(config, model)
+    teacher = jax.device_get(read_params(done["train"], "teacher"))
+    for place, params in ((folder, trained), (folder / TEACHER, teacher)):
+        head, encoder = finished(network, params)
+        place.mkdir(exist_ok=True)
+        write_model(
+            place, head, encoder=encoder, classes=model.classes, masks=model.masks, protocol=config.protocol,
+            method="clouds",
+        )  # fmt: skip
 
 
 def _labels(config: Config, folder: Path, done: dict[str, Path]) -> dict[str, Any]:
     """Writes figures of generated images as the last teacher labels them."""
-    model, images = open_model(Path(config.start)), config.generated.open()
+    model, images = open_model(Path(config.start)), open_generated(config)
     network = joint_network(config, model)
     params = {"encoder": network.encoder.params, "head": read_params(done["train"], "teacher")}
     predict = label_maps(network, config.labels.confidence)

@@ -84,9 +84,10 @@ class Config(TrainerConfig):
     """Warm-up, data and schedule; the defaults are CLOUDS' from GTA5.
 
     Attributes:
-        start: export of a run of kind `supervised` with `mask2former`, which is the warm-up.
+        start: export of a run of kind `supervised` with `mask2former`, which is the warm-up, or of an earlier round.
         data: the labelled source; its classes are those of the warm-up.
         generated: generated images, at least as large as a crop.
+        earlier: further ones, such as those of earlier rounds.
         val: what is scored, during training every `evaluate_steps` steps and at the end, there with the teacher too.
         mode: "reference" follows the released code: the teacher moves every 100 steps, points of the paper prompt SAM,
             mirrored images are labelled as such, pixels without a label are negative for every mask, crops lie on a
@@ -105,6 +106,7 @@ class Config(TrainerConfig):
     start: FolderOrName
     data: DataConfig
     generated: ImagesConfig
+    earlier: tuple[ImagesConfig, ...] = ()
     val: DataConfig
     mode: Mode = "improved"
     factor: PositiveFloat = 2.0

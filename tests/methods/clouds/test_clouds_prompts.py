@@ -10,7 +10,7 @@ from answering import HANG, answering
 from fmda import cli
 from fmda.errors import UserError
 from fmda.evaluate.sections import read_sections
-from fmda.methods.clouds.grammar import NOUNS, VOCABULARIES, Vocabulary, scenes
+from fmda.methods.clouds.grammar import NOUNS, VOCABULARIES, Vocabulary, Weights, scenes
 from fmda.methods.clouds.prompts import Config, check, coverage, plan, stages
 from fmda.methods.endpoint import Endpoint
 from fmda.methods.generate.naming import named_classes
@@ -74,6 +74,24 @@ def test_a_grammar_of_one_scene_by_hand(monkeypatch):
         scenes(1, ("bus", "bus"), small, 0)
 
 
+def test_weights_ask_for_more_of_a_class_and_of_a_condition():
+    even = Weights({}, {}, {})
+    made = scenes(57, CLASSES, VOCABULARIES["street"], 0, even)
+    assert [one.subject for one in made] == [*CLASSES] * 3 and len({one.text for one in made}) == 57
+    heavy = Weights({"rider": 4.0, "sky": 0.5}, {"at night": 3.0}, {"in fog": 3.0, "in snow": 0.1})
+    made = scenes(430, CLASSES, VOCABULARIES["street"], 0, heavy)
+    counts = Counter(one.subject for one in made)
+    # 20 per unit of weight, as far as there are scenes of a class
+    assert (counts["rider"], counts["sky"]) == (80, 10) and set(counts.values()) == {80, 10, 20}
+    few = scenes(100, CLASSES, VOCABULARIES["street"], 0, heavy)
+    times, weathers = (Counter(getattr(one, name) for one in few) for name in ("time", "weather"))
+    assert times["at night"] > 45 > 30 > times["by day"] and weathers["in fog"] > 2 * weathers["in the rain"]
+    assert weathers["in snow"] < 5 and len({one.text for one in made}) == 430
+    # a class of which there are no more scenes is left to the others
+    only = scenes(120, ("rider", "bus"), VOCABULARIES["street"], 0, Weights({"bus": 1e6}, {}, {}))
+    assert Counter(one.subject for one in only) == {"bus": 108, "rider": 12}
+
+
 def test_prompts_of_the_street_world_fit_its_model():
     count = Tokenizer(assets_folder() / "street-diffusion" / "tokenizer", 1023, 1024).length
     assert max(count(one.text) for one in scenes(500, CLASSES, VOCABULARIES["street"], 0)) <= 32
@@ -84,7 +102,10 @@ def test_the_kind_writes_prompts_that_generation_reads(tmp_path, monkeypatch, ca
     Path("p.yaml").write_text("kind: prompts\ncount: 40\nseed: 5\n")
     cli.main(["run", "p.yaml", "work_dir=made"])
     rows = lines(Path("made/prompts/prompts.jsonl"))
-    assert rows[0] == {"text": rows[0]["text"], "class": "road", "writer": "grammar urban", "seed": 5}
+    conditions = {name: rows[0].pop(name) for name in ("text", "time", "weather")}
+    assert rows[0] == {"class": "road", "writer": "grammar urban", "seed": 5}
+    rows[0] |= conditions
+    assert all(f"{row['time']} {row['weather']}" in row["text"] for row in rows)
     assert [row["class"] for row in rows] == [CLASSES[k % 19] for k in range(40)]
     outputs = json.loads(Path("made/prompts/stage.json").read_text())["outputs"]
     assert outputs["prompts"] == 40 and outputs["writers"] == {"grammar urban": 40}

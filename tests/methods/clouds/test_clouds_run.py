@@ -15,13 +15,14 @@ from small_diffusion import drawn
 
 from fmda import trees
 from fmda.config import read_yaml, to_dict
-from fmda.data import ClassList
+from fmda.data import ClassList, read_image
 from fmda.errors import UserError
 from fmda.evaluate import Protocol, Segmenter
 from fmda.evaluate.sections import read_sections
 from fmda.losses.masks import MaskLossConfig, mask_loss
 from fmda.methods.clouds import run as clouds
 from fmda.methods.clouds.run import generator_of
+from fmda.methods.clouds.weak_spots import viewer
 from fmda.methods.dense import DenseNetwork, Encoder
 from fmda.methods.kinds import Runs, open_run
 from fmda.methods.mask_head import MaskHeadConfig
@@ -133,6 +134,18 @@ def test_images_of_several_checkpoints_are_refused(place, tmp_path):
         generator_of(folder)
 
 
+def test_images_of_earlier_rounds_keep_names_of_their_own(place, monkeypatch):
+    monkeypatch.chdir(place)
+    earlier = "earlier=[{name: folder, root: generated}, {name: folder, root: generated}]"
+    one, three = (clouds.open_generated(open_run("run.yaml", which).config) for which in ([], [earlier]))
+    assert one.digest(labels=False) == open_run("run.yaml").config.generated.open().digest(labels=False)
+    names = [three[k].name for k in range(len(three))]
+    assert len(set(names)) == 3 * len(one) and names[: len(one)] == [item.name for item in one.items]
+    np.testing.assert_array_equal(three[5].image, one[1].image)
+    with pytest.raises(UserError, match="nowhere"):
+        execute("refused", "earlier=[{name: folder, root: nowhere}]")
+
+
 @pytest.mark.slow
 def test_the_plan_counts_the_head_of_a_warm_up_that_is_not_made_yet(place, monkeypatch):
     monkeypatch.chdir(place)
@@ -149,6 +162,11 @@ def test_the_plan_counts_the_head_of_a_warm_up_that_is_not_made_yet(place, monke
     assert dict(plan.memory)["average of parameters"] == 4 * head
     assert dict(plan.memory)["auxiliary state"] == 4 * head + 4
     assert [name for name, _ in plan.stages] == ["train", "export", "score", "labels"]
+    # a later round has the sizes of the same warm-up
+    runs = read_yaml("both.yaml")["runs"]
+    runs["k"] = runs["j"] | {"start": "@j/export", "tune": {"method": "weights", "blocks": 1}}
+    later = Runs(runs, "both.yaml", Path("both"), Path()).plan("k")
+    assert dict(later.parameters)["trained"] - dict(later.parameters)["encoder"] == head
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +191,14 @@ def test_a_run_trains_scores_and_shows_its_labels(place, run, monkeypatch):
     assert max(np.abs(head[name] - before[name]).max() for name in head) > 1e-3
     monkeypatch.chdir(place)
     assert Segmenter.load(run).predict(place / "data/val/images/0.png").labels.shape == (32, 48)
+    # the teacher is exported too, and both look at a generated image
+    teacher = read_arrays(run / "export/teacher/head.safetensors")
+    assert head.keys() == teacher.keys() and any((head[name] != teacher[name]).any() for name in head)
+    look, names = viewer(run / "export")
+    seen = look(read_image(place / "generated/images/im_000001_p0.png"))
+    assert names == CLASSES.names and seen.student.shape == seen.teacher.shape == seen.entropy.shape == (40, 48)
+    assert 0 <= seen.entropy.min() and seen.entropy.max() <= 1
+    assert Segmenter.load(run / "export/teacher").predict(place / "data/val/images/0.png").labels.max() < 3
     sections = read_sections(run / "labels")
     assert len(sections) == 2 and "prompts" in sections[0].text
 
