@@ -14,11 +14,11 @@ from torch_self_training import (
     first_losses,
     losses_apart,
     moved_apart,
-    moved_off,
     our_run,
     stored_names,
     torch_run,
 )  # fmt: skip
+from torch_shaken import shaken
 
 from fmda.losses.pixelwise import pseudo_labels
 from fmda.methods.dense import normalised
@@ -83,9 +83,8 @@ def peer(tmp_path_factory):
 
     torch.manual_seed(0)
     network, other = (SegformerForSemanticSegmentation(SegformerConfig(**SETTINGS)) for _ in range(2))
-    moved_off(network, other)
-    for one in (network, other):
-        one.decode_head.classifier.weight.detach().mul_(12)  # some pixels must be confident
+    for seed, one in enumerate((network, other)):
+        shaken(one, seed).decode_head.classifier.weight.detach().mul_(12)  # some pixels must be confident
     return Peer(
         network,
         other,

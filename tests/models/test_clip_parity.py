@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from torch_shaken import shaken
 
 from fmda.models.clip import ClipConfig, ConvNextConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.weights import clip_tables, files
@@ -60,7 +61,6 @@ def test_flax_fixture_layer_by_layer():
 
 
 def hugging_face(vision=None, text=None, act="quick_gelu", eos=60):
-    import torch_clip
     from transformers import CLIPConfig, CLIPModel
 
     text = {
@@ -72,7 +72,7 @@ def hugging_face(vision=None, text=None, act="quick_gelu", eos=60):
         "image_size": 32, "patch_size": 8, "hidden_act": act,
     } | (vision or {})  # fmt: skip
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20))
-    return torch_clip.shaken(model)
+    return shaken(model)
 
 
 def load_hugging_face(model, folder):
@@ -162,7 +162,7 @@ QUICK = TextConfig(61, 11, 24, 2, 3, 96, "quick_gelu")
 def open_clip(config, kind):
     import torch_clip
 
-    model = torch_clip.shaken(torch_clip.OpenClip(config, getattr(torch_clip, kind)))
+    model = shaken(torch_clip.OpenClip(config, getattr(torch_clip, kind)))
     return model, module(config, open_clip_table(config), torch_clip.arrays(model))
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from torch_shaken import shaken
 
 import fmda
 from fmda.models.daformer import DaFormerConfig, DaFormerHead
@@ -72,7 +73,6 @@ def head_run(tree, maps, *, batch_statistics, config=CONFIG):
 def test_head_equals_the_torch_rendering(training, tmp_path):
     import torch
     import torch_daformer
-    from torch_clip import shaken
 
     rng = np.random.default_rng(0)
     maps = [
@@ -103,7 +103,6 @@ def test_head_equals_the_torch_rendering(training, tmp_path):
 def test_hrda_equals_the_torch_rendering(tmp_path):
     import torch
     import torch_daformer
-    from torch_clip import shaken
 
     head = shaken(torch_daformer.Head(SMALL.widths, 12, 5))
     attention = shaken(torch_daformer.Head(SMALL.widths, 12, 5, ()), seed=1)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from torch_shaken import shaken
 
 from fmda.weights.load import load_dino
 
@@ -11,7 +12,6 @@ pytestmark = pytest.mark.parity
 
 def model_and_pixels(size):
     import torch
-    import torch_clip
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(
@@ -24,7 +24,7 @@ def model_and_pixels(size):
         layer_norm_eps=1e-12,
     )
     pixels = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
-    return torch_clip.shaken(ViTModel(config)), pixels, torch.tensor(pixels.transpose(0, 3, 1, 2))
+    return shaken(ViTModel(config)), pixels, torch.tensor(pixels.transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)])

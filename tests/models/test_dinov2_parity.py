@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from torch_shaken import shaken
 
 import fmda
 from fmda.models import dinov2
@@ -27,7 +28,6 @@ SIZES = [(28, 28), (49, 21), (14, 35), (42, 42)]
 
 def peer(registers, gated):
     """Returns transformers' network on random weights off their initial values; 4 x 4 positions of patches of 7."""
-    import torch_clip
     from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     sizes = {
@@ -35,8 +35,8 @@ def peer(registers, gated):
         "use_swiglu_ffn": gated,
     }  # fmt: skip
     if registers:
-        return torch_clip.shaken(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=3, **sizes)))
-    return torch_clip.shaken(Dinov2Model(Dinov2Config(**sizes)))
+        return shaken(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=3, **sizes)))
+    return shaken(Dinov2Model(Dinov2Config(**sizes)))
 
 
 @pytest.fixture(scope="module", params=[(False, False), (True, True)], ids=["plain", "registers-gated"])
@@ -161,7 +161,7 @@ def test_transformers_opens_what_is_saved(pair, tmp_path):
 def test_segmenters_equal_transformers_backbone_under_a_torch_head(head, tmp_path):
     import torch
     import torch_daformer
-    from torch_clip import deviation, shaken
+    from torch_clip import deviation
     from transformers import Dinov2WithRegistersBackbone
 
     model = peer(registers=True, gated=False)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from small_diffusion import drawn, same
+from torch_shaken import shaken
 
 import fmda
 from fmda import trees
@@ -95,7 +96,7 @@ def pair():
     import torch
     from torch import nn
     from torch.nn import functional as F
-    from torch_clip import arrays, shaken
+    from torch_clip import arrays
 
     class Conv(nn.Conv2d):
         def forward(self, x):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_diffusion import quickly
+from torch_shaken import shaken
 
 import fmda
 from fmda.losses.masks import MaskLossConfig, Points, matching_costs, prediction_loss
@@ -27,7 +28,6 @@ CLASSES = 4
 @pytest.fixture(scope="module")
 def peer():
     """Returns transformers' network: one pixel layer, three decoder layers, one for each level."""
-    import torch_clip
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
     backbone = ResNetConfig(
@@ -39,7 +39,7 @@ def peer():
         encoder_layers=1, decoder_layers=4, num_attention_heads=2, dim_feedforward=40, num_queries=6,
         num_labels=CLASSES, train_num_points=40,
     )  # fmt: skip
-    model = torch_clip.shaken(Mask2FormerForUniversalSegmentation(config))
+    model = shaken(Mask2FormerForUniversalSegmentation(config))
     model.criterion.empty_weight[:] = 1
     model.criterion.empty_weight[-1] = 0.1
     return model
@@ -122,7 +122,7 @@ def test_transformers_opens_what_is_saved(peer, folder, tmp_path):
 
 def test_deformable_attention_equals_transformers_module_with_gradients():
     import torch
-    from torch_clip import deviation, shaken
+    from torch_clip import deviation
     from transformers.models.mask2former import modeling_mask2former as peers
 
     theirs = shaken(peers.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(16, 2, 3, 4))

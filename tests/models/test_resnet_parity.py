@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
+from torch_shaken import shaken
 
 import fmda
 from fmda.models.deeplab_v2 import DeepLabV2, DeepLabV2Config
@@ -38,7 +39,7 @@ def saved(model, folder, **config):
 
 @pytest.mark.parametrize("stem", ["plain", "timm", "mmseg"])
 def test_equals_torch_under_every_name(stem, tmp_path):
-    from torch_clip import deviation, shaken
+    from torch_clip import deviation
     from torch_resnet import ResNet
 
     model = shaken(ResNet(LAYERS, WIDTH, stem, classes=5))
@@ -53,7 +54,7 @@ def test_equals_torch_under_every_name(stem, tmp_path):
 
 
 def test_equals_transformers(tmp_path):
-    from torch_clip import deviation, shaken
+    from torch_clip import deviation
     from transformers import ResNetConfig, ResNetForImageClassification
 
     config = ResNetConfig(
@@ -76,7 +77,6 @@ def test_equals_transformers(tmp_path):
 @pytest.fixture(scope="module", params=[("mmseg", (6, 12)), ("plain", (6, 12, 18, 24))], ids=["reduced", "whole"])
 def pair(request, tmp_path_factory):
     import torch
-    from torch_clip import shaken
     from torch_resnet import DeepLabV2
 
     stem, rates = request.param

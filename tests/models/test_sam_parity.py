@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from torch_shaken import shaken
 
 import fmda
 from fmda.models import sam
@@ -23,7 +24,6 @@ SIDE = 160
 
 def peer(**encoder):
     """Returns transformers' network on random weights off their initial values."""
-    import torch_clip
     from transformers import SamConfig, SamModel
 
     vision = {
@@ -37,7 +37,7 @@ def peer(**encoder):
             "hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 24,
         },
     )  # fmt: skip
-    model = torch_clip.shaken(SamModel(config))
+    model = shaken(SamModel(config))
     # as large as those of the published networks; sines of larger angles lose digits
     model.shared_image_embedding.positional_embedding.data /= 12
     return model

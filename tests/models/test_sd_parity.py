@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_diffusion import quickly
+from torch_shaken import shaken
 
 from fmda.models import sd_unet
 from fmda.weights import diffusers_tables
@@ -32,7 +33,6 @@ def draw(*shape):
 
 def torch_unet(down, channels, heads, layers, groups, linear):
     from diffusers import UNet2DConditionModel
-    from torch_clip import shaken
 
     return shaken(
         UNet2DConditionModel(
@@ -136,7 +136,6 @@ def test_unet_gradients(tmp_path):
 
 def torch_vae(**options):
     from diffusers import AutoencoderKL
-    from torch_clip import shaken
 
     channels = options.pop("channels")
     model = AutoencoderKL(
@@ -190,7 +189,7 @@ def test_vae_layer_by_layer(tmp_path):
 @pytest.mark.parametrize(("act", "layers", "width"), [("quick_gelu", 3, 24), ("gelu", 2, 32)])
 def test_text_encoder_layer_by_layer(act, layers, width, tmp_path):
     import torch
-    from torch_clip import deviation, shaken
+    from torch_clip import deviation
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -216,7 +215,7 @@ def test_text_encoder_layer_by_layer(act, layers, width, tmp_path):
 def test_without_its_last_layer_the_encoder_gives_the_hidden_state_before(tmp_path):
     """As Stable Diffusion 2 reads OpenCLIP-H: 23 of 24 layers, then the final norm."""
     import torch
-    from torch_clip import deviation, shaken
+    from torch_clip import deviation
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(

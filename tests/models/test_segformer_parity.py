@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from torch_shaken import shaken
 
 import fmda
 from fmda.models import segformer
@@ -21,14 +22,13 @@ pytestmark = pytest.mark.parity
 def peer():
     """Returns transformers' network whose first norms leave small numbers, so that epsilons matter."""
     import torch
-    import torch_clip
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     config = SegformerConfig(
         hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1], num_attention_heads=[1, 2, 3, 4], decoder_hidden_size=12,
         num_labels=5, layer_norm_eps=1e-5,
     )  # fmt: skip
-    model = torch_clip.shaken(SegformerForSemanticSegmentation(config))
+    model = shaken(SegformerForSemanticSegmentation(config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "patch_embeddings.layer_norm" in name:

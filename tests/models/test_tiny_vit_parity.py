@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_diffusion import drawn
+from torch_shaken import shaken
 
 import fmda
 from fmda import trees
@@ -30,7 +31,7 @@ def pair(tmp_path_factory):
     import torch_tiny_vit
 
     folder = tmp_path_factory.mktemp("mobile-sam")
-    encoder = torch_clip.shaken(torch_tiny_vit.TinyVit(SMALL.encoder, classes=7))
+    encoder = shaken(torch_tiny_vit.TinyVit(SMALL.encoder, classes=7))
     flat = trees.flatten(drawn(network_graph("sam", SMALL)[1]))
     stored = mobile_sam(SMALL.encoder).write(trees.unflatten(flat))
     theirs = {f"image_encoder.{name}": array for name, array in torch_clip.arrays(encoder).items()}

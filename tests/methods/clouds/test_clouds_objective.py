@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_diffusion import quickly
+from torch_shaken import shaken
 
 import fmda
 from fmda import trees
@@ -111,7 +112,7 @@ def test_loss_and_gradients_equal_the_torch_rendering(tmp_path):
         encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=40, num_queries=6,
         num_labels=CLASSES,
     )  # fmt: skip
-    peer = torch_joint.moved_off(Mask2FormerForUniversalSegmentation(config))
+    peer = shaken(Mask2FormerForUniversalSegmentation(config))
     peer.save_pretrained(tmp_path / "peer")
     ours = fmda.load_mask2former(tmp_path / "peer")
 

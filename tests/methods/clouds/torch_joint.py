@@ -31,17 +31,6 @@ def jittered(images, orders, amounts):
     return np.stack(seen)
 
 
-def moved_off(module):
-    """Moves every parameter and statistic off its initial value."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=generator)
-                tensor.add_(0.1 * (noise.abs() if name.endswith("running_var") else noise))
-    return module.eval()
-
-
 def sampled(maps, points):
     """Maps [n, h, w] at points (x, y) in 0..1 [p, 2] -> [n, p]."""
     grid = (2 * points - 1).expand(len(maps), 1, -1, 2)
