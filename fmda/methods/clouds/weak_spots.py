@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fmda.atomic import write_json
-from fmda.config import Share, to_dict
+from fmda.config import NonNegativeFloat, to_dict
 from fmda.data import read_image
 from fmda.diffusion.manifest import Manifest
 from fmda.errors import UserError
@@ -34,8 +34,8 @@ from fmda.runs.stages import Stage, pending
 
 FILE = "weights.json"
 
-LEAST = 0.1
-"""Weight below which nothing falls, so that later rounds still see it."""
+MOST = 10.0
+"""Largest weight; the smallest is 1 / MOST, so that later rounds still see everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,13 @@ class Config:
     Attributes:
         run: folder of a finished run of kind `clouds`.
         sets: the images, of all rounds so far.
-        focus: how far weights follow the uncertainty: 0 gives everything the weight 1, which is static generation, 1
-            makes the weights proportional to it.
+        focus: power of the uncertainty that the weights are proportional to; 0 gives everything the weight 1, which is
+            static generation.
     """
 
     run: Path
     sets: tuple[SetConfig, ...]
-    focus: Share = 1.0
+    focus: NonNegativeFloat = 2.0
 
 
 class Seen(NamedTuple):
@@ -151,7 +151,7 @@ def weights_of(uncertainty: Mapping[str, float], focus: float) -> dict[str, floa
     known = [value for value in uncertainty.values() if not np.isnan(value)]
     mean = float(np.mean(known)) if known else 0.0
     relative = {name: value / mean if mean > 0 and not np.isnan(value) else 1.0 for name, value in uncertainty.items()}
-    return {name: max(LEAST, 1 - focus + focus * float(value)) for name, value in relative.items()}
+    return {name: float(np.clip(value**focus, 1 / MOST, MOST)) for name, value in relative.items()}
 
 
 def _shown(one: SetConfig) -> list[tuple[Path, str, str]]:

@@ -53,6 +53,22 @@ def test_one_switch_chooses_the_rules():
     assert (reference.teacher_every, reference.moved, reference.labels.check_every) == (100, 0.0, 100)
 
 
+def test_rows_of_the_table_have_as_many_steps_and_images():
+    table = open_run(FOLDER.parent / "tables/clouds.yaml").config
+    rows = {name: row.config for name, row in table.rows.items()}
+    steps, counts = ({name: int(row[key]) for name, row in rows.items() if key in row} for key in ("steps", "count"))
+    assert int(table.common["steps"]) == 2 * steps["first round"] == steps["longer"] - steps["warm-up"]
+    for kind in ("static", "dynamic"):
+        assert steps[f"{kind} rounds"] == steps["first round"]
+        assert counts["first images"] + counts[f"{kind} images"] == counts["images"]
+        assert rows[f"{kind} images"]["sample"] == rows["images"]["sample"]
+    # the two second rounds differ in their weights alone
+    text = str({name: row for name, row in rows.items() if name.startswith("static")})
+    others = {name: row for name, row in rows.items() if name.startswith("dynamic")}
+    assert text.replace("static", "dynamic").replace(", 'focus': '0.0'", "") == str(others)
+    assert open_run(FOLDER.parent / "tables/clouds.yaml").stages()
+
+
 @pytest.mark.slow
 def test_the_head_has_the_parameters_of_the_paper():
     warm_up = runs_of("gta5-to-cityscapes-rn50")["warm-up"]

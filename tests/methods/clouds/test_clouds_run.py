@@ -294,7 +294,7 @@ def test_an_encoder_that_is_trained_labels_as_its_average_does(place, tmp_path, 
     overrides = ("tune={method: minor-lora, rank: 2, blocks: 1}", "labels.sam=null", "optim.learning_rate=0.05")
     config = open_run("run.yaml", overrides).config
     images = config.generated.open()
-    task = clouds.make_task(config, model, config.data.open(), images)
+    task = clouds.make_task(config, model, config.data.open(), images, None)
 
     def train(folder):
         return jax.device_get(run_task(task, config.of_loop(), folder))

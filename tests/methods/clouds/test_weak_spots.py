@@ -29,10 +29,10 @@ def test_uncertainty_by_hand():
     assert image_uncertainty(one) == pytest.approx((1 / 4 + 1.4 / 4) / 2)
 
 
-def test_weights_are_proportional_to_the_uncertainty_as_far_as_the_focus_goes():
+def test_weights_are_proportional_to_a_power_of_the_uncertainty():
     uncertainty = {"car": 0.1, "rider": 0.5, "road": 0.0, "train": float("nan")}
     assert weights_of(uncertainty, 1.0) == pytest.approx({"car": 0.5, "rider": 2.5, "road": 0.1, "train": 1.0})
-    assert weights_of(uncertainty, 0.5) == pytest.approx({"car": 0.75, "rider": 1.75, "road": 0.5, "train": 1.0})
+    assert weights_of(uncertainty, 2.0) == pytest.approx({"car": 0.25, "rider": 6.25, "road": 0.1, "train": 1.0})
     static = weights_of(uncertainty, 0.0)
     assert set(static.values()) == {1.0} and set(weights_of({"car": 0.0}, 1.0).values()) == {1.0}
 
@@ -62,7 +62,7 @@ def test_the_next_prompts_ask_for_what_was_unsure(tmp_path, monkeypatch):
     monkeypatch.setattr(weak_spots, "viewer", lambda export: (look, classes))
     monkeypatch.setattr(weak_spots, "open_model", lambda folder: None)
     Path("w.yaml").write_text(
-        "kind: weak-spots\nrun: joint\nsets: [{images: set, prompts: first/prompts/prompts.jsonl}]\n"
+        "kind: weak-spots\nrun: joint\nsets: [{images: set, prompts: first/prompts/prompts.jsonl}]\nfocus: 1.0\n"
     )
     cli.main(["run", "w.yaml", "work_dir=w"])
     weights = json.loads(Path("w/weights/weights.json").read_text())
