@@ -237,10 +237,11 @@ def test_faults_are_found_before_the_first_stage(place):
 @pytest.mark.slow
 def test_every_family_at_once_exports_the_network_alone(place):
     style = "{method: adain, autoencoder: street-diffusion}"
-    terms = f"{{mmd: {{}}, dann: {{}}, output_adversarial: {{}}, entropy: {{}}, style: {style}, distance: null}}"
+    levels = "{auxiliary: {}}"
+    terms = f"{{mmd: {{}}, dann: {{}}, output_adversarial: {levels}, entropy: {{}}, style: {style}, distance: null}}"
     work = execute(place, "families", f"learn={terms}", "best=null", "steps=2", 'optim.multipliers={"adversary/*": 2}')
     logged = [row for row in rows(work) if "loss" in row]
-    assert {"loss_mmd", "loss_dann", "loss_adversarial", "loss_discriminator", "loss_entropy"} <= set(logged[0])
+    assert {"loss_mmd", "loss_dann", "loss_adversarial", "loss_auxiliary_adversarial", "loss_entropy"} <= set(logged[0])
     assert set(read_params(work / "train", "params")) == {"encoder", "head", "adversary"}
     assert set(load_segmentation(work / "export/network").params) == {"encoder", "head"}
 
