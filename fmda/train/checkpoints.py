@@ -68,18 +68,18 @@ def quiet_orbax() -> Iterator[None]:
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
     for logger in loggers:
         logger.addFilter(keep)
-    with warnings.catch_warnings():
-        # of a write that was to begin when another one failed Python knows the name alone, not the package
-        warnings.filterwarnings("ignore", "coroutine '.*(serialize|_read_|ocdbt).*' was never awaited", RuntimeWarning)
-        try:
-            yield
-        except BaseException as fault:
-            _collect_tasks(fault)
-            raise
-        finally:
-            sys.unraisablehook = hook
-            for logger in loggers:
-                logger.removeFilter(keep)
+    # Of a write that was to begin when another one failed Python knows the name alone, not the package. It may be heard
+    # of as late as when the process ends, so the filter stays.
+    warnings.filterwarnings("ignore", "coroutine '.*(serialize|_read_|ocdbt).*' was never awaited", RuntimeWarning)
+    try:
+        yield
+    except BaseException as fault:
+        _collect_tasks(fault)
+        raise
+    finally:
+        sys.unraisablehook = hook
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 def _collect_tasks(fault: BaseException | None) -> None:
