@@ -1,11 +1,12 @@
-"""What limits DATUM: the number of its images, the autoencoder, or what the diffusion model draws?
+"""What limits DATUM: the number of its images, the autoencoder, or what the diffusion model draws? Does the image help?
 
     python benchmarks/datum_limits.py runs/adaptation --out benchmarks/results/cpu-datum-limits.json
 
 Reads a folder of `configs/tables/adaptation.yaml` whose rows `dacs`, `untouched model` and `datum` are finished. For
 each seed, trains as `datum` does, but on real images of the target: as many windows of the size that the model draws,
-and the same windows encoded and decoded by its autoencoder, which no diffusion model on top of it can surpass. Scores
-are mIoU on the table's test images, beside those of the table's rows.
+and the same windows encoded and decoded by its autoencoder, which no diffusion model on top of it can surpass; and on
+generated images, DATUM's or the untouched model's, beside as many windows of the one image that DATUM saw. Scores are
+mIoU on the table's test images, beside those of the table's rows.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from fmda.weights.files import read_json, write_json
 from fmda.weights.load import load_vae
 
 ROWS = ("source only", "dacs", "untouched model", "datum")
+GENERATED = {"untouched model": "generate untouched", "datum": "generate"}
 MODEL, BATCH = "street-diffusion", 20
 
 
@@ -61,6 +63,21 @@ def write_windows(table: Path, column: str, count: int, folder: Path) -> None:
                 write_png(folder / name / file.name, image)
 
 
+def write_beside_the_image(table: Path, row: str, column: str, seed: int, folder: Path) -> None:
+    """Writes a row's generated images, and as many windows of the one image of the target that the seed's DATUM saw."""
+    cell = table / f"cells/{GENERATED[row]}"
+    files = sorted((cell / column if (cell / column).is_dir() else cell).glob(f"{seed}/images/images/*.png"))
+    personalised = read_json(table / f"cells/personalise/{column}/{seed}/identity.json")["config"]
+    image = read_image(table / personalised["image"][1:])
+    side = read_image(files[0]).shape[1]
+    folder.mkdir(parents=True)
+    for number, (file, left) in enumerate(
+        zip(files, np.linspace(0, image.shape[1] - side, len(files), dtype=int), strict=True)
+    ):
+        write_png(folder / f"generated-{number:03}.png", read_image(file))
+        write_png(folder / f"window-{number:03}.png", image[:side, left : left + side])
+
+
 def trained(table: Path, column: str, seed: int, images: Path, work: Path) -> float:
     """Returns the test mIoU of DATUM's training on a folder of images."""
     values = placed(read_json(table / f"cells/datum/{column}/{seed}/identity.json")["config"], table)
@@ -85,13 +102,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fmda-limits-") as name:
         folder = Path(name)
         write_windows(table, options.column, options.count, folder)
-        for row in ("crops", "through autoencoder"):
-            scores[row] = {
-                str(seed): round(
-                    trained(table, options.column, seed, folder / row, folder / f"{row.replace(' ', '-')}-{seed}"), 4
-                )
-                for seed in options.seeds
-            }
+        for seed in options.seeds:
+            images = {row: folder / row for row in ("crops", "through autoencoder")}
+            for row in GENERATED:
+                images[f"{row} and the image"] = folder / f"{row}-{seed}"
+                write_beside_the_image(table, row, options.column, seed, folder / f"{row}-{seed}")
+            for row, root in images.items():
+                miou = trained(table, options.column, seed, root, folder / f"{row.replace(' ', '-')}-{seed}")
+                scores.setdefault(row, {})[str(seed)] = round(miou, 4)
+                print(f"{row}, seed {seed}: {100 * miou:.1f}", flush=True)
     write_record(record("datum_limits", column=options.column, count=options.count, miou=scores), options.out)
 
 
