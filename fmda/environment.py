@@ -1,8 +1,9 @@
-"""Settings of the environment: the cache folder, and the devices that jax may use.
+"""Settings of the environment: the cache folder, memory on the host, and the devices that jax may use.
 
 Nothing here imports jax before a caller needs it.
 """
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,20 @@ def keep_compiled_programs() -> None:
         # jax reads variables when it is imported, and child processes inherit them
         if os.environ.setdefault(name.upper(), str(value)) == str(value) and jax is not None:
             jax.config.update(name, value)
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed, up to 2 GB, for the next step, where it is glibc.
+
+    It gives large blocks back to the system at once otherwise. A training step on a CPU then spends a quarter of its
+    time on page faults, as its buffers of intermediate values are such blocks. The environment's own settings count.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "mallopt"):
+        return
+    for option, name in ((-1, "MALLOC_TRIM_THRESHOLD_"), (-3, "MALLOC_MMAP_THRESHOLD_")):
+        if name not in os.environ:
+            libc.mallopt(option, 2**31 - 1)
 
 
 def check_precision() -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from fmda.environment import check_precision, keep_compiled_programs
+from fmda.environment import check_precision, keep_compiled_programs, keep_freed_memory
 from fmda.errors import UserError, did_you_mean
 from fmda.progress import process_index
 
@@ -40,7 +40,7 @@ def _print_outcome(work_dir: Path, last: Path) -> None:
 
 
 def _load_jax() -> None:
-    """Loads jax, which takes seconds: says so first at a terminal, and lets it keep compiled programs.
+    """Loads jax, which takes seconds: says so first at a terminal, and lets it keep compiled programs and memory.
 
     Raises UserError for an environment in which jax computes in 64 bits.
     """
@@ -48,6 +48,7 @@ def _load_jax() -> None:
     if "jax" not in sys.modules and sys.stderr.isatty():
         _log("loading jax ...")
     keep_compiled_programs()
+    keep_freed_memory()
 
 
 def demo(work_dir: Path = Path("runs/demo"), overrides: Overrides = ()) -> None:

@@ -17,6 +17,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
 
+from fmda.environment import keep_freed_memory  # noqa: E402
+
+keep_freed_memory()
+
 # tests compile much and compute little: slower programs that compile faster, in the processes that tests start too
 flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 flags += ["--xla_cpu_parallel_codegen_split_count=1"]

@@ -32,6 +32,25 @@ def test_the_cache_lies_where_the_environment_says(no_jax, tmp_path):
     assert environment.cache_folder() == tmp_path / "own"
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
+def test_large_blocks_that_are_freed_are_kept():
+    program = (
+        "import resource; from fmda.environment import keep_freed_memory\n"
+        "{}\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "b'1' * 2**27; before = faults(); [len(b'1' * n) for n in (2**27, 2**26, 2**27)]; print(faults() - before)"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def counted(call):
+        command = [sys.executable, "-c", program.format(call)]
+        return int(subprocess.run(command, env=own, check=True, capture_output=True).stdout)
+
+    plain, kept = counted(""), counted("keep_freed_memory()")
+    # of 128 MB in pages of 4 KiB each time, unless the system gives larger pages
+    assert kept < plain / 10
+
+
 def test_tilde_in_the_cache_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("FMDA_CACHE", "~/c")
