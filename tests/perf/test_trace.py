@@ -57,7 +57,7 @@ def test_outputs_stored_in_parts_take_their_part():
 @pytest.mark.parametrize("again", [False, True])
 def test_a_gradient_by_hand(again):
     def block(w, x):
-        return jnp.tanh(jnp.tanh(x @ w) @ w)
+        return jnp.sin(jnp.sin(x @ w) @ w)
 
     def objective(w, x):
         return (jax.checkpoint(block) if again else block)(w, x).mean(), {"sum": x.sum()}
@@ -67,8 +67,8 @@ def test_a_gradient_by_hand(again):
 
     found = Gradient(objective, shapes)
     for batch in (1, 300):
-        # of each tanh its value y and 1 - y, or the arguments alone
-        assert found.residuals(batch) == (0 if again else 4 * 32 * batch)
+        # of each sine its cosine, of the first its value too, or the arguments alone
+        assert found.residuals(batch) == (0 if again else 3 * 32 * batch)
         # two products forward, three backward, none twice
         assert found.flops(batch) == training_flops(objective, *shapes(batch)) == 5 * 128 * batch
         plain = Program(jax.value_and_grad(objective, has_aux=True), shapes)
