@@ -38,11 +38,16 @@ def placed(value: Any, table: Path) -> Any:
     return str(table / value[1:]) if isinstance(value, str) and value.startswith("@") else value
 
 
-def scored(table: Path, row: str, column: str, seed: int) -> float:
-    """Returns the test mIoU of a finished cell, of a row that is trained once for all columns too."""
+def cell_folder(table: Path, row: str, column: str, seed: int) -> Path:
+    """Returns the folder of a finished cell, of a row that is trained once for all columns too."""
     cells = table / "cells" / row
-    cell = (cells / column if (cells / column).is_dir() else cells) / str(seed)
-    return round(read_json(cell / f"test-{column}/stage.json")["outputs"]["miou"], 4)
+    return (cells / column if (cells / column).is_dir() else cells) / str(seed)
+
+
+def scored(table: Path, row: str, column: str, seed: int) -> float:
+    """Returns the test mIoU of a finished cell."""
+    score = read_json(cell_folder(table, row, column, seed) / f"test-{column}/stage.json")
+    return round(score["outputs"]["miou"], 4)
 
 
 def write_windows(table: Path, column: str, count: int, folder: Path) -> None:
@@ -65,9 +70,8 @@ def write_windows(table: Path, column: str, count: int, folder: Path) -> None:
 
 def write_beside_the_image(table: Path, row: str, column: str, seed: int, folder: Path) -> None:
     """Writes a row's generated images, and as many windows of the one image of the target that the seed's DATUM saw."""
-    cell = table / f"cells/{GENERATED[row]}"
-    files = sorted((cell / column if (cell / column).is_dir() else cell).glob(f"{seed}/images/images/*.png"))
-    personalised = read_json(table / f"cells/personalise/{column}/{seed}/identity.json")["config"]
+    files = sorted((cell_folder(table, GENERATED[row], column, seed) / "images/images").glob("*.png"))
+    personalised = read_json(cell_folder(table, "personalise", column, seed) / "identity.json")["config"]
     image = read_image(table / personalised["image"][1:])
     side = read_image(files[0]).shape[1]
     folder.mkdir(parents=True)
@@ -80,7 +84,7 @@ def write_beside_the_image(table: Path, row: str, column: str, seed: int, folder
 
 def trained(table: Path, column: str, seed: int, images: Path, work: Path) -> float:
     """Returns the test mIoU of DATUM's training on a folder of images."""
-    values = placed(read_json(table / f"cells/datum/{column}/{seed}/identity.json")["config"], table)
+    values = placed(read_json(cell_folder(table, "datum", column, seed) / "identity.json")["config"], table)
     values["target"]["root"] = str(images)
     write_json(work.with_suffix(".yaml"), {"kind": "uda", **values})
     done = open_run(work.with_suffix(".yaml"), [f"work_dir={work}"]).execute(print)

@@ -54,11 +54,10 @@ def keep_compiled_programs() -> None:
 def keep_freed_memory() -> None:
     """Lets the C library keep what is freed, up to 2 GB, for the next step, where it is glibc.
 
-    It gives large blocks back to the system at once otherwise. A training step on a CPU then spends a quarter of its
-    time on page faults, as its buffers of intermediate values are such blocks. The environment's own settings count.
+    It gives large blocks back to the system at once otherwise. A training step on a CPU then spends much of its time on
+    page faults, as its buffers of intermediate values are such blocks. The environment's own settings count.
     """
-    libc = ctypes.CDLL(None)
-    if sys.platform != "linux" or not hasattr(libc, "mallopt"):
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
     for option, name in ((-1, "MALLOC_TRIM_THRESHOLD_"), (-3, "MALLOC_MMAP_THRESHOLD_")):
         if name not in os.environ:
