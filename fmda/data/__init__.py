@@ -10,7 +10,7 @@ from fmda.data.classes import (
     known_class_maps,
     prompts,
 )
-from fmda.data.dataset import Dataset, Example, data_root, open_dataset
+from fmda.data.dataset import Dataset, Example, below_data, data_root, open_dataset
 from fmda.data.files import FileFault, read_image, read_labels
 from fmda.data.prompting import check_templates, templates
 
@@ -21,6 +21,7 @@ __all__ = [
     "Dataset",
     "Example",
     "FileFault",
+    "below_data",
     "check_templates",
     "class_list",
     "data_root",

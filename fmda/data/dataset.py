@@ -177,6 +177,12 @@ def data_root() -> Path | None:
     return Path(named).expanduser() if named else None
 
 
+def below_data(path: str | Path) -> Path:
+    """Returns a relative path that leads to nothing from the working folder as one below `data_root()`, else as it is."""
+    path, root = Path(path).expanduser(), data_root()
+    return path if path.is_absolute() or path.exists() or root is None else root / path
+
+
 def open_dataset(
     name: str,
     root: str | Path | None = None,

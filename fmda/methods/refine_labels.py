@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from fmda.atomic import replacing, write_json
 from fmda.config import FREE, FileOrName, FolderOrName, NonNegativeInt, PositiveInt
-from fmda.data import IGNORE, ClassList, Dataset, class_list, data_root, read_image
+from fmda.data import IGNORE, ClassList, Dataset, below_data, class_list, read_image
 from fmda.data.config import ImagesConfig
 from fmda.data.files import image_size
 from fmda.errors import UserError, disk_errors
@@ -289,9 +289,7 @@ def _recorded(config: Config, images: Dataset) -> dict[str, Path]:
 
     Raises UserError for a map that is missing, there twice, damaged, or of another size.
     """
-    folder = Path(config.labels)
-    if not folder.is_absolute() and not folder.is_dir() and data_root() is not None:
-        folder = data_root() / folder  # type: ignore[operator]
+    folder = below_data(config.labels)
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*.png")):
         files.setdefault(path.stem, []).append(path)

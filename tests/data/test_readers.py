@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from fmda.data import ClassMap, data_root, known_datasets, open_dataset
+from fmda.data import ClassMap, below_data, data_root, known_datasets, open_dataset
 from fmda.data.catalog import CATALOG
 from fmda.errors import UserError
 
@@ -322,6 +322,16 @@ def test_a_data_set_is_a_light_picklable_sequence(street) -> None:
     assert found[2].image[0, 0, 0] == 20 and len(list(found)) == 3
     files = [(Path(item.image).name, Path(item.label).name) for item in found.items]
     assert files == [(name, name) for name in ("0.png", "1.png", "2.png")]
+
+
+def test_a_path_is_looked_for_in_the_working_folder_and_then_below_the_data_root(monkeypatch, tmp_path) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FMDA_DATA", "/data")
+    assert below_data("here") == Path("here") and below_data(tmp_path / "x") == tmp_path / "x"
+    assert below_data("x/y") == Path("/data/x/y")
+    monkeypatch.delenv("FMDA_DATA")
+    assert below_data("x/y") == Path("x/y")
 
 
 def test_data_root_is_the_environments_alone(monkeypatch, tmp_path) -> None:

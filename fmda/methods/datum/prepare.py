@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmda.atomic import replacing
+from fmda.data import below_data
 from fmda.data.check import check_images
 from fmda.data.files import read_image
 from fmda.data.loader import Transform
@@ -51,16 +52,16 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
 
     Raises UserError as `check`, and for a target image other than the one that the folder was prepared for.
     """
-    begun = (folder / RECORD).is_file()
+    begun, image = (folder / RECORD).is_file(), below_data(config.image)
     if not begun:
         check(config)
-        target = open_target(config.image, config.resize, config.crop)
+        target = open_target(image, config.resize, config.crop)
         write_png(folder / "target.png", target)
         write_png(folder / "crops.png", contact_sheet(target, config.crop, config.seed))
-    if not begun or Path(config.image).is_file():
+    if not begun or image.is_file():
         # before what takes long, so that an interrupted folder knows its image
         remedy = f"{config.image} is not the image that it was prepared for; choose another work_dir="
-        claim(folder, {"image": digest(config.image)}, remedy=remedy)
+        claim(folder, {"image": digest(image)}, remedy=remedy)
     if config.prior is not None and config.prior.images is None:
         _draw_class_images(config, folder / "class")
     if config.bank:
@@ -75,7 +76,7 @@ def check(config: Config) -> None:
     Values that are `fmda.runs.stages.pending` are left out.
     """
     if not pending(config.image):
-        open_target(config.image, config.resize, config.crop)
+        open_target(below_data(config.image), config.resize, config.crop)
     make_optimizer(config.optim, config.steps)
     prior, probe = config.prior, config.probe
     if prior is not None and prior.images is not None and not pending(prior.images):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fmda.config import FREE, Decay, FolderOrName, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from fmda.config import FREE, Decay, FileOrName, FolderOrName, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
 from fmda.methods.datum.dreambooth import NoiseConfig
@@ -66,7 +66,7 @@ class Config(TrainerConfig):
     """Personalisation of a latent diffusion model on one target image.
 
     Attributes:
-        image: the target image.
+        image: the target image, or its name below FMDA_DATA.
         model, revision: the diffusion model: a folder in diffusers' layout, a model of the package, or a hub id.
         token: the rare word that will stand for the target.
         prompt: the caption of every crop; contains the token.
@@ -89,7 +89,7 @@ class Config(TrainerConfig):
         device_memory: GiB of a device; None reads it from the device, if it has a limit.
     """
 
-    image: Path
+    image: FileOrName
     model: FolderOrName = "CompVis/stable-diffusion-v1-4"
     revision: str | None = None
     token: str = "sks"

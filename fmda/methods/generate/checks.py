@@ -3,6 +3,7 @@
 import jax
 from jax.sharding import Mesh
 
+from fmda.data import below_data
 from fmda.diffusion.draw import image_size
 from fmda.diffusion.filters import PromptFilter, banned_words, choose_prompts, duplicate_prompt, similar_prompt
 from fmda.diffusion.load import Checked, check_stable_diffusion
@@ -42,7 +43,7 @@ def check(config: Config) -> Checked | None:
     if config.copies is not None:
         check_weights(config.copies.encoder)
         for path in (config.copies.image, config.copies.others):
-            if path is not None and not pending(path) and not path.exists():
+            if path is not None and not pending(path) and not below_data(path).exists():
                 raise UserError(f"copies: {path} does not exist; fix the path, or leave it out")
     if pending(config.model):
         return None

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fmda.atomic import write_json
+from fmda.data import below_data
 from fmda.data.files import read_image
 from fmda.data.listing import folder_images
 from fmda.data.transforms import resize_image_pillow
@@ -95,7 +96,7 @@ def _other_crops(
     config: CopyConfig, target: UInt8[np.ndarray, "H W 3"], size: tuple[int, int], rng: np.random.Generator
 ) -> Pixels:
     """Returns a crop of each of the first other images, at the scale of the target; the target itself is left out."""
-    paths = folder_images(config.others or "")
+    paths = folder_images(below_data(config.others or ""))
     short, crops = min(target.shape[:2]), []
     for path in paths:
         image = read_image(path)

@@ -102,7 +102,8 @@ class CopyConfig:
 
     Attributes:
         image: that image at the scale of its training, such as `prepare/target.png` of a personalisation.
-        others: folder of further images of the target domain, which tell how alike two of them are; None: none.
+        others: folder of further images of the target domain, or its name below FMDA_DATA; they tell how alike two of
+            them are. None: none.
         encoder: whose patches are compared: a DINO, a DINOv2 or a CLIP.
         crops: of the image.
         count: images that are compared at most, generated and others.
@@ -110,7 +111,7 @@ class CopyConfig:
     """
 
     image: Path
-    others: Path | None = None
+    others: FolderOrName | None = None
     encoder: FolderOrName = "street-dino"
     crops: PositiveInt = 32
     count: PositiveInt = 100
