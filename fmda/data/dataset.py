@@ -178,7 +178,7 @@ def data_root() -> Path | None:
 
 
 def below_data(path: str | Path) -> Path:
-    """Returns a relative path that leads to nothing from the working folder as one below `data_root()`, else as it is."""
+    """Returns a path that leads to nothing from the working folder as one below `data_root()`, any other as it is."""
     path, root = Path(path).expanduser(), data_root()
     return path if path.is_absolute() or path.exists() or root is None else root / path
 

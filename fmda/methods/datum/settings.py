@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fmda.config import FREE, Decay, FileOrName, FolderOrName, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from fmda.config import (
+    FREE,
+    Decay,
+    FileOrName,
+    FolderOrName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
 from fmda.methods.datum.dreambooth import NoiseConfig

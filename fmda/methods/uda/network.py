@@ -27,6 +27,7 @@ from fmda.models.segformer import SegFormerConfig
 from fmda.trees import Tree
 from fmda.weights.checkpoint import network_graph, weight_fingerprint
 from fmda.weights.load import load_dinov2, load_efficientnet_lite, load_mit, load_resnet
+from fmda.weights.network import Loaded
 from fmda.weights.registry import FAMILIES
 
 NEW: Mapping[str, tuple[type[Any], Callable[..., Any]]] = {
@@ -38,6 +39,8 @@ NEW: Mapping[str, tuple[type[Any], Callable[..., Any]]] = {
     "dinov2_segmenter": (Dinov2SegmenterConfig, load_dinov2),
 }
 """Family -> its configuration, and what loads its encoder."""
+PACKAGED = "small"
+"""Name of the encoder that the extra `small` brings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ class NetworkConfig:
         start: folder or hub id of a whole segmentation network to go on from, such as a run's `export`; its family
             counts then.
         new_head: draw the head of `start` anew, as where it has other classes.
+        head: of a new `dinov2_segmenter`: "linear" on the encoder's last map, or "daformer" on four, as None is.
+            `optim.multipliers` with `"encoder/*": 0` leaves the encoder as it is, so that the head alone learns.
         fixed_attention: of a new `hrda`: share of its detail, see `HrdaConfig`.
         remat: compute the blocks of a Mix Transformer or DINOv2 again for the backward pass, which saves memory.
     """
@@ -60,6 +65,7 @@ class NetworkConfig:
     encoder: FolderOrName | None = None
     start: FolderOrName | None = None
     new_head: bool = False
+    head: Literal["linear", "daformer"] | None = None
     fixed_attention: Share | None = None
     remat: bool = False
 
@@ -77,8 +83,11 @@ class Network:
 
     def __init__(self, config: NetworkConfig, classes: int, *, sizes: bool = False) -> None:
         """Opens the network; with `sizes` an encoder of the catalogue that is not here has shapes for arrays."""
+        self._sizes = sizes
         if config.fixed_attention is not None and (config.start is not None or config.family != "hrda"):
             raise UserError("network.fixed_attention: is of a new network of family 'hrda'; set it to null")
+        if config.head is not None and (config.start is not None or config.family != "dinov2_segmenter"):
+            raise UserError("network.head: is of a new network of family 'dinov2_segmenter'; set it to null")
         if config.start is not None:
             loaded, _ = open_segmentation(network_folder(str(config.start)))
             if loaded.config.classes != classes and not config.new_head:
@@ -90,15 +99,16 @@ class Network:
             whole = loaded.params
             self.weights = {"encoder": whole["encoder"]} if config.new_head else whole
         else:
-            shape, load = NEW[config.family]
             if config.encoder is None and config.family != "lite_segmenter":
                 raise UserError(f"network.encoder: '{config.family}' needs one; name its folder or hub id")
-            loaded = sizes and known_encoder(config.encoder) or load(config.encoder and str(config.encoder))
+            loaded, shape = self._encoder(config.family, config.encoder), NEW[config.family][0]
             # ImageNet's classifier is left out
             encoder = replace(loaded.config, classes=0) if hasattr(loaded.config, "classes") else loaded.config
             self.family, self.config = config.family, shape(encoder=encoder, classes=classes)
             if config.fixed_attention is not None:
                 self.config = replace(self.config, fixed_attention=config.fixed_attention)
+            if config.head is not None:
+                self.config = replace(self.config, head=config.head)
             wanted = network_graph(self.family, self.config)[1]["encoder"]
             self.weights = {"encoder": {name: part for name, part in loaded.params.items() if name in wanted}}
         self.graphdef, self.shapes = network_graph(self.family, self.config)
@@ -124,6 +134,27 @@ class Network:
         """Returns newly drawn parameters."""
         build = FAMILIES[self.family].build
         return separated(self.graphdef, init(lambda rngs: build(self.config, dtype=np.float32, rngs=rngs), key))[0]
+
+    def frozen_encoder(self, source: str | None) -> Tree:
+        """Returns an encoder's weights, by folder, hub id or `PACKAGED`; of None those that training begins with.
+
+        Raises UserError for another shape than the network's.
+        """
+        if source is None:
+            return self.weights["encoder"]
+        if self.family not in NEW:
+            raise UserError(f"learn.distance.encoder: '{self.family}' has no encoder of its own to load; leave it out")
+        packaged = self.family == "lite_segmenter" and source == PACKAGED
+        loaded, wanted = self._encoder(self.family, None if packaged else source), self.shapes["encoder"]
+        tree = {name: part for name, part in loaded.params.items() if name in wanted}
+        if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, wanted):
+            raise UserError(
+                f"learn.distance.encoder: {source} is of another size than the network's; name one of its own"
+            )
+        return tree
+
+    def _encoder(self, family: str, source: str | None) -> Loaded:
+        return self._sizes and known_encoder(source) or NEW[family][1](source)
 
     def statistics(self) -> Tree:
         """Returns the running statistics before training: those of the weights, elsewhere mean 0 and variance 1."""

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from fmda import trees
-from fmda.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, Share
+from fmda.config import FolderOrName, NonNegativeFloat, NonNegativeInt, PositiveFloat, Share
 from fmda.losses.features import THINGS, feature_distance
 from fmda.losses.pixelwise import entropy_loss
 from fmda.methods.dense import normalised
@@ -35,15 +35,19 @@ from fmda.trees import Tree
 
 @dataclass(frozen=True)
 class DistanceConfig:
-    """Distance of the encoder's last map to that of the encoder before training (DAFormer).
+    """Distance of the encoder's last map to that of a frozen encoder (DAFormer).
 
     Attributes:
         weight: of the loss.
         things: classes whose cells are compared.
+        encoder: folder or hub id of the frozen encoder, of the shape of the network's; "small" is the
+            EfficientNet-Lite0 of that extra. None is the encoder that training begins with: ImageNet's in DAFormer, but
+            with `network.start` one that has learned the source already.
     """
 
     weight: PositiveFloat = 0.005
     things: tuple[NonNegativeInt, ...] = THINGS
+    encoder: FolderOrName | None = None
 
 
 CLEAN = ("mmd", "dann", "output_adversarial", "entropy")
@@ -56,7 +60,7 @@ class LearnConfig:
 
     Attributes:
         self_training: pseudo-labels of an average of earlier students, on mixed images.
-        distance: to the encoder before training.
+        distance: to a frozen encoder.
         mmd: discrepancy of the encoder's last maps of source and target.
         dann: confusion of source and target in the encoder's last map.
         output_adversarial: confusion of source and target in the predictions.
@@ -112,8 +116,8 @@ def make_objective(
     Batches are {"source": {"image", "labels"}, "target": {"image"}}, RGB in 0..255; where pseudo-labels have a border,
     the target has "margins" too (`training_transform`). Without a target the source is all that is learned.
     `state.aux` is that of `initial_aux`; its running statistics are moved by source images and then by what the student
-    sees of the target, save for masked images. `frozen["encoder"]` is the encoder before training, where a distance is
-    asked for, `frozen["autoencoder"]` that of a style in latents. Each cross-entropy of classes is a mean over all
+    sees of the target, save for masked images. `frozen["encoder"]` is the frozen encoder, where a distance is asked
+    for, `frozen["autoencoder"]` that of a style in latents. Each cross-entropy of classes is a mean over all
     pixels, ignored ones included.
     """
 

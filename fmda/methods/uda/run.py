@@ -38,7 +38,7 @@ from fmda.methods.planning import Training
 from fmda.methods.resident import with_resident_data
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.methods.uda.adversary import without_adversary
-from fmda.methods.uda.network import NETWORK, Network, NetworkConfig, known_encoder
+from fmda.methods.uda.network import NETWORK, PACKAGED, Network, NetworkConfig, known_encoder
 from fmda.methods.uda.objective import LearnConfig, init_adversary, make_objective
 from fmda.methods.uda.output_adversarial import LEAST_CROP
 from fmda.methods.uda.self_training import Optimizer, initial_aux, teacher_decay
@@ -47,6 +47,7 @@ from fmda.runs.plan import Plan
 from fmda.runs.stages import Stage, pending
 from fmda.train import Evaluator, Task, TrainerConfig, TrainState, best_step, read_params
 from fmda.trees import Tree
+from fmda.weights.checkpoint import weight_fingerprint
 from fmda.weights.files import read_json
 from fmda.weights.network import CLASSES_FILE, Loaded, save
 from fmda.weights.registry import FAMILIES
@@ -134,7 +135,7 @@ def make_task(
         transform = training_transform(crop, resize=config.target.resize, margins=margins)
         streams["target"] = Stream(target, transform, config.batch)
     classes, channels = network.config.classes, network.channels(config.crop)
-    frozen = {"encoder": network.weights["encoder"]} if learn.distance else {}
+    frozen = {"encoder": network.frozen_encoder(learn.distance.encoder)} if learn.distance else {}
     graphdef = None
     if autoencoder is not None:
         frozen["autoencoder"], graphdef = autoencoder.params, autoencoder.graphdef
@@ -170,6 +171,7 @@ def check(config: Config) -> None:
         open_autoencoder(learn.style, config.crop)
     sources = [config.data.root, config.val.root, config.network.encoder, config.network.start]
     sources += [config.target.root] if config.target else []
+    sources += [learn.distance.encoder] if learn.distance else []
     if any(pending(source) for source in sources):
         return
     data = config.data.open()
@@ -180,6 +182,8 @@ def check(config: Config) -> None:
         if config.target.labels and target.classes.names != data.classes.names:
             raise UserError(f"target: its labels are of {target.classes!r}, those of the source of {data.classes!r}")
     network = Network(config.network, len(data.classes.names))
+    if learn.distance:
+        network.frozen_encoder(learn.distance.encoder)
     multiple = FAMILIES[network.family].multiple
     for name, side in (("crop", config.crop), ("protocol.crop", config.protocol.crop)):
         if side % multiple:
@@ -229,13 +233,15 @@ def flops(config: Config) -> float | None:
 
 
 def _plan_without_sizes(config: Config) -> Plan | None:
-    network, style = config.network, config.learn.style
+    network, style, distance = config.network, config.learn.style, config.learn.distance
+    frozen = distance.encoder if distance and distance.encoder != PACKAGED else None
     return plan_without_sizes(
         stages(config),
         **{
             "network.encoder": None if known_encoder(network.encoder) else network.encoder,
             "network.start": network.start,
             "data.root": None if config.data.known_classes() else config.data.root,
+            "learn.distance.encoder": None if known_encoder(frozen) else frozen,
             "learn.style.autoencoder": style.autoencoder if style else None,
         },
     )
@@ -291,6 +297,8 @@ def _task(config: Config) -> Task:
     if autoencoder is not None:
         facts["autoencoder"] = autoencoder.fingerprint
     task = make_task(config, network, data, target, order, autoencoder=autoencoder, evaluators=evaluators, facts=facts)
+    if config.learn.distance and config.learn.distance.encoder:
+        task = replace(task, facts=facts | {"distance": weight_fingerprint(task.frozen["encoder"])})
     return with_resident_data(task) if config.data.resident == "auto" else task
 
 

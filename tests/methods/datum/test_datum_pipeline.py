@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -52,6 +53,17 @@ def test_both_adaptations_have_the_published_optimizer():
         config = runs[name]["config"]
         assert config.optim == Optimizer() and (config.steps, config.batch, config.crop) == (40000, 2, 512)
     assert runs["datum"]["config"].learn.self_training == SelfTrainingConfig()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*-to-*.yaml")))
+def test_both_adaptations_of_a_real_run_differ_in_the_target_alone(name):
+    job = open_run(CONFIGS / f"{name}.yaml")
+    assert [stage.name for stage in job.stages()] == ["personalise", "generate", "source-only", "datum", "report"]
+    assert f"fmda run configs/datum/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
+    alone, datum = (job.config[run]["config"] for run in ("source-only", "datum"))
+    assert datum.target.name == "folder" and datum.learn.self_training.ignored_rows == (0, 0)
+    learn = replace(datum.learn, self_training=None)
+    assert replace(datum, target=None, learn=learn) == alone
 
 
 @pytest.mark.parametrize("name", ["street-night", "street-fog"])

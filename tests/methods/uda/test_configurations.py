@@ -9,13 +9,16 @@ import optax
 import pytest
 
 from fmda import trees
+from fmda.errors import UserError
 from fmda.methods.kinds import open_run
 from fmda.methods.uda.network import Network, NetworkConfig
 from fmda.methods.uda.objective import DistanceConfig, make_objective
 from fmda.methods.uda.self_training import Optimizer, SelfTrainingConfig, initial_aux
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.dinov2 import Dinov2, Dinov2Config
+from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.module import init, separated
+from fmda.train import make_optimizer
 from fmda.train.step import create_state, step_flops
 from fmda.weights.checkpoint import network_graph
 from fmda.weights.network import save
@@ -38,6 +41,10 @@ def test_the_first_holds_the_constants_of_daformer_and_others_change_few():
     synthia = open_run(FOLDER / "synthia-to-cityscapes-mic.yaml").config
     assert (synthia.resize, synthia.val.class_map, synthia.rare_crop) == (None, "cityscapes-to-synthia16", 1500)
     assert synthia.learn.self_training == SelfTrainingConfig(ignored_rows=(15, 120), masked=1.0)
+    for source in ("gta5", "synthia"):
+        dacs = open_run(FOLDER / f"{source}-to-cityscapes-dacs.yaml").config
+        assert dacs.learn.self_training == SelfTrainingConfig(decay=0.99) and dacs.learn.distance is None
+        assert dacs.optim.no_decay == () and dacs.rare is None
     night = open_run(FOLDER / "cityscapes-to-dark-zurich-daformer.yaml").config
     assert night.learn.self_training.ignored_rows == (0, 0) and night.target.split == "train"
 
@@ -67,12 +74,32 @@ def filled(shapes):
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def test_a_segmenter_is_built_around_a_dinov2(tmp_path):
+@pytest.mark.parametrize("head", [None, "daformer", "linear"])
+def test_a_segmenter_is_built_around_a_dinov2(head, tmp_path):
     shape = Dinov2Config(28, 7, 16, 4, 2, maps=(1, 2, 3, 4))
     weights = init(lambda rngs: Dinov2(shape, rngs=rngs), jax.random.key(0))
     save("dinov2", tmp_path, shape, weights)
-    network = Network(NetworkConfig(family="dinov2_segmenter", encoder=str(tmp_path)), 3)
+    network = Network(NetworkConfig(family="dinov2_segmenter", encoder=str(tmp_path), head=head), 3)
     assert (network.config.classes, network.config.encoder.width) == (3, 16)
+    assert network.config.head == (head or "daformer")
+    assert (set(network.shapes["head"]) == {"classifier"}) == (head == "linear")
     found = trees.flatten(network.weights["encoder"])
     for path, leaf in trees.flatten(weights).items():
         np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+
+
+def test_a_factor_of_zero_freezes_the_encoder():
+    encoder = Dinov2Config(28, 7, 16, 1, 2, maps=(1,))
+    params = jax.tree.map(
+        lambda leaf: np.ones(leaf.shape, np.float32),
+        network_graph("dinov2_segmenter", Dinov2SegmenterConfig(encoder, "linear"))[1],
+    )
+    tx = make_optimizer(Optimizer(warmup_steps=0, multipliers={"encoder/*": 0.0, "*": 10.0}), 4)
+    updates, _ = tx.update(params, tx.init(params), params, position=0)
+    for path, leaf in trees.flatten(updates).items():
+        assert bool(jnp.any(leaf != 0)) == path.startswith("head/"), path
+
+
+def test_a_head_is_chosen_for_a_new_dinov2_alone():
+    with pytest.raises(UserError, match="network.head: is of a new network of family 'dinov2_segmenter'"):
+        Network(NetworkConfig(family="segformer", encoder="x", head="linear"), 3)

@@ -33,7 +33,7 @@ from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import init
 from fmda.train import OptimConfig, create_state, make_optimizer, make_step
 from fmda.train.checkpoints import read_params
-from fmda.weights.load import load_segmentation
+from fmda.weights.load import load_mit, load_segmentation
 from fmda.weights.network import save
 
 CONFIG = """kind: uda
@@ -277,6 +277,31 @@ def test_other_classes_need_a_new_head(place, run):
         Network(NetworkConfig(start=str(run / "export")), 5)
     anew = Network(NetworkConfig(start=str(run / "export"), new_head=True), 5)
     assert set(anew.weights) == {"encoder"} and anew.config.classes == 5
+
+
+def test_the_distance_is_to_the_encoder_that_is_named(place, run):
+    trained, untrained = (trees.flatten(net["encoder"]) for net in encoders(place, run))
+    for named, expected in (("null", trained), (place / "mit", untrained)):
+        overrides = [f"network.start={run / 'export'}", f"learn.distance.encoder={named}"]
+        config = open_run(place / "run.yaml", overrides).config
+        data = config.data.open()
+        task = make_task(config, Network(config.network, 3), data, data)
+        for path, leaf in trees.flatten(task.frozen["encoder"]).items():
+            np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    assert any((trained[path] != untrained[path]).any() for path in trained)
+
+
+def encoders(place, run):
+    """Returns the trees of the network that `run` exported, and of one with the encoder that it began from."""
+    return load_segmentation(run / "export/network").params, {"encoder": load_mit(place / "mit").params}
+
+
+def test_an_encoder_of_another_size_is_refused(place, tmp_path):
+    wide = MitConfig(widths=(16, 8, 8, 8), depths=(1, 1, 1, 1), heads=(1, 1, 2, 2))
+    save("mit", tmp_path, wide, init(lambda rngs: Mit(wide, rngs=rngs), jax.random.key(0)))
+    with pytest.raises(UserError, match=r"learn.distance.encoder: .* is of another size"):
+        execute(place, "other-size", f"learn.distance.encoder={tmp_path}")
+    assert not (place / "other-size").exists()
 
 
 def test_the_plan_counts_both_networks(place):
