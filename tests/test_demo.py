@@ -40,6 +40,7 @@ def test_the_demo_ends_with_a_report_of_every_run_and_a_second_call_does_nothing
         assert f"{host} + FLOSS" in page
     assert len(list((tmp_path / "run/generate-night").rglob("im_*.png"))) == 2
     assert "compiling the training step" in log
+    assert "improved" in page and any("refined-night/improved: covered" in line for line in lines)
 
     again, log = demo(tmp_path)
     assert again == lines

@@ -44,7 +44,7 @@ class Config:
     """Which maps are refined, by which SAM, and how.
 
     Attributes:
-        sam: folder of the ONNX graphs of a SAM: image encoder and mask decoder.
+        sam: folder of the ONNX graphs of a SAM, image encoder and mask decoder; or "street-sam".
         data: the images; their labels are read for scores alone.
         labels: folder of the recorded maps, or its name below FMDA_DATA: at any depth `<name of the image>.png`.
         classes: class list of the maps.
@@ -60,7 +60,7 @@ class Config:
         threads: images at work at once.
     """
 
-    sam: Path
+    sam: FolderOrName
     data: ImagesConfig
     labels: FolderOrName
     classes: FileOrName = "cityscapes"

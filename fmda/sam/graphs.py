@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+import fmda
 from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
 
@@ -245,14 +246,17 @@ class Decoder:
 
 
 def open_pair(folder: str | Path, threads: int) -> tuple[Encoder, Decoder]:
-    """Returns the encoder and the decoder among the ONNX files of a folder.
+    """Returns the encoder and the decoder among the ONNX files of a folder, or of a model of the package by its name.
 
     Raises UserError for a folder without exactly one of each, with the inputs that are missing, and for damaged files.
     """
     folder = Path(folder).expanduser()
+    packaged = Path(fmda.__file__).parent / "assets" / folder
+    if not folder.is_dir() and packaged.is_dir():
+        folder = packaged
     files = sorted(folder.glob("*.onnx")) or sorted(folder.glob("onnx/*.onnx"))
     if not files:
-        raise UserError(f"{folder}: holds no .onnx file; name a folder with the encoder and the decoder of a SAM")
+        raise UserError(f"{folder}: holds no .onnx file; name a folder with a SAM's encoder and decoder, or street-sam")
     graphs = [Graph(file, threads) for file in files]
     encoders, decoders = ([g for g in graphs if kind.fits(g)] for kind in (Encoder, Decoder))
     for what, fitting in (("image encoder", encoders), ("mask decoder", decoders)):

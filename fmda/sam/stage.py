@@ -78,7 +78,8 @@ class SamStage:
     """A SAM of two ONNX graphs: `embed` once per image, then `decode` any prompts.
 
     Attributes:
-        folder: holds the image encoder and the mask decoder, recognised by their inputs (`fmda.sam.graphs`).
+        folder: holds the image encoder and the mask decoder, recognised by their inputs (`fmda.sam.graphs`); or the
+            name of the package's model, "street-sam".
         cache: folder of embeddings by content; None computes each anew.
         cache_bytes: size of that folder, beyond which the least recently used ones are deleted.
         threads: images at work at once in `over`.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 from small_diffusion import quickly
 from torch_shaken import shaken
 
@@ -106,6 +107,37 @@ def test_equals_transformers_mask2former(peer, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "BLOCKED", 0.0)
         assert worst(m2f.graphdef, m2f.params, pixels, theirs)[1] > 1e-3
+
+
+def test_gradients_of_all_parameters_equal_transformers(peer, folder, tmp_path):
+    import torch
+
+    pixels = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)
+    out = peer.model(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
+    classes = [peer.class_predictor(x.transpose(0, 1)) for x in out.transformer_decoder_intermediate_states]
+    predicted = (torch.stack(classes), torch.stack(list(out.masks_queries_logits)))
+    sum(x.sin().sum() for x in predicted).backward()
+    slopes = {name: one.grad.numpy() for name, one in peer.named_parameters() if one.grad is not None}
+    m2f = fmda.load_mask2former(folder)
+
+    def worst_slope(work):
+        def loss(params):
+            return sum(jnp.sin(x).sum() for x in nnx.merge(m2f.graphdef, params).predictions(pixels))
+
+        # under the peer's names: what is written is linear in the parameters
+        save("mask2former", work, m2f.config, quickly(jax.grad(loss), m2f.params))
+        ours = load_file(work / "model.safetensors")
+        least = 1e-3 * max(np.abs(slope).max() for slope in slopes.values())
+        return max(
+            np.abs(ours[name] - slope).max() / max(np.abs(slope).max(), least) for name, slope in slopes.items()
+        )
+
+    assert worst_slope(tmp_path / "ours") < 1e-4
+    # faulty twin: layers that teach the maps they attend to nothing
+    with pytest.MonkeyPatch.context() as patch:
+        layer, still = decoder.DecoderLayer.__call__, jax.lax.stop_gradient
+        patch.setattr(decoder.DecoderLayer, "__call__", lambda self, *x: layer(self, *x[:3], still(x[3]), x[4]))
+        assert worst_slope(tmp_path / "twin") > 1e-3
 
 
 def test_transformers_opens_what_is_saved(peer, folder, tmp_path):

@@ -1,7 +1,9 @@
 """`fmda export-sam`: both graphs equal JAX on images of three sizes, whatever the numbers of prompts and points."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from small_diffusion import drawn
@@ -10,9 +12,12 @@ from fmda import trees
 from fmda.cli import main
 from fmda.errors import UserError
 from fmda.models.sam import SamConfig, SamVitConfig, TinyVitConfig
+from fmda.sam import SamStage
 from fmda.weights import sam_export
 from fmda.weights.checkpoint import network_graph
+from fmda.weights.load import load_sam
 from fmda.weights.network import save
+from fmda.weights.source import assets_folder
 
 pytest.importorskip("onnx")
 VIT = SamConfig(SamVitConfig(64, 16, 24, 2, 3, 40, 3, (1,), 16), 8, 2, 2, 32, 24, 1e-6)
@@ -70,3 +75,11 @@ def test_graphs_that_differ_are_refused_and_removed(folder, tmp_path, monkeypatc
     ):
         sam_export.export_sam(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+def test_the_graphs_of_the_package_are_its_weights():
+    sam, folder = load_sam("street-sam"), assets_folder() / "street-sam"
+    assert all(one.ok for one in sam_export.compare(sam, folder / "encoder.onnx", folder / "decoder.onnx"))
+    other = dataclasses.replace(sam, params=jax.tree.map(lambda leaf: 1.01 * leaf, sam.params))
+    assert not any(one.ok for one in sam_export.compare(other, folder / "encoder.onnx", folder / "decoder.onnx"))
+    assert SamStage("street-sam").fingerprint == SamStage(folder).fingerprint

@@ -56,7 +56,7 @@ class LabelsConfig:
 
     Attributes:
         confidence: probability from which a pixel keeps the teacher's class; CLOUDS keeps all.
-        sam: folder of the ONNX graphs of a SAM; None takes the teacher's label maps as they are.
+        sam: folder of the ONNX graphs of a SAM, or "street-sam"; None takes the teacher's label maps as they are.
         votes: how SAM's regions vote in the improved mode; the reference mode has the paper's points.
         things, kept: classes in these roles (`fmda.sam.Roles`), where the list has them.
         check_every: steps after which the labelling teacher may be renewed.
@@ -68,7 +68,7 @@ class LabelsConfig:
     """
 
     confidence: Share = 0.0
-    sam: Path | None = None
+    sam: FolderOrName | None = None
     votes: Improved = field(default_factory=Improved)
     things: tuple[str, ...] = THINGS
     kept: tuple[str, ...] = KEPT
