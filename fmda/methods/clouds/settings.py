@@ -1,7 +1,6 @@
 """Configuration of CLOUDS' joint training."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from fmda.config import (
