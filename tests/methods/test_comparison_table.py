@@ -217,6 +217,10 @@ def test_the_comparison_of_adaptation_is_valid(monkeypatch):
     assert cell.config["config"].val.split == "night" and "cells/source only/0/test-night" in stages
     assert not any("mmd/" in name and "one-shot" not in name for name in stages)
     assert stages["cells/one-shot dacs/fog/2"].config["config"].target.only == ("000002",)
+    one = stages["cells/one-shot pseudo-labels/fog/2"]
+    assert one.inputs[0] == "cells/one-shot labels/fog/2" and not one.config["config"].target.only
+    labelled = stages["cells/one-shot labels/fog/2"].config["config"].data
+    assert (labelled.split, labelled.only) == ("fog", ("000002",))
     # DATUM's one picture is that of the one-shot rows
     image = stages["cells/personalise/fog/2"].config["config"].image
     assert str(image) == "@training/render/fog/images/000002.png" and "cells/datum/kitti/0" not in stages
@@ -240,6 +244,17 @@ def test_the_comparison_on_camvid_reads_no_street_world(monkeypatch):
     assert used == {("train-day", "train-dusk", "train-dusk"), ("train-day", "train", "train-dusk")}
     tests = {stage.config["test"].split for stage in stages if "/test-" in stage.name}
     assert tests == {"test-dusk"}
+
+
+def test_datum_of_three_photographs_is_a_table():
+    stages = {s.name: s for s in open_run(Path(__file__).parents[2] / "configs/tables/datum-gta5.yaml").stages()}
+    images = [stages[f"cells/personalise/cityscapes/{seed}"].config["config"].image for seed in range(3)]
+    assert len(set(images)) == 3 and images[0].endswith("train/aachen/aachen_000000_000019_leftImg8bit.png")
+    datum = stages["cells/datum/cityscapes/2"]
+    assert datum.inputs == ("cells/generate/cityscapes/2",) and datum.config["config"].seed == 0
+    assert stages["cells/generate/cityscapes/2"].inputs == ("cells/personalise/cityscapes/2",)
+    alone = stages["cells/source only/0"].config["config"]
+    assert dataclasses.replace(datum.config["config"], target=None, learn=alone.learn) == alone
 
 
 def trained(stage):

@@ -49,6 +49,35 @@ def test_the_first_holds_the_constants_of_daformer_and_others_change_few():
     assert night.learn.self_training.ignored_rows == (0, 0) and night.target.split == "train"
 
 
+REAL = sorted(path.stem for path in FOLDER.glob("*-to-*.yaml") if "camvid" not in path.stem)
+TRAINED = {
+    "daformer": 85_155_283, "hrda": 85_685_990, "deeplab_v2": 43_219_846, "dinov2_segmenter": 308_867_347,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_real_network_has_the_published_number_of_parameters():
+    configs = [open_run(FOLDER / f"{name}.yaml").config for name in REAL]
+    for path in (FOLDER.parent / "datum").glob("*-to-*.yaml"):
+        runs = open_run(path).config
+        configs += [runs[name]["config"] for name in ("source-only", "datum")]
+    networks = {config.network for config in configs}
+    assert len(configs) == 18 + 2 * 5 and {network.family for network in networks} == set(TRAINED)
+    for settings in networks:
+        network = Network(settings, 19, sizes=True)
+        assert trees.count(jax.eval_shape(network.init, jax.random.key(0))) == TRAINED[settings.family]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["gta5-to-cityscapes-dacs", "cityscapes-to-acdc-vfm"]
+)  # 12 and 24 s; DAFormer 31, HRDA 54
+def test_real_configurations_are_planned_at_full_size(name):
+    job = open_run(FOLDER / f"{name}.yaml")
+    counts = dict(job.plan().parameters)
+    assert counts["trained"] == TRAINED[job.config.network.family] == counts["encoder"] + counts["head"]
+
+
 @pytest.mark.slow
 def test_a_step_of_daformer_costs_what_its_layers_add_up_to():
     config = open_run(FOLDER / "gta5-to-cityscapes-daformer.yaml").config
