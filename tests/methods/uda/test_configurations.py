@@ -62,7 +62,7 @@ def test_every_real_network_has_the_published_number_of_parameters():
         runs = open_run(path).config
         configs += [runs[name]["config"] for name in ("source-only", "datum")]
     networks = {config.network for config in configs}
-    assert len(configs) == 18 + 2 * 5 and {network.family for network in networks} == set(TRAINED)
+    assert len(configs) == 18 + 2 * 6 and {network.family for network in networks} == set(TRAINED)
     for settings in networks:
         network = Network(settings, 19, sizes=True)
         assert trees.count(jax.eval_shape(network.init, jax.random.key(0))) == TRAINED[settings.family]
