@@ -49,6 +49,16 @@ def test_the_first_holds_the_constants_of_daformer_and_others_change_few():
     assert night.learn.self_training.ignored_rows == (0, 0) and night.target.split == "train"
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*-hrda.yaml")))
+def test_mic_on_hrda_is_a_setting(name):
+    assert "MIC on HRDA: learn.self_training.masked=1" in (FOLDER / f"{name}.yaml").read_text()
+    config = open_run(FOLDER / f"{name}.yaml", ["learn.self_training.masked=1"]).config
+    # a city's frame has the bonnet of the car below, those of ACDC and Dark Zurich are taken whole
+    border = (30, 240, 30, 30) if name.endswith("-to-cityscapes-hrda") else (0, 0, 0, 0)
+    assert config.learn.self_training == SelfTrainingConfig(masked=1.0, patch=64, border=border)
+    assert (config.crop, config.rare_crop, config.target.resize, config.protocol.crop) == (1024, 6000, None, 1024)
+
+
 REAL = sorted(path.stem for path in FOLDER.glob("*-to-*.yaml") if "camvid" not in path.stem)
 TRAINED = {
     "daformer": 85_155_283, "hrda": 85_685_990, "deeplab_v2": 43_219_846, "dinov2_segmenter": 308_867_347,
