@@ -16,7 +16,9 @@ from PIL import Image
 
 from fmda.methods.pretrain.tokenizer import train_tokenizer
 from fmda.models.clip import Clip, ClipConfig, TextConfig, VitConfig
+from fmda.models.mit import Mit, MitConfig
 from fmda.models.module import init
+from fmda.models.segformer import SegFormer, SegFormerConfig
 from fmda.weights.network import save
 from fmda.world.captions import facts_of
 from fmda.world.names import CLASSES
@@ -42,6 +44,17 @@ crops: 4
 optim: {learning_rate: 0.001}
 """
 
+UDA = """kind: uda
+data: {name: folder, root: data, split: train}
+target: {name: folder, root: scenes, split: train}
+val: {name: folder, root: data, split: val}
+network: {family: segformer, encoder: mit}
+learn: {self_training: {}}
+crop: 32
+rare_pixels: 10
+steps: 1
+"""
+
 WORLD = "kind: world\ndomains: {photo: 1}\nheight: 32\nwidth: 64\nbatch: 1\n"
 
 
@@ -55,12 +68,22 @@ def borrowed(folder: Path, spare: Path) -> Iterator[Path]:
 
 
 def make_place(folder: Path) -> None:
-    """Fills a folder with `clip`, `data`, `scenes`, `floss.yaml`, `clip.yaml`, `world.yaml`."""
+    """Fills a folder with `clip`, `mit`, `start`, `data`, `scenes` and a file for each configuration above.
+
+    `start` is a segmentation network of two classes, where `data` has three.
+    """
     draw_labelled(folder / "data")
     draw_scenes(folder / "scenes", 4)
     (folder / "floss.yaml").write_text(FLOSS)
     (folder / "clip.yaml").write_text(CLIP)
     (folder / "world.yaml").write_text(WORLD)
+    (folder / "uda.yaml").write_text(UDA)
+    mit = MitConfig((8, 8, 8, 8), (1, 1, 1, 1), (1, 1, 2, 2))
+    save("mit", folder / "mit", mit, init(lambda rngs: Mit(mit, rngs=rngs), jax.random.key(0)))
+    segformer = SegFormerConfig(mit, 8, classes=2)
+    start = init(lambda rngs: SegFormer(segformer, rngs=rngs), jax.random.key(0))
+    save("segformer", folder / "start", segformer, start)
+    (folder / "start/classes.yaml").write_text("classes: [road, car]\n")
     config = ClipConfig(
         embed_dim=16,
         vision=VitConfig(32, 8, 16, 2, 2, 32, "quick_gelu"),

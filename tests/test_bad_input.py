@@ -21,6 +21,7 @@ from fmda import cli
 
 WEIGHTS = "model.safetensors"
 RUN, CLIP, WORLD = "run floss.yaml work_dir=new", "run clip.yaml work_dir=new", "run world.yaml work_dir=new"
+UDA = "run uda.yaml work_dir=new"
 PLAN = "plan floss.yaml"
 SCORE = "run floss.yaml work_dir=new ranking.file=ranking.json"
 """Reads the ranking, so that the labelled pictures come first."""
@@ -124,6 +125,7 @@ def nothing():
 
 LABEL = "data/val/labels/1.png"
 SCENE_LABEL = "scenes/labels/000002.png"
+TARGET = "scenes/images/000002.png"
 SCORERS = [SCORE, EVALUATE, CHECK]
 LOADERS = [RUN, EVALUATE, PREDICT, CONVERT, VERIFY]
 # item -> (how the place is damaged, what the line must hold, the commands that must say so)
@@ -159,6 +161,18 @@ CASES = {
         SCORE, EVALUATE, PREDICT]),
     "truncated PNG to rank": (cut("data/train/images/1.png"), ["data/train/images/1.png: truncated"], [RUN]),
     "truncated scene": (cut("scenes/images/000002.png"), ["scenes/images/000002.png: missing, trunc"], [CLIP]),
+    "truncated target": (cut(TARGET), ["1 of 4 images cannot be used: ", f"{TARGET}: truncated"], [UDA]),
+    "target that is no image": (write(TARGET, "words"), [f"{TARGET}: not an image file"], [UDA]),
+    "targets that are no images": (lambda: [path.write_text("") for path in Path(TARGET).parent.iterdir()],
+        ["scenes: none of the 4 images can be read"], [f"{UDA} target.skip_broken=true"]),
+    "target smaller than the crop": (png(TARGET, np.zeros((24, 64, 3), np.uint8)),
+        [f"{TARGET}: has 64x24 pixels, less than a crop of 32"], [UDA]),
+    "empty target": (lambda: Path("hollow").mkdir(), ["hollow: no images of 'folder', split 'train'"], [
+        f"{UDA} target.root=hollow"]),
+    "source without a class to draw": (nothing, ["no image has more than 999 pixels of any class", "rare_pixels"], [
+        f"{UDA} rare_pixels=999"]),
+    "network of other classes": (nothing, ["start has 2 classes, the source 3", "network.new_head=true"], [
+        f"{UDA} network.start=start"]),
     "16-bit label": (png(LABEL, np.zeros((32, 48), np.uint16)), [f"{LABEL}: a 16-bit label map"], SCORERS[:2]),
     "RGB label": (png(LABEL, np.zeros((32, 48, 3), np.uint8)), [f"{LABEL}: a colour image (RGB)"], SCORERS[:2]),
     "label value 37": (png(LABEL, np.full((32, 48), 37, np.uint8)), [f"{LABEL}: label value 37 is"], SCORERS[:2]),

@@ -45,7 +45,7 @@ RULE["cli"] = {"verbs", "config", "environment"}
 # What one method may take from another.
 SHARED_METHODS = {
     "dense", "endpoint", "generate", "judges", "kinds", "lora", "mask_head", "planning", "refine_labels", "render",
-    "resident", "segmentation", "supervised", "table", "trainer", "tune", "uda",
+    "resident", "sampling", "segmentation", "supervised", "table", "trainer", "tune", "uda",
 }  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 

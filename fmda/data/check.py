@@ -16,7 +16,7 @@ from fmda.data.classes import ClassList
 from fmda.data.dataset import Dataset, check_size
 from fmda.data.files import FileFault, read_image
 from fmda.errors import UserError
-from fmda.progress import track
+from fmda.progress import note, track
 
 THREADS = 2
 WINDOW = 64
@@ -171,21 +171,68 @@ def check_images(images: Dataset | Sequence[str | Path]) -> None:
 
     For a training that draws images at random: a broken file stops it before the first step.
     """
-    read: Callable[[int], Any]
-    read = images.__getitem__ if isinstance(images, Dataset) else lambda index: read_image(images[index])
 
-    def fault(index: int) -> str | None:
-        try:
-            read(index)
-        except FileFault as reason:
-            return str(reason)
-        return None
+    def read(index: int) -> None:
+        images[index] if isinstance(images, Dataset) else read_image(images[index])
 
-    results = track(_in_threads(fault, range(len(images))), "check images", len(images))
-    faults = [reason for reason in results if reason is not None]
+    _all_read(read, len(images))
+
+
+def class_pixels(dataset: Dataset) -> Int64[np.ndarray, "n k"]:
+    """Returns the pixels of each class in each label map, at its own size; decodes the images too, as `check_images`.
+
+    Raises UserError that names the broken files.
+    """
+
+    def counts(index: int) -> Int64[np.ndarray, " k"]:
+        return np.bincount(np.asarray(dataset[index].labels).ravel(), minlength=256)[: len(dataset.classes)]
+
+    return np.stack(_all_read(counts, len(dataset)))
+
+
+def without_broken(images: Dataset) -> Dataset:
+    """Returns the dataset of the images that can be read; a warning line, once a process, names the others.
+
+    Raises UserError where no image can be read.
+    """
+    stats = [(item.image, Path(item.image).lstat()) for item in images.items]
+    broken = _broken(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
+    if len(broken) == len(images):
+        raise UserError(f"{images.root}: none of the {len(images)} images can be read; copy or download them again")
+    return images.subset([index for index in range(len(images)) if index not in broken])
+
+
+@functools.lru_cache(maxsize=8)
+def _broken(files: tuple[tuple[str, int, int], ...]) -> frozenset[int]:
+    """Returns which of the files (path, time, size) cannot be read as images; notes them, if these are not all."""
+    faults = list(_faults(lambda index: read_image(files[index][0]).size, len(files)))
+    broken = {index: files[index][0] for index, fault in enumerate(faults) if isinstance(fault, FileFault)}
+    if 0 < len(broken) < len(files):
+        names = ", ".join(list(broken.values())[:3]) + (", ..." if len(broken) > 3 else "")
+        note(f"warning: {len(broken)} of {len(files)} images cannot be read and are left out: {names}")
+    return frozenset(broken)
+
+
+def _all_read(read: Callable[[int], Result], count: int) -> list[Result]:
+    """Returns what `read` returns for each index. Raises UserError that names the files that it refuses."""
+    results = list(_faults(read, count))
+    faults = [str(result) for result in results if isinstance(result, FileFault)]
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise UserError(f"{len(faults)} of {len(images)} images cannot be used: {'; '.join(faults[:3])}{more}")
+        raise UserError(f"{len(faults)} of {count} images cannot be used: {'; '.join(faults[:3])}{more}")
+    return [result for result in results if not isinstance(result, FileFault)]
+
+
+def _faults(read: Callable[[int], Result], count: int) -> Iterator[Result | FileFault]:
+    """Yields what `read` returns for each index, or the fault that it raises."""
+
+    def result(index: int) -> Result | FileFault:
+        try:
+            return read(index)
+        except FileFault as fault:
+            return fault
+
+    return track(_in_threads(result, range(count)), "check images", count)
 
 
 def _in_threads(function: Callable[[int], Result], indices: Sequence[int]) -> Iterator[Result]:

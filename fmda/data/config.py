@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fmda.config import FREE, FileOrName, PositiveInt
+from fmda.data.check import without_broken
 from fmda.data.classes import ClassList
 from fmda.data.dataset import Dataset, dataset_classes, open_dataset
 from fmda.errors import UserError
@@ -51,14 +52,20 @@ class ImagesConfig:
     Attributes:
         name, root, split: as `fmda.open_dataset` takes them.
         only: names of the images that are taken; none takes all.
+        skip_broken: leave out images that cannot be read, with a warning line; False refuses them where they are read.
     """
 
     name: str = "cityscapes"
     root: Path | None = None
     split: str = "train"
     only: tuple[str, ...] = ()
+    skip_broken: bool = False
 
     def open(self, *, labels: bool = False) -> Dataset:
-        """Returns the images. Raises UserError for a name in `only` that is not among them."""
+        """Returns the images; with `skip_broken` this decodes all of them.
+
+        Raises UserError for a name in `only` that is not among them, and where none can be read.
+        """
         images = open_dataset(self.name, self.root, self.split, labels=labels)
-        return images.only(self.only) if self.only else images
+        images = images.only(self.only) if self.only else images
+        return without_broken(images) if self.skip_broken else images

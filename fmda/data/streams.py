@@ -14,11 +14,9 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Float, Int
 
-from fmda.data.dataset import Dataset
 from fmda.data.loader import Batch, Batches, Transform, stack
 from fmda.data.transforms import Wanted
 from fmda.errors import UserError
-from fmda.progress import track
 
 
 class Order(Protocol):
@@ -86,6 +84,13 @@ class RareClasses:
     least: int = 3000
     least_in_crop: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises UserError where no example may be drawn for any class."""
+        if not self.examples:
+            raise UserError(
+                f"rare classes: no image has more than {self.least} pixels of any class; lower rare_pixels (`least`)"
+            )
+
     @functools.cached_property
     def examples(self) -> dict[int, Int[np.ndarray, " m"]]:
         """The examples that may be drawn for each class that any of them shows."""
@@ -100,7 +105,7 @@ class RareClasses:
         return weights / weights.sum()
 
     def __call__(self, position: int, count: int, seed: int) -> int:
-        """Returns the index of the example at a position. Raises UserError where no example shows any class."""
+        """Returns the index of the example at a position."""
         chosen, rng = self._drawn(position, seed)
         return int(rng.choice(self.examples[chosen]))
 
@@ -109,17 +114,9 @@ class RareClasses:
         return Wanted(self._drawn(position, seed)[0], self.least_in_crop) if self.least_in_crop else None
 
     def _drawn(self, position: int, seed: int) -> tuple[int, np.random.Generator]:
-        if not self.examples:
-            raise UserError(f"rare classes: no example has more than {self.least} pixels of any class; lower `least`")
         rng = np.random.default_rng((seed, position, 2))
         place = int(np.searchsorted(np.cumsum(self.shares)[:-1], rng.random(), side="right"))
         return list(self.examples)[place], rng
-
-
-def class_pixels(dataset: Dataset) -> Int[np.ndarray, "n k"]:
-    """Returns the pixels of each class in each label map, at its own size; reads all label maps."""
-    maps = (dataset.labels(i) for i in track(range(len(dataset)), f"count the classes of {dataset.name}"))
-    return np.stack([np.bincount(np.asarray(labels).ravel(), minlength=256)[: len(dataset.classes)] for labels in maps])
 
 
 @dataclass(frozen=True)

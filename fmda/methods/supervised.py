@@ -17,10 +17,9 @@ from fmda.atomic import write_json
 from fmda.augment.photometric import ssd_jitter
 from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share, from_dict, to_dict
 from fmda.data import ClassList, Dataset
-from fmda.data.check import check_images
 from fmda.data.config import DataConfig
 from fmda.data.dataset import Example
-from fmda.data.streams import Order, RareClasses, Shuffled, Stream, class_pixels
+from fmda.data.streams import Order, Shuffled, Stream
 from fmda.data.transforms import training_transform
 from fmda.errors import UserError
 from fmda.evaluate import (
@@ -37,6 +36,7 @@ from fmda.mesh import make_mesh
 from fmda.methods.dense import DenseNetwork, Encoder, known_encoder
 from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork
 from fmda.methods.resident import with_resident_data
+from fmda.methods.sampling import source_order
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.methods.tune import TuneConfig, TunedNetwork, finished, starting, tuned
 from fmda.runs.plan import Plan
@@ -201,8 +201,7 @@ def blank_example(side: int) -> Example:
 def _task(config: Config) -> Task:
     encoder, data, val = Encoder(str(config.encoder)), config.data.open(), config.val.open()
     network = tuned(make_network(encoder, len(data.classes), config.mask2former, config.hidden), config.tune)
-    check_images(data)
-    order = SHUFFLED if config.rare is None else RareClasses(class_pixels(data), config.rare, config.rare_pixels)
+    order = source_order(data, config.rare, config.rare_pixels)
     evaluators = [evaluator("val", config.evaluate_steps, "params", config, network, val, data.classes)]
     facts = {"encoder": encoder.fingerprint, "data": data.digest()}
     task = make_task(config, network, data, order, evaluators=evaluators, facts=facts)

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from fmda.data import FileFault, open_dataset, read_image, read_labels
 from fmda.data.check import check, check_images
+from fmda.data.config import ImagesConfig
 from fmda.errors import UserError
 
 IDS = np.arange(6, dtype=np.uint8).reshape(2, 3) % 3
@@ -113,6 +114,24 @@ def test_check_images_names_the_broken_files(street) -> None:
     (street / "labels/0.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"2 of 3 images cannot be used: .*labels/0\.png: .*1\.png"):
         check_images(dataset)
+
+
+def test_broken_images_are_left_out_where_that_is_asked(street, capsys) -> None:
+    (street / "images/1.png").write_bytes(b"")
+    asked = ImagesConfig(name="folder", root=street, split="val", skip_broken=True)
+    for _ in range(2):
+        rest = asked.open()
+        check_images(rest)
+    assert [item.name for item in rest.items] == ["0", "2"]
+    line = f"warning: 1 of 3 images cannot be read and are left out: {street / 'images/1.png'}"
+    # once, however often the dataset is opened
+    assert [one for one in capsys.readouterr().err.splitlines() if "warning" in one] == [line]
+    whole = ImagesConfig(name="folder", root=street, split="val").open()
+    assert len(whole) == 3 and whole.digest() != rest.digest()
+    for path in (street / "images").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 3 images can be read"):
+        asked.open()
 
 
 def test_ade20k_labels_that_were_lowered_already_are_noted(tmp_path, put) -> None:

@@ -17,7 +17,7 @@ from fmda.data.check import check_images
 from fmda.data.config import DataConfig, ImagesConfig
 from fmda.data.dataset import Example
 from fmda.data.files import image_size
-from fmda.data.streams import Order, RareClasses, Shuffled, Stream, class_pixels
+from fmda.data.streams import Order, Shuffled, Stream
 from fmda.data.transforms import fit_size, training_transform
 from fmda.errors import UserError
 from fmda.evaluate import (
@@ -36,6 +36,7 @@ from fmda.mesh import make_mesh
 from fmda.methods import segmentation
 from fmda.methods.planning import Training
 from fmda.methods.resident import with_resident_data
+from fmda.methods.sampling import source_order
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
 from fmda.methods.uda.adversary import without_adversary
 from fmda.methods.uda.network import NETWORK, PACKAGED, Network, NetworkConfig, known_encoder
@@ -262,12 +263,10 @@ def _blank_task(config: Config) -> Task:
 def _task(config: Config) -> Task:
     data, val = config.data.open(), config.val.open()
     target = config.target.open(labels=config.target.labels) if config.target else None
-    for images in (data, target) if target else (data,):
-        check_images(images)
+    if target:
+        check_images(target)
     network = Network(config.network, len(data.classes.names))
-    order: Order = SHUFFLED
-    if config.rare is not None:
-        order = RareClasses(class_pixels(data), config.rare, config.rare_pixels, config.rare_crop)
+    order = source_order(data, config.rare, config.rare_pixels, config.rare_crop)
     mesh, limit = make_mesh(*config.mesh), config.val.limit
     protocol = segmentation.fitting(config.scoring, network.family)
 

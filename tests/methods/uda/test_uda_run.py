@@ -265,6 +265,20 @@ def test_generated_targets_of_differing_sizes_are_cropped_and_smaller_ones_refus
     open_run(place / "run.yaml", [*overrides, "target.resize=[96,48]"]).check()
 
 
+def test_a_broken_target_image_is_left_out_only_where_that_is_asked(place, tmp_path):
+    folder = tmp_path / "set/images"
+    folder.mkdir(parents=True)
+    for name in "ab":
+        Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(folder / f"{name}.png")
+    (folder / "b.png").write_bytes(b"no image")
+    overrides = [f"target.root={tmp_path / 'set'}", "target.split=train"]
+    with pytest.raises(UserError, match=r"b\.png: not an image file"):
+        open_run(place / "run.yaml", overrides).check()
+    job = open_run(place / "run.yaml", [*overrides, "target.skip_broken=true"])
+    job.check()
+    assert [item.name for item in job.config.target.open().items] == ["a"]
+
+
 def test_the_plan_needs_neither_the_encoder_nor_the_data_of_known_names(place):
     known = ["data={name: gta5}", "network={family: segformer, encoder: nvidia/mit-b0}", "batch=2"]
     assert dict(open_run(place / "run.yaml", known).plan().parameters)["encoder"] == 3_319_392
