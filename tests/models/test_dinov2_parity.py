@@ -11,7 +11,7 @@ from torch_shaken import shaken
 
 import fmda
 from fmda.models import dinov2
-from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
+from fmda.models.dinov2_segmenter import Dinov2Segmenter, Dinov2SegmenterConfig
 from fmda.models.module import parameter_count
 from fmda.nn.norm import LayerScale
 from fmda.weights import dinov2_segmenter
@@ -186,12 +186,11 @@ def test_segmenters_equal_transformers_backbone_under_a_torch_head(head, tmp_pat
         assert deviation(fmda.load_segmentation(tmp_path / "net")(pixels), logits) < 1e-5
 
 
-@pytest.mark.parametrize("name", dinov2.DINOV2)
-def test_parameter_counts_are_those_of_transformers(name):
+def parameters_of_transformers(config):
+    """Returns the number of parameters of transformers' network of that shape."""
     import torch
     import transformers
 
-    config = dinov2.DINOV2[name]
     kind = "Dinov2WithRegisters" if config.registers else "Dinov2"
     extra = {"num_register_tokens": config.registers} if config.registers else {}
     with torch.device("meta"):
@@ -201,5 +200,24 @@ def test_parameter_counts_are_those_of_transformers(name):
                 use_swiglu_ffn=config.gated, image_size=518, patch_size=14, **extra,
             )
         )  # fmt: skip
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert parameter_count(lambda rngs: dinov2.Dinov2(config, rngs=rngs)) == count
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", dinov2.DINOV2)
+def test_parameter_counts_are_those_of_transformers(name):
+    config = dinov2.DINOV2[name]
+    assert parameter_count(lambda rngs: dinov2.Dinov2(config, rngs=rngs)) == parameters_of_transformers(config)
+
+
+@pytest.mark.parametrize("name", [f"dinov2-vit-{size}14" for size in "sbl"])
+def test_parameter_counts_of_heads_are_those_of_torch(name):
+    import torch
+    import torch_daformer
+
+    encoder = dinov2.DINOV2[name]
+    with torch.device("meta"):
+        linear, daformer = torch.nn.Conv2d(encoder.width, 19, 1), torch_daformer.Head(4 * [encoder.width], 256, 19)
+    for head, theirs in (("linear", linear), ("daformer", daformer)):
+        config = Dinov2SegmenterConfig(encoder, head)
+        count = parameters_of_transformers(encoder) + sum(parameter.numel() for parameter in theirs.parameters())
+        assert parameter_count(lambda rngs, config=config: Dinov2Segmenter(config, rngs=rngs)) == count

@@ -12,7 +12,7 @@ from torch_shaken import shaken
 
 import fmda
 from fmda.models.deeplab_v2 import DeepLabV2, DeepLabV2Config
-from fmda.models.module import abstract, assembled, separated, statistics_of
+from fmda.models.module import abstract, assembled, parameter_count, separated, statistics_of
 from fmda.models.resnet import ResNetEncoderConfig
 from fmda.weights.load import load_resnet
 
@@ -127,3 +127,16 @@ def test_full_size_deeplab_builds_from_the_default_configuration():
     graphdef, shapes = abstract(lambda rngs: DeepLabV2(DeepLabV2Config(), rngs=rngs))
     pixels = jax.ShapeDtypeStruct((1, 512, 512, 3), np.float32)
     assert jax.eval_shape(lambda p, x: nnx.merge(graphdef, p)(x), shapes, pixels).shape == (1, 64, 64, 19)
+
+
+@pytest.mark.parametrize("stem", ["plain", "mmseg"])
+@pytest.mark.parametrize("layers", [(3, 4, 6, 3), (3, 4, 23, 3)], ids=["resnet50", "resnet101"])
+def test_parameter_counts_of_deeplab_are_those_of_the_torch_rendering(layers, stem):
+    import torch
+    import torch_resnet
+
+    with torch.device("meta"):
+        theirs = torch_resnet.DeepLabV2(layers, 64, stem, 19, (6, 12))
+    config = DeepLabV2Config(ResNetEncoderConfig(layers, deep_stem=stem == "mmseg"))
+    count = sum(parameter.numel() for parameter in theirs.parameters())
+    assert parameter_count(lambda rngs: DeepLabV2(config, rngs=rngs)) == count

@@ -10,7 +10,9 @@ from torch_shaken import shaken
 
 import fmda
 from fmda.models import segformer
-from fmda.models.segformer import SegFormer
+from fmda.models.mit import MIT
+from fmda.models.module import parameter_count
+from fmda.models.segformer import SegFormer, SegFormerConfig
 from fmda.weights.checkpoint import network_graph
 from fmda.weights.load import load_mit
 from fmda.weights.network import save
@@ -140,3 +142,22 @@ def test_transformers_opens_what_is_saved(peer, folder, tmp_path):
     for name, array in SegformerModel.from_pretrained(tmp_path / "encoder").state_dict().items():
         np.testing.assert_array_equal(array.numpy(), theirs[f"segformer.{name}"].numpy())
     assert isinstance(nnx.merge(seg.graphdef, seg.params), SegFormer)
+
+
+@pytest.mark.parametrize("name", MIT)
+def test_parameter_counts_are_those_of_transformers(name):
+    import torch
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    encoder, width = MIT[name], 256 if name in ("mit-b0", "mit-b1") else 768
+    config = SegformerConfig(
+        hidden_sizes=encoder.widths, depths=encoder.depths, decoder_hidden_size=width, num_labels=19,
+        num_attention_heads=encoder.heads, sr_ratios=encoder.reductions,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = SegformerForSemanticSegmentation(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert parameter_count(lambda rngs: SegFormer(SegFormerConfig(encoder, width), rngs=rngs)) == count
+    # published with the paper, in millions, for ADE20K's 150 classes
+    published = {"mit-b0": 3.8, "mit-b1": 13.7, "mit-b2": 27.5, "mit-b3": 47.3, "mit-b4": 64.1, "mit-b5": 84.7}
+    assert (count + 131 * (width + 1)) / 1e6 == pytest.approx(published[name], abs=0.1)
