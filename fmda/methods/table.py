@@ -110,14 +110,21 @@ class Cell(NamedTuple):
 
 
 def table_job(values: Mapping[str, Any], where: str, work_dir: Path, here: Path) -> Job:
-    """Returns the job of a table; runs, rows and columns that are null are left out.
+    """Returns the job of a table; runs, rows (with what columns say of them) and columns that are null are left out.
 
     Raises UserError for invalid values.
     """
     values = {key: value for key, value in values.items() if key != "kind"}
+    gone: set[str] = set()
     for group in ("runs", "rows", "columns"):
         if isinstance(values.get(group), Mapping):
-            values[group] = {name: one for name, one in values[group].items() if resolved(one) is not None}
+            kept = {name: one for name, one in values[group].items() if resolved(one) is not None}
+            gone |= set(values["rows"]) - set(kept) if group == "rows" else set()
+            values[group] = kept
+    for name, column in values.get("columns", {}).items():
+        if isinstance(column, Mapping) and isinstance(column.get("rows"), Mapping):
+            rows = {row: one for row, one in column["rows"].items() if row not in gone}
+            values["columns"] = values["columns"] | {name: {**column, "rows": rows}}
     config = from_dict(Config, values, where)
     return _Table(config, where, work_dir, here).job()
 

@@ -192,7 +192,10 @@ def test_rows_and_columns_may_be_left_out(log):
 
 
 def test_a_row_may_be_left_out_of_a_column(log):
-    execute("rows.labels=null", "rows.more=null", "columns.fog.rows.adapted=null", "seeds=[0]")
+    # what a column says of a row goes with it
+    execute(
+        "rows.labels=null", "rows.more=null", "columns.night.rows.more={}", "columns.fog.rows.adapted=null", "seeds=[0]"
+    )
     assert log == ["weights", "cells/source only/0", "cells/adapted/night/0"]
     assert table()["cells"]["adapted"]["fog"] is None
     plan = open_run("table.yaml", ["columns.fog=null", "columns.night.rows.more=null"]).plan()
