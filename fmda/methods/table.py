@@ -115,16 +115,14 @@ def table_job(values: Mapping[str, Any], where: str, work_dir: Path, here: Path)
     Raises UserError for invalid values.
     """
     values = {key: value for key, value in values.items() if key != "kind"}
-    gone: set[str] = set()
-    for group in ("runs", "rows", "columns"):
-        if isinstance(values.get(group), Mapping):
-            kept = {name: one for name, one in values[group].items() if resolved(one) is not None}
-            gone |= set(values["rows"]) - set(kept) if group == "rows" else set()
-            values[group] = kept
-    for name, column in values.get("columns", {}).items():
+    groups = {name: values[name] for name in ("runs", "rows", "columns") if isinstance(values.get(name), Mapping)}
+    gone = {name for name, one in groups.get("rows", {}).items() if resolved(one) is None}
+    for group, ones in groups.items():
+        values[group] = {name: one for name, one in ones.items() if resolved(one) is not None}
+    for name, column in values["columns"].items() if "columns" in groups else ():
         if isinstance(column, Mapping) and isinstance(column.get("rows"), Mapping):
             rows = {row: one for row, one in column["rows"].items() if row not in gone}
-            values["columns"] = values["columns"] | {name: {**column, "rows": rows}}
+            values["columns"][name] = {**column, "rows": rows}
     config = from_dict(Config, values, where)
     return _Table(config, where, work_dir, here).job()
 
