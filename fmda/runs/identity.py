@@ -84,6 +84,8 @@ def recorded(facts: Any, free: Collection[str] = ()) -> Any:
 
 def filled(before: Any, now: Any) -> Any:
     """Returns recorded values with the declared defaults of the dataclasses in `now` for fields the record lacks."""
+    if isinstance(before, list) and isinstance(now, list | tuple) and len(before) == len(now):
+        return [filled(value, one) for value, one in zip(before, now, strict=True)]
     if not isinstance(before, Mapping):
         return before
     if isinstance(now, Mapping):

@@ -61,6 +61,12 @@ def test_a_new_field_with_a_default_accepts_old_folders(tmp_path):
         claim(tmp_path, {"config": grown(10, grown_inner(blur=1.0))})
     with pytest.raises(UserError, match="config.crop"):
         claim(tmp_path, {"config": grown(10, crop=(1, 3))})
+    # in a list too
+    claim(tmp_path / "list", {"parts": (Inner(0.1), Inner(0.2))})
+    assert claim(tmp_path / "list", {"parts": (grown_inner(0.1), grown_inner(0.2))})
+    for other in ((grown_inner(0.1), grown_inner(0.3)), (grown_inner(0.1),), (grown_inner(0.1), grown_inner(0.2, 1.0))):
+        with pytest.raises(UserError, match="parts"):
+            claim(tmp_path / "list", {"parts": other})
 
 
 def test_a_damaged_record_is_named(tmp_path):
