@@ -4,7 +4,8 @@ A configuration is a frozen dataclass. A YAML file fills it, `key.sub=value` ove
 line `base: other.yaml` takes over another file's values, one level deep. An unknown key is an error that names
 the nearest known one. Unquoted scalars keep the text that was written until the type of their field is known: text
 stays `0123456` or `12e4`, a number becomes one. Types declare bounds (`PositiveInt`, `Share`, `Bounds`) and paths
-(`Path`, `FileOrName`, `FolderOrName`). `fingerprint` hashes the resolved values; finished work is recognised by it.
+(`Path`, `FileOrName`, `FolderOrName`, `DataPath`). `fingerprint` hashes the resolved values; finished work is
+recognised by it.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 import yaml
 
 from fmda.errors import UserError, did_you_mean
+from fmda.places import below_data
 from fmda.text import read_text
 
 T = TypeVar("T")
@@ -68,6 +70,9 @@ Raw = Annotated[dict[str, Any], "raw"]
 """A group of keys whose types are decided later, by `from_dict` with the dataclass that they fill."""
 FolderOrName = Annotated[str, "folder"]
 """A known name or hub id, or a folder: text that leads to a folder becomes its absolute path, other text stays."""
+DataPath = Annotated[str, "data"]
+"""A file or folder, or its name below FMDA_DATA (`fmda.places.below_data`): the name of what is there stays, other text
+becomes an absolute path, also that of a file which is gone."""
 
 
 class Plain(str):
@@ -270,6 +275,9 @@ def _annotated(kind: Any, value: Any, where: str, key: str) -> Any:
     if not isinstance(mark, Bounds):
         text = _scalar(base, value, where, key)
         path = user_path(text) if text else Path(text)
+        if mark == "data":
+            named = not text or text.startswith("@") or not path.exists() and below_data(text).exists()
+            return text if named else str(path)
         exists = path.is_file() if mark == "file" else path.is_dir()
         return str(path) if text and exists or text.startswith("~") else text
     try:

@@ -16,6 +16,7 @@ from tyro.conf import Positional
 
 from fmda.environment import check_precision, keep_compiled_programs, keep_freed_memory
 from fmda.errors import UserError, did_you_mean
+from fmda.places import assets_folder
 from fmda.progress import process_index
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -63,7 +64,7 @@ def demo(work_dir: Path = Path("runs/demo"), overrides: Overrides = ()) -> None:
     _load_jax()
     from fmda.methods.kinds import open_run
 
-    recipe = Path(__file__).parent / "assets" / "demo.yaml"
+    recipe = assets_folder() / "demo.yaml"
     job = open_run(recipe, [f"work_dir={work_dir}", *overrides])
     folders = job.execute(_log)
     _print_outcome(job.work_dir, folders["report"] / "report.html")

@@ -8,6 +8,7 @@ import pytest
 
 from fmda.config import (
     Bounds,
+    DataPath,
     FileOrName,
     FolderOrName,
     NonNegativeFloat,
@@ -247,3 +248,21 @@ def test_paths_are_absolute_and_know_the_home_folder(tmp_path, monkeypatch):
     assert from_dict(Places, override({}, ["root=x", "file=t.txt", "model=model"])) == here
     named = from_dict(Places, override({}, ["file=model", "model=owner/name", "root=@world/clear"]))
     assert named == Places(Path("@world/clear"), "model", "owner/name")
+
+
+@dataclass(frozen=True)
+class Data:
+    image: DataPath
+
+
+def test_the_name_of_what_lies_below_the_data_root_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/set").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("FMDA_DATA", str(tmp_path / "data"))
+    for text in ("set", "@run/image.png"):
+        assert from_dict(Data, {"image": text}).image == text
+    # also what is nowhere
+    for text in ("here", "gone.png"):
+        assert from_dict(Data, {"image": text}).image == str(tmp_path / text)
+    assert from_dict(Data, {"image": str(tmp_path / "data/set")}).image == str(tmp_path / "data/set")

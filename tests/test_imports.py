@@ -10,10 +10,11 @@ import pytest
 import fmda
 
 ROOT = Path(fmda.__file__).parent
-LEAVES = {"atomic", "errors", "png", "progress", "text"}
+LEAVES = {"atomic", "errors", "places", "png", "progress", "text"}
 RULE = {
     "atomic": set(),
     "errors": set(),
+    "places": set(),
     "png": set(),
     "progress": set(),
     "text": set(),

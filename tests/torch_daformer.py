@@ -46,6 +46,20 @@ class Embedding(nn.Module):
         return self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Network(nn.Module):
+    """transformers' Mix Transformer of `settings` below what `make_head` returns."""
+
+    def __init__(self, settings, make_head):
+        from transformers import SegformerConfig, SegformerModel
+
+        super().__init__()
+        self.segformer = SegformerModel(SegformerConfig(**settings))
+        self.decode_head = make_head()
+
+    def maps(self, images):
+        return self.segformer(images, output_hidden_states=True).hidden_states
+
+
 class Head(nn.Module):
     """DAFormer's head with `dilations`; without, the attention head of HRDA. Maps [B, c, h, w] -> logits."""
 

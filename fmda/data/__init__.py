@@ -10,9 +10,10 @@ from fmda.data.classes import (
     known_class_maps,
     prompts,
 )
-from fmda.data.dataset import Dataset, Example, below_data, data_root, open_dataset
+from fmda.data.dataset import Dataset, Example, open_dataset
 from fmda.data.files import FileFault, read_image, read_labels
 from fmda.data.prompting import check_templates, templates
+from fmda.places import data_root
 
 __all__ = [
     "IGNORE",
@@ -21,7 +22,6 @@ __all__ = [
     "Dataset",
     "Example",
     "FileFault",
-    "below_data",
     "check_templates",
     "class_list",
     "data_root",

@@ -1,6 +1,5 @@
 """`open_dataset`: a known dataset, or a folder of the user, as a sequence of examples."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from fmda.data.digest import digest, file_evidence
 from fmda.data.files import FileFault, read_image, read_labels
 from fmda.data.search import label_file, label_files, locate, unique_names
 from fmda.errors import UserError, did_you_mean
+from fmda.places import data_root
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,18 +169,6 @@ class Dataset(Sequence[Example]):
         if self.class_map is not None:
             raise UserError(f"{self.name}: its labels are mapped already; open it anew and map it once")
         return Dataset(self.name, self.split, self.root, self.items, self._file_classes, class_map=onward)
-
-
-def data_root() -> Path | None:
-    """Returns the folder that holds the datasets: the environment's FMDA_DATA, None where that is not set."""
-    named = os.environ.get("FMDA_DATA")
-    return Path(named).expanduser() if named else None
-
-
-def below_data(path: str | Path) -> Path:
-    """Returns a path that leads to nothing from the working folder as one below `data_root()`, any other as it is."""
-    path, root = Path(path).expanduser(), data_root()
-    return path if path.is_absolute() or path.exists() or root is None else root / path
 
 
 def open_dataset(

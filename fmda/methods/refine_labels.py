@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fmda.atomic import replacing, write_json
-from fmda.config import FREE, FileOrName, FolderOrName, NonNegativeInt, PositiveInt
-from fmda.data import IGNORE, ClassList, Dataset, below_data, class_list, read_image
+from fmda.config import FREE, DataPath, FileOrName, FolderOrName, NonNegativeInt, PositiveInt
+from fmda.data import IGNORE, ClassList, Dataset, class_list, read_image
 from fmda.data.config import ImagesConfig
 from fmda.data.files import image_size
 from fmda.errors import UserError, disk_errors
@@ -22,6 +22,7 @@ from fmda.evaluate.confusion import Scores, confusion_matrix
 from fmda.evaluate.maps import Common, common_list
 from fmda.evaluate.overlay import in_row, overlay
 from fmda.evaluate.sections import Cell, Section, Table, write_sections
+from fmda.places import below_data
 from fmda.png import is_whole, read_png, write_png
 from fmda.progress import track
 from fmda.runs.identity import claim
@@ -62,7 +63,7 @@ class Config:
 
     sam: FolderOrName
     data: ImagesConfig
-    labels: FolderOrName
+    labels: DataPath
     classes: FileOrName = "cityscapes"
     class_map: FileOrName | None = None
     every: PositiveInt = 1

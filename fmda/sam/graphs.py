@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-import fmda
 from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
+from fmda.places import assets_folder
 
 SIDE = 1024
 """Pixels of the longest side where a graph leaves it open."""
@@ -251,7 +251,7 @@ def open_pair(folder: str | Path, threads: int) -> tuple[Encoder, Decoder]:
     Raises UserError for a folder without exactly one of each, with the inputs that are missing, and for damaged files.
     """
     folder = Path(folder).expanduser()
-    packaged = Path(fmda.__file__).parent / "assets" / folder
+    packaged = assets_folder() / folder
     if not folder.is_dir() and packaged.is_dir():
         folder = packaged
     files = sorted(folder.glob("*.onnx")) or sorted(folder.glob("onnx/*.onnx"))

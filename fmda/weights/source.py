@@ -11,8 +11,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 
-import fmda
 from fmda.errors import UserError, did_you_mean
+from fmda.places import assets_folder
 from fmda.weights.files import PICKLES, is_index, is_pointer
 
 _ENDINGS = ("safetensors", "msgpack", "index", "json")
@@ -44,11 +44,6 @@ _NETWORK_FILES = (*DIFFUSION_FILES, *TEXT_FILES)
 Layout = Literal["single", "diffusers", "any"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def assets_folder() -> Path:
-    """Returns the folder of the models that come with the package."""
-    return Path(fmda.__file__).parent / "assets"
 
 
 def asset_names() -> tuple[str, ...]:

@@ -9,9 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from fmda.data import ClassMap, below_data, data_root, known_datasets, open_dataset
+from fmda.data import ClassMap, data_root, known_datasets, open_dataset
 from fmda.data.catalog import CATALOG
 from fmda.errors import UserError
+from fmda.places import below_data
 
 PICTURE = np.full((2, 3, 3), (200, 100, 50), np.uint8)
 

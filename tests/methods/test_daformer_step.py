@@ -7,33 +7,24 @@ import torch_self_training
 from torch_self_training import (
     CLASSES,
     MIT,
-    SETTINGS,
     THINGS,
     Peer,
     apart,
     moved_apart,
     our_run,
+    pair,
     stored_names,
     torch_run,
+    with_transformers_encoder,
 )
-from torch_shaken import shaken
 
 from fmda.methods.uda.objective import DistanceConfig, LearnConfig
 from fmda.methods.uda.self_training import SelfTrainingConfig
 from fmda.models.daformer import DaFormerConfig
 from fmda.weights import daformer, mit
-from fmda.weights.layers import torch_rows
-from fmda.weights.table import Table
 
 pytestmark = pytest.mark.parity
 LEARN, STEPS = LearnConfig(SelfTrainingConfig(), DistanceConfig(0.5, THINGS)), 3
-TABLE = Table(
-    (
-        *torch_rows(mit.layers(mit.PREFIX, "encoder/")),
-        *(row for row in daformer.TABLE.rows if row.source.startswith("decode_head.")),
-    )
-)
-"""Transformers' names of the encoder, OpenMMLab's of the head."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,31 +37,18 @@ def larger_epsilon(monkeypatch):
 def peer(tmp_path_factory):
     import torch
     import torch_daformer
-    from torch import nn
-    from transformers import SegformerConfig, SegformerModel
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.segformer = SegformerModel(SegformerConfig(**SETTINGS))
-            self.decode_head = torch_daformer.Head(MIT.widths, 12, CLASSES)
-
-        def forward(self, images):
-            return self.decode_head(self.segformer(images, output_hidden_states=True).hidden_states)
 
     torch.manual_seed(3)  # with some seeds rounding turns a ReLU, and gradients are 1e-2 apart
-    network, other = Network(), Network()
-    for seed, one in enumerate((network, other)):
-        shaken(one, seed).decode_head.conv_seg.weight.detach().mul_(12)  # some pixels must be confident
+    network, other = pair(lambda: torch_daformer.Head(MIT.widths, 12, CLASSES), lambda head: head)
     return Peer(
         network,
         other,
-        logits=lambda network, images: network(images),
-        seen=lambda network, images: [(network(images), slice(None), slice(None), 1)],
+        logits=lambda network, images: network.decode_head(network.maps(images)),
+        seen=lambda network, images: [(network.decode_head(network.maps(images)), slice(None), slice(None), 1)],
         features=lambda encoder, images: encoder(images).last_hidden_state,
         family="daformer",
         config=DaFormerConfig(MIT, 12, classes=CLASSES, dropout=0.0),
-        table=TABLE,
+        table=with_transformers_encoder(daformer.TABLE),
         names=stored_names(network.segformer, tmp_path_factory.mktemp("peer"), mit.PREFIX),
         side=64,
     )

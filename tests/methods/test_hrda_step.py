@@ -5,17 +5,17 @@ import pytest
 from torch_self_training import (
     CLASSES,
     MIT,
-    SETTINGS,
     THINGS,
     Peer,
     apart,
     first_losses,
     losses_apart,
     our_run,
+    pair,
     stored_names,
     torch_run,
+    with_transformers_encoder,
 )
-from torch_shaken import shaken
 
 from fmda.methods.uda import student
 from fmda.methods.uda.objective import DistanceConfig, LearnConfig
@@ -23,19 +23,10 @@ from fmda.methods.uda.self_training import SelfTrainingConfig
 from fmda.models import hrda
 from fmda.models.hrda import HrdaConfig
 from fmda.weights import daformer, mit
-from fmda.weights.layers import torch_rows
-from fmda.weights.table import Table
 
 pytestmark = pytest.mark.parity
 LEARN = LearnConfig(SelfTrainingConfig(masked=1.0), DistanceConfig(0.5, THINGS))
 SIDE, CORNER = 128, (8, 40)
-TABLE = Table(
-    (
-        *torch_rows(mit.layers(mit.PREFIX, "encoder/")),
-        *(row for row in daformer.HRDA_TABLE.rows if row.source.startswith("decode_head.")),
-    )
-)
-"""Transformers' names of the encoder, OpenMMLab's of both heads."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,40 +39,31 @@ def peer(tmp_path_factory):
     import torch
     import torch_daformer
     from torch import nn
-    from transformers import SegformerConfig, SegformerModel
 
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.segformer = SegformerModel(SegformerConfig(**SETTINGS))
-            heads = {"head": torch_daformer.Head(MIT.widths, 12, CLASSES)}
-            heads["scale_attention"] = torch_daformer.Head(MIT.widths, 12, CLASSES, ())
-            self.decode_head = nn.ModuleDict(heads)
+    def make_head():
+        heads = {"head": torch_daformer.Head(MIT.widths, 12, CLASSES)}
+        heads["scale_attention"] = torch_daformer.Head(MIT.widths, 12, CLASSES, ())
+        return nn.ModuleDict(heads)
 
-        def maps(self, images):
-            return self.segformer(images, output_hidden_states=True).hidden_states
-
-        def both(self):
-            return (lambda images, head=head: head(self.maps(images)) for head in self.decode_head.values())
+    def both(network):
+        return (lambda images, head=head: head(network.maps(images)) for head in network.decode_head.values())
 
     def seen(network, images):
-        fused, detail = torch_daformer.with_detail(images, CORNER, *network.both())
+        fused, detail = torch_daformer.with_detail(images, CORNER, *both(network))
         window = [slice(start, start + SIDE // 2) for start in CORNER]
         return [(fused, slice(None), slice(None), 0.9), (detail, *window, 0.1)]
 
     torch.manual_seed(1)  # with some seeds rounding turns a ReLU of a dilated branch, and gradients are 2e-3 apart
-    network, other = Network(), Network()
-    for seed, one in enumerate((network, other)):
-        shaken(one, seed).decode_head["head"].conv_seg.weight.detach().mul_(12)  # some pixels must be confident
+    network, other = pair(make_head, lambda heads: heads["head"])
     return Peer(
         network,
         other,
-        logits=lambda network, images: torch_daformer.slid(images, *network.both()),
+        logits=lambda network, images: torch_daformer.slid(images, *both(network)),
         seen=seen,
         features=lambda encoder, images: encoder(torch_daformer.halved(images)).last_hidden_state,
         family="hrda",
         config=HrdaConfig(MIT, 12, classes=CLASSES, dropout=0.0),
-        table=TABLE,
+        table=with_transformers_encoder(daformer.HRDA_TABLE),
         names=stored_names(network.segformer, tmp_path_factory.mktemp("peer"), mit.PREFIX),
         side=SIDE,
     )

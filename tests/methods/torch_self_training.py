@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from torch_shaken import shaken
 
 from fmda.methods.uda import self_training
 from fmda.methods.uda.objective import make_objective
@@ -18,7 +19,9 @@ from fmda.models.mit import MitConfig
 from fmda.models.module import separated
 from fmda.train.optim import make_optimizer
 from fmda.train.step import create_state, make_step
+from fmda.weights import mit
 from fmda.weights.checkpoint import network_graph
+from fmda.weights.layers import torch_rows
 from fmda.weights.table import Table
 
 CLASSES, CHOSEN, THINGS = 5, (0, 2, 255), (1, 3)
@@ -84,6 +87,22 @@ def stored_names(network, folder, prefix=""):
     stored = {array.tobytes(): name for name, array in load_file(folder / "model.safetensors").items()}
     arrays = {name: value.numpy() for name, value in network.state_dict().items() if value.is_floating_point()}
     return {f"{prefix}{name}": f"{prefix}{stored[array.tobytes()]}" for name, array in arrays.items()}
+
+
+def pair(make_head, classifying):
+    """Returns two networks under a head whose part `classifying(head)` is confident of some pixels."""
+    import torch_daformer
+
+    networks = [torch_daformer.Network(SETTINGS, make_head) for _ in range(2)]
+    for seed, one in enumerate(networks):
+        classifying(shaken(one, seed).decode_head).conv_seg.weight.detach().mul_(12)
+    return networks
+
+
+def with_transformers_encoder(table):
+    """Returns a table of OpenMMLab's names with transformers' names of the encoder."""
+    heads = (row for row in table.rows if row.source.startswith("decode_head."))
+    return Table((*torch_rows(mit.layers(mit.PREFIX, "encoder/")), *heads))
 
 
 # what both sides use in place of random draws

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmda.atomic import replacing
-from fmda.data import below_data
 from fmda.data.check import check_images
 from fmda.data.files import read_image
 from fmda.data.loader import Transform
@@ -36,6 +35,7 @@ from fmda.methods.datum.target import (
 from fmda.methods.generate.checks import check_drawing, check_weights
 from fmda.methods.generate.settings import make_prompts
 from fmda.models.sd_vae import signed
+from fmda.places import below_data
 from fmda.png import write_png
 from fmda.progress import track
 from fmda.runs.identity import RECORD, claim, compare

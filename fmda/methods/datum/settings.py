@@ -6,22 +6,20 @@ from typing import Literal
 
 from fmda.config import (
     FREE,
+    DataPath,
     Decay,
-    FileOrName,
     FolderOrName,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
 )
-from fmda.data import below_data
 from fmda.diffusion.draw import SamplerConfig
 from fmda.errors import UserError
 from fmda.methods.datum.dreambooth import NoiseConfig
 from fmda.methods.datum.stop import ProbeConfig
 from fmda.methods.generate import PromptConfig
 from fmda.models.sd_unet import Remat
-from fmda.runs.stages import pending
 from fmda.train import OptimConfig, TrainerConfig
 
 
@@ -100,7 +98,7 @@ class Config(TrainerConfig):
         device_memory: GiB of a device; None reads it from the device, if it has a limit.
     """
 
-    image: FileOrName
+    image: DataPath
     model: FolderOrName = "CompVis/stable-diffusion-v1-4"
     revision: str | None = None
     token: str = "sks"
@@ -127,9 +125,6 @@ class Config(TrainerConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for values that contradict each other."""
-        if not pending(self.image) and not below_data(self.image).exists():
-            # a picture that is gone keeps the place it had: what was made of it still serves
-            object.__setattr__(self, "image", str(Path(self.image).expanduser().absolute()))
         if self.token not in self.prompt.split():
             raise UserError(f"prompt: '{self.prompt}' does not hold the token '{self.token}'; put it there as a word")
         if self.resize is not None and self.resize < self.crop:

@@ -3,7 +3,6 @@
 import jax
 from jax.sharding import Mesh
 
-from fmda.data import below_data
 from fmda.diffusion.draw import image_size
 from fmda.diffusion.filters import PromptFilter, banned_words, choose_prompts, duplicate_prompt, similar_prompt
 from fmda.diffusion.load import Checked, check_stable_diffusion
@@ -13,6 +12,7 @@ from fmda.mesh import make_mesh
 from fmda.methods.endpoint import check_endpoint
 from fmda.methods.generate.cost import check_memory
 from fmda.methods.generate.settings import Config, FilterConfig, make_prompts
+from fmda.places import below_data
 from fmda.runs.stages import pending
 from fmda.weights import files
 from fmda.weights.source import resolve, weight_file

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fmda.atomic import write_json
-from fmda.data import below_data
 from fmda.data.files import read_image
 from fmda.data.listing import folder_images
 from fmda.data.transforms import resize_image_pillow
@@ -19,6 +18,7 @@ from fmda.evaluate.copies import copy_scores
 from fmda.evaluate.sections import Section, Table, write_sections
 from fmda.methods.dense import Encoder
 from fmda.methods.generate.settings import CopyConfig
+from fmda.places import below_data
 from fmda.png import grid, write_png
 
 FEATURES = 16

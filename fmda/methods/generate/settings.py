@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fmda.config import FREE, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share
+from fmda.config import FREE, DataPath, FolderOrName, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from fmda.diffusion.draw import SamplerConfig
 from fmda.diffusion.manifest import Prompt
 from fmda.errors import UserError
@@ -111,7 +111,7 @@ class CopyConfig:
     """
 
     image: Path
-    others: FolderOrName | None = None
+    others: DataPath | None = None
     encoder: FolderOrName = "street-dino"
     crops: PositiveInt = 32
     count: PositiveInt = 100
