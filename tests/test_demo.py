@@ -16,6 +16,8 @@ runs.generate-night.count=2 runs.generate-night.batch=2 runs.generate-night.samp
 runs.streets.domains.game=2 runs.streets.domains.night=1 runs.source-only.batch=1 runs.datum.batch=1
 runs.source-only.steps=1 runs.datum.steps=1 runs.source-only.optim.warmup_steps=0 runs.datum.optim.warmup_steps=0
 runs.source-only.crop=64 runs.datum.crop=64
+runs.prompts.count=2 runs.imagined.count=2 runs.imagined.batch=2 runs.imagined.sample.steps=2
+runs.warm-up.steps=1 runs.clouds.steps=1 runs.warm-up.batch=2 runs.clouds.batch=2 runs.clouds.figures=1
 """.split()
 
 
@@ -39,7 +41,9 @@ def test_the_demo_ends_with_a_report_of_every_run_and_a_second_call_does_nothing
         assert sum(line.split()[0] == host for line in lines) >= 2, lines
         assert f"{host} + FLOSS" in page
     assert len(list((tmp_path / "run/generate-night").rglob("im_*.png"))) == 2
+    assert len(list((tmp_path / "run/imagined").rglob("im_*.png"))) == 2
     assert "compiling the training step" in log
+    assert "clouds" in page and "image, map of the teacher, prompts, masks" in page
     assert "improved" in page and any("refined-night/improved: covered" in line for line in lines)
 
     again, log = demo(tmp_path)

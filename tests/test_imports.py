@@ -45,8 +45,8 @@ RULE["verbs"] = EVERYTHING_BELOW | {"methods"}
 RULE["cli"] = {"verbs", "config", "environment"}
 # What one method may take from another.
 SHARED_METHODS = {
-    "dense", "endpoint", "generate", "judges", "kinds", "lora", "mask_head", "planning", "refine_labels", "render",
-    "resident", "sampling", "segmentation", "supervised", "table", "trainer", "tune", "uda",
+    "class_text", "dense", "endpoint", "generate", "judges", "kinds", "lora", "mask_head", "planning", "refine_labels",
+    "render", "resident", "sampling", "segmentation", "supervised", "table", "trainer", "tune", "uda", "zero_shot",
 }  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 

@@ -16,10 +16,15 @@ PACKAGES = ("fmda", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "
 
 
 def record(name: str, **values: Any) -> dict[str, Any]:
-    """Returns {"name", "command", "device", "versions", "cores", **values} of the running benchmark."""
+    """Returns {"name", "command", "device", "versions", "cores", **values} of the running benchmark.
+
+    "command" begins with XLA_FLAGS where they are set.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    said = [f"XLA_FLAGS='{flags}'"] if flags else []
     return {
         "name": name,
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *_said(sys.argv[1:])]),
+        "command": " ".join([*said, f"python benchmarks/{Path(sys.argv[0]).name}", *_said(sys.argv[1:])]),
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": versions(),

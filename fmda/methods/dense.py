@@ -12,9 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fmda import trees
+from fmda.data import ClassList, templates
 from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
 from fmda.losses.pixelwise import cross_entropy
+from fmda.methods.class_text import Queries, default_classifier, prompt_ids, text_embeddings
 from fmda.models.catalog import ENTRIES
 from fmda.models.clip import VisionTransformer, vision_tower
 from fmda.models.clip.convnext import ConvNext
@@ -85,15 +87,45 @@ class Encoder:
     def features(self, params: Any, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w width"]:
         """Returns features of RGB in 0..255; images are stretched to whole patches."""
         net = nnx.merge(self._graphdef, params)
-        x = normalised(pixels, *self._image)
         if not isinstance(net, VisionTransformer):
-            return net.stages(x)[-1].astype(jnp.float32)
-        patch = net.config.patch_size
+            return net.stages(normalised(pixels, *self._image))[-1].astype(jnp.float32)
+        x, shape = self._before_last(net, pixels)
+        return _grid(net.norm_post(net.blocks[-1](x)), shape)
+
+    def projected(self, params: Any, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w e"]:
+        """Returns what a CLIP sees at each place of RGB in 0..255, in the space of its texts.
+
+        A place attends to itself alone in the last attention (Zhou et al. 2022, MaskCLIP).
+        """
+        net = nnx.merge(self._graphdef, params)
+        if not isinstance(net, VisionTransformer):
+            return net.project(net.stages(normalised(pixels, *self._image))[-1]).astype(jnp.float32)
+        x, shape = self._before_last(net, pixels)
+        return _grid(net.project(net.blocks[-1].value_path(x)), shape)
+
+    def class_names(self, classes: ClassList) -> tuple[Float[np.ndarray, "k s e"], float]:
+        """Returns (embeddings of the classes' names, factor that a CLIP has learned for cosines with them).
+
+        An embedding is the mean over 80 templates, of unit length; classes with fewer names repeat their last one.
+        Raises UserError for an encoder that is no CLIP, or has no tokenizer.
+        """
+        if not self._image:
+            raise UserError(f"zero_shot: {self.source} is no CLIP and reads no names; take one, or leave it out")
+        clip, queries = load_clip(self.source), Queries.of(classes.prompts)
+        vectors = iter(default_classifier(text_embeddings(clip, prompt_ids(clip, queries, templates()))))
+        most = max(map(len, classes.prompts))
+        rows = [[next(vectors) for _ in names] for names in classes.prompts]
+        names = np.stack([np.stack([*row, *[row[-1]] * (most - len(row))]) for row in rows])
+        return names, float(np.exp(np.asarray(clip.params["logit_scale"], np.float32)))
+
+    def _before_last(self, net: VisionTransformer, pixels: Array) -> tuple[Array, tuple[int, int]]:
+        """Returns (tokens before a transformer's last block, patches down and across)."""
+        x, patch = normalised(pixels, *self._image), net.config.patch_size
         h, w = (-(-side // patch) for side in x.shape[1:3])
         x = net.tokens(resize(x, (h * patch, w * patch)), position_offset=net.config.position_offset)
-        for block in net.blocks:
+        for block in list(net.blocks)[:-1]:
             x = block(x)
-        return net.norm_post(x)[:, 1:].reshape(len(pixels), h, w, -1).astype(jnp.float32)
+        return x, (h, w)
 
     def maps(self, params: Any, pixels: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], ...]:
         """Returns float32 maps at strides 4, 8, 16, 32 of RGB in 0..255.
@@ -106,6 +138,10 @@ class Encoder:
             return tuple(x.astype(jnp.float32) for x in net.stages(normalised(pixels, *self._image)))
         last, sides = self.features(params, pixels), pixels.shape[1:3]
         return tuple(resize(last, (-(-sides[0] // stride), -(-sides[1] // stride))) for stride in (4, 8, 16, 32))
+
+
+def _grid(tokens: Float[Array, "b 1+h*w c"], shape: tuple[int, int]) -> Float[Array, "b h w c"]:
+    return tokens[:, 1:].reshape(len(tokens), *shape, -1).astype(jnp.float32)
 
 
 class DenseNetwork:

@@ -1,5 +1,6 @@
 """Mask2Former's decoders on the maps of a frozen encoder."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,11 +10,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fmda.config import PositiveInt
+from fmda.data import ClassList
 from fmda.losses.masks import MaskLossConfig, mask_loss
 from fmda.methods.dense import Encoder
+from fmda.methods.zero_shot import ZeroShotConfig, geometric_mean, zero_shot_probabilities
 from fmda.models.mask2former import HeadConfig, Mask2FormerHead, Predictions, log_scores
 from fmda.models.module import abstract, init
 from fmda.trees import Tree
+from fmda.weights.checkpoint import weight_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,8 @@ class MaskHeadConfig:
         width, mask_width, heads, pixel_layers, pixel_hidden, layers, hidden, queries: see `HeadConfig`; `width` is a
             multiple of 32 and of `heads`.
         points, ignore: see `MaskLossConfig`.
+        zero_shot: how a CLIP classifies by the classes' names beside the decoders; counts for scores, not for training.
+            None leaves it out.
     """
 
     width: PositiveInt = 256
@@ -36,14 +42,28 @@ class MaskHeadConfig:
     queries: PositiveInt = 100
     points: PositiveInt = 12544
     ignore: Literal["negative", "excluded"] = "excluded"
+    zero_shot: ZeroShotConfig | None = None
+
+
+def names_read(encoder: Encoder, config: MaskHeadConfig | None, classes: ClassList) -> dict[str, str]:
+    """Returns {"names": fingerprint of their embeddings} where a CLIP classifies too, else {}. Raises as they do."""
+    if (zero_shot := _zero_shot(config)) is None:
+        return {}
+    names, scale = encoder.class_names(classes)
+    return {"names": weight_fingerprint({"names": names}, scale, zero_shot)}
+
+
+def _zero_shot(config: MaskHeadConfig | None) -> ZeroShotConfig | None:
+    found = None if config is None else config.zero_shot
+    return found if found is not None and found.share else None
 
 
 class MaskNetwork:
     """A frozen encoder under Mask2Former's decoders; what `supervised` trains in place of `DenseNetwork`."""
 
-    def __init__(self, encoder: Encoder, config: MaskHeadConfig, classes: int) -> None:
+    def __init__(self, encoder: Encoder, config: MaskHeadConfig, classes: ClassList) -> None:
         shape = HeadConfig(
-            classes=classes, width=config.width, mask_width=config.mask_width, heads=config.heads,
+            classes=len(classes), width=config.width, mask_width=config.mask_width, heads=config.heads,
             pixel_layers=config.pixel_layers, pixel_hidden=config.pixel_hidden, layers=config.layers,
             hidden=config.hidden, queries=config.queries,
         )  # fmt: skip
@@ -52,6 +72,7 @@ class MaskNetwork:
         self.encoder = encoder
         self._make = lambda rngs: Mask2FormerHead(shape, channels, rngs=rngs)
         self._graphdef = abstract(self._make)[0]
+        self._classes, self._zero_shot = classes, _zero_shot(config)
         self._loss = MaskLossConfig(points=config.points, ignore=config.ignore)
 
     def init(self, key: Any) -> Tree:
@@ -66,7 +87,18 @@ class MaskNetwork:
         """Returns (loss, metrics) of images and labels."""
         return mask_loss(*self.predictions(params, batch["image"]), batch["labels"], key, self._loss)
 
+    @functools.cached_property
+    def names(self) -> tuple[Any, float]:
+        """What `Encoder.class_names` returns, where CLIP classifies too."""
+        # scores are traced
+        with jax.ensure_compile_time_eval():
+            return self.encoder.class_names(self._classes)
+
     def scores(self, params: Any, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b H W k"]:
-        """Returns `log_scores` at the images' size."""
+        """Returns `log_scores` at the images' size, in an ensemble with what CLIP sees where it classifies too."""
         predicted = self.predictions(params, pixels)
-        return log_scores(predicted.classes[-1], predicted.masks[-1], (pixels.shape[1], pixels.shape[2]))
+        scores = log_scores(predicted.classes[-1], predicted.masks[-1], (pixels.shape[1], pixels.shape[2]))
+        if self._zero_shot is None:
+            return scores
+        seen = zero_shot_probabilities(self._zero_shot, self.encoder, params["encoder"], pixels, *self.names)
+        return geometric_mean(scores, seen, self._zero_shot.share)

@@ -34,7 +34,7 @@ from fmda.evaluate import (
 from fmda.evaluate.maps import common_list
 from fmda.mesh import make_mesh
 from fmda.methods.dense import DenseNetwork, Encoder, known_encoder
-from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork
+from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork, names_read
 from fmda.methods.resident import with_resident_data
 from fmda.methods.sampling import source_order
 from fmda.methods.trainer import plan_without_sizes, trainer_plan, trainer_stages
@@ -98,13 +98,13 @@ class Config(TrainerConfig):
 
 
 def make_network(
-    encoder: Encoder, classes: int, masks: MaskHeadConfig | None, hidden: int = 0
+    encoder: Encoder, classes: ClassList, masks: MaskHeadConfig | None, hidden: int = 0
 ) -> DenseNetwork | MaskNetwork:
-    """Returns the network for so many classes: with Mask2Former's decoders, or with a head of convolutions.
+    """Returns the network for these classes: with Mask2Former's decoders, or with a head of convolutions.
 
     `hidden` counts where a head is drawn.
     """
-    return DenseNetwork(encoder, hidden, classes) if masks is None else MaskNetwork(encoder, masks, classes)
+    return DenseNetwork(encoder, hidden, len(classes)) if masks is None else MaskNetwork(encoder, masks, classes)
 
 
 def make_objective(network: Network, jitter: bool = False) -> Objective:
@@ -150,7 +150,10 @@ def check(config: Config) -> None:
         if config.crop % 32:
             raise UserError(f"crop: {config.crop} is not a multiple of 32, the stride of the last map; choose one")
     if not pending(config.encoder):
-        tuned(DenseNetwork(Encoder(str(config.encoder)), 0, 1), config.tune)
+        encoder = Encoder(str(config.encoder))
+        tuned(DenseNetwork(encoder, 0, 1), config.tune)
+        if not pending(config.data.root):
+            names_read(encoder, masks, config.data.open().classes)
     if not pending(config.data.root) and not pending(config.val.root):
         common_list(config.data.open().classes, config.val.open().classes, config.protocol.class_map)
 
@@ -169,7 +172,7 @@ def plan(config: Config) -> Plan:
     if without := plan_of_unknown(config, steps):
         return without
     model = model_of_shapes(config)
-    network = tuned(make_network(model.encoder, len(model.classes), model.masks, config.hidden), config.tune)
+    network = tuned(make_network(model.encoder, model.classes, model.masks, config.hidden), config.tune)
     task = make_task(config, network, [blank_example(config.crop)])
     return trainer_plan(config, task, steps, parts=() if config.tune is None else ("encoder",), example="crop")
 
@@ -188,7 +191,7 @@ def model_of_shapes(config: Config) -> "Model":
         Encoder(str(config.encoder), sizes=True),
         config.data.known_classes() or config.data.open().classes,
     )
-    network = make_network(encoder, len(classes), config.mask2former, config.hidden)
+    network = make_network(encoder, classes, config.mask2former, config.hidden)
     head = jax.eval_shape(network.init, jax.random.key(0))
     return Model("supervised", encoder, head, config.mask2former, classes, config.protocol)
 
@@ -200,10 +203,11 @@ def blank_example(side: int) -> Example:
 
 def _task(config: Config) -> Task:
     encoder, data, val = Encoder(str(config.encoder)), config.data.open(), config.val.open()
-    network = tuned(make_network(encoder, len(data.classes), config.mask2former, config.hidden), config.tune)
+    network = tuned(make_network(encoder, data.classes, config.mask2former, config.hidden), config.tune)
     order = source_order(data, config.rare, config.rare_pixels)
     evaluators = [evaluator("val", config.evaluate_steps, "params", config, network, val, data.classes)]
     facts = {"encoder": encoder.fingerprint, "data": data.digest()}
+    facts |= names_read(encoder, config.mask2former, data.classes)
     task = make_task(config, network, data, order, evaluators=evaluators, facts=facts)
     return with_resident_data(task) if config.data.resident == "auto" else task
 
@@ -226,7 +230,7 @@ def evaluator(
 
 def _write(config: Config, folder: Path, done: dict[str, Path], trained: Any) -> None:
     classes = config.data.open().classes
-    network = make_network(Encoder(str(config.encoder)), len(classes), config.mask2former, config.hidden)
+    network = make_network(Encoder(str(config.encoder)), classes, config.mask2former, config.hidden)
     head, encoder = finished(tuned(network, config.tune), trained)
     write_model(
         folder, head, encoder=encoder, classes=classes, masks=config.mask2former, protocol=config.protocol,
@@ -272,6 +276,7 @@ class Model(NamedTuple):
 
     def fingerprint(self, *settings: Any) -> str:
         """Returns what changes with any parameter or setting."""
+        settings += tuple(names_read(self.encoder, self.masks, self.classes).values())
         return weight_fingerprint({**self.head, "encoder": self.encoder.changes}, self.encoder.fingerprint, *settings)
 
 
@@ -295,7 +300,7 @@ def load_segmenter(folder: Path) -> Segmenter:
     """Returns the trained segmenter. Raises UserError as `open_model`."""
     model = open_model(folder)
     encoder, protocol = model.encoder, model.protocol
-    network = make_network(encoder, len(model.classes), model.masks)
+    network = make_network(encoder, model.classes, model.masks)
     predictor = Predictor(network.scores, {"encoder": encoder.params, "head": model.head}, protocol)
     return Segmenter(predictor, model.classes, model.method, model.fingerprint(protocol), protocol)
 

@@ -15,6 +15,7 @@ from fmda.models.clip import Clip, ClipConfig, ConvNextConfig, ResNetConfig, Tex
 from fmda.models.mask2former import HeadConfig, Mask2FormerConfig, Mask2FormerHead, semantic_scores
 from fmda.models.mask2former.text import geometric_ensemble, mask_pooled
 from fmda.models.module import abstract, parameter_count
+from fmda.models.resnet import ResNetEncoderConfig
 from fmda.nn.position import sine_positions
 from fmda.nn.resize import resize
 from fmda.perf import compiled_memory
@@ -116,13 +117,13 @@ def test_clip_classifies_what_is_under_the_masks():
     pixels = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
 
     def shapes(tower):
-        graphdef, params = network_graph("mask2former", Mask2FormerConfig(TOWERS[tower], head, embed_dim=6))
+        graphdef, params = network_graph("mask2former", Mask2FormerConfig(tower, head, embed_dim=6))
         run = lambda params, pixels, text: nnx.merge(graphdef, params).with_clip(pixels, text, seen)  # noqa: E731
         return [x.shape for x in jax.eval_shape(run, params, pixels, text)]
 
-    assert shapes("ConvNeXt") == [(1, 5, 4), (1, 5, 16, 16)]
-    with pytest.raises(UserError, match="the encoder is no ConvNeXt of CLIP"):
-        shapes("ResNet")
+    assert shapes(TOWERS["ConvNeXt"]) == shapes(TOWERS["ResNet"]) == [(1, 5, 4), (1, 5, 16, 16)]
+    with pytest.raises(UserError, match="the encoder is not CLIP's"):
+        shapes(ResNetEncoderConfig())
 
 
 @pytest.fixture(scope="module", params=TOWERS)

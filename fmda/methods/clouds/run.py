@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ from fmda.methods.clouds.objective import initial_aux, make_objective, teacher_d
 from fmda.methods.clouds.refinement import Refinement
 from fmda.methods.clouds.settings import Config
 from fmda.methods.clouds.streams import joint_stream
-from fmda.methods.mask_head import MaskNetwork
+from fmda.methods.mask_head import MaskHeadConfig, MaskNetwork, names_read
 from fmda.methods.refine_labels import figure, roles_of
 from fmda.methods.supervised import (
     Model,
@@ -101,20 +101,26 @@ def make_task(
 def joint_network(config: Config, model: Model) -> MaskNetwork | TunedNetwork:
     """Returns the network of a warm-up with the loss of the mode, and with what is trained of the encoder.
 
-    Raises UserError for a head of convolutions, and as `TunedNetwork`.
+    Raises UserError as `joint_masks` and `TunedNetwork`.
     """
-    if model.masks is None:
+    return tuned(MaskNetwork(model.encoder, joint_masks(config, model), model.classes), config.tune)
+
+
+def joint_masks(config: Config, model: Model) -> MaskHeadConfig:
+    """Returns the decoders of a warm-up with the loss of the mode and with what classifies beside them.
+
+    Raises UserError for a head of convolutions.
+    """
+    if (masks := model.masks) is None:
         raise UserError(f"start: {config.start} has a head of convolutions; train the warm-up with mask2former")
-    masks = replace(model.masks, ignore="negative" if config.mode == "reference" else "excluded")
-    return tuned(MaskNetwork(model.encoder, masks, len(model.classes)), config.tune)
+    ignore: Literal["negative", "excluded"] = "negative" if config.mode == "reference" else "excluded"
+    return replace(masks, ignore=ignore, zero_shot=config.zero_shot or masks.zero_shot)
 
 
 def open_generated(config: Config) -> Dataset:
     """Returns the generated images, those of earlier rounds included, under names that differ."""
     newest, *earlier = (images.open() for images in (config.generated, *config.earlier))
-    items = [
-        replace(item, name=f"{number}-{item.name}") for number, one in enumerate(earlier, 1) for item in one.items
-    ]
+    items = [replace(item, name=f"{number}-{item.name}") for number, one in enumerate(earlier, 1) for item in one.items]
     return Dataset(newest.name, newest.split, newest.root, [*newest.items, *items], newest.classes)
 
 
@@ -145,6 +151,7 @@ def check(config: Config) -> None:
         return
     data, model = config.data.open(), open_model(Path(config.start))
     joint_network(config, model)
+    names_read(model.encoder, joint_masks(config, model), model.classes)
     if data.classes.names != model.classes.names:
         raise UserError(f"data: has {data.classes!r}, and the warm-up {model.classes!r}; name the data of the warm-up")
     common_list(data.classes, config.val.open().classes, config.protocol.class_map)
@@ -209,6 +216,7 @@ def _task(config: Config) -> Task:
         "generator": generator_of(config.generated.root),
         **({"earlier": [generator_of(one.root) for one in config.earlier]} if config.earlier else {}),
         "sam": stage and stage.fingerprint,
+        **names_read(model.encoder, joint_masks(config, model), model.classes),
     }
     return make_task(config, model, data, generated, stage, evaluators=evaluators, facts=facts)
 
@@ -222,8 +230,8 @@ def _write(config: Config, folder: Path, done: dict[str, Path], trained: Tree) -
         head, encoder = finished(network, params)
         place.mkdir(exist_ok=True)
         write_model(
-            place, head, encoder=encoder, classes=model.classes, masks=model.masks, protocol=config.protocol,
-            method="clouds",
+            place, head, encoder=encoder, classes=model.classes, masks=joint_masks(config, model),
+            protocol=config.protocol, method="clouds",
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from fmda.data.config import DataConfig, ImagesConfig
 from fmda.evaluate import Protocol
 from fmda.methods.refine_labels import KEPT, THINGS
 from fmda.methods.tune import TuneConfig
+from fmda.methods.zero_shot import ZeroShotConfig
 from fmda.sam import Improved
 from fmda.train import OptimConfig, TrainerConfig
 
@@ -97,6 +98,8 @@ class Config(TrainerConfig):
             `optim`; None freezes it, as in CLOUDS.
         hidden, patch: share of the patches of that side, pixels, which are hidden in the student's view of a generated
             image.
+        zero_shot: how the CLIP classifies beside student and teacher, so in the labels too; None is as in the warm-up,
+            `share: 0` not at all.
         resize: largest (long, short) side of a source image, which training multiplies within `scale`; None keeps it.
         crop, stride: training crop and scoring window, multiples of 32, and the step between windows, pixels.
         figures: generated images of the report.
@@ -114,6 +117,7 @@ class Config(TrainerConfig):
     tune: TuneConfig | None = None
     hidden: Share = 0.0
     patch: PositiveInt = 64
+    zero_shot: ZeroShotConfig | None = None
     resize: tuple[PositiveInt, PositiveInt] | None = None
     scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     crop: PositiveInt = 768

@@ -104,7 +104,7 @@ def plan(config: Config) -> Plan:
 def viewer(export: Path) -> tuple[Callable[[UInt8[np.ndarray, "H W 3"]], Seen], tuple[str, ...]]:
     """Returns (image -> what student and teacher of an export make of it, names of the classes)."""
     student, teacher = open_model(export), open_model(export / TEACHER)
-    scores = make_network(student.encoder, len(student.classes), student.masks).scores
+    scores = make_network(student.encoder, student.classes, student.masks).scores
 
     @jax.jit
     def look(student: Any, teacher: Any, image: Any) -> tuple[Any, Any, Any]:

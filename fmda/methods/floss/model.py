@@ -14,13 +14,7 @@ from fmda.config import fingerprint
 from fmda.data import ClassList, Dataset
 from fmda.evaluate.confusion import Scores, confusion_matrix
 from fmda.mesh import make_mesh
-from fmda.methods.floss.features import Patches
-from fmda.methods.floss.hosts import vision_transformer
-from fmda.methods.floss.predict import Chain, cropped, fused_maps, host_maps
-from fmda.methods.floss.ranking import ImagePatches, Scanner, rank_images
-from fmda.methods.floss.settings import Config
-from fmda.methods.floss.tally import Tally
-from fmda.methods.floss.text import (
+from fmda.methods.class_text import (
     default_classifier,
     expert_classifiers,
     prompt_ids,
@@ -28,6 +22,12 @@ from fmda.methods.floss.text import (
     text_embeddings,
     text_fingerprint,
 )
+from fmda.methods.floss.features import Patches
+from fmda.methods.floss.hosts import vision_transformer
+from fmda.methods.floss.predict import Chain, cropped, fused_maps, host_maps
+from fmda.methods.floss.ranking import ImagePatches, Scanner, rank_images
+from fmda.methods.floss.settings import Config
+from fmda.methods.floss.tally import Tally
 from fmda.methods.floss.tower import Tower
 from fmda.runs.identity import claim
 from fmda.weights.checkpoint import weight_fingerprint

@@ -23,8 +23,8 @@ from fmda.atomic import write_json
 from fmda.data import ClassList
 from fmda.data import templates as known_templates
 from fmda.errors import UserError
+from fmda.methods.class_text import template_hash
 from fmda.methods.floss.selection import order
-from fmda.methods.floss.text import template_hash
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from fmda.config import fingerprint, to_dict
 from fmda.data import ClassMap, class_list
 from fmda.evaluate import Segmenter, evaluate_dataset
 from fmda.evaluate.sections import Section, Table, write_sections
+from fmda.methods.class_text import template_hash
 from fmda.methods.floss import criteria
 from fmda.methods.floss.check import check
 from fmda.methods.floss.inputs import compared_images, predicted_classes, unlabelled_images
@@ -22,7 +23,6 @@ from fmda.methods.floss.selection import choose_n, select
 from fmda.methods.floss.settings import Config
 from fmda.methods.floss.summary import plan
 from fmda.methods.floss.tally import Tally
-from fmda.methods.floss.text import template_hash
 from fmda.runs.stages import Stage, pending
 
 __all__ = ["Config", "check", "load_segmenter", "plan", "stages"]

@@ -8,12 +8,12 @@ from fmda.config import FREE, FileOrName, FolderOrName, NonNegativeInt, Positive
 from fmda.data import ClassList, Dataset, open_dataset, prompts, templates
 from fmda.data.config import DataConfig
 from fmda.errors import UserError
+from fmda.methods.class_text import Queries
 from fmda.methods.floss.chain import Resolution
 from fmda.methods.floss.criteria import Criterion
 from fmda.methods.floss.hosts import HostConfig, host_for
 from fmda.methods.floss.predict import Fusion
 from fmda.methods.floss.selection import Guards
-from fmda.methods.floss.text import Queries
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,5 +114,12 @@ class ModifiedResNet(nnx.Module):
         """Returns the four stage outputs at strides 4, 8, 16, 32, with `config.channels` channels."""
         return stage_maps(self.blocks, self.stem(pixels))
 
+    def project(self, x: Float[Array, "... width"]) -> Float[Array, "... embed"]:
+        """Returns places of the last stage in the joint space, each attending to itself alone.
+
+        Source: Zhou et al. 2022 (MaskCLIP), 3.2.
+        """
+        return self.pool.out(self.pool.value(x))
+
     def __call__(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b embed"]:
         return self.pool(self.stages(pixels)[-1])

@@ -79,12 +79,10 @@ class Mask2Former(nnx.Module):
         """Returns what a call returns, its class logits mixed with CLIP's own classification (`geometric_ensemble`).
 
         CLIP classifies the mean of its last map under each mask. `seen` marks the classes that occur in training.
-        Raises UserError for an encoder other than CLIP's ConvNeXt, which alone projects single places.
+        Raises UserError for an encoder that is not CLIP's.
         """
-        if not isinstance(self.encoder, ConvNext):
-            raise UserError(
-                "with_clip: the encoder is no ConvNeXt of CLIP, which alone projects single places; call it"
-            )
+        if isinstance(self.encoder, ResNetEncoder):
+            raise UserError("with_clip: the encoder is not CLIP's; take a ResNet or a ConvNeXt of CLIP")
         maps = self.encoder.stages(pixels)
         predicted = self.head(maps, text)
         classes, masks = predicted.classes[-1], predicted.masks[-1]

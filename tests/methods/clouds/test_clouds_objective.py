@@ -14,6 +14,7 @@ from torch_shaken import shaken
 import fmda
 from fmda import trees
 from fmda.augment.photometric import ssd_amounts
+from fmda.data import ClassList
 from fmda.losses.masks import draw_points
 from fmda.methods.clouds.objective import GREY, initial_aux, labeller_of, make_objective, teacher_decay
 from fmda.methods.dense import normalised
@@ -120,7 +121,7 @@ def test_loss_and_gradients_equal_the_torch_rendering(tmp_path):
         return nnx.merge(ours.graphdef, ours.params | {"encoder": params}).encoder.stages(normalised(pixels))
 
     encoder = types.SimpleNamespace(params=ours.params["encoder"], maps=maps)
-    network = MaskNetwork(encoder, HEAD, CLASSES)
+    network = MaskNetwork(encoder, HEAD, ClassList([f"class {k}" for k in range(CLASSES)]))
     # a source image, and a generated one with refined masks of two classes and a hole
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)

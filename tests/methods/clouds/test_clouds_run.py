@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ from fmda.methods.kinds import Runs, open_run
 from fmda.methods.mask_head import MaskHeadConfig
 from fmda.methods.supervised import Model, make_network, open_model, write_model
 from fmda.methods.tune import finished, tuned
+from fmda.methods.zero_shot import ZeroShotConfig
 from fmda.models.clip import ClipConfig, ResNetConfig, TextConfig, VitConfig
 from fmda.models.mask2former import log_scores
 from fmda.png import read_png
@@ -64,7 +66,7 @@ figures: 2
 def start(folder, masks):
     """Writes a warm-up that did not learn: a head as it was drawn."""
     encoder = Encoder("clip")
-    head = jax.device_get(make_network(encoder, 3, masks).init(jax.random.key(0)))
+    head = jax.device_get(make_network(encoder, CLASSES, masks).init(jax.random.key(0)))
     folder.mkdir()
     write_model(
         folder, head, encoder=encoder, classes=CLASSES, masks=masks, protocol=Protocol(crop=32, stride=16),
@@ -122,6 +124,23 @@ def test_faults_are_found_before_the_first_stage(place, monkeypatch):
     ):
         with pytest.raises(UserError, match=words):
             execute("refused", override)
+    assert not Path("refused/train").exists()
+
+
+def test_clip_classifies_beside_the_head_as_the_warm_up_or_the_joint_run_says(place, monkeypatch):
+    monkeypatch.chdir(place)
+    model = open_model(Path("warm-up"))
+    with_clip = model._replace(masks=replace(HEAD, zero_shot=ZeroShotConfig(share=0.3)))
+    for overrides, plain, mixed in (
+        ([], None, 0.3),
+        (["zero_shot={share: 0.5, window: 32, stride: 16}"], 0.5, 0.5),
+        (["zero_shot={share: 0}"], 0, 0),
+    ):
+        config = open_run("run.yaml", overrides).config
+        found = [clouds.joint_masks(config, one).zero_shot for one in (model, with_clip)]
+        assert [one and one.share for one in found] == [plain, mixed]
+    with pytest.raises(UserError, match="tokenizer"):
+        execute("refused", "zero_shot={share: 0.5}")
     assert not Path("refused/train").exists()
 
 
@@ -325,7 +344,11 @@ def test_an_encoder_that_is_trained_labels_as_its_average_does(place, tmp_path, 
 
 
 @pytest.mark.slow
-def test_eight_devices_equal_one(train, tmp_path):
-    one, eight = (train(tmp_path / name, "steps=4", f"mesh=[{mesh}]") for name, mesh in (("1", "1, 1"), ("8", "8, 1")))
+@pytest.mark.parametrize("tune", ["null", "{method: weights, blocks: 1}"], ids=["frozen", "last block"])
+def test_eight_devices_equal_one(train, tmp_path, tune):
+    one, eight = (
+        train(tmp_path / name, "steps=4", f"tune={tune}", f"mesh=[{mesh}]")
+        for name, mesh in (("1", "1, 1"), ("8", "8, 1"))
+    )
     for ours, theirs in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)

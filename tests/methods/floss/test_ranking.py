@@ -15,12 +15,12 @@ import pytest
 from floss_small import picture, small_tower, table
 
 from fmda.mesh import make_mesh
+from fmda.methods.class_text import default_classifier
 from fmda.methods.floss.chain import side_by_side
 from fmda.methods.floss.hosts import host_for
 from fmda.methods.floss.predict import Chain, cropped, host_maps
 from fmda.methods.floss.ranking import ImagePatches, Scanner, rank_images
 from fmda.methods.floss.tally import Tally
-from fmda.methods.floss.text import default_classifier
 
 CLASSES = tuple(range(5))
 SMALL = {"crop": 32, "stride": 16, "long_max": 60, "short_max": 40}

@@ -7,11 +7,11 @@ import pytest
 
 from fmda.data import class_list, templates
 from fmda.errors import UserError
+from fmda.methods.class_text import template_hash
 from fmda.methods.floss import criteria
 from fmda.methods.floss.rankings import Ranking, read_ranking
 from fmda.methods.floss.selection import Guards, choose_n, order, select
 from fmda.methods.floss.tally import Tally
-from fmda.methods.floss.text import template_hash
 
 # The first and last entries of three classes in the rankings published with the paper (whole Cityscapes train split).
 PUBLISHED = {

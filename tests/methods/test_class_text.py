@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from floss_small import table
 
 from fmda.data import class_list, prompts, templates
 from fmda.errors import UserError
-from fmda.methods.floss import text
+from fmda.methods import class_text as text
 
 
 class Letters:
@@ -24,6 +23,11 @@ class Letters:
     def encode_text(self, ids):
         self.encoded += len(ids)
         return np.stack([(np.asarray(ids) == ord(c)).sum(1) + 1 for c in "abcdefgh"], 1).astype(np.float32)
+
+
+def _vectors(templates, queries):
+    vectors = np.random.default_rng(0).normal(size=(templates, queries, 16)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def _table(clip, queries, bank, cache):
@@ -82,7 +86,7 @@ def test_voc_has_thirty_queries_for_naclip():
 
 
 def test_experts_are_means_of_the_chosen_templates():
-    words = table(6, 3)
+    words = _vectors(6, 3)
     chosen = ((0, 2), (5,), ())
     plain = text.expert_classifiers(words, chosen, (0, 1, 2), renormalise=False)
     assert plain.shape == (4, 3, 16)
@@ -96,7 +100,7 @@ def test_experts_are_means_of_the_chosen_templates():
 
 
 def test_synonyms_inherit_their_class_s_templates():
-    words = table(4, 3)
+    words = _vectors(4, 3)
     found = text.expert_classifiers(words, ((1,), (3,)), (0, 0, 1), renormalise=False)
     np.testing.assert_allclose(found[0], found[1])
     np.testing.assert_allclose(found[2], words[3], atol=1e-6)
