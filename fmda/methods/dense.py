@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from fmda import trees
 from fmda.data import ClassList, templates
+from fmda.data.classes import Names
 from fmda.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fmda.errors import UserError
 from fmda.losses.pixelwise import cross_entropy
@@ -111,12 +112,7 @@ class Encoder:
         """
         if not self._image:
             raise UserError(f"zero_shot: {self.source} is no CLIP and reads no names; take one, or leave it out")
-        clip, queries = load_clip(self.source), Queries.of(classes.prompts)
-        vectors = iter(default_classifier(text_embeddings(clip, prompt_ids(clip, queries, templates()))))
-        most = max(map(len, classes.prompts))
-        rows = [[next(vectors) for _ in names] for names in classes.prompts]
-        names = np.stack([np.stack([*row, *[row[-1]] * (most - len(row))]) for row in rows])
-        return names, float(np.exp(np.asarray(clip.params["logit_scale"], np.float32)))
+        return _class_names(self.source, self.fingerprint, classes.prompts)
 
     def _before_last(self, net: VisionTransformer, pixels: Array) -> tuple[Array, tuple[int, int]]:
         """Returns (tokens before a transformer's last block, patches down and across)."""
@@ -138,6 +134,17 @@ class Encoder:
             return tuple(x.astype(jnp.float32) for x in net.stages(normalised(pixels, *self._image)))
         last, sides = self.features(params, pixels), pixels.shape[1:3]
         return tuple(resize(last, (-(-sides[0] // stride), -(-sides[1] // stride))) for stride in (4, 8, 16, 32))
+
+
+@functools.lru_cache(maxsize=8)  # checks, facts, scores and fingerprints of a run ask for the same names
+def _class_names(source: str, fingerprint: str, prompts: Names) -> tuple[Float[np.ndarray, "k s e"], float]:
+    del fingerprint  # other weights under the same name are another entry
+    clip, queries = load_clip(source), Queries.of(prompts)
+    vectors = iter(default_classifier(text_embeddings(clip, prompt_ids(clip, queries, templates()))))
+    most = max(map(len, prompts))
+    rows = [[next(vectors) for _ in names] for names in prompts]
+    names = np.stack([np.stack([*row, *[row[-1]] * (most - len(row))]) for row in rows])
+    return names, float(np.exp(np.asarray(clip.params["logit_scale"], np.float32)))
 
 
 def _grid(tokens: Float[Array, "b 1+h*w c"], shape: tuple[int, int]) -> Float[Array, "b h w c"]:

@@ -149,13 +149,16 @@ def check(config: Config) -> None:
             )
         if config.crop % 32:
             raise UserError(f"crop: {config.crop} is not a multiple of 32, the stride of the last map; choose one")
-    if not pending(config.encoder):
-        encoder = Encoder(str(config.encoder))
+    encoder = None if pending(config.encoder) else Encoder(str(config.encoder))
+    if encoder is not None:
         tuned(DenseNetwork(encoder, 0, 1), config.tune)
-        if not pending(config.data.root):
-            names_read(encoder, masks, config.data.open().classes)
-    if not pending(config.data.root) and not pending(config.val.root):
-        common_list(config.data.open().classes, config.val.open().classes, config.protocol.class_map)
+    if pending(config.data.root):
+        return
+    classes = config.data.open().classes
+    if encoder is not None:
+        names_read(encoder, masks, classes)
+    if not pending(config.val.root):
+        common_list(classes, config.val.open().classes, config.protocol.class_map)
 
 
 def stages(config: Config) -> list[Stage]:
