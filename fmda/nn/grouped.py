@@ -53,8 +53,14 @@ def _forward(form: _Form, x: Array, kernel: Array) -> tuple[Array, tuple[Array, 
 
 
 def _backward(form: _Form, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    depthwise = kernel.shape[2] == 1 and x.shape[-1] == kernel.shape[3]
     return jax.lax.platform_dependent(
-        *saved, gradient, cpu=partial(_transposed, _shifted, form), default=partial(_transposed, _convolved, form)
+        x,
+        kernel,
+        gradient,
+        cpu=partial(_depthwise_gradients, form) if depthwise else partial(_transposed, _shifted, form),
+        default=partial(_transposed, _convolved, form),
     )
 
 
@@ -70,6 +76,33 @@ def _transposed(
     (dx,) = jax.linear_transpose(lambda x: product(form, x, kernel), x)(gradient)
     (dk,) = jax.linear_transpose(lambda kernel: product(form, x, kernel), kernel)(gradient)
     return dx, dk
+
+
+# the transpose of `_shifted` would be one kernel of the CPU for each tap and each factor, which takes long to compile
+@partial(jax.jit, static_argnums=0)
+def _depthwise_gradients(form: _Form, x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+    """Returns the gradients of `_shifted` where each channel has a filter of its own."""
+    (rows, columns), strides, dilation = kernel.shape[:2], form.strides, form.dilation
+    edges = [(0, 0, 0)]
+    for side, size, stride, step, (before, _), out in zip(
+        x.shape[1:3], (rows, columns), strides, dilation, form.pads, gradient.shape[1:3], strict=True
+    ):
+        reach = (size - 1) * step
+        edges.append((reach - before, side + before - (out - 1) * stride - 1, stride - 1))
+    spread = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [*edges, (0, 0, 0)])
+    plain = _Form((1, 1), ((0, 0), (0, 0)), dilation, form.precision)
+    dx = _shifted(plain, spread, kernel[::-1, ::-1])
+
+    padded = jnp.pad(x, ((0, 0), *form.pads, (0, 0)))
+    window = [(side - 1) * stride + 1 for side, stride in zip(gradient.shape[1:3], strides, strict=True)]
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+
+    def of_tap(corner: Array) -> Array:
+        tap = jax.lax.dynamic_slice(padded, (0, corner[0], corner[1], 0), (len(x), *window, x.shape[-1]))
+        return (tap[:, :: strides[0], :: strides[1]].astype(exact) * gradient.astype(exact)).sum((0, 1, 2))
+
+    corners = jnp.indices((rows, columns)).reshape(2, -1).T * jnp.asarray([dilation])
+    return dx, jax.lax.map(of_tap, corners).reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _convolved(form: _Form, x: Array, kernel: Array) -> Array:

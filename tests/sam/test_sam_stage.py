@@ -249,5 +249,7 @@ def test_a_real_sam_makes_the_masks_that_its_graph_makes():
         "point_labels": np.array([[1, -1]], np.float32),
     }  # fmt: skip
     expected, iou = stage._decoder.graph.session.run(["masks", "iou_predictions"], feed)
-    np.testing.assert_array_equal(masks.masks[0], expected[0, 0] > 0)
-    assert masks.iou[0] == iou[0, 0] and masks.masks.any((1, 2)).all()
+    clear = np.abs(expected[0, 0]) > 1e-3  # three prompts at once and one alone need not be rounded alike
+    np.testing.assert_array_equal(masks.masks[0][clear], expected[0, 0][clear] > 0)
+    np.testing.assert_allclose(masks.iou[0], iou[0, 0], rtol=1e-6)
+    assert clear.mean() > 0.999 and masks.masks.any((1, 2)).all()
