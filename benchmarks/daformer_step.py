@@ -35,7 +35,7 @@ from fmda.methods.uda.objective import DistanceConfig, LearnConfig, make_objecti
 from fmda.methods.uda.self_training import Optimizer, SelfTrainingConfig, initial_aux, teacher_decay
 from fmda.models.daformer import DaFormerConfig
 from fmda.models.mit import MIT
-from fmda.models.module import separated
+from fmda.models.module import separated, with_blocks
 from fmda.perf import compiled_memory
 from fmda.train.optim import make_optimizer
 from fmda.train.step import TrainState, create_state, make_step, step_flops
@@ -83,7 +83,9 @@ def batches(options: argparse.Namespace) -> list[dict[str, Any]]:
 def our_step(options: argparse.Namespace) -> dict[str, Any]:
     """Returns times, memory and losses of ours."""
     shape = config(options)
-    graphdef = network_graph("daformer", shape, jnp.dtype(options.dtype))[0]
+    graphdef, shapes = network_graph("daformer", shape, jnp.dtype(options.dtype))
+    if options.scan:
+        graphdef = with_blocks(graphdef, shapes, scan=True)
     tx = make_optimizer(OPTIM, STEPS)
     objective = make_objective(graphdef, shape.classes, LEARN)
     decay = teacher_decay(LEARN.self_training.decay) if LEARN.self_training else None
@@ -205,6 +207,7 @@ def main() -> None:
     """Runs the benchmark and prints its record."""
     parser = arguments(__doc__, latent=False)
     parser.add_argument("--crop", type=int, help="side of a crop, pixels")
+    parser.add_argument("--scan", action="store_true", help="run the encoder's blocks in loops: ours compiles faster")
     small = {"batch": [2], "crop": 64 if "--tiny" in sys.argv else 128, "repeats": 5, "window": 1}
     full = {"batch": [2, 8], "crop": 512, "repeats": 10, "window": 10, "warmup": 3}
     options = parsed(parser, small, full)
@@ -215,7 +218,7 @@ def main() -> None:
         "daformer-step", __file__, cases(options), options,
         model=f"DAFormer, MiT-{'B0' if options.tiny else 'B5'}",
         peer="transformers' SegFormer encoder with DAFormer's head, torch, channels last",
-        crop=options.crop, parameters=trees.count(separated(*network_graph("daformer", shape))[0]),
+        crop=options.crop, scan=options.scan, parameters=trees.count(separated(*network_graph("daformer", shape))[0]),
         synthetic="random weights and images, labels of one class",
     )  # fmt: skip
 

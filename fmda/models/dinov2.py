@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from fmda.models.clip.transformer import Mlp
-from fmda.models.module import recomputed
+from fmda.models.module import apply_blocks
 from fmda.nn.attention import memory_efficient_attention
 from fmda.nn.conv import conv
 from fmda.nn.drop import drop
@@ -87,11 +87,11 @@ class GatedMlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Scaled residual attention and MLP. x: [B, T, width] -> the same; a key drops branches of single examples."""
+    """Scaled residual attention and MLP. x: [B, T, width] -> the same; with a key each branch of an example is dropped
+    with probability `rate`."""
 
     def __init__(self, config: Dinov2Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, eps, hidden = config.width, config.norm_eps, config.width * config.mlp_ratio
-        self.rate = config.drop_path
         self.norm1 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.attention = Attention(width, config.heads, dtype=dtype, rngs=rngs)
         self.scale1 = LayerScale(width, initial=1.0, dtype=dtype)
@@ -102,17 +102,19 @@ class Block(nnx.Module):
         )  # fmt: skip
         self.scale2 = LayerScale(width, initial=1.0, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b t width"], key: Key[Array, ""] | None = None) -> Float[Array, "b t width"]:
+    def __call__(
+        self, x: Float[Array, "b t width"], key: Key[Array, ""] | None = None, rate: float | Array = 0.0
+    ) -> Float[Array, "b t width"]:
         first, second = (None, None) if key is None else jax.random.split(key)
-        x = x + drop(self.scale1(self.attention(self.norm1(x))), self.rate, (0,), first)
-        return x + drop(self.scale2(self.mlp(self.norm2(x))), self.rate, (0,), second)
+        x = x + drop(self.scale1(self.attention(self.norm1(x))), rate, (0,), first)
+        return x + drop(self.scale2(self.mlp(self.norm2(x))), rate, (0,), second)
 
 
 class Dinov2(nnx.Module):
     """Image -> maps at the stride of a patch. `dtype` is what it computes in; parameters are drawn in float32.
 
-    `mask_token` belongs to pre-training: nothing here reads it, and a saved network is complete with it. With `remat`,
-    which `with_remat` sets, the backward pass computes each block again from its input.
+    `mask_token` belongs to pre-training: nothing here reads it, and a saved network is complete with it. `with_blocks`
+    sets `remat` and `scan` of `apply_blocks`.
     """
 
     def __init__(self, config: Dinov2Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
@@ -128,7 +130,7 @@ class Dinov2(nnx.Module):
         self.position = nnx.Param(draw(rngs.params(), (rows, width), jnp.float32))
         self.blocks = nnx.List(Block(config, dtype=dtype, rngs=rngs) for _ in range(config.layers))
         self.norm_post = layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.remat = False
+        self.remat = self.scan = False
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (h, w), the patches of an image of that size; a part of a patch counts as one."""
@@ -160,10 +162,11 @@ class Dinov2(nnx.Module):
         are dropped.
         """
         h, w = self.grid(*pixels.shape[1:3])
-        x, maps = self.tokens(pixels), []
-        for index, block in enumerate(self.blocks):
-            run = recomputed(block) if self.remat else block
-            x = run(x, None if key is None else jax.random.fold_in(key, index))
-            if index + 1 in self.config.maps:
-                maps.append(self.norm_post(x)[:, -h * w :].reshape(len(x), h, w, -1))
+        x, maps, first = self.tokens(pixels), [], 0
+        for end in self.config.maps:
+            blocks = list(self.blocks)[first:end]
+            rates = [self.config.drop_path] * len(blocks)
+            x = apply_blocks(blocks, x, key, rates, first=first, remat=self.remat, scan=self.scan)
+            maps.append(self.norm_post(x)[:, -h * w :].reshape(len(x), h, w, -1))
+            first = end
         return tuple(maps)

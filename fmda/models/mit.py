@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from fmda.models.module import recomputed
+from fmda.models.module import apply_blocks
 from fmda.nn.activation import gelu
 from fmda.nn.attention import memory_efficient_attention
 from fmda.nn.conv import check_sides, conv
@@ -101,28 +101,28 @@ class MixMlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Residual attention and MLP. x: [B, h, w, width] -> the same; a key drops branches of single examples."""
+    """Residual attention and MLP. x: [B, h, w, width] -> the same; with a key each branch of an example is dropped with
+    probability `rate`."""
 
-    def __init__(self, config: MitConfig, stage: int, rate: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: MitConfig, stage: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, eps = config.widths[stage], config.norm_eps
-        self.rate = rate
         self.norm1 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.attention = ReducedAttention(width, config.heads[stage], config.reductions[stage], dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.mlp = MixMlp(width, width * config.mlp_ratios[stage], dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b h w width"], key: Key[Array, ""] | None = None
+        self, x: Float[Array, "b h w width"], key: Key[Array, ""] | None = None, rate: float | Array = 0.0
     ) -> Float[Array, "b h w width"]:
         first, second = (None, None) if key is None else jax.random.split(key)
-        x = x + drop(self.attention(self.norm1(x)), self.rate, (0,), first)
-        return x + drop(self.mlp(self.norm2(x)), self.rate, (0,), second)
+        x = x + drop(self.attention(self.norm1(x)), rate, (0,), first)
+        return x + drop(self.mlp(self.norm2(x)), rate, (0,), second)
 
 
 class Stage(nnx.Module):
     """Strided convolution, blocks and a norm. x: [B, h, w, before] -> [B, h/stride, w/stride, width].
 
-    With `remat`, which `with_remat` sets, the backward pass computes each block again from its input.
+    `with_blocks` sets `remat` and `scan` of `apply_blocks`.
     """
 
     def __init__(self, config: MitConfig, stage: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -130,18 +130,13 @@ class Stage(nnx.Module):
         width, size = config.widths[stage], config.patches[stage]
         first, last = sum(config.depths[:stage]), max(sum(config.depths) - 1, 1)
         self.patch = ConvNorm(before, width, size, config.strides[stage], size // 2, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            Block(config, stage, config.drop_path * (first + index) / last, dtype=dtype, rngs=rngs)
-            for index in range(config.depths[stage])
-        )
+        self.blocks = nnx.List(Block(config, stage, dtype=dtype, rngs=rngs) for _ in range(config.depths[stage]))
+        self.rates = tuple(config.drop_path * (first + index) / last for index in range(config.depths[stage]))
         self.norm = layer_norm(width, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.remat = False
+        self.remat = self.scan = False
 
     def __call__(self, x: Float[Array, "b h w before"], key: Key[Array, ""] | None = None) -> Float[Array, "b h2 w2 c"]:
-        x = self.patch(x)
-        for index, block in enumerate(self.blocks):
-            run = recomputed(block) if self.remat else block
-            x = run(x, None if key is None else jax.random.fold_in(key, index))
+        x = apply_blocks(list(self.blocks), self.patch(x), key, self.rates, remat=self.remat, scan=self.scan)
         return self.norm(x)
 
 

@@ -1,9 +1,11 @@
 """From a module's constructor to its graph and its plain parameter tree, without and with arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
@@ -80,13 +82,43 @@ def statistics_of(module: nnx.Module) -> Tree:
     return nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
 
-def recomputed(block: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns the block with nothing but its inputs kept for the backward pass, which computes it again."""
-    return jax.checkpoint(lambda *inputs: block(*inputs))
+def apply_blocks(
+    blocks: Sequence[nnx.Module],
+    x: Array,
+    key: Key[Array, ""] | None,
+    rates: Sequence[float],
+    *,
+    first: int = 0,
+    remat: bool = False,
+    scan: bool = False,
+) -> Array:
+    """Returns x after each block in turn, called as `block(x, key, rate)`.
+
+    rates: of the branches that a key drops, one number a block. first: the index of the first block, from which and
+    from `key` its own key is made. remat: the backward pass computes each block again from its input. scan: blocks
+    that differ in their parameters alone run in one loop, so that one is compiled for all.
+    """
+    indices = range(first, first + len(blocks))
+    if not scan or len(blocks) == 1:
+        for index, block, rate in zip(indices, blocks, rates, strict=True):
+            run = partial(cast(Any, block), rate=rate)
+            x = (jax.checkpoint(run) if remat else run)(x, None if key is None else jax.random.fold_in(key, index))
+        return x
+
+    graphdef = nnx.graphdef(blocks[0])
+    trees = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
+    keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(indices))
+
+    def body(x: Array, one: tuple[Tree, Array | None, Array]) -> tuple[Array, None]:
+        params, key, rate = one
+        return cast(Any, nnx.merge(graphdef, params))(x, key, rate), None
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, keys, jnp.asarray(rates, jnp.float32)))[0]
 
 
-def with_remat(graphdef: nnx.GraphDef, tree: Tree) -> nnx.GraphDef:
-    """Returns a network's graph whose transformer blocks are `recomputed`; ValueError where it has none."""
+def with_blocks(graphdef: nnx.GraphDef, tree: Tree, **how: bool) -> nnx.GraphDef:
+    """Returns a network's graph that applies its blocks with `remat` or `scan`; ValueError where it has none."""
     module = nnx.merge(graphdef, tree)
-    module.set_attributes(remat=True)
+    module.set_attributes(**how)
     return nnx.split(module)[0]

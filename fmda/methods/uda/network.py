@@ -22,7 +22,7 @@ from fmda.models.deeplab_v2 import DeepLabV2Config
 from fmda.models.dinov2_segmenter import Dinov2SegmenterConfig
 from fmda.models.hrda import HrdaConfig
 from fmda.models.lite_segmenter import LiteSegmenterConfig
-from fmda.models.module import init, separated, with_remat
+from fmda.models.module import init, separated, with_blocks
 from fmda.models.segformer import SegFormerConfig
 from fmda.trees import Tree
 from fmda.weights.checkpoint import network_graph, weight_fingerprint
@@ -59,6 +59,7 @@ class NetworkConfig:
             `optim.multipliers` with `"encoder/*": 0` leaves the encoder as it is, so that the head alone learns.
         fixed_attention: of a new `hrda`: share of its detail, see `HrdaConfig`.
         remat: compute the blocks of a Mix Transformer or DINOv2 again for the backward pass, which saves memory.
+        scan: run these blocks in loops, which compile one block for all of a stage; each step copies their weights.
     """
 
     family: Literal["segformer", "daformer", "hrda", "deeplab_v2", "lite_segmenter", "dinov2_segmenter"] = "daformer"
@@ -68,6 +69,7 @@ class NetworkConfig:
     head: Literal["linear", "daformer"] | None = None
     fixed_attention: Share | None = None
     remat: bool = False
+    scan: bool = False
 
 
 class Network:
@@ -112,11 +114,12 @@ class Network:
             wanted = network_graph(self.family, self.config)[1]["encoder"]
             self.weights = {"encoder": {name: part for name, part in loaded.params.items() if name in wanted}}
         self.graphdef, self.shapes = network_graph(self.family, self.config)
-        if config.remat:
+        if config.remat or config.scan:
             try:
-                self.graphdef = with_remat(self.graphdef, self.shapes)
+                self.graphdef = with_blocks(self.graphdef, self.shapes, remat=config.remat, scan=config.scan)
             except ValueError:
-                raise UserError(f"network.remat: '{self.family}' has no blocks to compute again") from None
+                name, end = ("remat", "compute again") if config.remat else ("scan", "run in a loop")
+                raise UserError(f"network.{name}: '{self.family}' has no blocks to {end}") from None
 
     @functools.cached_property
     def fingerprint(self) -> str:
