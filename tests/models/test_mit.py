@@ -80,7 +80,7 @@ def test_epsilons_and_drop_rates_have_their_places():
     block = net.levels[0].blocks[0]
     assert (block.norm1.epsilon, block.norm2.epsilon, net.levels[0].norm.epsilon) == (1e-6,) * 3
     assert (net.levels[0].patch.norm.epsilon, block.attention.reduce.norm.epsilon) == (1e-5,) * 2
-    rates = [block.rate for level in net.levels for block in level.blocks]
+    rates = [rate for level in net.levels for rate in level.rates]
     np.testing.assert_allclose(rates, [0, 0.025, 0.05, 0.075, 0.1])
 
 
