@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+TESTS ?= tests
 # one process for each core; the tests of a file stay together and share what they made
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadfile
 
@@ -22,18 +23,20 @@ demo: $(VENV)/installed
 	$(BIN)/fmda demo
 
 test: $(VENV)/installed
-	$(PYTEST) -m 'not slow and not parity'
+	$(PYTEST) -m 'not slow and not parity' $(TESTS)
 
 parity: $(VENV)/parity
 	$(PYTEST) -m 'parity'
 
-# the accelerator runs of benchmarks/campaign.py, on very small networks
+# the accelerator runs of benchmarks/campaign.py on very small networks, without those whose programs the tests run
 campaign: $(VENV)/parity
-	$(BIN)/python benchmarks/campaign.py speed --tiny --minutes 8 --out build/campaign
-	$(BIN)/python benchmarks/campaign.py assets --tiny --minutes 8 --out build/campaign
+	$(BIN)/python benchmarks/campaign.py speed --tiny --only daformer-step attention clip-dense-b16 world-speed \
+		--out build/campaign
+	$(BIN)/python benchmarks/campaign.py assets --tiny --only street-clip --out build/campaign
 
+# in the order of conftest.py, the longest first
 test-slow: $(VENV)/installed
-	$(PYTEST) -m 'slow and not parity'
+	$(PYTEST) --no-loadscope-reorder -m 'slow and not parity'
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check fmda tests benchmarks

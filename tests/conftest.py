@@ -29,3 +29,8 @@ if jax.__version_info__ < (0, 11):  # later ones end on a flag that they do not 
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    """The demo takes longest: it comes first, so that the others run beside it."""
+    items.sort(key=lambda item: item.path.name != "test_demo.py")

@@ -82,6 +82,20 @@ def statistics_of(module: nnx.Module) -> Tree:
     return nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
 
+def _traced_once(block: nnx.Module, *inputs: Any) -> Array:
+    """Returns `block(*inputs)`; in one program, blocks that differ in their parameters alone are traced once.
+
+    Tracing takes most of a plan's time, and much of what precedes compilation. The block keeps no running statistics.
+    """
+    graphdef, state = nnx.split(block)
+    return _applied(graphdef, nnx.to_pure_dict(state), *inputs)
+
+
+@partial(jax.jit, static_argnums=0)
+def _applied(graphdef: nnx.GraphDef, params: Tree, *inputs: Any) -> Array:
+    return cast(Any, nnx.merge(graphdef, params))(*inputs)
+
+
 def apply_blocks(
     blocks: Sequence[nnx.Module],
     x: Array,
@@ -101,8 +115,9 @@ def apply_blocks(
     indices = range(first, first + len(blocks))
     if not scan or len(blocks) == 1:
         for index, block, rate in zip(indices, blocks, rates, strict=True):
-            run = partial(cast(Any, block), rate=rate)
-            x = (jax.checkpoint(run) if remat else run)(x, None if key is None else jax.random.fold_in(key, index))
+            run = partial(_traced_once, block)
+            own = None if key is None or not rate else jax.random.fold_in(key, index)
+            x = (jax.checkpoint(run) if remat else run)(x, own, jnp.float32(rate))
         return x
 
     graphdef = nnx.graphdef(blocks[0])

@@ -34,6 +34,9 @@ from fmda.trees import Tree
 METRICS = "metrics.jsonl"
 """Metrics of a run folder, as JSON lines."""
 
+_LEAST_SLICE = 2**20
+"""Bytes of an array's slice below which one replica writes the array whole."""
+
 _PACKAGE = f"{os.sep}orbax{os.sep}"
 _FILES = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata", "data/metadata")
 
@@ -124,10 +127,16 @@ class Checkpoints:
             best_fn=goodness if best is not None else None,
             cleanup_tmp_directories=True,
         )
+        # Replicas share the writing of large arrays alone: with a slice for each device, many small ones take seconds.
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)} | {
+            name: ocp.JsonCheckpointHandler() for name in ("meta", "data")
+        }
         with contextlib.ExitStack() as opening:
             opening.enter_context(quiet_orbax())
             opening.enter_context(disk_errors(self.folder))
-            self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
+            self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options, item_handlers=handlers)
             for step in list(self._manager.all_steps()):
                 if not _whole(self.folder, step):
                     self._manager.delete(step)
@@ -166,7 +175,7 @@ class Checkpoints:
         disk.
         """
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()),
+            state=ocp.args.PyTreeSave(state._asdict()),
             meta=ocp.args.JsonSave(dict(meta)),
             data=ocp.args.JsonSave(dict(data)),
         )
@@ -185,7 +194,9 @@ class Checkpoints:
         come from other devices, or another number of them. Raises UserError when a leaf is missing, superfluous or of
         another shape, or a file cannot be read.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target._asdict()), data=ocp.args.JsonRestore())
+        how = ocp.checkpoint_utils.construct_restore_args(target._asdict())
+        saved = ocp.args.PyTreeRestore(target._asdict(), restore_args=how)
+        items = ocp.args.Composite(state=saved, data=ocp.args.JsonRestore())
         try:
             loaded = self._manager.restore(step, args=items)
         except Exception as fault:

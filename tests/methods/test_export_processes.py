@@ -1,4 +1,4 @@
-"""Every trainer run by two joined processes ends with an export, written once, that loads."""
+"""A trainer run by two joined processes ends with an export, written once, that loads."""
 
 import json
 import os
@@ -15,20 +15,15 @@ from fmda.weights.files import read_arrays
 TRAINING = "steps: 2\nbatch: 2\ndata: [scenes]\nlog_every: 1\n"
 WARM = TRAINING + "optim: {warmup_steps: 0, learning_rate: 0.001}\n"
 CONFIGS = {
-    "vae": "kind: vae\ncrop: 16\nmodel: {channels: [8, 12], layers: 1, latent_channels: 3, groups: 4}\n" + WARM,
     "clip": small_place.CLIP.replace("steps: 4", "steps: 2"),
     "dino": "kind: dino\nmodel: {width: 16, layers: 1, heads: 2, mlp_width: 32}\n"
     "head: {hidden: 16, bottleneck: 8, prototypes: 16}\nviews: {size: 16, local_size: 8, locals: 1}\n" + WARM,
     "dinoiser": "kind: dinoiser\nsize: 32\nchannels: 8\nclip: street-clip\nteacher: street-dino\n" + TRAINING,
-    "latent_diffusion": "kind: latent_diffusion\nvae: street-diffusion\nclip: street-clip\n"
-    "model: {channels: [16, 16], attention: [true, false], heads: [2, 2]}\nwindows: {size: 32, count: 1}\n" + WARM,
 }
 FILES = {
-    "vae": "diffusion_pytorch_model.safetensors",
     "clip": "model.safetensors",
     "dino": "model.safetensors",
     "dinoiser": "dinoiser.safetensors",
-    "latent_diffusion": "model/unet/diffusion_pytorch_model.safetensors",
 }
 
 

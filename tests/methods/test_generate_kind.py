@@ -302,6 +302,7 @@ def test_shares_are_counted_over_a_grid_against_all_classes(pristine):
     assert len(set(best.tolist())) > 1 and 0 < (best == 0).mean() < 1
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_published_model_is_that_of_the_papers():
     found = plan(Config("CompVis/stable-diffusion-v1-4"))
     assert found.parameters == (("unet", 859_520_964), ("vae", 83_653_863), ("text_encoder", 123_060_480))
@@ -386,15 +387,18 @@ def test_images_that_were_judged_otherwise_are_never_mixed(place):
     assert content(place) == before
 
 
-@pytest.mark.parametrize(("name", "count"), [("generate-sd14-things", 2975), ("generate-street", 200)])
+@pytest.mark.parametrize(
+    ("name", "count"), [pytest.param("generate-sd14-things", 2975, marks=pytest.mark.slow), ("generate-street", 200)]
+)
 def test_published_configurations_open(name, count):
     run = open_run(Path(__file__).parents[2] / f"configs/datum/{name}.yaml")
     assert [stage.name for stage in run.stages()] == ["images"] and run.config.count == count
-    assert f"images  {count} images of 10 prompts by {run.config.model}" in " ".join(run.plan().text().split(" " * 30))
+    found = run.plan()
+    assert f"images  {count} images of 10 prompts by {run.config.model}" in " ".join(found.text().split(" " * 30))
     published = run.config.sample == SamplerConfig(size=(512, 512))
     assert published == (name == "generate-sd14-things") and len(make_prompts(run.config.prompts)) == 10
     if published:
-        assert [count for _, count in run.plan().parameters] == [859_520_964, 83_653_863, 123_060_480]
+        assert [count for _, count in found.parameters] == [859_520_964, 83_653_863, 123_060_480]
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ def test_two_processes_equal_one(place):
     assert one == two
 
 
+@pytest.mark.slow
 def test_a_fault_of_one_process_ends_all_and_is_told(place):
     codes, messages = run(place, "fault", 2, ["device_memory=0.00001"])
     assert codes[0] == 2 and codes[1] != 0

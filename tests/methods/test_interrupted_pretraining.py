@@ -1,4 +1,4 @@
-"""CLIP pretraining through the command line: killed 20 times, on eight devices, in two processes, the same."""
+"""CLIP pretraining through the command line: killed many times, on eight devices, in two processes, the same."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from fmda.train import read_params
 
 pytestmark = pytest.mark.slow
 
-STEPS, KILLS = 40, 20
+STEPS, KILLS = 40, 8
 CONFIG = small_place.CLIP.replace("steps: 4\n", f"steps: {STEPS}\n") + "log_every: 1\nsave_steps: 3\n"
 
 
@@ -39,12 +39,12 @@ def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_killed_at_20_random_moments_the_weights_are_the_same_bits(place, unbroken):
+def test_killed_at_random_moments_the_weights_are_the_same_bits(place, unbroken):
     moments = random.Random(3)
     # while Python starts, in the first stage, at any step, and after the last one
-    marks = ["start", "start", "tokenizer", "tokenizer"]
-    edges = np.linspace(1, STEPS, KILLS - 5, dtype=int)
-    marks += [moments.randrange(low, high) for low, high in itertools.pairwise(edges)] + ["export", "export"]
+    marks = ["start", "tokenizer"]
+    edges = np.linspace(1, STEPS, KILLS - 2, dtype=int)
+    marks += [moments.randrange(low, high) for low, high in itertools.pairwise(edges)] + ["export"]
     work, hits = place / "killed", []
     for mark in marks:
         process = launch(place, "killed")
@@ -61,7 +61,7 @@ def test_killed_at_20_random_moments_the_weights_are_the_same_bits(place, unbrok
         process.kill()
         process.wait(timeout=60)
     finish(place, "killed")
-    assert len(hits) == KILLS and len(set(hits)) > 8
+    assert len(hits) == KILLS and len(set(hits)) > 4
     # records of the run hold times and the work folder; weights, configuration and tokenizer do not
     broken, whole = content(work / "export"), content(unbroken / "export")
     differing = {path.name for path in whole if broken[path] != whole[path]}

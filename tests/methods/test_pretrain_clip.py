@@ -111,6 +111,7 @@ def test_mishaps_keep_size_and_are_known_looks(seed):
     assert out.shape == pixels.shape and out.dtype == np.uint8 and looks and looks <= set(LOOKS)
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_a_checkpoint_that_loads_and_again_in_the_same_bytes(tmp_path):
     root, other = drawn(tmp_path / "game"), drawn(tmp_path / "held")
     config = small(root, held=(str(other),))

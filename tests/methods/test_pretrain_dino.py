@@ -238,6 +238,7 @@ def finished(tmp_path_factory):
     return config, run_stages(stages(config), place / "work", config, lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_a_teacher_that_loads(finished):
     config, done = finished
     teacher = load_dino(done["export"])

@@ -268,6 +268,7 @@ def test_dropped_captions_are_empty_ones(losses, unet, frozen, batch, drop, mask
     assert any(differs)
 
 
+@pytest.mark.slow
 def test_the_loss_of_one_window_falls(losses, unet, frozen, batch):
     one = {"moments": np.zeros_like(batch["moments"]), "ids": np.repeat(batch["ids"][:1], 3, axis=0)}
     one["moments"][..., :4], one["moments"][..., 4:] = 1, -20
@@ -283,6 +284,7 @@ def test_the_loss_of_one_window_falls(losses, unet, frozen, batch):
     assert after < 0.6 * before
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_a_checkpoint_that_loads_and_draws(place, run):
     model = load_stable_diffusion(run["export"] / "model")
     assert model.schedule.prediction == "v_prediction"
@@ -298,6 +300,7 @@ def test_a_run_ends_in_a_checkpoint_that_loads_and_draws(place, run):
     assert count == len(Latents(run["latents"])) == 2 * 2 * 4
 
 
+@pytest.mark.slow
 def test_captions_are_padded_as_prompts_will_be(networks, run):
     model = load_stable_diffusion(run["export"] / "model")
     texts = ["", "a car", "a photo of the road by day"]
@@ -313,6 +316,7 @@ def test_captions_are_padded_as_prompts_will_be(networks, run):
     assert long[0, -1] == 599
 
 
+@pytest.mark.slow
 def test_the_text_tower_is_the_clips_without_its_projection(networks, run):
     model = load_stable_diffusion(run["export"] / "model")
     ids = networks.padded(["a car", "the sky"])
@@ -321,6 +325,7 @@ def test_the_text_tower_is_the_clips_without_its_projection(networks, run):
     np.testing.assert_allclose(found, networks.text(ids), atol=3e-3 * np.abs(found).max())
 
 
+@pytest.mark.slow
 def test_the_check_draws_and_measures(run):
     quality = json.loads((run["check"] / "quality.json").read_text())
     assert quality["images"] == 16 and all(np.isfinite(quality[name]) for name in ("cmmd", "frechet", "diversity"))
@@ -328,6 +333,7 @@ def test_the_check_draws_and_measures(run):
     assert np.asarray(Image.open(run["check"] / "samples.png")).std() > 5
 
 
+@pytest.mark.slow
 def test_an_export_that_was_broken_off_goes_on(place, run, tmp_path):
     shutil.copytree(run["export"] / "model", tmp_path / "export/model")
     before = {path: path.read_bytes() for path in sorted((tmp_path / "export").rglob("*")) if path.is_file()}
@@ -336,6 +342,7 @@ def test_an_export_that_was_broken_off_goes_on(place, run, tmp_path):
     assert len(before) > 8 and {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_latents_of_other_networks_are_not_trained_on(place, run, tmp_path):
     shutil.copytree(place / "vae", tmp_path / "vae")
     save("vae", tmp_path / "vae", small_diffusion.VAE, small_diffusion.vae(seed=9).params)

@@ -103,6 +103,7 @@ def test_the_loss_by_hand_on_a_net_that_always_answers_the_same():
     assert float(value) == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_a_checkpoint_whose_latents_have_deviation_one(place, run):
     vae = load_vae(run["export"])
     assert vae.config == VaeConfig(**{**MODEL.__dict__, "scale": vae.config.scale})
@@ -116,6 +117,7 @@ def test_a_run_ends_in_a_checkpoint_whose_latents_have_deviation_one(place, run)
     assert summary["last"]["step"] == 3 and summary["config"]["crop"] == 16
 
 
+@pytest.mark.slow
 def test_the_decoder_sees_latents_drawn_from_the_posterior(run):
     vae, pixels = load_vae(run["export"]), RNG.integers(0, 256, (1, 32, 48, 3), dtype=np.uint8)
     objective = jax.jit(make_objective(vae.graphdef, edges=0.0, kl=0.0))
@@ -130,6 +132,7 @@ def test_the_decoder_sees_latents_drawn_from_the_posterior(run):
     assert abs(values[0] - values[1]) > 1e-5
 
 
+@pytest.mark.slow
 def test_the_scale_is_measured_on_pictures_of_any_size(place, run):
     vae = load_vae(run["export"])
     images = [image[: len(image) // 2 * 2, : image.shape[1] // 2 * 2] for image in ImageFolders([place / "held"])]
@@ -138,6 +141,7 @@ def test_the_scale_is_measured_on_pictures_of_any_size(place, run):
     assert scale == pytest.approx(1 / np.std(np.concatenate(latents)), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_metrics_are_the_parts_of_a_falling_loss(run):
     lines = [json.loads(line) for line in (run["train"] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[2]["loss"] < lines[0]["loss"]
@@ -146,6 +150,7 @@ def test_the_metrics_are_the_parts_of_a_falling_loss(run):
         assert line["loss"] == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_check_measures_and_shows_held_pictures(place, run):
     vae, held = load_vae(run["export"]), str(place / "held")
     found = json.loads((run["check"] / "reconstruction.json").read_text())[held]["psnr"]

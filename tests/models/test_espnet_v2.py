@@ -105,6 +105,7 @@ def test_a_network_that_does_not_segment_is_refused():
         fmda.load_segmentation("street-clip")
 
 
+@pytest.mark.slow
 def test_one_step_of_training_has_finite_gradients_and_moves_the_statistics(params):
     graphdef = network_graph("espnet_v2", SMALL)[0]
     student, statistics = separated(graphdef, params)
@@ -156,12 +157,13 @@ def deviation(seg, record, names, graphdef=None):
 
 
 @published
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("name", "record"),
     [
         ("espnetv2-s0.5-cityscapes", "io-synthetic-s0.5.npz"),
-        pytest.param("espnetv2-s2.0-cityscapes", "io.npz", marks=pytest.mark.parity),
-        pytest.param("espnetv2-s2.0-voc", "io-synthetic-voc.npz", marks=pytest.mark.parity),
+        ("espnetv2-s2.0-cityscapes", "io.npz"),
+        ("espnetv2-s2.0-voc", "io-synthetic-voc.npz"),
     ],
 )
 def test_published_weights_give_the_recorded_activations(name, record):

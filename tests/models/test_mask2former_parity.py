@@ -128,9 +128,7 @@ def test_gradients_of_all_parameters_equal_transformers(peer, folder, tmp_path):
         save("mask2former", work, m2f.config, quickly(jax.grad(loss), m2f.params))
         ours = load_file(work / "model.safetensors")
         least = 1e-3 * max(np.abs(slope).max() for slope in slopes.values())
-        return max(
-            np.abs(ours[name] - slope).max() / max(np.abs(slope).max(), least) for name, slope in slopes.items()
-        )
+        return max(np.abs(ours[name] - slope).max() / max(np.abs(slope).max(), least) for name, slope in slopes.items())
 
     assert worst_slope(tmp_path / "ours") < 1e-4
     # faulty twin: layers that teach the maps they attend to nothing

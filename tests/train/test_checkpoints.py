@@ -10,12 +10,13 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import regression
 from regression import RULES
 
 from fmda.errors import UserError
-from fmda.mesh import make_mesh, place
+from fmda.mesh import make_mesh, place, replicate
 from fmda.train import read_params
 from fmda.train.checkpoints import Checkpoints, best_step, quiet_orbax
 
@@ -58,6 +59,15 @@ def test_restores_the_same_bits_onto_other_devices(tmp_path, state, devices):
     assert restored.params["up"]["kernel"].sharding.device_set == set(jax.devices()[:devices])
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_replicas_share_the_writing_of_large_arrays_alone(tmp_path, state):
+    sizes = {"small": 2**20, "large": 2**21}  # floats, an eighth of the large ones is a MiB
+    arrays = replicate({name: np.zeros(size, np.float32) for name, size in sizes.items()}, make_mesh())
+    saved(tmp_path, state._replace(params=arrays))
+    handler = ocp.PyTreeCheckpointHandler()
+    written = handler.metadata(tmp_path.resolve() / "checkpoints/1/state").tree["params"]
+    assert {name: one.storage.chunk_shape for name, one in written.items()} == {"small": (2**20,), "large": (2**18,)}
 
 
 def test_keeps_the_last_ones(tmp_path, state):

@@ -77,6 +77,7 @@ def test_graphs_that_differ_are_refused_and_removed(folder, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
+@pytest.mark.slow
 def test_the_graphs_of_the_package_are_its_weights():
     sam, folder = load_sam("street-sam"), assets_folder() / "street-sam"
     assert all(one.ok for one in sam_export.compare(sam, folder / "encoder.onnx", folder / "decoder.onnx"))

@@ -72,6 +72,7 @@ def prompts(size):
             yield [first, second, (0, 0)], [1, 0, -1]
 
 
+@pytest.mark.slow
 @published
 def test_decoder_equals_onnxruntime_on_twenty_prompts(sam, encoded):
     decoder = session(FILES[1])

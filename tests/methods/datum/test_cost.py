@@ -60,13 +60,8 @@ def test_the_plan_of_stable_diffusion_1_has_its_published_size():
         assert (name if devices == 1 else f"{name} (batch={devices})") in text
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem != "personalise-street"))
-        for path in CONFIGS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_published_configuration_plans(path):
     job = open_run(path)
     found = job.plan()
@@ -110,7 +105,12 @@ def traced(given, pictures):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"prior": PriorConfig()}, {"trained": "unet", "bank": 8}, {"trained": "lora", "bank": 8}],
+    [
+        {},
+        pytest.param({"prior": PriorConfig()}, marks=pytest.mark.slow),
+        pytest.param({"trained": "unet", "bank": 8}, marks=pytest.mark.slow),
+        {"trained": "lora", "bank": 8},
+    ],
     ids=["all", "prior", "unet-bank", "lora-bank"],
 )
 def test_flops_are_those_of_the_traced_step(changes):

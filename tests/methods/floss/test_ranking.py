@@ -213,26 +213,26 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_20_random_moments_the_result_is_the_same(tmp_path):
+def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
     command, images = _script(tmp_path), "100"
     # programs are compiled once, not once for each start
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     options = {"env": {**os.environ, **compiled}, "stdout": subprocess.PIPE, "text": True}
     subprocess.run([*command, str(tmp_path / "whole.npz"), images], check=True, timeout=600, input="", **options)
     rng, moments = np.random.default_rng(0), []
-    for number in range(20):
+    for number in range(8):
         with subprocess.Popen([*command, str(tmp_path / "cut.npz"), images], stdin=subprocess.PIPE, **options) as child:
             # some die while Python starts, the others in one of the next images or while it is saved
-            for _ in range(rng.integers(1, 5) if number > 2 else 0):
+            for _ in range(rng.integers(1, 5) if number > 1 else 0):
                 out = child.stdout.readline()
                 child.stdin.write("\n")
                 child.stdin.flush()
-            time.sleep(rng.uniform(0, 0.05) if number > 2 else rng.uniform(0, 3))
+            time.sleep(rng.uniform(0, 0.05) if number > 1 else rng.uniform(0, 3))
             if child.poll() is None:
-                moments.append(out if number > 2 else "start")
+                moments.append(out if number > 1 else "start")
             child.send_signal(signal.SIGKILL)
     subprocess.run([*command, str(tmp_path / "cut.npz"), images], check=True, timeout=600, input="", **options)
     with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "cut.npz") as cut:
         for name in whole.files:
             np.testing.assert_array_equal(whole[name], cut[name])
-    assert len(moments) == 20 and len(set(moments)) > 10
+    assert len(moments) == 8 and len(set(moments)) > 4
