@@ -109,8 +109,8 @@ def apply_blocks(
     """Returns x after each block in turn, called as `block(x, key, rate)`.
 
     rates: of the branches that a key drops, one number a block. first: the index of the first block, from which and
-    from `key` its own key is made. remat: the backward pass computes each block again from its input. scan: blocks
-    that differ in their parameters alone run in one loop, so that one is compiled for all.
+    from `key` its own key is made, none at rate 0. remat: the backward pass computes each block again from its input.
+    scan: blocks that differ in their parameters alone run in one loop, so that one is compiled for all.
     """
     indices = range(first, first + len(blocks))
     if not scan or len(blocks) == 1:
