@@ -82,18 +82,13 @@ def statistics_of(module: nnx.Module) -> Tree:
     return nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
 
-def _traced_once(block: nnx.Module, *inputs: Any) -> Array:
-    """Returns `block(*inputs)`; in one program, blocks that differ in their parameters alone are traced once.
-
-    Tracing takes most of a plan's time, and much of what precedes compilation. The block keeps no running statistics.
-    """
-    graphdef, state = nnx.split(block)
-    return _applied(graphdef, nnx.to_pure_dict(state), *inputs)
-
-
 @partial(jax.jit, static_argnums=0)
-def _applied(graphdef: nnx.GraphDef, params: Tree, *inputs: Any) -> Array:
-    return cast(Any, nnx.merge(graphdef, params))(*inputs)
+def _applied(graphdef: nnx.GraphDef, params: Tree, x: Array, key: Array | None, rate: Array) -> Array:
+    """Returns x after a block without running statistics; blocks that differ in parameters alone are traced once.
+
+    Tracing takes most of a plan's time, and much of what precedes compilation.
+    """
+    return cast(Any, nnx.merge(graphdef, params))(x, key, rate)
 
 
 def apply_blocks(
@@ -113,20 +108,19 @@ def apply_blocks(
     scan: blocks that differ in their parameters alone run in one loop, so that one is compiled for all.
     """
     indices = range(first, first + len(blocks))
+    graphdefs = [nnx.graphdef(block) for block in blocks]
+    trees = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
     if not scan or len(blocks) == 1:
-        for index, block, rate in zip(indices, blocks, rates, strict=True):
-            run = partial(_traced_once, block)
+        for index, graphdef, tree, rate in zip(indices, graphdefs, trees, rates, strict=True):
+            run = partial(_applied, graphdef, tree)
             own = None if key is None or not rate else jax.random.fold_in(key, index)
             x = (jax.checkpoint(run) if remat else run)(x, own, jnp.float32(rate))
         return x
 
-    graphdef = nnx.graphdef(blocks[0])
-    trees = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
     keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(indices))
 
     def body(x: Array, one: tuple[Tree, Array | None, Array]) -> tuple[Array, None]:
-        params, key, rate = one
-        return cast(Any, nnx.merge(graphdef, params))(x, key, rate), None
+        return _applied(graphdefs[0], one[0], x, *one[1:]), None
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, keys, jnp.asarray(rates, jnp.float32)))[0]

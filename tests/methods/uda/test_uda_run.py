@@ -174,10 +174,10 @@ def test_source_only_and_then_one_image_from_there(place):
 def test_hrda_trains_and_is_scored_in_windows(place):
     run = execute(
         place, "hrda", "network={family: hrda, encoder: mit}", "crop=64", "target.resize=[96, 64]", "steps=1",
-        "learn={self_training: {masked: 1.0}}", "save_steps=1", "best=null",
+        "learn={self_training: {masked: 1.0}, distance: {things: [1]}}", "save_steps=1", "best=null",
         "protocol={size: [64, 128], crop: 64, stride: 32}", "evaluate_steps=0",
     )  # fmt: skip
-    assert {"loss_source", "loss_mixed", "loss_masked"} <= set(rows(run)[0])
+    assert {"loss_source", "loss_mixed", "loss_masked", "loss_distance"} <= set(rows(run)[0])
     assert load_segmentation(run / "export/network").family == "hrda"
     assert Segmenter.load(run).predict(place / "data/val/images/0.png").labels.shape == (32, 48)
 
